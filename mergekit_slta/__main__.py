@@ -1,0 +1,5 @@
+"""`python -m mergekit_slta`, the same as `mergekit-slta`."""
+
+from mergekit_slta.cli import main
+
+main(prog_name="mergekit-slta")

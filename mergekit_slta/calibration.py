@@ -1,0 +1,145 @@
+"""The orchestrator: recipe -> rows -> runner -> Gram matrices -> solve -> alphas.
+
+Scope: the order of the steps, and the files that they leave. Everything is computed in canonical order (experts sorted
+by name), so that the order of the recipe's models does not move a digit; the file then follows the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from tqdm import tqdm
+
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.assembly import assemble, layout_of
+from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.errors import RunError, show
+from mergekit_slta.fingerprint import fingerprint, statistics_identity
+from mergekit_slta.gram import Statistics
+from mergekit_slta.preflight import Job, check_rows, prepare
+from mergekit_slta.recipe import Recipe, load_config, read_recipe
+from mergekit_slta.stream import Evaluation, Runner, plan_batches
+from mergekit_slta.submodules import Submodule
+
+LOG = logging.getLogger(__name__)
+
+
+def calibrate(
+    recipe: Recipe | MergeConfiguration | dict[str, Any] | str | os.PathLike[str],
+    options: MergeOptions | None = None,
+) -> Alphas:
+    """Compute the alphas of a recipe; writes nothing.
+
+    Args:
+        recipe: a recipe file's path, its content as a mapping or as mergekit's configuration, or a `Recipe`.
+        options: mergekit's options (device, caches, ...); the CPU and its defaults otherwise.
+
+    Raises:
+        SltaError: whatever is wrong with the recipe, the data or the models, in one line.
+    """
+    if isinstance(recipe, (str, os.PathLike)):
+        recipe = load_config(recipe)[0]
+    if isinstance(recipe, dict):
+        recipe = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
+    if isinstance(recipe, MergeConfiguration):
+        recipe = read_recipe(recipe)
+    job = prepare(recipe, options or MergeOptions(quiet=True))
+    return solve_job(job, gather_statistics(job))
+
+
+def solve_job(job: Job, statistics: Statistics) -> Alphas:
+    """Solve every submodule of a job from its statistics, in the recipe's order of models."""
+    settings = job.recipe.settings
+    importance = [task.importance for task in job.recipe.tasks]
+    return assemble(statistics, layout_of(job), importance=importance, balance=settings.balance, ridge=settings.ridge)
+
+
+@torch.inference_mode()
+def gather_statistics(job: Job) -> Statistics:
+    """Feed the rows through the base, every expert's submodules beside it, and keep the Gram matrices.
+
+    Raises:
+        DataError: an expert without rows.
+        ModelError, RunError: NaN or Inf in weights or features, or memory runs out.
+    """
+    names = [job.recipe.names[task.model] for task in job.recipe.tasks]
+    check_rows(job.rows, names)
+    experts = job.plan.models[1:]  # canonical order
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tokens: list[Sequence[int]] = []
+    row_task: list[int] = []
+    for index, model in enumerate(experts):
+        for row in by_model[model].rows:  # type: ignore[union-attr] - check_rows
+            tokens.append(row.ids)
+            row_task.append(index)
+    statistics = Statistics(
+        row_task=torch.tensor(row_task, dtype=torch.int64, device="cpu"),
+        num_models=len(experts),
+        metadata=statistics_metadata(job),
+    )
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    runner = Runner(job.skeleton, checkpoints, job.submodules, plan_batches(tokens))
+    try:
+        with tqdm(total=len(job.submodules), desc="Calibrating", disable=job.options.quiet) as bar:
+            current = None
+            for evaluation in runner.run():
+                if evaluation.submodule is not current:
+                    current = _announce(bar, evaluation.submodule, current)
+                _accumulate(statistics, evaluation, [job.recipe.names[model] for model in experts])
+            bar.update(current is not None)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error, job) from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's CPU allocator
+            raise _out_of_memory(error, job) from error
+        raise
+    return statistics
+
+
+def _announce(bar: tqdm, submodule: Submodule, previous: Submodule | None) -> Submodule:
+    bar.update(previous is not None)
+    bar.set_description(f"Calibrating {submodule.name}", refresh=False)
+    bar.set_postfix_str(f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
+    return submodule
+
+
+def _accumulate(statistics: Statistics, evaluation: Evaluation, names: Sequence[str]) -> None:
+    deltas = torch.stack([evaluation.run(weights) - evaluation.base for weights in evaluation.weights[1:]])  # [T, N, d]
+    statistics.add(evaluation.submodule.name, evaluation.rows, deltas, evaluation.lengths)
+    diagonal = statistics.grams[evaluation.submodule.name][list(evaluation.rows)].diagonal(dim1=1, dim2=2)  # [rows, T]
+    if not torch.isfinite(diagonal).all():
+        model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
+        raise RunError(
+            f"the features of {show(model)} behind {show(evaluation.submodule.name)} hold NaN or Inf: "
+            "use `compute_dtype: float32`, or check that expert"
+        )
+
+
+def _out_of_memory(error: BaseException, job: Job) -> RunError:
+    return RunError(
+        f"out of memory on {job.device} ({show(error, 120)}): lower `max_seq_length` "
+        f"({job.recipe.settings.max_seq_length}) or `num_samples` ({job.recipe.settings.num_samples}), "
+        "or choose another --device"
+    )
+
+
+def statistics_metadata(job: Job) -> dict[str, str]:
+    """What statistics need to be solved again without the models: their fingerprint and the alphas file's layout."""
+    return {
+        "fingerprint": fingerprint(statistics_identity(job.identity)),
+        "layout": json.dumps(layout_of(job), sort_keys=True),
+    }
+
+
+def statistics_match(job: Job, statistics: Statistics) -> bool:
+    """Whether saved statistics are what this job would gather."""
+    return statistics.metadata.get("fingerprint") == fingerprint(statistics_identity(job.identity))

@@ -1,0 +1,89 @@
+"""Tensors of every model, by the plan's names, read lazily through mergekit's own tasks.
+
+Scope: reading, casting, placing. At most what was asked for is in memory; `flush` lets the mapped shards go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task as GraphTask
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from torch import Tensor
+
+from mergekit_slta.errors import ModelError, show
+from mergekit_slta.plan import Plan
+
+Weights = dict[str, Tensor]
+"""Tensors of one model, by the plan's names."""
+
+
+class Checkpoints:
+    """Lazy tensors of the base and the experts.
+
+    Args:
+        plan: mergekit's plan; its models, base first, are the order of everything returned here.
+        names: the recipe's names of the models, for messages.
+        device: where tensors are put.
+        dtype: what floating tensors are cast to.
+        tokenizer: what mergekit's tokenizer task makes, where that is known already.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        names: dict[ModelReference, str],
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: TokenizerInfo | None = None,
+    ) -> None:
+        self.plan = plan
+        self.names = names
+        self.device = device
+        self.dtype = dtype
+        self._tokenizer = tokenizer
+
+    def raw(self, name: str) -> list[Tensor]:
+        """One tensor from every model, as the merge method will get it (its dtype, on the CPU, maybe mapped)."""
+        tensors = self._run(self.plan.tensors[name].gather)
+        missing = [model for model in self.plan.models if tensors.get(model) is None]
+        if missing:
+            raise ModelError(f"{show(self.names[missing[0]])} lacks the tensor {show(name)}")
+        return [tensors[model] for model in self.plan.models]
+
+    def load(self, names: Sequence[str], models: Sequence[int] | None = None) -> list[Weights]:
+        """The named tensors of every model (or of those with the given numbers), cast and placed.
+
+        Raises:
+            ModelError: a tensor holds NaN or Inf.
+        """
+        numbers = range(len(self.plan.models)) if models is None else models
+        weights: list[Weights] = [{} for _ in numbers]
+        for name in names:
+            raw = self.raw(name)
+            for into, model in zip(weights, numbers, strict=True):
+                into[name] = self.place(raw[model], name, model)
+        return weights
+
+    def place(self, tensor: Tensor, name: str, model: int) -> Tensor:
+        """A raw tensor (or some of its rows) of model number `model`, cast, placed and checked for NaN and Inf."""
+        placed = tensor.to(device=self.device, dtype=self.dtype)
+        # A sum is finite only if every element is, and costs no mask; a sum that overflows is looked at twice.
+        if not torch.isfinite(placed.sum()) and not torch.isfinite(placed).all():
+            raise ModelError(f"{show(name)} of {show(self.names[self.plan.models[model]])} holds NaN or Inf")
+        return placed
+
+    def flush(self) -> None:
+        """Close the shards that are open, which unmaps them."""
+        for loader in self.plan.loaders.values():
+            loader.flush()
+
+    def _run(self, task: GraphTask) -> Any:
+        if isinstance(task, BuildTokenizer):
+            if self._tokenizer is None:
+                self._tokenizer = task.execute()
+            return self._tokenizer
+        return task.execute(**{key: self._run(needed) for key, needed in task.arguments().items()})

@@ -1,0 +1,130 @@
+"""What alphas are valid for: a labelled record of settings, calibration rows and checkpoint contents, and its hash.
+
+Scope: taking fingerprints and saying where two differ. A checkpoint's covers its headers, sizes and a sample of each
+tensor's bytes: any fine-tuning changes it, and 100 GB take seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from transformers import PretrainedConfig
+
+from mergekit_slta.errors import listing
+from mergekit_slta.plan import Plan, TensorHeader
+from mergekit_slta.recipe import Recipe
+from mergekit_slta.samples import TaskRows
+
+SOLVE_ONLY = ("balance", "ridge", "importance of ")
+"""Labels (or their beginnings) that statistics do not depend on: a change only needs another solve."""
+_SAMPLES = 4
+_SAMPLE_BYTES = 1024
+_FILE_SAMPLES = 64
+
+
+def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, TensorHeader] | None) -> str:
+    """Hash of a checkpoint: of every shard its size and sampled bytes, for safetensors of every tensor.
+
+    Args:
+        loader: mergekit's loader, for the files.
+        headers: tensor name -> header; None for checkpoints that are not safetensors.
+    """
+    digest = hashlib.sha256()
+    for shard in sorted(loader.index.shards, key=lambda shard: shard.filename):
+        path = os.path.join(loader.index.base_path, shard.filename)
+        size = os.path.getsize(path)
+        digest.update(f"{size};".encode())
+        with open(path, "rb", buffering=0) as file:
+            if headers is None:
+                ranges = [(0, size, _FILE_SAMPLES)]
+            else:
+                ranges = []
+                for name in sorted(shard.contained_keys):
+                    header = headers[name]
+                    digest.update(f"{name};{header.dtype};{header.shape};".encode())
+                    ranges.append((header.start, header.stop, _SAMPLES))
+            for start, stop, samples in ranges:
+                step = max(_SAMPLE_BYTES, (stop - start - _SAMPLE_BYTES) // max(1, samples - 1))
+                for offset in range(start, stop, step):
+                    file.seek(offset)
+                    digest.update(file.read(min(_SAMPLE_BYTES, stop - offset)))
+    return digest.hexdigest()
+
+
+def identity(
+    recipe: Recipe,
+    plan: Plan,
+    config: PretrainedConfig,
+    rows: Sequence[TaskRows | None],
+) -> dict[str, str]:
+    """Everything that alphas depend on, by label.
+
+    Args:
+        recipe: the recipe; `lambda` only acts at merge time and is left out.
+        plan: mergekit's plan, for the checkpoints.
+        config: the base's config, which shapes the forward passes.
+        rows: the rows of each of the recipe's tasks; None where the recipe names no dataset.
+
+    Returns:
+        label -> value. Without rows the settings of the calibration do not matter, and only those that the recipe
+        states are there.
+    """
+    stated = recipe.settings.model_fields_set if None in rows else set(type(recipe.settings).model_fields)
+    record = {
+        key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
+    }
+    record["dtype"] = str(recipe.config.dtype)
+    tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
+    record["tokenizer"] = str(tokenizer)
+    settings = {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_"))}
+    record["config of the base"] = _hash(json.dumps(settings, sort_keys=True, default=str))
+    for task, drawn in zip(recipe.tasks, rows, strict=True):
+        name = recipe.names[task.model]
+        if drawn is not None:
+            record[f"rows of {name}"] = drawn.sha256
+        if drawn is not None or "importance" in task.model_fields_set:
+            record[f"importance of {name}"] = str(task.importance)
+    for model in plan.models:
+        record[f"weights of {recipe.names[model]}"] = checkpoint_fingerprint(
+            plan.loaders[model], plan.headers.get(model)
+        )
+    return dict(sorted(record.items()))
+
+
+def fingerprint(record: Mapping[str, str]) -> str:
+    """One hash over an identity."""
+    return _hash(json.dumps(dict(record), sort_keys=True))
+
+
+def statistics_identity(record: Mapping[str, str]) -> dict[str, str]:
+    """The part of an identity that statistics depend on."""
+    return {label: value for label, value in record.items() if not label.startswith(SOLVE_ONLY)}
+
+
+def differences(expected: Mapping[str, str], stored: Mapping[str, str]) -> list[str]:
+    """Labels on which a stored identity departs from the expected one.
+
+    A model that only one of the two knows always counts; other labels count where `expected` has them.
+    """
+    labels = [label for label, value in expected.items() if stored.get(label) != value]
+    labels += [label for label in stored if label.startswith("weights of ") and label not in expected]
+    return sorted(labels)
+
+
+def describe(labels: Sequence[str]) -> str:
+    """A readable list of labels."""
+    return listing(labels, 6)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def models_of(recipe: Recipe) -> list[tuple[ModelReference, str]]:
+    """The recipe's experts with their names, in the recipe's order."""
+    return [(task.model, recipe.names[task.model]) for task in recipe.tasks]

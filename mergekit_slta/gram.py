@@ -1,0 +1,116 @@
+"""The statistics: one T x T Gram matrix per submodule and calibration row, and nothing else.
+
+Scope: accumulate them from feature differences, save and load them. What is made of them is `solve.py`.
+
+    G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.files import write_atomically
+
+FORMAT = "mergekit-slta/statistics"
+VERSION = 1
+_ROW_TASK = "row_task"
+_PREFIX = "gram."
+
+
+def row_grams(deltas: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Gram matrices of packed rows.
+
+    Args:
+        deltas: [T, N, d] feature differences, any floating dtype; the rows' tokens one after another, N = sum(lengths).
+        lengths: tokens of each row.
+
+    Returns:
+        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `deltas`:
+        df is a small difference of large outputs, and G squares it.
+    """
+    if deltas.device.type == "mps":  # the one backend without float64
+        deltas = deltas.cpu()
+    grams = []
+    for row in deltas.split(list(lengths), dim=1):
+        flat = row.reshape(row.shape[0], -1).to(torch.float64)  # [T, tokens * d]
+        grams.append(flat @ flat.T)
+    return torch.stack(grams).cpu()
+
+
+@dataclass
+class Statistics:
+    """Gram matrices of every submodule over the calibration rows.
+
+    Attributes:
+        row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
+        num_models: T.
+        grams: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64.
+        metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
+    """
+
+    row_task: Tensor
+    num_models: int
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, rows: Iterable[int], deltas: Tensor, lengths: Sequence[int]) -> None:
+        """Add the products of `deltas` ([T, N, d], see `row_grams`) to the rows' matrices of `name`."""
+        if name not in self.grams:
+            shape = (len(self.row_task), self.num_models, self.num_models)
+            self.grams[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self.grams[name].index_add_(0, torch.as_tensor(list(rows), device="cpu"), row_grams(deltas, lengths))
+
+    def save(self, path: Path) -> None:
+        """Write one float64 [rows, T, T] tensor per name, the row-to-task map and the metadata, atomically."""
+        tensors = {_PREFIX + name: gram.contiguous() for name, gram in sorted(self.grams.items())}
+        tensors[_ROW_TASK] = self.row_task.to(torch.int64)
+        header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            AlphasError: the file is missing, corrupt, of another format or version, or inconsistent in itself.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT or header.get("version") != str(VERSION):
+                    raise AlphasError(f"{show(path)} is not a statistics file of version {VERSION}; calibrate again")
+                metadata = json.loads(header["metadata"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
+        row_task = tensors.pop(_ROW_TASK, None)
+        grams = {name.removeprefix(_PREFIX): gram for name, gram in tensors.items()}
+        _check(path, row_task, grams, metadata)
+        num_models = next(iter(grams.values())).shape[-1]
+        return cls(row_task=row_task, num_models=num_models, grams=grams, metadata=metadata)
+
+
+def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object) -> None:
+    shapes = {tuple(gram.shape) for gram in grams.values()}
+    sound = (
+        row_task is not None
+        and row_task.dtype == torch.int64
+        and row_task.dim() == 1
+        and len(shapes) == 1
+        and all(len(shape) == 3 and shape[0] == len(row_task) and shape[1] == shape[2] for shape in shapes)
+        and all(gram.dtype == torch.float64 and bool(torch.isfinite(gram).all()) for gram in grams.values())
+        and isinstance(metadata, dict)
+        and all(isinstance(value, str) for value in metadata.values())
+        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[1])).all())
+    )
+    if not sound:
+        raise AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")

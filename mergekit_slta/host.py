@@ -1,0 +1,191 @@
+"""Around mergekit's `run_merge`: the pre-pass before it, OUT kept clean through it.
+
+Scope: decides whether alphas are reused, solved again or computed; where they are written; and what happens to files
+of an earlier merge. Runs on the main thread, before OUT exists.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match
+from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
+from mergekit_slta.fingerprint import describe, differences
+from mergekit_slta.gram import Statistics
+from mergekit_slta.method import ActiveMerge, active
+from mergekit_slta.outfolder import ALPHAS_NAME, STATISTICS_NAME, check_output, free_bytes, replacing_weights
+from mergekit_slta.preflight import Job, estimate, prepare
+from mergekit_slta.recipe import read_recipe
+
+LOG = logging.getLogger(__name__)
+
+
+def run(
+    original: Callable[..., Any],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+) -> Any:
+    """mergekit's `run_merge`, with the pre-pass before it.
+
+    Args:
+        original: mergekit's own function.
+        merge_config, out_path, options, config_source: as mergekit's; the configuration is not changed.
+
+    Raises:
+        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. Where it
+            failed, OUT is left without weights of this run, and with those that it held before.
+    """
+    try:
+        return _run(original, merge_config, out_path, options, config_source)
+    except SltaError as error:
+        if options.verbosity:
+            LOG.exception("the merge was refused or failed")
+        raise error
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if options.verbosity:
+            LOG.exception("the merge failed")
+        raise RunError(f"the merge failed ({type(error).__name__}): {show(error)}; -v shows where") from error
+
+
+def _run(
+    original: Callable[..., Any],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None,
+) -> Any:
+    recipe = read_recipe(merge_config)
+    out = Path(out_path)
+    check_output(out, [model.model.path for model in recipe.models])
+    named = recipe.settings.alphas
+    path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
+    check_target(path)
+    job = prepare(recipe, options, need_rows=not (named and path.exists()))
+    _check_room(job, out)
+    alphas, statistics = obtain(job, path, must_match=named is not None)
+
+    out.mkdir(parents=True, exist_ok=True)
+    if statistics is not None:
+        write_results(alphas, statistics, path)
+    if path.parent != out.absolute():
+        alphas.save(out / ALPHAS_NAME)  # what OUT was merged with stays with it
+    config = recipe.config.model_copy(deep=True)
+    config.parameters = {**(config.parameters or {}), "alphas": str(path)}
+    columns = {task.model: alphas.models.index(recipe.names[task.model]) for task in recipe.tasks}
+    merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
+    with replacing_weights(out), active(str(path), merge):
+        return original(config, out_path, options, config_source or merge_config.to_yaml())
+
+
+def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistics | None]:
+    """Alphas of a job: those at `path` if they fit, else from the statistics beside them, else from a calibration.
+
+    Args:
+        job: what is to be merged.
+        path: the alphas file.
+        must_match: a file that exists and does not fit is an error (the recipe named it), not a reason to calibrate.
+
+    Returns:
+        The alphas, and the statistics where something new has to be written.
+
+    Raises:
+        AlphasError: the file is no alphas file, or is for something else and `must_match`.
+    """
+    if path.exists() or path.is_symlink():
+        reason = None
+        try:
+            alphas = Alphas.load(path)
+            unlike = differences(job.identity, alphas.identity)
+            if not unlike:
+                _say(job, f"Reusing the alphas in {show(path)}")
+                return alphas, None
+            reason = f"is for another merge (other {describe(unlike)})"
+        except AlphasError as error:
+            if must_match or not _is_ours(path):
+                raise
+            reason = f"cannot be used ({error.message})"
+        if must_match:
+            raise AlphasError(f"the alphas file {show(path)} {reason}: calibrate again, or mend the recipe")
+        _say(job, f"{show(path)} {reason}: computing it anew")
+    beside = path.with_name(STATISTICS_NAME)
+    if beside.is_file():
+        try:
+            statistics = Statistics.load(beside)
+            if statistics_match(job, statistics):
+                _say(job, f"Solving again from the statistics in {show(beside)}")
+                return solve_job(job, statistics), statistics
+        except AlphasError as error:
+            LOG.info("%s", error.message)
+    statistics = gather_statistics(job)
+    return solve_job(job, statistics), statistics
+
+
+def _say(job: Job, text: str) -> None:
+    if not job.options.quiet:
+        click.echo(text, err=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """The default file in OUT may be damaged (an interrupted disk, say) and is then computed anew."""
+    return path.name == ALPHAS_NAME and path.is_file() and not path.is_symlink()
+
+
+def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
+    """Write the alphas file and the statistics beside it; nothing but such files is ever overwritten.
+
+    Raises:
+        OutputError: something else is in the way, or the disk is full.
+    """
+    check_target(path)
+    statistics.save(path.with_name(STATISTICS_NAME))
+    alphas.save(path)
+
+
+def check_target(path: Path) -> None:
+    """Refuse to write alphas over what is no alphas file: a recipe may come from a stranger.
+
+    Raises:
+        OutputError: `path` is a link, a device, a folder, or a file of another kind.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{show(path)} is no plain file: name another file with `alphas`")
+    if path.exists() and path.name != ALPHAS_NAME:
+        try:
+            Alphas.load(path)
+        except AlphasError as error:
+            raise OutputError(f"{show(path)} is no alphas file and is not overwritten: name another with `alphas`") from error
+
+
+def _check_room(job: Job, out: Path) -> None:
+    needed = estimate(job).written_bytes
+    free = free_bytes(out)
+    if needed > free:
+        raise OutputError(
+            f"{show(out)} needs {needed / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB left: "
+            "free some, or choose another folder"
+        )
+
+
+def calibrate_to(job: Job, path: Path) -> tuple[Alphas, bool]:
+    """The `calibrate` command: alphas of a job in `path`. Returns them, and whether they were there already.
+
+    Raises:
+        OutputError, AlphasError: see `check_target` and `obtain`.
+    """
+    check_target(path)
+    alphas, statistics = obtain(job, path, must_match=False)
+    if statistics is not None:
+        write_results(alphas, statistics, path)
+    return alphas, statistics is None

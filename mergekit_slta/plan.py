@@ -1,0 +1,229 @@
+"""mergekit's own plan of a merge: which tensors OUT will hold, and the tasks that read them from every model.
+
+Scope: the one place that builds mergekit's planner and compares its plan with what the checkpoints hold. Only headers
+are read. Calibration reads through the same tasks as the merge, so that LoRA references, aliases, conversions and the
+recipe's `dtype` and `tokenizer:` treatment are what it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference
+from mergekit.graph import Task as GraphTask
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        weight: mergekit's description; `weight.name` is the name in OUT and in the alphas file.
+        gather: the task that hands it to the merge method, from every model.
+        sources: model -> mergekit's description of the tensor in that model's checkpoint.
+    """
+
+    weight: WeightInfo
+    gather: GraphTask
+    sources: Mapping[ModelReference, WeightInfo]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Shape, dtype name and byte range of one tensor in a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Plan:
+    """What mergekit will do, tensor by tensor, and what the checkpoints say about it.
+
+    Attributes:
+        models: base first, then the experts in canonical order (sorted by the recipe's names).
+        tensors: name in OUT -> planned tensor, in the plan's order.
+        loaders: mergekit's lazy loaders of the models.
+        headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
+    """
+
+    models: tuple[ModelReference, ...]
+    tensors: dict[str, PlannedTensor]
+    loaders: dict[ModelReference, LazyTensorLoader]
+    headers: dict[ModelReference, dict[str, TensorHeader]] = field(default_factory=dict)
+
+    def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
+        """Shape of an output's tensor in a model's checkpoint; None where the header does not tell."""
+        source = self.source_name(name, model)
+        header = self.headers.get(model, {}).get(source) if source else None
+        return header.shape if header else None
+
+    def source_name(self, name: str, model: ModelReference) -> str | None:
+        """The name under which a model's checkpoint holds an output's tensor; None where it is converted or missing."""
+        present = self.loaders[model].index.tensor_paths
+        return next((other for other in _names(self.tensors[name].sources[model]) if other in present), None)
+
+
+def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
+    """Base, then the experts by name: the order in which everything is computed, whatever the recipe's order."""
+    return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
+
+
+def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
+    """Plan the merge as `run_merge` will, and open the checkpoints' headers.
+
+    Raises:
+        ModelError: a checkpoint cannot be found or read, or mergekit cannot plan the recipe.
+    """
+    cache = LoaderCache()
+    cache.setup(options=options)
+    loaders = {}
+    for model in recipe.models:
+        cache.loaders.pop(model, None)  # the class keeps loaders for the whole process; files may have changed since
+        try:
+            loaders[model] = cache.get(model)
+        except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
+            raise ModelError(f"cannot open the checkpoint of {show(recipe.names[model])}: {show(error)}") from error
+    headers = {
+        model: read_headers(loader, recipe.names[model])
+        for model, loader in loaders.items()
+        if loader.index.is_safetensors
+    }
+    config = recipe.config.model_copy(deep=True)
+    try:
+        planner = MergePlanner(
+            config,
+            get_architecture_info(config, options),
+            options=options,
+            out_model_config=recipe.base.config(trust_remote_code=options.trust_remote_code),
+        )
+        # Nothing is written: the tasks only describe what would be. (`plan_in_memory` fails under pydantic 2.14.)
+        planned = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
+    except Exception as error:
+        raise ModelError(f"mergekit cannot plan this merge: {show(error)}") from error
+    tensors = {task.output_weight.name: _planned(task) for task in planned}
+    return Plan(canonical(recipe), tensors, loaders, headers)
+
+
+def _planned(task: ExecuteMergeMethodTask) -> PlannedTensor:
+    gather = task.gather_tensors
+    direct = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
+    return PlannedTensor(task.output_weight, gather, dict(direct.weight_info.items()))
+
+
+def _names(weight: WeightInfo) -> list[str]:
+    return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
+
+
+def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]:
+    """Headers of all tensors of a safetensors checkpoint.
+
+    Raises:
+        ModelError: a shard is missing, truncated or corrupt, or lacks a tensor that the index promises.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for shard in loader.index.shards:
+        path = os.path.join(loader.index.base_path, shard.filename)
+        try:
+            entries = _read_header(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again") from error
+        lacking = [key for key in shard.contained_keys if key not in entries]
+        if lacking:
+            raise ModelError(f"{show(path)} of {show(name)} lacks {listing(lacking, 3)}, which its index promises")
+        headers |= {key: entries[key] for key in shard.contained_keys}
+    return headers
+
+
+def _read_header(path: str) -> dict[str, TensorHeader]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError("its header is longer than the file")
+        entries = json.loads(file.read(length))
+    start = 8 + length
+    headers = {}
+    for key, entry in entries.items():
+        if key != "__metadata__":
+            first, last = entry["data_offsets"]
+            headers[key] = TensorHeader(tuple(entry["shape"]), entry["dtype"], start + first, start + last)
+    if headers and max(header.stop for header in headers.values()) > size:
+        raise ValueError("it is shorter than its header says")
+    return headers
+
+
+def check_plan(plan: Plan, names: Mapping[ModelReference, str], parameters: Iterable[str], configs: Mapping[ModelReference, Any]) -> None:
+    """Compare the plan with every checkpoint: mergekit drops without a word what its definitions do not list.
+
+    Args:
+        plan: the plan.
+        names: the recipe's names of the models.
+        parameters: names of the parameters that the model class has (a tied output projection may be among them).
+        configs: the models' configs.
+
+    Raises:
+        ModelError: a tensor is planned and missing, present and unplanned, or of another shape than in the base.
+    """
+    base = plan.models[0]
+    known = set(parameters)
+    covered = {base: set(), **{model: set() for model in plan.models[1:]}}
+    for name, planned in plan.tensors.items():
+        for model in plan.models:
+            covered[model].update(_names(planned.sources[model]))
+            if plan.source_name(name, model) is not None:
+                continue
+            present = set(plan.loaders[model].index.tensor_paths)
+            if not can_convert_checkpoint_keys(configs[model].model_type, present, name):
+                raise ModelError(
+                    f"{show(names[model])} lacks the tensor {show(name)}, which mergekit plans to merge: "
+                    "all models of a merge need the same tensors"
+                )
+    for model in plan.models:
+        for name in plan.loaders[model].index.tensor_paths:
+            if name in known and name not in covered[model]:
+                raise ModelError(
+                    f"mergekit would drop {show(name)} of {show(names[model])}: its definition of this architecture does "
+                    "not list it, and the output would load with zeros there"
+                )
+    _check_shapes(plan, names)
+
+
+def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
+    base = plan.models[0]
+    for name, planned in plan.tensors.items():
+        wanted = plan.shape(name, base)
+        realigned = not isinstance(planned.gather, GatherTensors)  # mergekit's tokenizer treatment changes the rows
+        for model in plan.models[1:]:
+            found = plan.shape(name, model)
+            if wanted is None or found is None or realigned or found == wanted:
+                continue
+            hint = "all models of a merge need the same shapes"
+            if planned.weight.vocabulary_axis is not None:
+                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+            raise ModelError(
+                f"{show(name)} is {list(found)} in {show(names[model])} and {list(wanted)} in the base: {hint}"
+            )
+
+
+def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> int:
+    """Bytes of the tensors of the given models (all by default), as far as headers tell."""
+    return sum(
+        header.stop - header.start for model in models or plan.models for header in plan.headers.get(model, {}).values()
+    )

@@ -1,0 +1,212 @@
+"""Everything that can be refused before a weight is read, and what a job will cost.
+
+Scope: configs, tokenizer, datasets, checkpoint headers, device. What costs nothing is looked at first, what may start
+a download of weights last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+from mergekit.tokenizer.build import build_tokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from mergekit_slta.errors import DataError, ModelError, RunError, show
+from mergekit_slta.fingerprint import identity
+from mergekit_slta.plan import Plan, check_plan, make_plan, total_bytes
+from mergekit_slta.recipe import Recipe
+from mergekit_slta.samples import TaskRows, draw_rows
+from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.stream import BATCH_TOKENS, HEAD_ELEMENTS
+from mergekit_slta.submodules import Submodule, architecture, split
+
+_SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has passed every check.
+
+    Attributes:
+        recipe, options: what the user asked for.
+        rows: calibration rows of each of the recipe's tasks, in its order; None where it names no dataset.
+        tokenizer: what mergekit makes for the output, where the recipe touches the vocabulary.
+        skeleton, plan, submodules: the model taken apart.
+        identity: what alphas of this job are valid for (see `fingerprint.py`).
+    """
+
+    recipe: Recipe
+    options: MergeOptions
+    rows: tuple[TaskRows | None, ...]
+    tokenizer: TokenizerInfo | None
+    skeleton: Skeleton
+    plan: Plan
+    submodules: tuple[Submodule, ...]
+    identity: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where mergekit's options want the arithmetic."""
+        return torch.device(self.options.device or "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the forward passes."""
+        return getattr(torch, self.recipe.settings.compute_dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens of all tasks."""
+        return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes, bytes written."""
+
+    flops: float
+    read_bytes: int
+    peak_bytes: int
+    written_bytes: int
+
+
+def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True) -> Job:
+    """Check a recipe against its models and data.
+
+    Args:
+        recipe: the validated recipe.
+        options: mergekit's options.
+        need_rows: whether every expert must name a dataset; not so where an existing alphas file is to be used.
+
+    Raises:
+        ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
+    """
+    _check_device(options)
+    configs = _configs(recipe, options)
+    tokenizer, info = _tokenizer(recipe, options)
+    rows = []
+    for task in recipe.tasks:
+        name = recipe.names[task.model]
+        rows.append(draw_rows(task, name, recipe.settings, tokenizer) if need_rows or task.dataset else None)
+    dtype = getattr(torch, recipe.settings.compute_dtype)
+    device = torch.device(options.device or "cpu")
+    config = configs[recipe.base]
+    skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
+    plan = make_plan(recipe, options)
+    check_plan(plan, recipe.names, skeleton.parameter_names, configs)
+    submodules = split(
+        plan.tensors,
+        skeleton.arch,
+        recipe.settings.granularity,
+        skeleton.layers_path,
+        skeleton.num_layers,
+        skeleton.head_weight,
+    )
+    record = identity(recipe, plan, config, rows)
+    return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record)
+
+
+def _check_device(options: MergeOptions) -> None:
+    try:
+        torch.empty(0, device=options.device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device") from error
+
+
+def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
+    configs: dict[ModelReference, PretrainedConfig] = {}
+    for model in recipe.models:
+        name = show(recipe.names[model])
+        if model.lora is not None and not options.lora_merge_cache:
+            raise ModelError(f"{name} is an adapter, which mergekit merges into a copy on disk: add --lora-merge-cache DIR")
+        try:
+            configs[model] = model.config(trust_remote_code=options.trust_remote_code)
+        except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
+            raise ModelError(f"cannot read the config of {name}: {show(error)}; check the path or Hub id") from error
+        architecture(configs[model].architectures, name)
+    base = configs[recipe.base]
+    for model, config in configs.items():
+        name = show(recipe.names[model])
+        if config.architectures != base.architectures:
+            raise ModelError(
+                f"{name} is a {show(config.architectures[0])}, the base a {show(base.architectures[0])}: "
+                "all models of a merge need the same architecture"
+            )
+        keys = _SAME if recipe.config.tokenizer or recipe.config.tokenizer_source else (*_SAME, "vocab_size")
+        if options.unsafe_truncate_embeddings:
+            keys = _SAME
+        for key in keys:
+            found, wanted = getattr(config, key, None), getattr(base, key, None)
+            if found != wanted:
+                hint = "the experts must be fine-tuned from this very base"
+                if key == "vocab_size":
+                    hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+                raise ModelError(f"{name} has {key} {show(found)}, the base {show(wanted)}: {hint}")
+    return configs
+
+
+def _tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
+    """The tokenizer of the merged model: the base's, or what mergekit builds where the recipe says so."""
+    config = recipe.config
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    try:
+        if source is not None:
+            info = build_tokenizer(
+                base_model=recipe.base,
+                referenced_models=list(recipe.models),
+                tokenizer_source=source,
+                trust_remote_code=options.trust_remote_code,
+                add_tokens=list((config.tokenizer.tokens or {}) if config.tokenizer else {}),
+            )
+            return info.tokenizer, info
+        base = recipe.base.model
+        return AutoTokenizer.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
+        ), None
+    except Exception as error:
+        raise DataError(
+            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
+            "the base needs one, to read the calibration rows"
+        ) from error
+
+
+def estimate(job: Job) -> Costs:
+    """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters)."""
+    models = len(job.plan.models)
+    base = job.plan.models[0]
+    item = torch.finfo(job.dtype).bits // 8
+    sizes = {name: math.prod(job.plan.shape(name, base) or (0,)) for name in job.plan.tensors}
+    head = job.skeleton.head_weight if job.skeleton.head_weight in sizes else job.skeleton.embedding_weight
+    inner = sum(sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None)
+    flops = models * job.num_tokens * 2.0 * (inner + sizes[head])
+    largest = max((sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None), default=0)
+    width = int(job.skeleton.config.hidden_size)
+    tokens = min(job.num_tokens, max(BATCH_TOKENS, job.recipe.settings.max_seq_length))
+    wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
+    activations = tokens * (3 * wide + (models + 4) * width) * item
+    in_layer = models * largest * item + activations
+    in_head = models * (HEAD_ELEMENTS + HEAD_ELEMENTS // max(1, tokens) * width) * item
+    hidden = job.num_tokens * width * item
+    out = job.recipe.config.out_dtype or job.recipe.config.dtype
+    written = total_bytes(job.plan, [base])
+    if out and written:
+        bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
+        written = sum(sizes.values()) * bits // 8
+    return Costs(flops, total_bytes(job.plan), hidden + max(in_layer, in_head), written)
+
+
+def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:
+    """Refuse to calibrate where an expert names no rows.
+
+    Raises:
+        DataError: an expert without a `dataset`.
+    """
+    for drawn, name in zip(rows, names, strict=True):
+        if drawn is None:
+            raise DataError(f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`")

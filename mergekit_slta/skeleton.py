@@ -1,0 +1,197 @@
+"""The model's code without its weights: transformers runs each part, tensors are handed in call by call.
+
+Scope: the only file that calls into a model's forward. Parameters live on the meta device and buffers are real, so a
+70B model's skeleton weighs nothing. Blocks come from the layer's own forward, generic over architectures: a decoder
+layer whose other branch returns zeros *is* the block, residual and norms included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mergekit_slta.errors import ModelError, show
+from mergekit_slta.submodules import Architecture, Block, architecture
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
+    """Everything before the decoder layers has run."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a decoder layer was given besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Skeleton:
+    """A causal language model with its parameters on the meta device.
+
+    Args:
+        config: the base model's config; tying is ignored, the output projection is always a tensor of its own here.
+        name: the base model's name, for messages.
+        dtype: precision of the forward passes and of real buffers. Given to the constructor: a later cast would round
+            what a model computes at construction (Gemma's embedding scale).
+        device: where buffers are put and inputs are expected.
+        trust_remote_code: the user's own flag.
+
+    Raises:
+        ModelError: the architecture is not supported, or the model's layers cannot be found.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.arch: Architecture = architecture(config.architectures, name)
+        config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model.eval()
+        self.model.requires_grad_(False)
+        self.device = torch.device(device)
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(self.device)
+        self.config = config
+        self.layers, self.layers_path = _find_layers(self.model, name)
+        self.num_layers = len(self.layers)
+        self.parameter_names = tuple(key for key, _ in self.model.named_parameters(remove_duplicate=False))
+        names = {id(parameter): key for key, parameter in self.model.named_parameters(remove_duplicate=False)}
+        self.head_weight = names[id(self.model.get_output_embeddings().weight)]
+        self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
+        self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
+        self._calls: dict[tuple[int, int], list[_Call]] = {}
+        self._layers_return_tuples = False
+
+    def embed(self, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Run everything before the first layer.
+
+        Args:
+            ids: [b, s] int64 positions in the given embedding table (which may hold only the rows that occur).
+            weights: the tensors that are used there.
+
+        Returns:
+            [b, s, d]. No attention mask is needed: rows are padded on the right, and no token looks to its right.
+        """
+        shape = (ids.shape[0], ids.shape[1])
+        hidden, calls = self._enter(ids, weights)
+        if hidden.shape[:2] != shape or len(calls) != self.num_layers:
+            self._layers_return_tuples = True
+            hidden, calls = self._enter(ids, weights)
+        self._calls[shape] = calls
+        return hidden
+
+    def _enter(self, ids: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, list[_Call]]:
+        inputs: list[Tensor] = []
+        calls: list[_Call] = []
+
+        def recorder(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest, named = _take_hidden(args, kwargs)
+            if calls and hidden.shape != inputs[0].shape:
+                raise _Stop  # the model took [0] of what it was given: its layers return tuples
+            inputs.append(hidden)
+            calls.append(_Call(rest, named))
+            if len(calls) == self.num_layers:
+                raise _Stop
+            return (hidden,) if self._layers_return_tuples else hidden
+
+        with _replaced_forwards(dict.fromkeys(self.layers, recorder)):
+            try:
+                functional_call(self.model, dict(weights), (), {"input_ids": ids, "use_cache": False})
+            except _Stop:
+                pass
+        return inputs[0], calls
+
+    def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """A decoder layer's output for its input, both [b, s, d]; (b, s) must have been embedded before."""
+        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
+        return self._run_layer(index, hidden, weights, call)
+
+    def block(self, index: int, block: Block, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """A layer's output, [b, s, d], with its other branch returning zeros: `x + attention(norm(x))` and the like.
+
+        Args:
+            index: the decoder layer.
+            block: which branch is kept.
+            hidden: [b, s, d]; for the attention block (b, s) must have been embedded before, the MLP takes any.
+            weights: the block's tensors, and the base's norms of the other branch (they run, and come to nothing).
+        """
+        layer = self.layers[index]
+        if block == "attention":
+            with _replaced_forwards({layer.get_submodule(self.arch.mlp): _zeros}):
+                return self.layer(index, hidden, weights)
+        call = next(iter(self._calls.values()))[index]  # the branch that used positions and masks is silent
+        with _replaced_forwards({layer.get_submodule(self.arch.attention): _no_attention}):
+            return self._run_layer(index, hidden, weights, call)
+
+    def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: _Call) -> Tensor:
+        prefix = f"{self.layers_path}.{index}."
+        local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+        output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Everything after the last layer: logits [1, n, v] of hidden states [1, n, d].
+
+        The output projection (and its bias) may be given by some of its rows: v is then their number.
+        """
+        norm = self._base_model.get_submodule(self.arch.final_norm)
+
+        def after_layers(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+            return BaseModelOutputWithPast(last_hidden_state=norm(hidden))
+
+        with _replaced_forwards({self._base_model: after_layers}):
+            return functional_call(self.model, dict(weights), (), {"inputs_embeds": hidden, "use_cache": False}).logits
+
+
+def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
+    """The decoder layers and the path of their list, by the class names that transformers keeps for device maps."""
+    classes = set(model._no_split_modules or ())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in classes for m in module):
+            return list(module), path
+    raise ModelError(f"no decoder layers ({show(sorted(classes))}) found in {show(name)}; please report the model")
+
+
+def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _zeros(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros_like(_take_hidden(args, kwargs)[0])
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _zeros(*args, **kwargs), None
+
+
+@contextmanager
+def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Put other functions in the place of modules' `forward`, for a while."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[method-assign] - the instance's attribute hides the class's
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,80 @@
+"""Plain text for the terminal: what a job will do, and what a calibration found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergekit_slta.alphas import Alphas, SubmoduleAlphas
+from mergekit_slta.errors import show
+from mergekit_slta.preflight import Costs, Job
+
+
+def describe_job(job: Job, costs: Costs) -> str:
+    """The resolved plan and its price, for `check`."""
+    recipe, settings = job.recipe, job.recipe.settings
+    lines = [
+        f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
+        f"{job.skeleton.num_layers} layers)",
+    ]
+    for task, drawn in zip(recipe.tasks, job.rows, strict=True):
+        data = "no rows named" if drawn is None else (
+            f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
+        )  # fmt: skip
+        lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
+    covered = sum(len(submodule.tensors) for submodule in job.submodules)
+    lines += [
+        f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
+        f"settings    {', '.join(f'{key} {getattr(settings, key)}' for key in _SETTINGS)}",
+    ]
+    if job.skeleton.head_weight not in job.plan.tensors:
+        lines.append("tied        the output projection is the embedding table: its alpha serves both ends")
+    lines += [
+        f"device      {job.device}",
+        f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
+        f"computes    {costs.flops / 1e12:.3g} TFLOP",
+        f"memory      about {_bytes(costs.peak_bytes)} at the peak of calibration, besides the libraries",
+        f"writes      {_bytes(costs.written_bytes)}",
+    ]
+    return "\n".join(lines)
+
+
+_SETTINGS = ("num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
+
+
+def describe_alphas(alphas: Alphas) -> str:
+    """Mean alphas per kind of submodule and expert, and everything flagged."""
+    kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
+    header = ["submodules", "n", *alphas.models, "residual"]
+    rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
+    lines = table([header, *rows])
+    for submodule in alphas.submodules:
+        if submodule.flags:
+            note = f" ({', '.join(show(name) for name in submodule.unchanged)})" if submodule.unchanged else ""
+            lines += f"\n{submodule.name}: {', '.join(submodule.flags)}{note}"
+    return lines
+
+
+def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
+    count = len(members)
+    means = [sum(column) / count for column in zip(*(member.alpha for member in members), strict=True)]
+    residual = sum(member.residual for member in members) / count
+    return [kind, str(count), *(f"{mean:.3f}" for mean in means), f"{residual:.3f}"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    cells = [[show(cell, 48) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
+                  for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    )  # fmt: skip
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
