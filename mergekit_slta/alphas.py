@@ -93,7 +93,9 @@ class Alphas(BaseModel):
         seen: set[str] = set()
         for submodule in self.submodules:
             if len(submodule.alpha) != len(self.models):
-                raise ValueError(f"{show(submodule.name)} has {len(submodule.alpha)} alphas for {len(self.models)} models")
+                raise ValueError(
+                    f"{show(submodule.name)} has {len(submodule.alpha)} alphas for {len(self.models)} models"
+                )
             twice = seen.intersection(submodule.tensors)
             if twice:
                 raise ValueError(f"{listing(twice, 3)} belongs to two submodules")
@@ -136,7 +138,9 @@ class Alphas(BaseModel):
             if not os.path.isfile(path):
                 raise AlphasError(f"there is no alphas file {show(path)}: {remedy}")
             if os.path.getsize(path) > LARGEST_BYTES:
-                raise AlphasError(f"{show(path)} is larger than {LARGEST_BYTES >> 20} MiB, hence no alphas file: {remedy}")
+                raise AlphasError(
+                    f"{show(path)} is larger than {LARGEST_BYTES >> 20} MiB, hence no alphas file: {remedy}"
+                )
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise AlphasError(f"cannot read the alphas file {show(path)} ({show(error)}): {remedy}") from error

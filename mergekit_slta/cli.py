@@ -37,24 +37,31 @@ def main(ctx: click.Context) -> None:
 @add_merge_options
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
+    from mergekit_slta.host import check_target, stored
     from mergekit_slta.preflight import estimate, prepare
     from mergekit_slta.recipe import load_config, read_recipe
     from mergekit_slta.summary import describe_job
 
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
-    need_rows = read.settings.alphas is None or not Path(read.settings.alphas).exists()
-    job = prepare(read, merge_options, need_rows=need_rows)
+    named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
+    if named:
+        check_target(named)
+    job = prepare(read, merge_options, need_rows=not (named and named.exists()))
+    if named:
+        stored(job, named, must_match=True)
     click.echo(describe_job(job, estimate(job)))
 
 
 @main.command(cls=PrettyPrintHelp)
 @click.argument("recipe", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]")
+@click.option(
+    "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
+)
 @add_merge_options
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> None:
     """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
-    from mergekit_slta.host import calibrate_to
+    from mergekit_slta.host import calibrate_to, check_target
     from mergekit_slta.outfolder import ALPHAS_NAME
     from mergekit_slta.preflight import prepare
     from mergekit_slta.recipe import load_config, read_recipe
@@ -63,6 +70,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> N
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
     path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
+    check_target(path)
     job = prepare(read, merge_options)
     alphas, reused = calibrate_to(job, path)
     if not merge_options.quiet:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import click
 
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)]}
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
 _CONTROL |= {ord("\n"): " ", ord("\t"): " "}
 _LONGEST = 200
 

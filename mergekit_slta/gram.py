@@ -89,7 +89,7 @@ class Statistics:
                 if header.get("format") != FORMAT or header.get("version") != str(VERSION):
                     raise AlphasError(f"{show(path)} is not a statistics file of version {VERSION}; calibrate again")
                 metadata = json.loads(header["metadata"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
         row_task = tensors.pop(_ROW_TASK, None)

@@ -103,22 +103,10 @@ def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistic
     Raises:
         AlphasError: the file is no alphas file, or is for something else and `must_match`.
     """
-    if path.exists() or path.is_symlink():
-        reason = None
-        try:
-            alphas = Alphas.load(path)
-            unlike = differences(job.identity, alphas.identity)
-            if not unlike:
-                _say(job, f"Reusing the alphas in {show(path)}")
-                return alphas, None
-            reason = f"is for another merge (other {describe(unlike)})"
-        except AlphasError as error:
-            if must_match or not _is_ours(path):
-                raise
-            reason = f"cannot be used ({error.message})"
-        if must_match:
-            raise AlphasError(f"the alphas file {show(path)} {reason}: calibrate again, or mend the recipe")
-        _say(job, f"{show(path)} {reason}: computing it anew")
+    alphas = stored(job, path, must_match=must_match)
+    if alphas is not None:
+        _say(job, f"Reusing the alphas in {show(path)}")
+        return alphas, None
     beside = path.with_name(STATISTICS_NAME)
     if beside.is_file():
         try:
@@ -132,14 +120,33 @@ def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistic
     return solve_job(job, statistics), statistics
 
 
+def stored(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
+    """The alphas at `path` if they fit the job; None where there is no file, or one that does not and need not fit.
+
+    Raises:
+        AlphasError: see `obtain`.
+    """
+    if not path.exists():
+        return None
+    try:
+        alphas = Alphas.load(path)
+        unlike = differences(job.identity, alphas.identity)
+        if not unlike:
+            return alphas
+        reason = f"is for another merge (other {describe(unlike)})"
+    except AlphasError as error:
+        if must_match or path.name != ALPHAS_NAME:
+            raise
+        reason = f"cannot be used ({error.message})"  # our own file, damaged: computed anew
+    if must_match:
+        raise AlphasError(f"the alphas file {show(path)} {reason}: calibrate again, or mend the recipe")
+    _say(job, f"{show(path)} {reason}: computing it anew")
+    return None
+
+
 def _say(job: Job, text: str) -> None:
     if not job.options.quiet:
         click.echo(text, err=True)
-
-
-def _is_ours(path: Path) -> bool:
-    """The default file in OUT may be damaged (an interrupted disk, say) and is then computed anew."""
-    return path.name == ALPHAS_NAME and path.is_file() and not path.is_symlink()
 
 
 def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
@@ -157,15 +164,13 @@ def check_target(path: Path) -> None:
     """Refuse to write alphas over what is no alphas file: a recipe may come from a stranger.
 
     Raises:
-        OutputError: `path` is a link, a device, a folder, or a file of another kind.
+        OutputError: `path` is a link, a device or a folder.
+        AlphasError: it is a file of another kind.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputError(f"{show(path)} is no plain file: name another file with `alphas`")
     if path.exists() and path.name != ALPHAS_NAME:
-        try:
-            Alphas.load(path)
-        except AlphasError as error:
-            raise OutputError(f"{show(path)} is no alphas file and is not overwritten: name another with `alphas`") from error
+        Alphas.load(path)
 
 
 def _check_room(job: Job, out: Path) -> None:

@@ -67,7 +67,9 @@ def _loaded(path: str) -> ActiveMerge:
     return ActiveMerge(alphas, {name: column for column, name in enumerate(alphas.models)}, keep_precision=False)
 
 
-def combine(base: Tensor, experts: Sequence[Tensor], pieces: Sequence[Piece], scale: float, dtype: torch.dtype) -> Tensor:
+def combine(
+    base: Tensor, experts: Sequence[Tensor], pieces: Sequence[Piece], scale: float, dtype: torch.dtype
+) -> Tensor:
     """theta_0 + scale * sum_t alpha_t (theta_t - theta_0)     (Eq. 1 with Algorithm 1's weights)
 
     Args:
@@ -145,8 +147,8 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
     name = group.metadata.name
     if path is None:
         raise AlphasError(
-            f"{NAME} was called without its pre-pass and without `alphas`: run `mergekit-yaml` or `mergekit-slta merge`, "
-            "or name an existing alphas file"
+            f"{NAME} was called without its pre-pass and without `alphas`: run `mergekit-yaml` or "
+            "`mergekit-slta merge`, or name an existing alphas file"
         )
     merge = _ACTIVE.get(path) or _loaded(path)
     pieces = merge.alphas.pieces(name)
@@ -157,12 +159,15 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         column = merge.columns.get(entry.id, merge.columns.get(str(entry.id)))
         if column is None:
             raise AlphasError(
-                f"the alphas file {show(path)} knows no model {show(entry.id)}; it is for {listing(merge.alphas.models)}"
+                f"the alphas file {show(path)} knows no model {show(entry.id)}; "
+                f"it is for {listing(merge.alphas.models)}"
             )
         experts[column] = entry.tensor
     missing = [model for model, tensor in zip(merge.alphas.models, experts, strict=True) if tensor is None]
     if missing or group.base is None:
-        raise ModelError(f"tensor {show(name)} is missing in {listing(missing or ['the base'])}, so it cannot be merged")
+        raise ModelError(
+            f"tensor {show(name)} is missing in {listing(missing or ['the base'])}, so it cannot be merged"
+        )
     base = group.base.tensor
     wide = torch.promote_types(base.dtype, torch.float32)
     return combine(base, experts, pieces, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]

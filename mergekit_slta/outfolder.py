@@ -56,7 +56,8 @@ def check_output(out: Path, inputs: Sequence[str]) -> None:
     foreign = _foreign(out)
     if foreign:
         raise OutputError(
-            f"{show(out)} holds weights of another origin ({listing(foreign, 3)}): name another folder, or move them away"
+            f"{show(out)} holds weights of another origin ({listing(foreign, 3)}): "
+            "name another folder, or move them away"
         )
 
 

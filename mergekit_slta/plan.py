@@ -99,7 +99,10 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
         try:
             loaders[model] = cache.get(model)
         except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
-            raise ModelError(f"cannot open the checkpoint of {show(recipe.names[model])}: {show(error)}") from error
+            raise ModelError(
+                f"cannot open the checkpoint of {show(recipe.names[model])} ({show(error)}): "
+                "a file is missing or corrupt, fetch it again"
+            ) from error
     headers = {
         model: read_headers(loader, recipe.names[model])
         for model, loader in loaders.items()
@@ -143,7 +146,9 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
         try:
             entries = _read_header(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again") from error
+            raise ModelError(
+                f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again"
+            ) from error
         lacking = [key for key in shard.contained_keys if key not in entries]
         if lacking:
             raise ModelError(f"{show(path)} of {show(name)} lacks {listing(lacking, 3)}, which its index promises")
@@ -169,7 +174,9 @@ def _read_header(path: str) -> dict[str, TensorHeader]:
     return headers
 
 
-def check_plan(plan: Plan, names: Mapping[ModelReference, str], parameters: Iterable[str], configs: Mapping[ModelReference, Any]) -> None:
+def check_plan(
+    plan: Plan, names: Mapping[ModelReference, str], parameters: Iterable[str], configs: Mapping[ModelReference, Any]
+) -> None:
     """Compare the plan with every checkpoint: mergekit drops without a word what its definitions do not list.
 
     Args:
@@ -199,8 +206,8 @@ def check_plan(plan: Plan, names: Mapping[ModelReference, str], parameters: Iter
         for name in plan.loaders[model].index.tensor_paths:
             if name in known and name not in covered[model]:
                 raise ModelError(
-                    f"mergekit would drop {show(name)} of {show(names[model])}: its definition of this architecture does "
-                    "not list it, and the output would load with zeros there"
+                    f"mergekit would drop {show(name)} of {show(names[model])}: its definition of this architecture "
+                    "does not list it, and the output would load with zeros there"
                 )
     _check_shapes(plan, names)
 

@@ -26,7 +26,14 @@ from mergekit_slta.skeleton import Skeleton
 from mergekit_slta.stream import BATCH_TOKENS, HEAD_ELEMENTS
 from mergekit_slta.submodules import Submodule, architecture, split
 
-_SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SAME = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,9 @@ def _check_device(options: MergeOptions) -> None:
     try:
         torch.empty(0, device=options.device or "cpu")
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device") from error
+        raise RunError(
+            f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device"
+        ) from error
 
 
 def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
@@ -124,7 +133,9 @@ def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, Pret
     for model in recipe.models:
         name = show(recipe.names[model])
         if model.lora is not None and not options.lora_merge_cache:
-            raise ModelError(f"{name} is an adapter, which mergekit merges into a copy on disk: add --lora-merge-cache DIR")
+            raise ModelError(
+                f"{name} is an adapter, which mergekit merges into a copy on disk: add --lora-merge-cache DIR"
+            )
         try:
             configs[model] = model.config(trust_remote_code=options.trust_remote_code)
         except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
@@ -185,7 +196,9 @@ def estimate(job: Job) -> Costs:
     head = job.skeleton.head_weight if job.skeleton.head_weight in sizes else job.skeleton.embedding_weight
     inner = sum(sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None)
     flops = models * job.num_tokens * 2.0 * (inner + sizes[head])
-    largest = max((sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None), default=0)
+    largest = max(
+        (sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None), default=0
+    )
     width = int(job.skeleton.config.hidden_size)
     tokens = min(job.num_tokens, max(BATCH_TOKENS, job.recipe.settings.max_seq_length))
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
@@ -209,4 +222,6 @@ def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:
     """
     for drawn, name in zip(rows, names, strict=True):
         if drawn is None:
-            raise DataError(f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`")
+            raise DataError(
+                f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+            )

@@ -159,7 +159,9 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
 def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
     for key in own:
         if key in SHARED_KEYS:
-            raise RecipeError(f"`{key}` of {show(name)} is shared by all models: move it to the top-level `parameters:`")
+            raise RecipeError(
+                f"`{key}` of {show(name)} is shared by all models: move it to the top-level `parameters:`"
+            )
         _check_key(key, TASK_KEYS, f"under {show(name)}")
     given = {key: own.get(key, shared.get(key)) for key in TASK_KEYS if key in own or key in shared}
     values = {key: constant(key, setting) for key, setting in given.items()}
@@ -199,10 +201,12 @@ def constant(key: str, setting: Any) -> Any:
         RecipeError: filters or gradients give different tensors different values, or leave some without one.
     """
     leaves = list(_leaves(setting))
-    conditions = [setting] if isinstance(setting, ConditionalParameter) else setting if isinstance(setting, list) else []
+    conditions = (
+        [setting] if isinstance(setting, ConditionalParameter) else setting if isinstance(setting, list) else []
+    )
     filtered = bool(conditions) and all(isinstance(entry, ConditionalParameter) for entry in conditions)
     covers_all = not filtered or any(entry.filter in (None, "*") for entry in conditions)
-    if not leaves or not covers_all or any(leaf != leaves[0] for leaf in leaves):
+    if not leaves or not covers_all or any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
         raise RecipeError(f"`{key}` differs between tensors (filters or a gradient): give one value for all of them")
     return leaves[0]
 
@@ -224,10 +228,7 @@ def _validated(model: type[BaseModel], values: dict[str, Any], where: str) -> An
         problem = error.errors()[0]
         key = str(problem["loc"][0]) if problem["loc"] else "?"
         allowed = get_args(model.model_fields[key].annotation) if problem["type"] == "literal_error" else ()
-        if allowed:
-            remedy = f"choose one of {listing(allowed)}"
-        else:
-            remedy = problem["msg"].removeprefix("Value error, ")
+        remedy = f"choose one of {listing(allowed)}" if allowed else problem["msg"].removeprefix("Value error, ")
         raise RecipeError(f"`{key}` of {show(where)} is {show(problem['input'])!r}: {show(remedy)}") from error
 
 

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,10 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
 
 
 def sample_numbers(num_rows: int, num_samples: int, seed: int) -> list[int]:
-    """Row numbers drawn without replacement; a prefix of what a larger `num_samples` draws. Global state is untouched."""
+    """Row numbers drawn without replacement; a prefix of what a larger `num_samples` draws.
+
+    The generator is a local one: global random state is untouched.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_rows, generator=generator, device="cpu")[:num_samples].tolist()
 
@@ -149,20 +153,18 @@ def _load_arguments(name: str, config: str | None) -> dict[str, Any]:
     return {"path": LOADERS[kinds.pop()], "data_files": [os.path.abspath(match) for match in matches]}
 
 
-class _quiet_progress:
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
     """`datasets` draws bars of its own while it converts a file; ours are the only ones wanted."""
+    import datasets
 
-    def __enter__(self) -> None:
-        from datasets.utils import logging as progress
-
-        self._enabled = progress.is_progress_bar_enabled()
-        progress.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from datasets.utils import logging as progress
-
-        if self._enabled:
-            progress.enable_progress_bar()
+    enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bar()
 
 
 Render = Callable[[Mapping[str, Any], str], tuple[str, bool]]
@@ -243,7 +245,9 @@ def _as_text(value: object, column: str, where: str) -> str:
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, add_special_tokens: bool) -> list[int]:
     """Token ids, at most `max_length`; a begin-of-sequence token that the text brings itself is not doubled."""
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=True, max_length=max_length + 1)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=True, max_length=max_length + 1)[
+        "input_ids"
+    ]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]

@@ -8,7 +8,7 @@ layer whose other branch returns zeros *is* the block, residual and norms includ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,11 +112,8 @@ class Skeleton:
                 raise _Stop
             return (hidden,) if self._layers_return_tuples else hidden
 
-        with _replaced_forwards(dict.fromkeys(self.layers, recorder)):
-            try:
-                functional_call(self.model, dict(weights), (), {"input_ids": ids, "use_cache": False})
-            except _Stop:
-                pass
+        with _replaced_forwards(dict.fromkeys(self.layers, recorder)), suppress(_Stop):
+            functional_call(self.model, dict(weights), (), {"input_ids": ids, "use_cache": False})
         return inputs[0], calls
 
     def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -53,7 +53,9 @@ class Batch:
         return torch.nn.utils.rnn.pad_sequence(list(packed.split(list(self.lengths))), batch_first=True)
 
 
-def plan_batches(rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float = PADDING) -> list[Batch]:
+def plan_batches(
+    rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float = PADDING
+) -> list[Batch]:
     """Group rows of like length. Depends on the rows alone, not on machine, device or number of processes."""
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
     groups: list[list[int]] = []
@@ -136,8 +138,8 @@ class Runner:
         for model, (into, raw) in enumerate(zip(weights, self.checkpoints.raw(table), strict=True)):
             if int(used[-1]) >= raw.shape[0]:
                 raise ModelError(
-                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of {show(table)}: "
-                    "the tokenizer and the embeddings do not fit"
+                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
+                    f"{show(table)}: the tokenizer and the embeddings do not fit"
                 )
             into[table] = self.checkpoints.place(raw[used], table, model)  # [U, d]
         for batch in self.batches:

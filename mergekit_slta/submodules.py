@@ -109,9 +109,7 @@ def split(
     final_norm = f"{layers_path.rpartition('.')[0]}.{arch.final_norm}."
     for tensor in tensors:
         members[_owner(tensor, arch, granularity, layers_path, final_norm, head_weight, groups)].append(tensor)
-    return [
-        Submodule(group.name, group.kind, group.layer, tuple(members[name])) for name, group in groups.items()
-    ]
+    return [Submodule(group.name, group.kind, group.layer, tuple(members[name])) for name, group in groups.items()]
 
 
 def _owner(

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import click
 import torch
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
 from common import (
     TASKS,
     completed_directory,
@@ -24,12 +21,14 @@ from common import (
     load_tokenizer,
     read_rows,
     save_checkpoint,
-    set_threads,
+    set_up_torch,
     train,
     write_evaluation,
     write_rows,
 )
 from tasks import math_rows, translate_rows
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 SEED = 20250
 MATH_ROWS = 450
@@ -155,11 +154,11 @@ def make_expert(workdir: Path, task: str, steps: int) -> None:
 
 @click.command()
 @click.argument("workdir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=80, show_default=True, help="Optimizer steps per expert.")
+@click.option("--steps", default=60, show_default=True, help="Optimizer steps per expert.")
 @click.option("--threads", type=int, help="CPU threads for torch (default: torch's choice).")
 def main(workdir: Path, steps: int, threads: int | None) -> None:
     """Write base, experts, data and recipe into WORKDIR."""
-    set_threads(threads)
+    set_up_torch(threads)
     workdir.mkdir(parents=True, exist_ok=True)
     jobs = {"base": lambda: make_base(workdir), "data": lambda: make_data(workdir)}
     jobs |= {task: lambda task=task: make_expert(workdir, task, steps) for task in TASKS}

@@ -1,0 +1,181 @@
+"""Tiny real models, tokenizers and data, made once a session. No network, no mocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+import transformers
+import yaml
+from mergekit.options import MergeOptions
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+torch.set_num_threads(1)  # tiny products: threads only get in each other's way
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+)
+WORDS = [*"the quick brown fox jumps over a lazy dog while".split(), *"12 + 30 = 42 and so on".split()]
+CONFIGS = {
+    "llama": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 8, "head_dim": 8}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+}
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE that puts <s> before every text, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def make_config(
+    family: str, *, tied: bool = False, num_layers: int = 2, **changes: object
+) -> transformers.PretrainedConfig:
+    """A config of a few thousand parameters."""
+    kind, extra = CONFIGS[family]
+    settings = {
+        "hidden_size": 32, "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 320, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+    }  # fmt: skip
+    return kind(**{**settings, **extra, **changes})
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of a base and its experts under one folder, with a dataset per expert."""
+
+    folder: Path
+    base: Path
+    experts: tuple[Path, ...]
+    datasets: tuple[Path, ...]
+
+    def recipe(self, num_experts: int | None = None, *, text: str | None = None, **parameters: object) -> dict:
+        """A recipe over absolute paths, as a mapping."""
+        count = num_experts or len(self.experts)
+        extra = {} if text is None else {"text": text}
+        return {
+            "merge_method": "submodule_linear",
+            "base_model": str(self.base),
+            "models": [
+                {"model": str(expert), "parameters": {"dataset": str(dataset), **extra}}
+                for expert, dataset in zip(self.experts[:count], self.datasets[:count], strict=True)
+            ],
+            "parameters": {"num_samples": 6, "max_seq_length": 24, **parameters},
+        }
+
+
+def perturbed(model: torch.nn.Module, seed: int, scale: float = 0.3) -> torch.nn.Module:
+    """A copy whose every tensor has moved, as after fine-tuning. Norms are moved too."""
+    import copy
+
+    generator = torch.Generator().manual_seed(seed)
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.add_(noise * scale * parameter.float().std(unbiased=False).clamp(min=0.1).to(parameter.dtype))
+    return expert
+
+
+def write_rows(path: Path, seed: int, count: int = 12) -> None:
+    """Rows of unequal length with a few columns."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            words = rng.choices(WORDS, k=rng.randint(3, 30))
+            row = {
+                "text": " ".join(words), "question": f"what is {number}?", "answer": " ".join(words[:3]),
+                "number": number, "tags": words[:2],
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="session")
+def make_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
+    """Checkpoints of any configuration, made once for each set of arguments."""
+    made: dict[str, Models] = {}
+
+    def make(
+        family: str = "llama",
+        *,
+        num_experts: int = 2,
+        dtype: torch.dtype = torch.float32,
+        shard: str = "60KB",
+        scale: float = 0.3,
+        **config: object,
+    ) -> Models:
+        key = repr((family, num_experts, dtype, shard, scale, sorted(config.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                base = transformers.AutoModelForCausalLM.from_config(make_config(family, **config))
+            with torch.no_grad():
+                for (
+                    parameter
+                ) in base.parameters():  # norms and biases away from 1 and 0, weights large enough to matter
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+                    else:
+                        parameter.mul_(5.0)
+            tokenizer = make_tokenizer()
+            paths, datasets = [], []
+            for number in range(num_experts + 1):
+                model = base if number == 0 else perturbed(base, number, scale)
+                path = folder / ("base" if number == 0 else f"expert{number}")
+                model.to(dtype).save_pretrained(path, max_shard_size=shard)
+                base.to(torch.float32)
+                tokenizer.save_pretrained(path)
+                paths.append(path)
+                if number:
+                    datasets.append(folder / f"task{number}.jsonl")
+                    write_rows(datasets[-1], number)
+            made[key] = Models(folder, paths[0], tuple(paths[1:]), tuple(datasets))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_models: Callable[..., Models]) -> Models:
+    """An untied Llama with three experts."""
+    return make_models("llama", num_experts=3)
+
+
+@pytest.fixture
+def options() -> MergeOptions:
+    """Quiet options, as mergekit's commands make them."""
+    return MergeOptions(quiet=True)
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[dict], Path]:
+    """Write a recipe into the test's folder."""
+
+    def write(recipe: dict, name: str = "recipe.yml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,119 @@
+"""The import hook: finds mergekit's modules whenever they come, costs nothing, harms nobody."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_start_of_python_imports_nothing_heavy():
+    """A bare interpreter has the finder installed, and neither torch nor mergekit nor anything else of note."""
+    result = python(
+        "import sys; print(sorted(name for name in sys.modules if name.split('.')[0] in "
+        "('torch', 'mergekit', 'transformers', 'click', 'pydantic', 'typing', 'importlib', 'mergekit_slta')))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'mergekit_slta', 'mergekit_slta._autoload'" in result.stdout
+    for heavy in ("torch", "'mergekit'", "transformers", "click", "pydantic", "typing", "importlib.abc"):
+        assert heavy not in result.stdout.replace("mergekit_slta", "")
+
+
+def test_autoload_is_below_two_milliseconds():
+    """`-X importtime` charges the package and its hook less than 2 ms together (best of five: machines are noisy)."""
+    best = min(_import_microseconds() for _ in range(5))
+    assert best < 2000
+
+
+def _import_microseconds() -> int:
+    result = python("pass", "-X", "importtime")
+    own = re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(mergekit_slta\S*)", result.stderr)
+    assert {name for _, name in own} == {"mergekit_slta", "mergekit_slta._autoload"}
+    return sum(int(microseconds) for microseconds, _ in own)
+
+
+KNOWN = "from mergekit import merge_methods; print([m.spec.name for m in merge_methods.registered_methods()])"
+
+
+def test_stock_mergekit_knows_the_method():
+    """Importing mergekit is enough, by any door."""
+    for code in (KNOWN, "import mergekit.plan; " + KNOWN, "import mergekit.scripts.run_yaml; " + KNOWN):
+        result = python(code)
+        assert result.stdout.count("'submodule_linear'") == 1, result.stderr
+        assert "mergekit-slta" not in result.stderr
+
+
+def test_run_merge_is_wrapped_by_every_door():
+    """`mergekit-yaml`, `mergekit-multi` and `mergekit.merge` hold the same wrapped function."""
+    result = python(
+        "import mergekit.scripts.run_yaml as a, mergekit.scripts.multimerge as b, mergekit.merge as c\n"
+        "print(a.run_merge is b.run_merge is c.run_merge, hasattr(c.run_merge, '_mergekit_slta_original'))"
+    )
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
+def test_importing_late_catches_up():
+    """Without the .pth, `import mergekit_slta` after mergekit registers and wraps, also where the name was imported."""
+    result = python(
+        f"import sys; sys.path.append({str(PACKAGE)!r})\n"  # without site-packages' .pth files there is no finder yet
+        "import os; os.environ.pop('MERGEKIT_SLTA_AUTOLOAD')\n"
+        "from mergekit.scripts import run_yaml\n"
+        "from mergekit import merge_methods\n"
+        "before = len(merge_methods.registered_methods())\n"
+        "import mergekit_slta._autoload as autoload\n"
+        "autoload.install(); autoload.install()\n"
+        "print(len(merge_methods.registered_methods()) - before, hasattr(run_yaml.run_merge, '_mergekit_slta_original'))",
+        MERGEKIT_SLTA_AUTOLOAD="0",
+    )
+    assert result.stdout.split() == ["1", "True"], result.stderr
+
+
+def test_switch_turns_it_off():
+    """MERGEKIT_SLTA_AUTOLOAD=0: mergekit is as it was."""
+    result = python(KNOWN, MERGEKIT_SLTA_AUTOLOAD="0")
+    assert "submodule_linear" not in result.stdout
+    assert "'task_arithmetic'" in result.stdout
+
+
+def test_harmless_without_mergekit(tmp_path):
+    """Where mergekit isn't installed, Python starts as ever, and importing mergekit fails as ever."""
+    result = python(
+        f"import sys; sys.path.insert(0, {str(PACKAGE)!r})\n"
+        "import mergekit_slta\n"
+        "try:\n    import mergekit.merge\nexcept ModuleNotFoundError as error:\n    print(error.name)",
+        "-S",
+    )
+    assert result.stdout.strip() == "mergekit"
+    assert not result.stderr
+
+
+@pytest.mark.parametrize("case", ["old", "taken"])
+def test_trouble_is_one_line_and_mergekit_works_on(tmp_path, case):
+    """With an old mergekit or the name taken, one line on stderr says so, and other methods are untouched."""
+    trouble = {
+        "old": "import importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '0.0.6' if name == 'mergekit' else real(name)\n",
+        "taken": "import mergekit_slta._autoload as a, types\nhook = a.HOOKS['mergekit.merge_methods']\n"
+        "def taken(module):\n"
+        "    method = types.SimpleNamespace(spec=types.SimpleNamespace(name='submodule_linear'))\n"
+        "    module.registry._METHODS['submodule_linear'] = method\n    hook(module)\n"
+        "a.HOOKS['mergekit.merge_methods'] = taken\n",
+    }[case]
+    result = python(trouble + KNOWN)
+    assert result.returncode == 0, result.stderr
+    assert "'task_arithmetic'" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("mergekit-slta: ")]
+    assert {"old": "but 0.0.6 is installed", "taken": "is already registered"}[case] in line
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,95 @@
+"""Rooms stay rooms: what each file may import, and that arrows point down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
+FLOORS = [
+    {"errors", "_autoload"},
+    {"files"},
+    {"gram", "solve", "alphas"},
+    {"method", "recipe", "submodules", "report"},
+    {"samples", "plan", "skeleton"},
+    {"checkpoints", "fingerprint"},
+    {"stream"},
+    {"preflight"},
+    {"assembly", "summary"},
+    {"calibration", "outfolder"},
+    {"host"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imports_of(path: Path, *, top_level: bool = False) -> set[str]:
+    """Names of the modules that a file imports (at its top level only, without TYPE_CHECKING blocks, if asked)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_every_room_has_a_floor():
+    """A new file needs a place in the building."""
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"demo"}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_arrows_point_down():
+    """A room imports rooms below it only (two lazy imports are doors upward: the hook to the method, the method to the host)."""
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    doors = {("method", "host"), ("_autoload", "method"), ("demo", "demo")}
+    for room, level in floor.items():
+        files = PACKAGE.joinpath(room).glob("*.py") if room == "demo" else [PACKAGE / f"{room}.py"]
+        for path in files:
+            for name in imports_of(path):
+                parts = name.split(".")
+                if parts[0] == "mergekit_slta" and len(parts) > 1 and parts[1] in floor:
+                    assert floor[parts[1]] < level or (room, parts[1]) in doors, f"{room} imports {parts[1]}"
+
+
+@pytest.mark.parametrize("room", ["gram", "solve", "files", "errors", "alphas"])
+def test_maths_knows_neither_mergekit_nor_transformers(room):
+    """Statistics and solves are tensors in, tensors out."""
+    roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{room}.py")}
+    assert not roots & {"mergekit", "transformers", "datasets", "accelerate"}
+
+
+def test_runner_knows_no_statistics():
+    """The runner hands outputs out; what is made of them is not its business."""
+    for room in ("stream", "skeleton", "checkpoints"):
+        assert not imports_of(PACKAGE / f"{room}.py") & {
+            f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
+        }
+
+
+def test_matplotlib_is_loaded_only_to_draw():
+    """No file imports it at its top level."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.split(".")[0] == "matplotlib" for name in imports_of(path, top_level=True)), path
+
+
+def test_public_names_exist_and_come_lazily():
+    """`mergekit_slta.calibrate` and the others are there, and importing the package alone loads no torch."""
+    code = (
+        "import sys, mergekit_slta\n"
+        "assert 'torch' not in sys.modules\n"
+        "for name in mergekit_slta.__all__: getattr(mergekit_slta, name)\n"
+        "assert callable(mergekit_slta.calibrate) and callable(mergekit_slta.register)\n"
+        "print(mergekit_slta.Alphas.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "Alphas", result.stderr

@@ -1,0 +1,220 @@
+"""Alphas against the in-memory reference, and the runner against the model's own forward."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from reference import reference_alphas
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_slta.calibration import calibrate, gather_statistics, solve_job
+from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.errors import ModelError, RunError
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import read_recipe
+from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.stream import Runner, plan_batches
+
+
+def job_of(recipe: dict, options: MergeOptions):
+    return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options)
+
+
+def token_rows(job) -> list[list[list[int]]]:
+    return [[list(row.ids) for row in drawn.rows] for drawn in job.rows]
+
+
+CASES = [
+    ("llama", "attn_mlp", True, False, 2, torch.float32),
+    ("llama", "attn_mlp", False, True, 3, torch.float32),
+    ("llama", "layer", True, True, 2, torch.float32),
+    ("llama", "layer", False, False, 4, torch.float32),
+    ("llama", "attn_mlp", True, True, 4, torch.bfloat16),
+    ("mistral", "attn_mlp", True, False, 3, torch.bfloat16),
+    ("mistral", "layer", True, True, 2, torch.float32),
+    ("qwen2", "attn_mlp", True, True, 2, torch.float32),
+    ("qwen2", "layer", False, False, 2, torch.bfloat16),
+    ("qwen3", "attn_mlp", False, True, 2, torch.bfloat16),
+    ("qwen3", "layer", True, False, 3, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("family", "granularity", "balance", "tied", "experts", "dtype"), CASES)
+def test_alphas_equal_the_reference(make_models, options, family, granularity, balance, tied, experts, dtype):
+    """Streaming calibration gives the alphas of Eq. 10-14 and 33-34 on models held in memory, to 1e-4."""
+    models = make_models(family, num_experts=experts, tied=tied, dtype=dtype)
+    job = job_of(models.recipe(granularity=granularity, balance=balance), options)
+    alphas = solve_job(job, gather_statistics(job))
+    expected = reference_alphas(
+        models.base, list(models.experts), token_rows(job), granularity, balance=balance, tied=tied
+    )
+    assert {entry.name for entry in alphas.submodules} == set(expected)
+    for entry in alphas.submodules:
+        np.testing.assert_allclose(entry.alpha, expected[entry.name], atol=1e-4, err_msg=entry.name)
+
+
+def test_rows_have_unequal_lengths_and_are_cut(tiny, options):
+    """The reference cases mean something: rows differ in length and some are cut to max_seq_length."""
+    lengths = [len(row) for rows in token_rows(job_of(tiny.recipe(), options)) for row in rows]
+    assert len(set(lengths)) > 3
+    assert max(lengths) == 24
+    assert sum(length == 24 for length in lengths) > 1
+
+
+def test_importance_weighs_a_task(tiny, options):
+    """`importance` multiplies a task's share in the objective, as in Eq. 13 with weights w_a."""
+    recipe = tiny.recipe(2)
+    recipe["models"][0]["parameters"]["importance"] = 5.0
+    job = job_of(recipe, options)
+    expected = reference_alphas(
+        tiny.base, list(tiny.experts[:2]), token_rows(job), "attn_mlp", balance=True, tied=False, importance=[5.0, 1.0]
+    )
+    for entry in solve_job(job, gather_statistics(job)).submodules:
+        np.testing.assert_allclose(entry.alpha, expected[entry.name], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("granularity", ["layer", "attn_mlp"])
+def test_stream_equals_the_models_own_forward(make_models, options, family, granularity):
+    """The base's features at the end of the stream are the hidden states and logits of its own forward."""
+    models = make_models(family)
+    job = job_of(models.recipe(granularity=granularity), options)
+    tokens = [row for rows in token_rows(job) for row in rows]
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
+    runner = Runner(job.skeleton, checkpoints, job.submodules, plan_batches(tokens))
+    logits: dict[int, list[torch.Tensor]] = {}
+    with torch.inference_mode():
+        for evaluation in runner.run():
+            if evaluation.submodule.kind == "head":
+                for row, part in zip(evaluation.rows, evaluation.base.split(list(evaluation.lengths)), strict=True):
+                    logits.setdefault(row, []).append(part)
+    model = AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32).eval()
+    for row, ids in enumerate(tokens):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(torch.cat(logits[row], dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_tensor_of_the_output_is_covered_once(tiny, make_models, options):
+    """Submodules own all tensors of mergekit's plan, none twice."""
+    for models, granularity in [(tiny, "layer"), (tiny, "attn_mlp"), (make_models("qwen2", tied=True), "attn_mlp")]:
+        job = job_of(models.recipe(granularity=granularity), options)
+        owned = [tensor for submodule in job.submodules for tensor in submodule.tensors]
+        assert sorted(owned) == sorted(job.plan.tensors)
+
+
+def test_norms_belong_to_the_block_they_feed(tiny, options):
+    """Llama's input_layernorm goes with attention, post_attention_layernorm with the MLP."""
+    owner = {tensor: sub.name for sub in job_of(tiny.recipe(), options).submodules for tensor in sub.tensors}
+    assert owner["model.layers.1.input_layernorm.weight"] == "model.layers.1.self_attn"
+    assert owner["model.layers.1.post_attention_layernorm.weight"] == "model.layers.1.mlp"
+    assert owner["model.norm.weight"] == "head"
+    assert owner["model.embed_tokens.weight"] == "embed"
+
+
+def test_each_tensor_moves_its_own_block_only(tiny, options):
+    """Gradients: a tensor of a block moves that block's output; no tensor of the other block does."""
+    skeleton = Skeleton(AutoConfig.from_pretrained(tiny.base), "base")
+    job = job_of(tiny.recipe(), options)
+    weights = Checkpoints(job.plan, job.recipe.names, torch.device("cpu"), torch.float32).load(
+        [name for name in job.plan.tensors if name.startswith("model.layers.0.")], models=[0]
+    )[0]
+    skeleton.embed(torch.zeros((1, 5), dtype=torch.int64), {"model.embed_tokens.weight": torch.zeros(1, 32)})
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    for submodule in job.submodules:
+        if submodule.layer != 0:
+            continue
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+        skeleton.block(0, submodule.kind, hidden, leaves).square().sum().backward()
+        moved = {name for name, leaf in leaves.items() if leaf.grad is not None and leaf.grad.abs().max() > 0}
+        assert moved == set(submodule.tensors)
+
+
+def test_order_of_models_does_not_move_a_digit(tiny, options):
+    """Models are ordered canonically before a solve: reversing the recipe permutes the alphas, bit by bit."""
+    forward = calibrate(tiny.recipe(), options)
+    recipe = tiny.recipe()
+    recipe["models"].reverse()
+    backward = calibrate(recipe, options)
+    assert backward.models == tuple(reversed(forward.models))
+    for one, other in zip(forward.submodules, backward.submodules, strict=True):
+        assert one.alpha == tuple(reversed(other.alpha))
+        assert one.stderr == tuple(reversed(other.stderr))
+
+
+def test_global_random_state_is_untouched(tiny, options):
+    """Calibration draws from generators of its own."""
+    random.seed(7)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    before = (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy())
+    calibrate(tiny.recipe(2), options)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_expert_that_equals_the_base_is_unchanged(tiny, options):
+    """An expert equal to the base gets alpha 0 everywhere and is marked, and moves nobody else's alpha."""
+    import shutil
+
+    copy = tiny.folder / "copy_of_base"
+    if not copy.exists():
+        shutil.copytree(tiny.base, copy)
+    recipe = tiny.recipe(1)
+    recipe["models"].append({"model": str(copy), "parameters": {"dataset": str(tiny.datasets[1])}})
+    alphas = calibrate(recipe, options)
+    for entry in alphas.submodules:
+        assert entry.alpha[1] == 0.0
+        assert entry.unchanged == (str(copy),)
+        assert "unchanged" in entry.flags
+
+
+def test_duplicated_experts_share_by_minimum_norm(tiny, options):
+    """Two copies of one expert lose rank: equal alphas that add up to 1, and a flag."""
+    import shutil
+
+    copy = tiny.folder / "copy_of_expert1"
+    if not copy.exists():
+        shutil.copytree(tiny.experts[0], copy)
+    recipe = tiny.recipe(1)
+    recipe["models"].append({"model": str(copy), "parameters": {"dataset": str(tiny.datasets[0])}})
+    for entry in calibrate(recipe, options).submodules:
+        assert entry.alpha == pytest.approx((0.5, 0.5), abs=1e-6)
+        assert entry.rank == 1
+        assert "rank_deficient" in entry.flags
+
+
+def test_nan_in_an_expert_is_named(tiny, options, tmp_path):
+    """A NaN in one tensor of one expert stops the run with the tensor's and the expert's names."""
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(tiny.experts[1])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(tiny.base).save_pretrained(broken)
+    recipe = tiny.recipe(2)
+    recipe["models"][1]["model"] = str(broken)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .*broken holds NaN"):
+        calibrate(recipe, options)
+
+
+def test_overflowing_features_are_named(make_models, options):
+    """Features beyond float16's range stop the run and name the remedy."""
+    models = make_models("llama")
+    recipe = models.recipe(compute_dtype="float16")
+    model = AutoModelForCausalLM.from_pretrained(models.base)
+    huge = models.folder / "huge"
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e4)
+        model.model.layers[0].self_attn.o_proj.weight.mul_(3e5)
+    model.save_pretrained(huge)
+    AutoTokenizer.from_pretrained(models.base).save_pretrained(huge)
+    recipe["base_model"] = str(huge)
+    with pytest.raises((RunError, ModelError), match="NaN or Inf"):
+        calibrate(recipe, options)

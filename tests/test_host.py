@@ -1,0 +1,622 @@
+"""Whole merges: the stock command, the project's own, mergekit-multi, reuse, OUT's hygiene, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from mergekit.scripts import multimerge, run_yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import mergekit_slta.host as host
+from mergekit_slta import cli
+from mergekit_slta.alphas import Alphas
+
+QUIET = ["--quiet"]
+
+
+def mergekit_yaml(*arguments: object) -> Result:
+    """The stock command, in this process."""
+    return CliRunner().invoke(run_yaml.main, [str(argument) for argument in arguments])
+
+
+def slta(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in tensors(path).items()}
+
+
+def explicit(models, alphas: Alphas, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """theta_0 + lambda sum alpha_t tau_t in float64, for every tensor the file lists."""
+    base, experts = state(models.base), [state(Path(name)) for name in alphas.models]
+    result = {}
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            total = base[name].double()
+            for weight, expert in zip(entry.alpha, experts, strict=True):
+                total = total + scale * weight * (expert[name].double() - base[name].double())
+            result[name] = total
+    return result
+
+
+@pytest.mark.parametrize("granularity", ["layer", "attn_mlp"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_tensors_are_explicit_arithmetic(make_models, write_recipe, tmp_path, granularity, tied):
+    """Every tensor of OUT is the formula's value, rounded once to the output dtype; the model loads and generates."""
+    models = make_models("llama", tied=tied, dtype=torch.bfloat16)
+    recipe = {**models.recipe(granularity=granularity, **{"lambda": 0.9}), "out_dtype": "bfloat16"}
+    out = tmp_path / "out"
+    result = mergekit_yaml(write_recipe(recipe), out, *QUIET)
+    assert result.exit_code == 0, result.output
+    alphas = Alphas.load(out / "slta_alphas.json")
+    expected, found = explicit(models, alphas, 0.9), tensors(out)
+    assert set(found) == set(expected) == set(state(models.base))
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        difference = (tensor.double() - expected[name]).abs()
+        assert (difference <= expected[name].abs() * 2**-8 + 1e-30).all(), name  # half a unit in the last place
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("the quick", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_output_dtype_follows_the_recipe(tiny, make_models, write_recipe, tmp_path):
+    """Without `out_dtype` the inputs' dtype stays; bf16 inputs with `out_dtype: float32` keep the sum's precision."""
+    models = make_models("llama", dtype=torch.bfloat16)
+    for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        recipe = models.recipe()
+        if dtype:
+            recipe["out_dtype"] = dtype
+        out = tmp_path / str(dtype)
+        assert mergekit_yaml(write_recipe(recipe), out, *QUIET).exit_code == 0
+        assert {tensor.dtype for tensor in tensors(out).values()} == {expected}
+    values = explicit(models, Alphas.load(out / "slta_alphas.json"))
+    for name, tensor in tensors(out).items():
+        torch.testing.assert_close(tensor.double(), values[name], rtol=1e-6, atol=1e-7)
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def script(name: str) -> Path:
+    return Path(sys.executable).parent / name
+
+
+def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
+    """`mergekit-yaml`, `mergekit-slta merge`, and `calibrate` followed by `alphas:`, each a process of its own."""
+    recipe = {**tiny.recipe(2), "out_dtype": "bfloat16"}
+    path = write_recipe(recipe)
+    first = run(script("mergekit-yaml"), path, "one", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "Calibrating" in first.stderr  # its own progress bar
+    off = {"MERGEKIT_SLTA_AUTOLOAD": "0"}  # the project's own command works where .pth files are not read
+    second = run(script("mergekit-slta"), "merge", path, "two", "--quiet", cwd=tmp_path, **off)
+    assert second.returncode == 0, second.stderr
+    third = run(sys.executable, "-m", "mergekit_slta", "calibrate", path, "-o", "saved.json", "--quiet", cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+    named = {**recipe, "parameters": {**recipe["parameters"], "alphas": "saved.json"}}
+    for entry in named["models"]:
+        entry["parameters"] = {}
+    fourth = run(script("mergekit-yaml"), write_recipe(named, "named.yml"), "three", cwd=tmp_path)
+    assert fourth.returncode == 0, fourth.stderr
+    assert "Reusing the alphas" in fourth.stderr
+    one, two, three = (tensors(tmp_path / name) for name in ("one", "two", "three"))
+    assert one.keys() == two.keys() == three.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name])
+        assert torch.equal(one[name], three[name])
+    alphas = (tmp_path / "one" / "slta_alphas.json").read_bytes()
+    assert alphas == (tmp_path / "two" / "slta_alphas.json").read_bytes() == (tmp_path / "saved.json").read_bytes()
+    assert alphas == (tmp_path / "three" / "slta_alphas.json").read_bytes()  # OUT explains itself
+    again = run(script("mergekit-yaml"), path, "one", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "Reusing the alphas" in again.stderr
+    assert "Calibrating" not in again.stderr
+    assert (tmp_path / "one" / "slta_alphas.json").read_bytes() == alphas
+
+
+def test_mergekit_multi_and_python(tiny, write_recipe, tmp_path, options):
+    """The wrapper holds for `mergekit-multi` and for `run_merge` called from Python, with equal tensors."""
+    import mergekit.merge
+
+    recipe = tiny.recipe(2)
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "python"), options=options)
+    path = tmp_path / "multi.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(
+        multimerge.main, [str(path), "--out-path", str(tmp_path / "multi"), "-I", str(tmp_path / "between"), *QUIET]
+    )
+    assert result.exit_code == 0, result.output
+    one, two = tensors(tmp_path / "python"), tensors(tmp_path / "multi")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_other_methods_pass_through(tiny, write_recipe, tmp_path):
+    """A recipe with another method merges as ever, and leaves none of this package's files."""
+    recipe = {
+        "merge_method": "linear", "dtype": "float32",
+        "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in tiny.experts[:2]],
+    }  # fmt: skip
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
+    assert result.exit_code == 0, result.output
+    assert not [name for name in os.listdir(tmp_path / "out") if "slta" in name]
+
+
+def test_model_card_and_config_show_the_users_recipe(tiny, write_recipe, tmp_path):
+    """mergekit_config.yml is the recipe as written, not as rewritten for mergekit."""
+    path = write_recipe(tiny.recipe(2))
+    assert mergekit_yaml(path, tmp_path / "out", *QUIET).exit_code == 0
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == path.read_text()
+    assert "Submodule Linear (SLTA)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_base_listed_last_and_sharded_output(tiny, write_recipe, tmp_path):
+    """The base may be listed among the models; shards, their index and all tensors are there."""
+    recipe = tiny.recipe(2)
+    assert mergekit_yaml(write_recipe(recipe), tmp_path / "one", *QUIET).exit_code == 0
+    recipe["models"].append({"model": str(tiny.base)})
+    result = mergekit_yaml(write_recipe(recipe, "two.yml"), tmp_path / "two", "--out-shard-size", "5000", *QUIET)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "two" / "model.safetensors.index.json").exists()
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_tokenizer_source_base_with_grown_vocabulary(tiny, write_recipe, tmp_path):
+    """An expert with padded embeddings merges over the base's rows under `tokenizer: {source: base}`."""
+    grown = tmp_path / "grown"
+    model = AutoModelForCausalLM.from_pretrained(tiny.experts[0])
+    model.resize_token_embeddings(328, mean_resizing=False)
+    model.save_pretrained(grown)
+    AutoTokenizer.from_pretrained(tiny.base).save_pretrained(grown)
+    recipe = tiny.recipe(2)
+    recipe["models"][0]["model"] = str(grown)
+    path = write_recipe(recipe)
+    result = mergekit_yaml(path, tmp_path / "out", *QUIET)
+    assert result.exit_code == 2
+    assert "add `tokenizer: {source: base}`" in result.output
+    recipe["tokenizer"] = {"source": "base"}
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
+    assert result.exit_code == 0, result.output
+    rows = len(AutoTokenizer.from_pretrained(tiny.base))
+    merged = tensors(tmp_path / "out")["model.embed_tokens.weight"]
+    assert merged.shape[0] == rows == AutoConfig.from_pretrained(tmp_path / "out").vocab_size
+    plain = tiny.recipe(2)
+    assert mergekit_yaml(write_recipe(plain, "plain.yml"), tmp_path / "plain", *QUIET).exit_code == 0
+    expected = tensors(tmp_path / "plain")
+    torch.testing.assert_close(merged, expected["model.embed_tokens.weight"][:rows], rtol=1e-4, atol=1e-4)
+
+
+def test_changed_recipe_is_calibrated_anew_or_solved_again(tiny, write_recipe, tmp_path):
+    """In OUT: another `ridge` only needs another solve, other rows another calibration; each is said."""
+    out = tmp_path / "out"
+    recipe = tiny.recipe(2)
+    assert mergekit_yaml(write_recipe(recipe), out).exit_code == 0
+    first = Alphas.load(out / "slta_alphas.json")
+    recipe["parameters"]["ridge"] = 0.5
+    result = mergekit_yaml(write_recipe(recipe), out)
+    assert result.exit_code == 0, result.output
+    assert "other ridge" in result.output
+    assert "Solving again from the statistics" in result.output
+    ridged = Alphas.load(out / "slta_alphas.json")
+    fresh = CliRunner().invoke(
+        cli.main, ["calibrate", str(tmp_path / "recipe.yml"), "-o", str(tmp_path / "f.json"), *QUIET]
+    )
+    assert fresh.exit_code == 0, fresh.output
+    assert (tmp_path / "f.json").read_bytes() == (out / "slta_alphas.json").read_bytes()
+    assert ridged.submodules[1].alpha != first.submodules[1].alpha
+    recipe["parameters"]["seed"] = 7
+    result = mergekit_yaml(write_recipe(recipe), out)
+    assert result.exit_code == 0, result.output
+    assert "other rows of" in result.output
+    assert "Calibrating" in result.output
+
+
+def test_lambda_needs_no_new_alphas(tiny, write_recipe, tmp_path):
+    """`lambda` acts at merge time: the alphas are reused, the tensors move."""
+    out = tmp_path / "out"
+    assert mergekit_yaml(write_recipe(tiny.recipe(2)), out).exit_code == 0
+    one = tensors(out)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2, **{"lambda": 0.5})), out)
+    assert "Reusing the alphas" in result.output
+    base, name = state(tiny.base), "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(tensors(out)[name] - base[name], 0.5 * (one[name] - base[name]), rtol=1e-4, atol=1e-6)
+
+
+def test_named_alphas_that_do_not_fit_are_refused(tiny, make_models, write_recipe, tmp_path):
+    """Alphas for other weights, other rows or another granularity: the error says what differs, OUT is not made."""
+    saved = tmp_path / "saved.json"
+    assert slta("calibrate", write_recipe(tiny.recipe(2)), "-o", saved, *QUIET).exit_code == 0
+    before = saved.read_bytes()
+    other = make_models("llama", num_experts=2, scale=0.2).recipe(2, alphas=str(saved))
+    cases = [
+        (tiny.recipe(2, alphas=str(saved), granularity="layer"), "other granularity"),
+        (tiny.recipe(2, alphas=str(saved), seed=1), "other rows of"),
+        (tiny.recipe(3, alphas=str(saved)), "other .*weights of .*expert3"),
+        (tiny.recipe(1, alphas=str(saved)), "other .*weights of .*expert2"),
+        (other, "other .*weights of"),
+    ]
+    import re
+
+    for recipe, message in cases:
+        result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
+        assert result.exit_code == 2, result.output
+        assert re.search(message, result.output), result.output
+        assert not (tmp_path / "out").exists()
+    assert saved.read_bytes() == before
+
+
+def test_weights_changed_after_calibration_are_noticed(tiny, write_recipe, tmp_path):
+    """Alphas are bound to the bytes of every checkpoint, experts' included."""
+    expert = tmp_path / "expert"
+    shutil.copytree(tiny.experts[1], expert)
+    recipe = tiny.recipe(2)
+    recipe["models"][1]["model"] = str(expert)
+    saved = tmp_path / "saved.json"
+    assert slta("calibrate", write_recipe(recipe), "-o", saved, *QUIET).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(expert)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+    model.save_pretrained(expert, max_shard_size="60KB")
+    recipe["parameters"]["alphas"] = str(saved)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
+    assert result.exit_code == 2
+    assert "other weights of" in result.output
+
+
+# --- OUT ------------------------------------------------------------------------------------------------------------
+
+
+def test_earlier_merge_is_replaced_whole(tiny, write_recipe, tmp_path):
+    """One file, then shards, then one file: never a mixture, nothing left aside."""
+    out = tmp_path / "out"
+    for arguments in ([], ["--out-shard-size", "5000"], []):
+        assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET, *arguments).exit_code == 0
+        index = out / "model.safetensors.index.json"
+        assert index.exists() == bool(arguments)
+        assert (out / "model.safetensors").exists() != bool(arguments)
+        if arguments:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            assert {path.name for path in out.glob("model*.safetensors")} == names
+        assert not (out / ".slta_previous").exists()
+
+
+def test_weights_of_others_are_refused(tiny, write_recipe, tmp_path):
+    """A folder with somebody's model in it is left alone, also when an alphas file lies there."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny.experts[0], out)
+    before = sorted(os.listdir(out))
+    assert slta("calibrate", write_recipe(tiny.recipe(2)), "-o", tmp_path / "slta_alphas.json", *QUIET).exit_code == 0
+    shutil.copy(tmp_path / "slta_alphas.json", out)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
+    assert result.exit_code == 2
+    assert "weights of another origin" in result.output
+    assert sorted(os.listdir(out)) == sorted([*before, "slta_alphas.json"])
+
+
+def test_failed_merge_puts_the_earlier_weights_back(tiny, write_recipe, tmp_path, monkeypatch):
+    """Where mergekit fails half-way, OUT holds the earlier merge, not half of the new one."""
+    from mergekit.io.tensor_writer import TensorWriter
+
+    out = tmp_path / "out"
+    assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 0
+    before = tensors(out)
+
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorWriter, "finalize", fail)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2, **{"lambda": 0.1})), out, *QUIET, "--out-shard-size", "5000")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    assert "Traceback" not in result.output
+    after = tensors(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 0
+
+
+def test_no_room_is_said_before_anything_is_written(tiny, write_recipe, tmp_path, monkeypatch):
+    """The free space is compared with what will be written."""
+    monkeypatch.setattr(host, "free_bytes", lambda out: 1000)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", *QUIET)
+    assert result.exit_code == 2
+    assert "GiB left" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def saved_copy(source: Path, target: Path, change=None, **config) -> str:
+    """A checkpoint made from another one, with its model or config changed."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    if change:
+        model = change(model) or model
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    if config:
+        path = target / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return str(target)
+
+
+def with_expert(recipe: dict, path: object) -> dict:
+    recipe["models"][1]["model"] = str(path)
+    return recipe
+
+
+def with_task(recipe: dict, **parameters: object) -> dict:
+    recipe["models"][0]["parameters"].update(parameters)
+    return recipe
+
+
+def fewer_layers(model):
+    config = model.config
+    config.num_hidden_layers = 1
+    smaller = LlamaForCausalLM(config)
+    smaller.load_state_dict(model.state_dict(), strict=False)
+    return smaller
+
+
+def other_architecture(tiny, make_models, tmp_path):
+    return with_expert(tiny.recipe(2), make_models("qwen2").experts[0])
+
+
+def unsupported(tiny, make_models, tmp_path):
+    import transformers
+
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, vocab_size=320, word_embed_proj_dim=32
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    recipe = with_expert(tiny.recipe(2), tmp_path / "opt")
+    return {**recipe, "base_model": str(tmp_path / "opt")} | {"models": recipe["models"][:1]}
+
+
+def truncated(tiny, make_models, tmp_path):
+    path = saved_copy(tiny.experts[1], tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return with_expert(tiny.recipe(2), path)
+
+
+def missing_shard(tiny, make_models, tmp_path):
+    shutil.copytree(tiny.experts[1], tmp_path / "broken")
+    sorted((tmp_path / "broken").glob("*.safetensors"))[0].unlink()
+    return with_expert(tiny.recipe(2), tmp_path / "broken")
+
+
+def missing_tensor(tiny, make_models, tmp_path):
+    path = saved_copy(tiny.experts[1], tmp_path / "broken")
+    from safetensors.torch import save_file
+
+    content = load_file(tmp_path / "broken" / "model.safetensors")
+    del content["model.layers.1.mlp.up_proj.weight"]
+    save_file(content, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    return with_expert(tiny.recipe(2), path)
+
+
+def unplanned_bias(tiny, make_models, tmp_path):
+    models = make_models("llama", attention_bias=True)
+    return models.recipe(2)
+
+
+def nan_weights(tiny, make_models, tmp_path):
+    def poison(model):
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("inf")
+
+    return with_expert(tiny.recipe(2), saved_copy(tiny.experts[1], tmp_path / "nan", poison))
+
+
+def file(tmp_path: Path, name: str, text: str) -> str:
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+REFUSALS = {
+    "unknown key": (lambda t, m, p: t.recipe(2, densty=1), "unknown key `densty`"),
+    "unknown value": (lambda t, m, p: t.recipe(2, granularity="all"), "`granularity` of the recipe is 'all'"),
+    "weight": (lambda t, m, p: t.recipe(2, weight=1), "`importance` sets a task's share"),
+    "no base": (lambda t, m, p: {**t.recipe(2), "base_model": None}, "add `base_model:`"),
+    "no expert": (lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.base)}]}, "at least one expert"),
+    "expert twice": (lambda t, m, p: with_expert(t.recipe(2), t.experts[0]), "listed twice"),
+    "slices": (
+        lambda t, m, p: {**{k: v for k, v in t.recipe(2).items() if k != "models"},
+                         "slices": [{"sources": [{"model": str(t.base), "layer_range": [0, 1]}]}]},
+        "replace `slices:`",
+    ),
+    "no dataset": (
+        lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.experts[0])}]}, "has no `dataset`"
+    ),
+    "missing file": (lambda t, m, p: with_task(t.recipe(2), dataset="no/such/file.jsonl"), "not found"),
+    "missing split": (lambda t, m, p: with_task(t.recipe(2), split="test"), "split test"),
+    "missing column": (lambda t, m, p: with_task(t.recipe(2), text="body"), "has no column 'body'"),
+    "missing field": (lambda t, m, p: with_task(t.recipe(2), text="{body}"), "`text` names 'body'"),
+    "empty row": (
+        lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "is empty"
+    ),
+    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "cannot read the config of"),
+    "no weights": (
+        lambda t, m, p: with_expert(t.recipe(2), shutil.copytree(t.experts[1], p / "bare",
+                                    ignore=shutil.ignore_patterns("*.safetensors*"))),
+        "cannot open the checkpoint",
+    ),
+    "other architecture": (other_architecture, "need the same architecture"),
+    "unsupported architecture": (unsupported, "architecture OPTForCausalLM .* is not supported; supported are Llama"),
+    "other layer count": (
+        lambda t, m, p: with_expert(t.recipe(2), saved_copy(t.experts[1], p / "short", fewer_layers)),
+        "has num_hidden_layers 1, the base 2",
+    ),
+    "other shapes": (
+        lambda t, m, p: with_expert(t.recipe(2), m("llama", intermediate_size=64).experts[0]),
+        "has intermediate_size 64, the base 48",
+    ),
+    "other vocabulary": (
+        lambda t, m, p: with_expert(t.recipe(2), m("llama", vocab_size=330).experts[0]),
+        "add `tokenizer: {source: base}`",
+    ),
+    "shape against config": (
+        lambda t, m, p: with_expert(t.recipe(2), saved_copy(m("llama", intermediate_size=64).experts[0], p / "lie",
+                                                            intermediate_size=48)),
+        "need the same shapes",
+    ),
+    "truncated safetensors": (truncated, "is missing or corrupt"),
+    "missing shard": (missing_shard, "is missing or corrupt"),
+    "missing tensor": (missing_tensor, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
+    "unplanned bias": (unplanned_bias, "mergekit would drop model.layers.0.self_attn"),
+    "corrupt alphas": (
+        lambda t, m, p: t.recipe(2, alphas=file(p, "bad.json", "{")), "cannot read the alphas file|is no alphas file"
+    ),
+    "foreign alphas": (
+        lambda t, m, p: t.recipe(2, alphas=file(p, "other.json", '{"format": "x"}')),
+        "is not an alphas file|is no alphas file",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, case):
+    """The same line and exit code from `mergekit-yaml`, `merge`, `calibrate` and `check`; OUT is not even made."""
+    import re
+
+    build, message = REFUSALS[case]
+    (tmp_path / "parts").mkdir()
+    path = write_recipe(build(tiny, make_models, tmp_path / "parts"))
+    before = sorted(os.listdir(tmp_path))
+    lines = set()
+    commands = [
+        (mergekit_yaml, (path, tmp_path / "out")),
+        (slta, ("merge", path, tmp_path / "out")),
+        (slta, ("check", path)),
+        (slta, ("calibrate", path)),
+    ]
+    for command, arguments in commands:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            result = command(*arguments, *QUIET)
+        assert result.exit_code == 2, result.output
+        (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert re.search(message, line), line
+        assert "Traceback" not in result.output
+        assert sorted(os.listdir(tmp_path)) == before
+        lines.add(line)
+    assert len(lines) == 1, lines
+
+
+@pytest.mark.parametrize("command", ["mergekit-yaml", "merge", "calibrate"])
+def test_nan_is_refused_while_calibrating(tiny, make_models, write_recipe, tmp_path, command):
+    """Weights are read only by the pre-pass: a NaN stops it with tensor and model, before OUT exists."""
+    (tmp_path / "parts").mkdir()
+    path = write_recipe(nan_weights(tiny, make_models, tmp_path / "parts"))
+    out = tmp_path / "out"
+    if command == "mergekit-yaml":
+        result = mergekit_yaml(path, out, *QUIET)
+    elif command == "merge":
+        result = slta("merge", path, out, *QUIET)
+    else:
+        result = slta("calibrate", path, "-o", out / "slta_alphas.json", *QUIET)
+    assert result.exit_code == 2
+    assert "model.norm.weight of" in result.output
+    assert "NaN or Inf" in result.output
+    assert not out.exists()
+
+
+def test_refusal_in_a_process_of_its_own(tiny, write_recipe, tmp_path):
+    """The stock command on a bad recipe: one line on stderr, exit code 2, no traceback; with -v the traceback."""
+    path = write_recipe(tiny.recipe(2, granularity="all"))
+    result = run(script("mergekit-yaml"), path, "out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" in run(script("mergekit-yaml"), path, "out", "-v", cwd=tmp_path).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_device_that_is_not_there(tiny, write_recipe, tmp_path):
+    """--cuda on a machine without one is refused in a line."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", "--cuda", *QUIET)
+    assert result.exit_code == 1
+    assert "device cuda cannot be used here" in result.output
+
+
+def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch):
+    """Out of memory becomes advice: which keys to lower."""
+    from mergekit_slta.skeleton import Skeleton
+
+    def fail(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Skeleton, "block", fail)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", *QUIET)
+    assert result.exit_code == 1
+    assert "out of memory on cpu" in result.output
+    assert "`max_seq_length` (24) or `num_samples` (6)" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["folder", "link", "text"])
+def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
+    """A recipe cannot make `alphas` overwrite another file, a folder, or follow a link."""
+    victim = tmp_path / "victim.json"
+    victim.write_text("precious")
+    path = {"folder": tmp_path, "link": tmp_path / "link.json", "text": victim}[target]
+    (tmp_path / "link.json").symlink_to(victim)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2, alphas=str(path))), tmp_path / "out", *QUIET)
+    assert result.exit_code == 2, result.output
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_cannot_be_an_input(tiny, write_recipe, tmp_path):
+    """Merging into one of the models would destroy it."""
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tiny.experts[0], *QUIET)
+    assert result.exit_code == 2
+    assert "is one of the models to merge" in result.output
+
+
+def test_check_prints_the_plan(tiny, write_recipe):
+    """`check` shows models, rows, coverage and costs, and reads no weights."""
+    result = slta("check", write_recipe(tiny.recipe(3)))
+    assert result.exit_code == 0, result.output
+    for expected in ("LlamaForCausalLM, 2 layers", "6 rows", "6 submodules cover all 21 tensors", "TFLOP", "memory"):
+        assert expected in result.output
+
+
+def test_options_reach_the_pre_pass(tiny, write_recipe, tmp_path, options):
+    """The device of mergekit's options is the device of calibration."""
+    from mergekit_slta.preflight import prepare
+    from mergekit_slta.recipe import read_recipe
+
+    recipe = read_recipe(MergeConfiguration.model_validate(tiny.recipe(2)))
+    assert prepare(recipe, MergeOptions(device="meta")).device == torch.device("meta")
+    assert prepare(recipe, options).device == torch.device("cpu")

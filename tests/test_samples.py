@@ -1,0 +1,238 @@
+"""Calibration rows: every source, column, template and chat, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import string
+
+import pytest
+from conftest import make_tokenizer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from mergekit.common import ModelReference
+
+from mergekit_slta.errors import DataError
+from mergekit_slta.recipe import Settings, Task
+from mergekit_slta.samples import draw_rows, encode, load_rows, renderer, sample_numbers
+
+ROWS = [{"question": f"q{number}", "answer": f"a{number}", "number": number} for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same rows in every supported kind of file."""
+    import pandas
+
+    path = tmp_path_factory.mktemp("rows")
+    frame = pandas.DataFrame(ROWS)
+    (path / "jsonl").mkdir()
+    (path / "jsonl" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:6]))
+    (path / "jsonl" / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[6:]))
+    (path / "rows.json").write_text(json.dumps(ROWS))
+    frame.to_csv(path / "rows.csv", index=False)
+    frame.to_parquet(path / "rows.parquet")
+    (path / "rows.txt").write_text("\n\n".join(row["question"] for row in ROWS) + "\n")
+    return path
+
+
+def draw(tokenizer, dataset, text=None, split="train", **settings):
+    task = Task(model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split)
+    return draw_rows(task, "org/a", Settings(**settings), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name", ["jsonl/a.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.txt", "jsonl", "jsonl/*.jsonl"]
+)
+def test_every_kind_of_local_data_is_read(folder, tokenizer, name):
+    """Files by suffix, folders and globs, through `datasets`."""
+    text = "text" if name == "rows.txt" else "{question}"
+    drawn = draw(tokenizer, folder / name, text, num_samples=20)
+    expected = 6 if name == "jsonl/a.jsonl" else 10
+    assert sorted(row.text for row in drawn.rows) == sorted(f"q{number}" for number in range(expected))
+
+
+def test_split_slices_work(folder, tokenizer):
+    """`split: train[:3]` means what it means in `datasets.load_dataset`."""
+    drawn = draw(tokenizer, folder / "rows.json", "question", split="train[:3]")
+    assert {row.text for row in drawn.rows} == {"q0", "q1", "q2"}
+
+
+def test_template_over_columns(folder, tokenizer):
+    """Plain column names in braces, numbers included, double braces for a brace."""
+    drawn = draw(tokenizer, folder / "rows.json", "Q: {question} {{n={number}}}\nA: {answer}", num_samples=1)
+    number = drawn.rows[0].number
+    assert drawn.rows[0].text == f"Q: q{number} {{n={number}}}\nA: a{number}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{question.__class__}", "names 'question.__class__'"),
+        ("{question[0]}", r"names 'question\[0\]'"),
+        ("{0}", "names '0'"),
+        ("{}", "names ''"),
+        ("{question!r}", "conversions"),
+        ("{question:>10}", "formats"),
+        ("{missing}", "names 'missing'.*columns question, answer, number"),
+        ("{question", "is no template"),
+        ("missing", "has no column 'missing'; it has question, answer, number"),
+    ],
+)
+def test_templates_reach_columns_only(folder, tokenizer, template, message):
+    """No attribute, index, format or conversion: recipes come from strangers."""
+    with pytest.raises(DataError, match=message):
+        draw(tokenizer, folder / "rows.json", template)
+
+
+def test_auto_prefers_messages_then_text(tmp_path, tokenizer):
+    """Without `text`: the chat template over `messages`, else `text`, else an error that lists the columns."""
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat, "text": "plain"}) + "\n")
+    (row,) = draw(tokenizer, path).rows
+    assert row.text == "<s><|user|>hi</s><|assistant|>there</s>"
+    assert tokenizer.decode(row.ids) == row.text  # one <s>: the template's, none added by the tokenizer
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"body": "x"}) + "\n")
+    with pytest.raises(DataError, match="no `messages` and no `text` column.*body"):
+        draw(tokenizer, path)
+
+
+def test_missing_chat_template_is_named(tmp_path):
+    """A `messages` column without a chat template is refused with the way out."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    with pytest.raises(DataError, match="has no chat template"):
+        draw(make_tokenizer(chat_template=None), path)
+
+
+def test_special_tokens_are_not_doubled(tokenizer):
+    """The tokenizer's own <s> is added once, whether or not the text brings one."""
+    plain = encode("the fox", tokenizer, 99, add_special_tokens=True)
+    assert plain[0] == 0
+    assert plain.count(0) == 1
+    assert encode("<s>the fox", tokenizer, 99, add_special_tokens=True) == plain
+
+
+def test_rows_are_cut(folder, tokenizer):
+    """A row has at most max_seq_length tokens."""
+    drawn = draw(tokenizer, folder / "rows.json", "{question} {answer} {question} {answer}", max_seq_length=5)
+    assert {len(row.ids) for row in drawn.rows} == {5}
+
+
+def test_fewer_rows_than_asked_is_a_warning(folder, tokenizer, caplog):
+    """All rows are used, and it is said so."""
+    with caplog.at_level(logging.WARNING):
+        drawn = draw(tokenizer, folder / "rows.json", "question", num_samples=50)
+    assert len(drawn.rows) == 10
+    assert "fewer than num_samples = 50" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "text", "message"),
+    [
+        ([{"text": "   "}], None, "row 0 of .* is empty"),
+        ([{"text": ""}], None, "row 0 of .* is empty"),
+        ([{"text": None}], None, "column 'text' in row 0 .* is missing"),
+        ([{"text": ["a", "b"]}], None, "column 'text' in row 0 .* is list, not text"),
+        ([{"text": True}], None, "is bool, not text"),
+        ([{"messages": "no list"}], None, "the chat template refuses row 0"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, tokenizer, rows, text, message):
+    """A row that is empty, missing or no text is named by its number."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=message):
+        draw(tokenizer, path, text)
+
+
+def test_too_short_rows_are_named(tmp_path):
+    """A single token shows a submodule nothing but its first position."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "x"}) + "\n")
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    with pytest.raises(DataError, match=r"row 0 of .* is too short \(1 tokens, 2 needed\)"):
+        draw(tokenizer, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.jsonl", "not found"),
+        ("./none", "not found"),
+        ("*.none", "not found"),
+        ("a/b/c", "not found"),
+        ("rows.xlsx", r"file type \.xlsx; use one of"),
+        ("empty.jsonl", "cannot load|has no rows"),
+        ("broken.jsonl", "cannot load dataset"),
+    ],
+)
+def test_missing_or_unreadable_data_is_named(tmp_path, monkeypatch, name, message):
+    """No such file, an unknown kind, nothing in it, or damage."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.xlsx").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(DataError, match=message):
+        load_rows(name, None, "train")
+
+
+def test_unknown_split_is_named(folder):
+    """The message lists the splits there are."""
+    with pytest.raises(DataError, match=r"split test.*\['train'\]"):
+        load_rows(str(folder / "rows.json"), None, "test")
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_rows=st.integers(1, 200), fewer=st.integers(1, 50), more=st.integers(1, 50), seed=st.integers(0, 2**40))
+def test_sampling_is_without_replacement_and_nested(num_rows, fewer, more, seed):
+    """Rows are distinct, and what a smaller `num_samples` draws comes first in what a larger one draws."""
+    fewer, more = sorted((fewer, more))
+    small, large = sample_numbers(num_rows, fewer, seed), sample_numbers(num_rows, more, seed)
+    assert large[: len(small)] == small
+    assert len(set(large)) == len(large) == min(more, num_rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    literals=st.lists(st.text(string.printable.replace("{", "").replace("}", ""), max_size=6), min_size=3, max_size=3),
+    values=st.lists(st.text(max_size=6), min_size=2, max_size=2),
+)
+def test_templates_substitute_and_nothing_else(literals, values):
+    """A template is its literals with the values between them, whatever the values contain."""
+    assume(all(value is not None for value in values))
+    template = literals[0] + "{a}" + literals[1] + "{b}" + literals[2]
+    text, is_chat = renderer(template, ["a", "b"], None, "data")({"a": values[0], "b": values[1]}, "row 0")
+    assert text == literals[0] + values[0] + literals[1] + values[1] + literals[2]
+    assert not is_chat
+
+
+@settings(max_examples=150, deadline=None)
+@given(template=st.text(alphabet="{}ab.[]!:0 ", max_size=12))
+def test_any_template_renders_or_is_refused(template):
+    """Whatever stands in `text`, the outcome is a text or a DataError."""
+    try:
+        render = renderer(template, ["a", "b"], None, "data")
+    except DataError:
+        return
+    render({"a": "x", "b": "y"}, "row 0")
+
+
+def test_hash_covers_text_and_tokens(folder, tokenizer):
+    """Another template, another cut or another order is another hash; the same rows give the same."""
+    one = draw(tokenizer, folder / "rows.json", "question")
+    assert one.sha256 == draw(tokenizer, folder / "rows.json", "{question}").sha256
+    others = [
+        draw(tokenizer, folder / "rows.json", "answer"),
+        draw(tokenizer, folder / "rows.json", "question", seed=1),
+        draw(tokenizer, folder / "rows.json", "question", max_seq_length=2),
+    ]
+    assert len({one.sha256, *(other.sha256 for other in others)}) == 4
