@@ -74,7 +74,8 @@ def test_importing_late_catches_up():
         "before = len(merge_methods.registered_methods())\n"
         "import mergekit_slta._autoload as autoload\n"
         "autoload.install(); autoload.install()\n"
-        "print(len(merge_methods.registered_methods()) - before, hasattr(run_yaml.run_merge, '_mergekit_slta_original'))",
+        "added = len(merge_methods.registered_methods()) - before\n"
+        "print(added, hasattr(run_yaml.run_merge, '_mergekit_slta_original'))",
         MERGEKIT_SLTA_AUTOLOAD="0",
     )
     assert result.stdout.split() == ["1", "True"], result.stderr

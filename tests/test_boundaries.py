@@ -49,7 +49,10 @@ def test_every_room_has_a_floor():
 
 
 def test_arrows_point_down():
-    """A room imports rooms below it only (two lazy imports are doors upward: the hook to the method, the method to the host)."""
+    """A room imports rooms below it only.
+
+    Two lazy imports are doors upward: from the hook to the method, and from the method to the host.
+    """
     floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
     doors = {("method", "host"), ("_autoload", "method"), ("demo", "demo")}
     for room, level in floor.items():

@@ -29,10 +29,8 @@ class EncodedRow:
     prompt_length: int
 
 
-def set_up_torch(threads: int | None) -> None:
-    """Limit torch to ``threads`` CPU threads (``None`` leaves its default) and treat denormal numbers as zero."""
-    # The squared gradients of improbable tokens are denormal, which CPUs compute with very slowly.
-    torch.set_flush_denormal(True)
+def set_threads(threads: int | None) -> None:
+    """Limit torch to ``threads`` CPU threads (``None`` leaves torch's default)."""
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from common import evaluate_models, format_table, set_up_torch, write_evaluation
+from common import evaluate_models, format_table, set_threads, write_evaluation
 
 
 @click.command()
@@ -14,7 +14,7 @@ from common import evaluate_models, format_table, set_up_torch, write_evaluation
 @click.option("--threads", type=int, help="CPU threads for torch (default: torch's choice).")
 def main(workdir: Path, models: tuple[Path, ...], threads: int | None) -> None:
     """Evaluate base, experts and MODELS (default: WORKDIR/merged, if it exists) on the data of WORKDIR."""
-    set_up_torch(threads)
+    set_threads(threads)
     default = [path for path in [workdir / "merged"] if path.exists()]
     losses = evaluate_models(workdir, models or default, click.echo)
     write_evaluation(workdir, losses)

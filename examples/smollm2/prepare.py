@@ -21,7 +21,7 @@ from common import (
     load_tokenizer,
     read_rows,
     save_checkpoint,
-    set_up_torch,
+    set_threads,
     train,
     write_evaluation,
     write_rows,
@@ -158,7 +158,7 @@ def make_expert(workdir: Path, task: str, steps: int) -> None:
 @click.option("--threads", type=int, help="CPU threads for torch (default: torch's choice).")
 def main(workdir: Path, steps: int, threads: int | None) -> None:
     """Write base, experts, data and recipe into WORKDIR."""
-    set_up_torch(threads)
+    set_threads(threads)
     workdir.mkdir(parents=True, exist_ok=True)
     jobs = {"base": lambda: make_base(workdir), "data": lambda: make_data(workdir)}
     jobs |= {task: lambda task=task: make_expert(workdir, task, steps) for task in TASKS}

@@ -1,0 +1,62 @@
+"""The demo, with next to no training: every step of it runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mergekit_slta import cli
+
+
+def test_demo_runs_end_to_end(tmp_path):
+    """Trains, merges with the stock command, measures, draws; a second run overwrites the first."""
+    state = torch.get_rng_state()
+    result = CliRunner().invoke(cli.main, ["demo", str(tmp_path / "demo"), "--quick"])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(torch.get_rng_state(), state)
+    for row in ("base", "expert: math", "plain average", "task arithmetic", "submodule_linear"):
+        assert row in result.output
+    scores = json.loads((tmp_path / "demo" / "results.json").read_text())["scores"]
+    assert all(0 <= part["exact"] <= 1 and part["loss"] > 0 for row in scores.values() for part in row.values())
+    for name in ("alphas.png", "recipe.yml", "merged/slta_alphas.json", "models/base/model.safetensors.index.json"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_demo_overwrites_nothing_else(tmp_path):
+    """A folder that is not the demo's is refused in one line."""
+    (tmp_path / "thesis.tex").write_text("precious")
+    result = CliRunner().invoke(cli.main, ["demo", str(tmp_path), "--quick"])
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_tasks_do_not_leak_into_the_test_rows(tmp_path):
+    """No test question is among the training rows."""
+    import random
+
+    from mergekit_slta.demo import tasks
+
+    for split in tasks.write_splits(tmp_path, random.Random(0), 300, 100).values():
+        assert not {example.question for example in split.train} & {example.question for example in split.test}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_task_answers_are_right(seed):
+    """Arithmetic adds up and sorted words are sorted."""
+    import random
+
+    from mergekit_slta.demo import tasks
+
+    rng = random.Random(seed)
+    by_name = {task.name: task for task in tasks.TASKS}
+    for _ in range(50):
+        sum_ = by_name["math"].draw(rng)
+        left, right = (int(part) for part in sum_.question.removesuffix("=").split("+"))
+        assert int(sum_.answer) == left + right
+        word = by_name["words"].draw(rng)
+        assert word.answer.split() == sorted(word.question.removeprefix("Sort:").split())

@@ -1,0 +1,128 @@
+"""What the documents say is so."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mergekit_slta import __version__, cli
+from mergekit_slta.errors import SltaError
+from mergekit_slta.recipe import SHARED_KEYS, TASK_KEYS, load_config, read_recipe
+from mergekit_slta.submodules import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "yaml_recipes").rglob("*.yml"))
+
+
+def test_every_command_is_documented_and_exists():
+    """The README names each command, and no other."""
+    documented = set(re.findall(r"`mergekit-slta ([a-z]+)", README))
+    assert documented == set(cli.main.commands)
+
+
+def test_every_recipe_key_is_documented():
+    """The README's table has a row per key, and every row is a key."""
+    table = set(re.findall(r"^\| `([a-z_]+)` \|", README, re.MULTILINE))
+    assert set(SHARED_KEYS + TASK_KEYS) <= table | set(re.findall(r"`([a-z_]+)`, `", README))
+
+
+def test_every_architecture_is_documented():
+    """The README lists what is supported."""
+    for name in ARCHITECTURES:
+        assert f"`{name}`" in README
+
+
+def test_readme_recipe_is_the_one_in_yaml_recipes():
+    """The first recipe that a reader sees loads."""
+    (block,) = re.findall(r"```yaml\n(merge_method.*?)```", README, re.DOTALL)[:1]
+    shown = yaml.safe_load(block)
+    assert shown["merge_method"] == "submodule_linear"
+    from mergekit.config import MergeConfiguration
+
+    read_recipe(MergeConfiguration.model_validate(shown))
+
+
+def test_version_is_in_one_voice():
+    """pyproject and package agree."""
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_links_lead_somewhere():
+    """Relative links and images of the documents exist."""
+    for name in ("README.md", "CONTRIBUTING.md", "examples/smollm2/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_pass_check(path, tiny, tmp_path, monkeypatch):
+    """Every recipe in yaml_recipes/ passes `check` once its models and data stand in for tiny ones."""
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    places = {recipe["base_model"]: tiny.base}
+    for entry, expert, dataset in zip(recipe["models"], tiny.experts, tiny.datasets, strict=False):
+        places[entry["model"]] = expert
+        parameters = entry.get("parameters", {})
+        if "dataset" in parameters:
+            _stand_in(parameters["dataset"], dataset, parameters)
+    for name, source in places.items():
+        shutil.copytree(source, tmp_path / name)
+    named = recipe.get("parameters", {}).get("alphas")
+    runner = CliRunner()
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    if named:
+        calibrated = {**recipe, "parameters": {}}
+        for entry, dataset in zip(calibrated["models"], tiny.datasets, strict=False):
+            entry["parameters"] = {"dataset": str(dataset)}
+        (tmp_path / "calibrate.yml").write_text(yaml.safe_dump(calibrated))
+        made = runner.invoke(cli.main, ["calibrate", "calibrate.yml", "-o", named, "--quiet"])
+        assert made.exit_code == 0, made.output
+    result = runner.invoke(cli.main, ["check", "recipe.yml"])
+    assert result.exit_code == 0, result.output
+    assert "submodules cover all" in result.output
+
+
+def _stand_in(name: str, rows: Path, parameters: dict) -> None:
+    """Put tiny rows where a recipe expects data; Hub ids become local folders of that name."""
+    import json
+
+    import pandas
+
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in content:
+        row["content"] = row["text"]
+        row["messages"] = [{"role": "user", "content": row["text"]}]
+        row.pop("tags")
+    if "text" in parameters:
+        for row in content:
+            row.pop("messages")
+    frame = pandas.DataFrame(content)
+    path = Path(name.replace("*", "part"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        if not path.suffix:  # a Hub id
+            path.mkdir(parents=True)
+            parameters.pop("dataset_config", None)
+            path = path / "train.jsonl"
+        frame.to_json(path, orient="records", lines=True)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid_as_they_stand(path):
+    """Every recipe in yaml_recipes/ reads without an error."""
+    try:
+        read_recipe(load_config(path)[0])
+    except SltaError as error:  # pragma: no cover - shows the message
+        pytest.fail(error.message)

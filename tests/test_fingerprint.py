@@ -1,0 +1,97 @@
+"""What alphas are valid for: any change that matters moves the fingerprint, any other does not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from mergekit.config import MergeConfiguration
+from transformers import AutoModelForCausalLM
+
+from mergekit_slta.fingerprint import checkpoint_fingerprint, differences, fingerprint, statistics_identity
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import read_recipe
+
+
+def identity(recipe, options):
+    return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options).identity
+
+
+def with_task(recipe: dict, **parameters: object) -> dict:
+    recipe["models"][0]["parameters"].update(parameters)
+    return recipe
+
+
+CHANGES = {
+    "seed": (lambda t: t.recipe(2, seed=1), True),
+    "num_samples": (lambda t: t.recipe(2, num_samples=5), True),
+    "max_seq_length": (lambda t: t.recipe(2, max_seq_length=10), True),
+    "granularity": (lambda t: t.recipe(2, granularity="layer"), True),
+    "compute_dtype": (lambda t: t.recipe(2, compute_dtype="float64"), True),
+    "text": (lambda t: with_task(t.recipe(2), text="question"), True),
+    "split": (lambda t: with_task(t.recipe(2), split="train[:6]"), True),
+    "dtype": (lambda t: {**t.recipe(2), "dtype": "bfloat16"}, True),
+    "tokenizer": (lambda t: {**t.recipe(2), "tokenizer": {"source": "base"}}, True),
+    "another expert": (lambda t: t.recipe(3), True),
+    "ridge": (lambda t: t.recipe(2, ridge=0.1), False),
+    "balance": (lambda t: t.recipe(2, balance=False), False),
+    "importance": (lambda t: with_task(t.recipe(2), importance=2.0), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(tiny, options, change):
+    """Everything but `lambda` moves the fingerprint; what only re-weighs leaves the statistics' part."""
+    build, moves_statistics = CHANGES[change]
+    before, after = identity(tiny.recipe(2), options), identity(build(tiny), options)
+    assert fingerprint(before) != fingerprint(after)
+    assert differences(before, after)
+    assert (statistics_identity(before) != statistics_identity(after)) == moves_statistics
+
+
+def test_what_does_not_matter_changes_nothing(tiny, options):
+    """`lambda`, `out_dtype`, where the alphas lie, and the order of the models."""
+    before = identity(tiny.recipe(2), options)
+    reordered = tiny.recipe(2)
+    reordered["models"].reverse()
+    others = [{**tiny.recipe(2, **{"lambda": 0.5}), "out_dtype": "float16"}, tiny.recipe(2, alphas="x.json"), reordered]
+    for recipe in others:
+        assert identity(recipe, options) == before
+
+
+def test_every_tensor_of_every_checkpoint_counts(tiny, options, tmp_path):
+    """One changed tensor in one expert moves that checkpoint's fingerprint; resaving the same bytes does not."""
+    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+    from mergekit_slta.plan import read_headers
+
+    def taken(path) -> str:
+        loader = LazyTensorLoader.from_disk(str(path))
+        return checkpoint_fingerprint(loader, read_headers(loader, "x"))
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny.experts[0], copy)
+    before = taken(copy)
+    assert before == taken(tiny.experts[0])
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    for name, parameter in model.named_parameters():
+        original = parameter.data.clone()
+        parameter.data.mul_(1.001)
+        model.save_pretrained(copy, max_shard_size="60KB")
+        assert taken(copy) != before, name
+        parameter.data.copy_(original)
+
+
+def test_bin_checkpoints_have_fingerprints_too(tiny, tmp_path):
+    """Without headers, sizes and samples of the files count."""
+    import torch
+    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+    state = AutoModelForCausalLM.from_pretrained(tiny.base).state_dict()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    before = checkpoint_fingerprint(LazyTensorLoader.from_disk(str(folder)), None)
+    state["model.norm.weight"] = state["model.norm.weight"] * 2
+    torch.save(state, folder / "pytorch_model.bin")
+    assert checkpoint_fingerprint(LazyTensorLoader.from_disk(str(folder)), None) != before
