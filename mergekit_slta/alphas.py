@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mergekit_slta.errors import AlphasError, listing, show
+from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files import write_text_atomically
 
 FORMAT = "mergekit-slta/alphas"
@@ -24,6 +25,8 @@ LARGEST_BYTES = 256 * 2**20
 """A file larger than this is none of ours: 100 layers x 100 heads x 10 experts stay far below."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+"""[axis, start, stop)"""
 
 
 class Piece(NamedTuple):
@@ -48,6 +51,7 @@ class SubmoduleAlphas(BaseModel):
         condition: of the system that was solved; None where it lost rank.
         rank: of that system.
         residual: predicted by linearity, relative to the experts' own changes.
+        slices: of tensors that it owns a part of: [axis, start, stop], or a list of such parts.
         flags: what is remarkable: "unchanged", "rank_deficient", "ill_conditioned".
         unchanged: models that equal the base here, whose alpha is 0.
     """
@@ -58,6 +62,7 @@ class SubmoduleAlphas(BaseModel):
     kind: str
     layer: int | None
     tensors: tuple[str, ...]
+    slices: dict[str, Part | tuple[Part, ...]] = {}
     alpha: tuple[Finite, ...]
     stderr: tuple[Finite, ...] | None
     condition: Finite | None
@@ -65,6 +70,11 @@ class SubmoduleAlphas(BaseModel):
     residual: Finite
     flags: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
+
+    def parts(self, tensor: str) -> tuple[Part, ...]:
+        """The slices of a tensor that belong here; none where all of it does."""
+        slices = self.slices.get(tensor, ())
+        return (slices,) if slices and isinstance(slices[0], int) else slices  # type: ignore[return-value]
 
 
 class Alphas(BaseModel):
@@ -90,16 +100,27 @@ class Alphas(BaseModel):
     def _check(self) -> Alphas:
         if len(set(self.models)) != len(self.models) or not self.models:
             raise ValueError("models are missing or listed twice")
-        seen: set[str] = set()
+        whole: set[str] = set()
+        parts: dict[str, list[Part]] = {}
         for submodule in self.submodules:
             if len(submodule.alpha) != len(self.models):
                 raise ValueError(
                     f"{show(submodule.name)} has {len(submodule.alpha)} alphas for {len(self.models)} models"
                 )
-            twice = seen.intersection(submodule.tensors)
-            if twice:
-                raise ValueError(f"{listing(twice, 3)} belongs to two submodules")
-            seen.update(submodule.tensors)
+            if not set(submodule.slices) <= set(submodule.tensors):
+                raise ValueError(f"{show(submodule.name)} slices tensors that are not its own")
+            for tensor in submodule.tensors:
+                if tensor in submodule.slices:
+                    parts.setdefault(tensor, []).extend(submodule.parts(tensor))
+                elif tensor in whole:
+                    raise ValueError(f"{show(tensor)} belongs to two submodules")
+                else:
+                    whole.add(tensor)
+        for tensor, slices in parts.items():
+            ordered = sorted(slices)
+            gaps = any(one[2] != other[1] for one, other in pairwise(ordered))
+            if tensor in whole or len({part[0] for part in ordered}) > 1 or ordered[0][1] != 0 or gaps:
+                raise ValueError(f"the slices of {show(tensor)} overlap or leave a gap")
         return self
 
     @property
@@ -109,13 +130,12 @@ class Alphas(BaseModel):
         return identity if isinstance(identity, dict) else {}
 
     @cached_property
-    def _by_tensor(self) -> dict[str, SubmoduleAlphas]:
-        return {tensor: submodule for submodule in self.submodules for tensor in submodule.tensors}
+    def _by_tensor(self) -> dict[str, tuple[Piece, ...]]:
+        return pieces_of(self.submodules)
 
     def pieces(self, tensor: str) -> tuple[Piece, ...] | None:
         """How a tensor is merged, slice by slice; None where the file does not cover it."""
-        submodule = self._by_tensor.get(tensor)
-        return None if submodule is None else (Piece(None, 0, 0, submodule.alpha),)
+        return self._by_tensor.get(tensor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically; the same alphas give the same bytes.
@@ -123,7 +143,11 @@ class Alphas(BaseModel):
         Raises:
             OutputError: it cannot be written.
         """
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+        content = self.model_dump(mode="json")
+        for submodule in content["submodules"]:
+            if not submodule["slices"]:
+                del submodule["slices"]
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text_atomically(Path(path), text + "\n")
 
     @classmethod
@@ -159,13 +183,14 @@ class Alphas(BaseModel):
             raise AlphasError(f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {remedy}") from error
 
 
-def is_alphas_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a file that may be overwritten with alphas: an alphas file itself."""
-    try:
-        Alphas.load(path)
-    except AlphasError:
-        return False
-    return True
+def pieces_of(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[Piece, ...]]:
+    """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
+    pieces: dict[str, list[Piece]] = {}
+    for submodule in submodules:
+        for tensor in submodule.tensors:
+            parts = submodule.parts(tensor) or ((None, 0, 0),)
+            pieces.setdefault(tensor, []).extend(Piece(*part, submodule.alpha) for part in parts)
+    return {tensor: tuple(sorted(found, key=lambda piece: piece.start)) for tensor, found in pieces.items()}
 
 
 def finite_or_none(value: float) -> float | None:

@@ -16,6 +16,7 @@ from mergekit_slta.fingerprint import fingerprint
 from mergekit_slta.gram import Statistics
 from mergekit_slta.preflight import Job
 from mergekit_slta.solve import Solution, solve
+from mergekit_slta.submodules import Submodule
 
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 
@@ -38,6 +39,7 @@ def layout_of(job: Job) -> dict[str, Any]:
                 "kind": submodule.kind,
                 "layer": submodule.layer,
                 "tensors": list(submodule.tensors),
+                "slices": _slices(submodule),
                 "objectives": ["embed", "head"] if tied and submodule.kind == "embed" else [submodule.name],
             }
             for submodule in job.submodules
@@ -49,6 +51,15 @@ def layout_of(job: Job) -> dict[str, Any]:
             **{package: version(package) for package in ("mergekit", "transformers", "torch")},
         },
     }
+
+
+def _slices(submodule: Submodule) -> dict[str, Any]:
+    """tensor -> [axis, start, stop], or a list of these where a fused tensor holds several parts."""
+    slices: dict[str, Any] = {}
+    for tensor in dict.fromkeys(part.tensor for part in submodule.slices):
+        parts = [list(part[1:]) for part in submodule.slices if part.tensor == tensor]
+        slices[tensor] = parts[0] if len(parts) == 1 else parts
+    return slices
 
 
 def _calibration(job: Job) -> dict[str, Any]:
@@ -85,18 +96,10 @@ def assemble(
         AlphasError: the statistics lack a submodule of the layout.
     """
     names: list[str] = layout["models"]
-    order = [layout["canonical"].index(name) for name in names]  # the recipe's place -> the canonical place
-    weights = [0.0] * len(order)
-    for place, weight in zip(order, importance, strict=True):
-        weights[place] = weight
-    entries = []
-    for submodule in layout["submodules"]:
-        missing = [name for name in submodule["objectives"] if name not in statistics.grams]
-        if missing:
-            raise AlphasError(f"the statistics lack {show(missing[0])}: calibrate again")
-        grams = [statistics.grams[name] for name in submodule["objectives"]]
-        solution = solve(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
-        entries.append(_entry(submodule, solution, order, names))
+    entries = [
+        solve_submodule(submodule, statistics, layout, importance=importance, balance=balance, ridge=ridge)
+        for submodule in layout["submodules"]
+    ]
     solved = {"balance": str(balance), "ridge": str(ridge)}
     solved |= {f"importance of {name}": str(weight) for name, weight in zip(names, importance, strict=True)}
     record = dict(sorted({**layout["identity"], **solved}.items()))
@@ -115,6 +118,31 @@ def assemble(
     )
 
 
+def solve_submodule(
+    submodule: dict[str, Any],
+    statistics: Statistics,
+    layout: dict[str, Any],
+    *,
+    importance: Sequence[float],
+    balance: bool,
+    ridge: float,
+    objectives: Sequence[str] | None = None,
+) -> SubmoduleAlphas:
+    """Solve one submodule of a layout; for its own `objectives`, or for others where these are not at hand yet."""
+    names: list[str] = layout["models"]
+    order = [layout["canonical"].index(name) for name in names]  # the recipe's place -> the canonical place
+    weights = [0.0] * len(order)
+    for place, weight in zip(order, importance, strict=True):
+        weights[place] = weight
+    wanted = objectives or submodule["objectives"]
+    missing = [name for name in wanted if name not in statistics.grams]
+    if missing:
+        raise AlphasError(f"the statistics lack {show(missing[0])}: calibrate again")
+    grams = [statistics.grams[name] for name in wanted]
+    solution = solve(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
+    return _entry(submodule, solution, order, names)
+
+
 def _entry(
     submodule: dict[str, Any], solution: Solution, order: Sequence[int], names: Sequence[str]
 ) -> SubmoduleAlphas:
@@ -123,6 +151,7 @@ def _entry(
         kind=submodule["kind"],
         layer=submodule["layer"],
         tensors=tuple(submodule["tensors"]),
+        slices=submodule["slices"],
         alpha=tuple(solution.alpha[place] for place in order),
         stderr=None if solution.stderr is None else tuple(solution.stderr[place] for place in order),
         condition=finite_or_none(solution.condition),

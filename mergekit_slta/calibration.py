@@ -19,15 +19,17 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import assemble, layout_of
-from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.alphas import Alphas, pieces_of
+from mergekit_slta.assembly import assemble, layout_of, solve_submodule
+from mergekit_slta.batches import plan_batches
+from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.errors import RunError, show
 from mergekit_slta.fingerprint import fingerprint, statistics_identity
 from mergekit_slta.gram import Statistics
+from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
-from mergekit_slta.stream import Evaluation, Runner, plan_batches
+from mergekit_slta.stream import Carry, Evaluation, Runner
 from mergekit_slta.submodules import Submodule
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def calibrate(
         recipe = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
     if isinstance(recipe, MergeConfiguration):
         recipe = read_recipe(recipe)
-    job = prepare(recipe, options or MergeOptions(quiet=True))
+    job = prepare(recipe, options or MergeOptions(quiet=True), for_merge=False)
     return solve_job(job, gather_statistics(job))
 
 
@@ -87,7 +89,10 @@ def gather_statistics(job: Job) -> Statistics:
         metadata=statistics_metadata(job),
     )
     checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
-    runner = Runner(job.skeleton, checkpoints, job.submodules, plan_batches(tokens))
+    alone = job.recipe.settings.granularity == "linear"  # single matrices take rows one by one: see the runner
+    batches = plan_batches(tokens, max_tokens=0) if alone else plan_batches(tokens)
+    carry = _carry_merged(job, statistics) if job.recipe.settings.inputs == "merged" else None
+    runner = Runner(job.skeleton, checkpoints, job.submodules, batches, carry)
     try:
         with tqdm(total=len(job.submodules), desc="Calibrating", disable=job.options.quiet) as bar:
             current = None
@@ -103,6 +108,37 @@ def gather_statistics(job: Job) -> Statistics:
             raise _out_of_memory(error, job) from error
         raise
     return statistics
+
+
+def _carry_merged(job: Job, statistics: Statistics) -> Carry:
+    """`inputs: merged` (A.5.3): behind each step the rows move on through what it has just been merged to.
+
+    `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone:
+    the head's is not known yet; the file's alpha is solved for both. Heads of one attention block, and matrices of one
+    layer, see what the base makes of the merged features before that block or layer.
+    """
+    layout = layout_of(job)
+    by_name = {submodule["name"]: submodule for submodule in layout["submodules"]}
+    settings = job.recipe.settings
+    importance = [task.importance for task in job.recipe.tasks]
+    columns = [layout["models"].index(name) for name in layout["canonical"]]
+
+    def carry(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
+        entries = [
+            solve_submodule(
+                by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
+                ridge=settings.ridge, objectives=[submodule.name],
+            )
+            for submodule in step
+        ]  # fmt: skip
+        merged = {}
+        for tensor, pieces in pieces_of(entries).items():
+            ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in pieces]
+            base, *experts = (own[tensor] for own in weights)
+            merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)
+        return merged
+
+    return carry
 
 
 def _announce(bar: tqdm, submodule: Submodule, previous: Submodule | None) -> Submodule:

@@ -71,7 +71,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> N
     read = read_recipe(load_config(recipe)[0])
     path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
     check_target(path)
-    job = prepare(read, merge_options)
+    job = prepare(read, merge_options, for_merge=False)
     alphas, reused = calibrate_to(job, path)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))

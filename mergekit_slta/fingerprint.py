@@ -102,7 +102,9 @@ def fingerprint(record: Mapping[str, str]) -> str:
 
 
 def statistics_identity(record: Mapping[str, str]) -> dict[str, str]:
-    """The part of an identity that statistics depend on."""
+    """The part of an identity that statistics depend on; with merged inputs they depend on the solves, too."""
+    if record.get("inputs") == "merged":
+        return dict(record)
     return {label: value for label, value in record.items() if not label.startswith(SOLVE_ONLY)}
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task as GraphTask
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
@@ -174,42 +174,71 @@ def _read_header(path: str) -> dict[str, TensorHeader]:
     return headers
 
 
-def check_plan(
-    plan: Plan, names: Mapping[ModelReference, str], parameters: Iterable[str], configs: Mapping[ModelReference, Any]
-) -> None:
-    """Compare the plan with every checkpoint: mergekit drops without a word what its definitions do not list.
+def reconcile(
+    plan: Plan,
+    names: Mapping[ModelReference, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    configs: Mapping[ModelReference, Any],
+) -> list[str]:
+    """Compare the plan with what the models need and the checkpoints hold; mergekit drops without a word what its
+    definitions do not list.
+
+    The plan's tensors become those that the model class has, so that calibration sees the whole model: what mergekit
+    would drop is added, read by name; buffers that it lists beside the parameters are left out.
 
     Args:
-        plan: the plan.
+        plan: the plan; its tensors are changed.
         names: the recipe's names of the models.
-        parameters: names of the parameters that the model class has (a tied output projection may be among them).
+        shapes: the model class's parameters, by the plan's names.
         configs: the models' configs.
 
+    Returns:
+        Why mergekit cannot merge these checkpoints as they are; empty where it can.
+
     Raises:
-        ModelError: a tensor is planned and missing, present and unplanned, or of another shape than in the base.
+        ModelError: the checkpoints do not fit each other or the model class.
     """
-    base = plan.models[0]
-    known = set(parameters)
-    covered = {base: set(), **{model: set() for model in plan.models[1:]}}
-    for name, planned in plan.tensors.items():
-        for model in plan.models:
-            covered[model].update(_names(planned.sources[model]))
-            if plan.source_name(name, model) is not None:
-                continue
-            present = set(plan.loaders[model].index.tensor_paths)
-            if not can_convert_checkpoint_keys(configs[model].model_type, present, name):
-                raise ModelError(
-                    f"{show(names[model])} lacks the tensor {show(name)}, which mergekit plans to merge: "
-                    "all models of a merge need the same tensors"
-                )
-    for model in plan.models:
-        for name in plan.loaders[model].index.tensor_paths:
-            if name in known and name not in covered[model]:
-                raise ModelError(
-                    f"mergekit would drop {show(name)} of {show(names[model])}: its definition of this architecture "
-                    "does not list it, and the output would load with zeros there"
-                )
+    problems = []
+    present = {model: set(plan.loaders[model].index.tensor_paths) for model in plan.models}
+
+    def holds(name: str, model: ModelReference) -> bool:
+        planned = plan.tensors.get(name)
+        found = planned is not None and plan.source_name(name, model) is not None
+        return found or can_convert_checkpoint_keys(configs[model].model_type, present[model], name)
+
+    for name in list(plan.tensors):
+        lacking = [model for model in plan.models if not holds(name, model)]
+        if not lacking:
+            if name not in shapes and not plan.tensors[name].weight.optional:
+                del plan.tensors[name]  # a buffer, the same in all models: mergekit copies it
+            continue
+        if name in shapes and len(lacking) < len(plan.models):
+            raise ModelError(
+                f"{show(names[lacking[0]])} lacks the tensor {show(name)}, which "
+                f"{show(names[next(model for model in plan.models if model not in lacking)])} has: "
+                "all models of a merge need the same tensors"
+            )
+        problems.append(
+            f"mergekit plans to merge {show(name)}, which {show(names[lacking[0]])} does not have: its definition of "
+            "this architecture does not fit this checkpoint"
+        )
+        del plan.tensors[name]
+    for name in shapes:
+        if name in plan.tensors:
+            continue
+        having = [model for model in plan.models if holds(name, model)]
+        if len(having) == len(plan.models):
+            weights = {model: WeightInfo(name=name) for model in plan.models}
+            plan.tensors[name] = PlannedTensor(
+                weights[plan.models[0]], GatherTensors(weight_info=ImmutableMap(data=weights)), weights
+            )
+        if having:
+            problems.append(
+                f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
+                "does not list it, and the output would load with zeros there"
+            )
     _check_shapes(plan, names)
+    return problems
 
 
 def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:

@@ -6,6 +6,7 @@ a download of weights last.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,18 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from mergekit_slta.architectures import architecture
+from mergekit_slta.batches import BATCH_TOKENS
 from mergekit_slta.errors import DataError, ModelError, RunError, show
 from mergekit_slta.fingerprint import identity
-from mergekit_slta.plan import Plan, check_plan, make_plan, total_bytes
+from mergekit_slta.plan import Plan, make_plan, reconcile, total_bytes
 from mergekit_slta.recipe import Recipe
 from mergekit_slta.samples import TaskRows, draw_rows
 from mergekit_slta.skeleton import Skeleton
-from mergekit_slta.stream import BATCH_TOKENS, HEAD_ELEMENTS
-from mergekit_slta.submodules import Submodule, architecture, split
+from mergekit_slta.stream import HEAD_ELEMENTS
+from mergekit_slta.submodules import Submodule, split
 
+LOG = logging.getLogger(__name__)
 _SAME = (
     "num_hidden_layers",
     "hidden_size",
@@ -83,13 +87,14 @@ class Costs:
     written_bytes: int
 
 
-def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True) -> Job:
+def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
     """Check a recipe against its models and data.
 
     Args:
         recipe: the validated recipe.
         options: mergekit's options.
         need_rows: whether every expert must name a dataset; not so where an existing alphas file is to be used.
+        for_merge: refuse checkpoints that mergekit cannot represent; without it that is a warning.
 
     Raises:
         ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
@@ -106,15 +111,12 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True) ->
     config = configs[recipe.base]
     skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
     plan = make_plan(recipe, options)
-    check_plan(plan, recipe.names, skeleton.parameter_names, configs)
-    submodules = split(
-        plan.tensors,
-        skeleton.arch,
-        recipe.settings.granularity,
-        skeleton.layers_path,
-        skeleton.num_layers,
-        skeleton.head_weight,
-    )
+    problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
+    if problems and for_merge:
+        raise ModelError(problems[0])
+    for problem in problems:
+        LOG.warning("the alphas can be computed, but not merged: %s", problem)
+    submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity)
     record = identity(recipe, plan, config, rows)
     return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record)
 
@@ -187,18 +189,23 @@ def _tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokeniz
         ) from error
 
 
+_STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
+"""The granularity whose steps hold the same tensors at a time."""
+
+
 def estimate(job: Job) -> Costs:
     """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters)."""
     models = len(job.plan.models)
     base = job.plan.models[0]
     item = torch.finfo(job.dtype).bits // 8
-    sizes = {name: math.prod(job.plan.shape(name, base) or (0,)) for name in job.plan.tensors}
+    sizes = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
     head = job.skeleton.head_weight if job.skeleton.head_weight in sizes else job.skeleton.embedding_weight
-    inner = sum(sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None)
-    flops = models * job.num_tokens * 2.0 * (inner + sizes[head])
-    largest = max(
-        (sum(sizes[name] for name in sub.tensors) for sub in job.submodules if sub.layer is not None), default=0
-    )
+    steps: dict[str, int] = {}  # parameters held at a time
+    for submodule in split(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
+        if submodule.layer is not None:
+            steps[submodule.step] = steps.get(submodule.step, 0) + sum(sizes[name] for name in submodule.tensors)
+    flops = models * job.num_tokens * 2.0 * (sum(steps.values()) + sizes[head])
+    largest = max(steps.values(), default=0)
     width = int(job.skeleton.config.hidden_size)
     tokens = min(job.num_tokens, max(BATCH_TOKENS, job.recipe.settings.max_seq_length))
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)

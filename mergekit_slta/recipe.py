@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mergekit_slta.errors import RecipeError, listing, show
 
 METHOD = "submodule_linear"
-Granularity = Literal["layer", "attn_mlp"]
+Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
 ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -59,7 +59,7 @@ class Settings(BaseModel):
     max_seq_length: Annotated[Count, Field(ge=2)] = 512
     seed: Annotated[Count, Field(ge=0)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
-    inputs: Literal["base"] = "base"
+    inputs: Literal["base", "merged"] = "base"
     objective: Literal["features"] = "features"
     ridge: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"

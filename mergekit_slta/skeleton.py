@@ -7,7 +7,7 @@ layer whose other branch returns zeros *is* the block, residual and norms includ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mergekit_slta.architectures import Architecture, Block, architecture
 from mergekit_slta.errors import ModelError, show
-from mergekit_slta.submodules import Architecture, Block, architecture
+from mergekit_slta.submodules import Anatomy
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
@@ -35,8 +35,21 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+class _BaseOutput:
+    """What a base model returns, for any head: features, and None for whatever else one asks (routers, caches)."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.last_hidden_state = features
+
+    def __getitem__(self, place: int) -> Tensor | None:
+        return self.last_hidden_state if place == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class Skeleton:
-    """A causal language model with its parameters on the meta device.
+    """A causal language model with its parameters on the meta device. Tensors go by the names of mergekit's plan.
 
     Args:
         config: the base model's config; tying is ignored, the output projection is always a tensor of its own here.
@@ -72,11 +85,21 @@ class Skeleton:
         self.config = config
         self.layers, self.layers_path = _find_layers(self.model, name)
         self.num_layers = len(self.layers)
-        self.parameter_names = tuple(key for key, _ in self.model.named_parameters(remove_duplicate=False))
-        names = {id(parameter): key for key, parameter in self.model.named_parameters(remove_duplicate=False)}
+        self._renamed = dict(self.arch.renamed)
+        planned = {ours: theirs for theirs, ours in self.arch.renamed}
+        self.shapes = {
+            planned.get(key, key): tuple(parameter.shape) for key, parameter in self.model.named_parameters()
+        }
+        names = {id(parameter): planned.get(key, key) for key, parameter in self.model.named_parameters()}
         self.head_weight = names[id(self.model.get_output_embeddings().weight)]
         self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
         self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
+        modules = [
+            path for path, module in self.model.named_modules() if module._parameters.keys() & {"weight", "bias"}
+        ]
+        self.anatomy = Anatomy(
+            self.arch, config, self.layers_path, self.num_layers, self.head_weight, frozenset(modules)
+        )
         self._calls: dict[tuple[int, int], list[_Call]] = {}
         self._layers_return_tuples = False
 
@@ -113,7 +136,7 @@ class Skeleton:
             return (hidden,) if self._layers_return_tuples else hidden
 
         with _replaced_forwards(dict.fromkeys(self.layers, recorder)), suppress(_Stop):
-            functional_call(self.model, dict(weights), (), {"input_ids": ids, "use_cache": False})
+            self._call_model(weights, input_ids=ids)
         return inputs[0], calls
 
     def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -151,11 +174,38 @@ class Skeleton:
         """
         norm = self._base_model.get_submodule(self.arch.final_norm)
 
-        def after_layers(*_: Any, **__: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=norm(hidden))
+        def after_layers(*_: Any, **__: Any) -> _BaseOutput:
+            return _BaseOutput(norm(hidden))
 
         with _replaced_forwards({self._base_model: after_layers}):
-            return functional_call(self.model, dict(weights), (), {"inputs_embeds": hidden, "use_cache": False}).logits
+            return self._call_model(weights, inputs_embeds=hidden).logits
+
+    def _call_model(self, weights: Mapping[str, Tensor], **inputs: Tensor) -> Any:
+        named = {self._renamed.get(key, key): tensor for key, tensor in weights.items()}
+        # Tied parameters of the skeleton's own (none are left) must not be tied again here.
+        return functional_call(self.model, named, (), {**inputs, "use_cache": False}, tie_weights=False)
+
+    def module(self, path: str, inputs: tuple[Any, ...], weights: Mapping[str, Tensor]) -> Tensor:
+        """One module's output for inputs of its own; a router's are its logits."""
+        local = {key.removeprefix(path + "."): tensor for key, tensor in weights.items() if key.startswith(path + ".")}
+        output = functional_call(self.model.get_submodule(path), local, inputs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def layer_with_inputs(
+        self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], modules: Sequence[str]
+    ) -> tuple[Tensor, dict[str, tuple[Any, ...]]]:
+        """A decoder layer's output, and what each of the named modules in it was given."""
+        inputs: dict[str, tuple[Any, ...]] = {}
+        with _watched({path: self.model.get_submodule(path) for path in modules}, inputs):
+            return self.layer(index, hidden, weights), inputs
+
+    def attention_with_heads(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The attention block's output, [b, s, d], and the heads' own before the output projection, [b, s, heads]."""
+        path = f"{self.layers_path}.{index}.{self.arch.attention}.{self.arch.projections.output}"
+        inputs: dict[str, tuple[Any, ...]] = {}
+        with _watched({path: self.model.get_submodule(path)}, inputs):
+            output = self.block(index, "attention", hidden, weights)
+        return output, inputs[path][0]
 
 
 def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
@@ -192,3 +242,21 @@ def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iter
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Module], inputs: dict[str, tuple[Any, ...]]) -> Iterator[None]:
+    """Keep the positional inputs of modules' next forward."""
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[path] = args
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

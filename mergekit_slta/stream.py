@@ -1,7 +1,7 @@
 """The layer-by-layer runner: feeds the calibration rows through the base, and hands out each submodule's outputs.
 
-Scope: at any time one submodule of every model is in memory, and the hidden states of all rows. Knows no Gram matrix
-and no solve; which weights a submodule is evaluated with is the caller's choice (`Evaluation.run`).
+Scope: at any time one step of every model (at most a decoder layer) is in memory, and the hidden states of all rows.
+Knows no Gram matrix and no solve; which weights a submodule is evaluated with is the caller's choice.
 
 Hidden states are packed, [tokens, d] per batch: token-wise parts (MLP blocks, the head) run over all tokens at once
 without padding, attention pads on the right, where no token looks.
@@ -11,81 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from mergekit_slta.batches import Batch
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.skeleton import Skeleton
 from mergekit_slta.submodules import Submodule
 
-BATCH_TOKENS = 2048
-"""Tokens per micro-batch: enough to keep matrix products busy, little enough that activations stay below weights."""
-PADDING = 1.06
-"""A batch may hold this many times its real tokens once padded."""
 HEAD_ELEMENTS = 2**22
 """Logits held per model at a time; the vocabulary is walked in chunks of `HEAD_ELEMENTS / tokens` rows."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows that run together.
-
-    Attributes:
-        rows: indices of the rows.
-        lengths: their tokens.
-        ids: [rows, longest] int64 token ids, padded on the right.
-    """
-
-    rows: tuple[int, ...]
-    lengths: tuple[int, ...]
-    ids: Tensor
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """[b, s, d] -> [tokens, d]."""
-        return torch.cat([row[:length] for row, length in zip(padded, self.lengths, strict=True)])
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[tokens, d] -> [b, s, d], zeros on the right."""
-        if len(self.lengths) == 1:
-            return packed[None]
-        return torch.nn.utils.rnn.pad_sequence(list(packed.split(list(self.lengths))), batch_first=True)
-
-
-def plan_batches(
-    rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float = PADDING
-) -> list[Batch]:
-    """Group rows of like length. Depends on the rows alone, not on machine, device or number of processes."""
-    order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
-    groups: list[list[int]] = []
-    for row in order:
-        group = [*groups[-1], row] if groups else []
-        area = len(rows[row]) * len(group)
-        if group and area <= max_tokens and area <= padding * sum(len(rows[other]) for other in group):
-            groups[-1] = group
-        else:
-            groups.append([row])
-    batches = []
-    for group in groups:
-        lengths = tuple(len(rows[row]) for row in group)
-        ids = torch.zeros((len(group), max(lengths)), dtype=torch.int64)
-        for place, row in enumerate(group):
-            ids[place, : lengths[place]] = torch.as_tensor(list(rows[row]))
-        batches.append(Batch(tuple(group), lengths, ids))
-    return batches
+Carry = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
+"""(submodules of a step, their tensors of every model) -> the tensors with which the rows move on behind the step."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A submodule at the features of one batch inside the base model.
+    """A submodule at the features of one batch.
 
     Attributes:
         submodule: which one. The head comes in several parts of the vocabulary, as evaluations of its own.
-        rows, lengths: the batch's rows and their tokens.
-        base: [tokens, d] outputs with the base's weights, f(x; theta_0).
+        rows, lengths: the batch's rows, and how many of the outputs' leading entries belong to each.
+        base: [entries, ...] outputs with the base's weights, f(x; theta_0).
         weights: the submodule's tensors of every model, base first.
-        run: weights -> [tokens, d] outputs with those, f(x; theta).
+        run: one of `weights` (or, but for whole models, any others) -> outputs with those, f(x; theta).
     """
 
     submodule: Submodule
@@ -97,24 +50,32 @@ class Evaluation:
 
 
 class Runner:
-    """Walks the model once, submodule by submodule.
+    """Walks the model once, step by step.
 
     Args:
         skeleton: the model's code.
         checkpoints: the models' tensors.
         submodules: all submodules, in the order of a forward pass.
-        batches: the calibration rows.
+        batches: the calibration rows; of one row each where single matrices are evaluated.
+        carry: with which tensors the rows move on behind each step; the base's if None. Called when all batches of
+            the step have been handed out.
     """
 
     def __init__(
-        self, skeleton: Skeleton, checkpoints: Checkpoints, submodules: Sequence[Submodule], batches: Sequence[Batch]
+        self,
+        skeleton: Skeleton,
+        checkpoints: Checkpoints,
+        submodules: Sequence[Submodule],
+        batches: Sequence[Batch],
+        carry: Carry | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.checkpoints = checkpoints
         self.submodules = submodules
         self.batches = batches
+        self.carry = carry
         self.hidden: list[Tensor] = []
-        """Per batch, [tokens, d] on the CPU: the base's features before the next submodule."""
+        """Per batch, [tokens, d] on the CPU: the features before the next step."""
         self.parallel: bool | None = None
         """Whether attention and MLP both read the layer's input; found out on the base's first layer."""
         self._attended: list[Tensor] = []
@@ -123,18 +84,51 @@ class Runner:
         """Every evaluation, submodule by submodule and batch by batch.
 
         Raises:
-            ModelError: a weight holds NaN or Inf.
-            RunError: a feature of the base is NaN or Inf; the message names the submodule.
+            ModelError: a weight holds NaN or Inf, or the blocks do not add up to the layer.
+            RunError: a feature is NaN or Inf; the message names the submodule.
         """
-        steps = {"embed": self._embed, "head": self._head}
-        for submodule in self.submodules:
-            yield from steps.get(submodule.kind, self._inner)(submodule)
+        for _, group in groupby(self.submodules, key=lambda submodule: submodule.step):
+            step = list(group)
+            kinds = {submodule.kind for submodule in step}
+            if "model" in kinds:
+                yield from self._model(step[0])
+            elif "embed" in kinds:
+                yield from self._embed(step[0])
+            elif "head" in kinds:
+                yield from self._head(step[0])
+            elif "attention" in kinds:
+                yield from self._attention(step)
+            elif kinds <= {"layer", "mlp"}:
+                yield from self._block(step[0])
+            elif step[0].name == step[0].step:  # a norm by itself: shared by both blocks, or before the head
+                yield from self._norm(step[0])
+            else:
+                yield from self._matrices(step)
             self.checkpoints.flush()
 
+    # --- before and behind the layers
+
     def _embed(self, submodule: Submodule) -> Iterator[Evaluation]:
+        weights, ids = self._embedding_rows(submodule.tensors)
+        for batch, places in zip(self.batches, ids, strict=True):
+
+            def run(given: Weights, batch: Batch = batch, places: Tensor = places) -> Tensor:
+                return batch.pack(self.skeleton.embed(places, given))
+
+            base = self._finite(run(weights[0]), submodule)
+            yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
+            self.hidden.append(base.cpu())
+        if self.carry:
+            carried = self.carry([submodule], weights)
+            for number, (batch, places) in enumerate(zip(self.batches, ids, strict=True)):
+                self.hidden[number] = batch.pack(self.skeleton.embed(places, carried)).cpu()
+
+    def _embedding_rows(self, names: Sequence[str]) -> tuple[list[Weights], list[Tensor]]:
+        """The embeddings of every model, of the token table only the rows that occur; and the batches' ids in those."""
         table = self.skeleton.embedding_weight
         used = torch.unique(torch.cat([batch.ids.flatten() for batch in self.batches]))  # [U]
-        weights = self.checkpoints.load([name for name in submodule.tensors if name != table])
+        before_layers = [name for name in names if name != table]
+        weights = self.checkpoints.load(before_layers)
         for model, (into, raw) in enumerate(zip(weights, self.checkpoints.raw(table), strict=True)):
             if int(used[-1]) >= raw.shape[0]:
                 raise ModelError(
@@ -142,19 +136,54 @@ class Runner:
                     f"{show(table)}: the tokenizer and the embeddings do not fit"
                 )
             into[table] = self.checkpoints.place(raw[used], table, model)  # [U, d]
-        for batch in self.batches:
-            ids = torch.searchsorted(used, batch.ids).to(self.skeleton.device)
+        ids = [torch.searchsorted(used, batch.ids).to(self.skeleton.device) for batch in self.batches]
+        return weights, ids
 
-            def run(given: Weights, batch: Batch = batch, ids: Tensor = ids) -> Tensor:
-                return batch.pack(self.skeleton.embed(ids, given))
+    def _head(self, submodule: Submodule) -> Iterator[Evaluation]:
+        hidden = [self.hidden] * len(self.checkpoints.plan.models)
+        yield from self._logits(submodule, submodule.tensors, hidden)
 
-            base = self._finite(run(weights[0]), submodule)
-            yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
-            self.hidden.append(base.cpu())
+    def _logits(
+        self, submodule: Submodule, names: Sequence[str], hidden: Sequence[Sequence[Tensor]]
+    ) -> Iterator[Evaluation]:
+        """The vocabulary in chunks: logits of 100,000 tokens and more never stand side by side.
 
-    def _inner(self, submodule: Submodule) -> Iterator[Evaluation]:
-        if submodule.kind == "attention" and self.parallel is None:
-            self.parallel = self._has_parallel_blocks(submodule)
+        Args:
+            submodule: what the evaluations are reported as.
+            names: its tensors behind the layers.
+            hidden: per model and batch, [tokens, d]: the last layer's outputs.
+        """
+        projection, norm = self.skeleton.head_weight, self.skeleton.anatomy.final_norm + "."
+        prefix = projection.removesuffix("weight")
+        chunked = {name: name for name in names if name.startswith(prefix)}
+        # Tied: the plan has no such tensor, the embeddings serve.
+        chunked.setdefault(projection, self.skeleton.embedding_weight)
+        context = [name for name in self.checkpoints.plan.tensors if name.startswith(norm) and name not in names]
+        borrowed = self.checkpoints.load(context, models=[0])[0]  # the norm, where it is a submodule of its own
+        whole = self.checkpoints.load([name for name in names if name not in chunked])
+        raw = {name: self.checkpoints.raw(source) for name, source in chunked.items()}
+        num_rows = min(tensor.shape[0] for tensor in raw[projection])
+        step = max(1, HEAD_ELEMENTS // max(len(features) for features in hidden[0]))
+        for start in range(0, num_rows, step):
+            part = slice(start, min(start + step, num_rows))
+            weights = [
+                {**borrowed, **whole[model]}
+                | {name: self.checkpoints.place(raw[name][model][part], chunked[name], model) for name in chunked}
+                for model in range(len(whole))
+            ]
+            for number, batch in enumerate(self.batches):
+
+                def run(given: Weights, number: int = number, weights: list[Weights] = weights) -> Tensor:
+                    model = next((place for place, own in enumerate(weights) if own is given), 0)
+                    features = hidden[model][number].to(self.skeleton.device)
+                    return self.skeleton.head(features[None], given)[0]
+
+                base = self._finite(run(weights[0]), submodule)
+                yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
+
+    # --- inside the layers
+
+    def _block(self, submodule: Submodule) -> Iterator[Evaluation]:
         context = self._context(submodule)
         weights = self.checkpoints.load(submodule.tensors)
         for number, batch in enumerate(self.batches):
@@ -165,7 +194,10 @@ class Runner:
 
             base = self._finite(run(weights[0]), submodule)
             yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
-            self._advance(submodule, number, hidden, base)
+            if not self.carry:
+                self._advance(submodule, number, hidden, base)
+        if self.carry:
+            self._move_on(submodule, {**context, **self.carry([submodule], weights)})
 
     def _output(self, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
         """[tokens, d] -> [tokens, d]: the MLP over all tokens at once, what attends over padded rows."""
@@ -176,24 +208,168 @@ class Runner:
             return batch.pack(self.skeleton.block(submodule.layer, "attention", batch.pad(hidden), weights))
         return batch.pack(self.skeleton.layer(submodule.layer, batch.pad(hidden), weights))
 
-    def _advance(self, submodule: Submodule, number: int, hidden: Tensor, base: Tensor) -> None:
+    def _attention(self, step: Sequence[Submodule]) -> Iterator[Evaluation]:
+        """An attention block; and, where it is divided, its heads by key/value group (A.3.5).
+
+        A head's output is the output projection's slice applied to the head's own features, which that model's own
+        queries, keys and values have made.
+        """
+        block, heads = step[0], step[1:]
+        assert block.layer is not None
+        layer = block.layer
+        if self.parallel is None:
+            self.parallel = self._has_parallel_blocks(block)
+        context = self._context(*step)
+        names = dict.fromkeys(name for submodule in step for name in submodule.tensors)
+        weights = self.checkpoints.load(list(names))
+        for number, batch in enumerate(self.batches):
+            hidden = self.hidden[number].to(self.skeleton.device)
+            features: dict[int, Tensor] = {}  # by weights: [tokens, heads], shared by the heads of one model
+
+            def run(
+                given: Weights, batch: Batch = batch, hidden: Tensor = hidden, features: dict[int, Tensor] = features
+            ) -> Tensor:
+                if not heads:
+                    return self._output(block, batch, hidden, {**context, **given})
+                output, made = self.skeleton.attention_with_heads(layer, batch.pad(hidden), {**context, **given})
+                features[id(given)] = batch.pack(made)
+                return batch.pack(output)
+
+            base = self._finite(run(weights[0]), block)
+            yield Evaluation(block, batch.rows, batch.lengths, base, weights, run)
+            for head in heads:
+                projection = head.slices[-1]
+                columns = self._columns(head)
+
+                def run_head(
+                    given: Weights,
+                    run: Callable[[Weights], Tensor] = run,
+                    projection: tuple = projection,
+                    columns: slice = columns,
+                    features: dict[int, Tensor] = features,
+                ) -> Tensor:
+                    if id(given) not in features:
+                        run(given)
+                    tensor, axis, start, stop = projection
+                    weight = given[tensor].narrow(axis, start, stop - start)
+                    return features[id(given)][:, columns] @ (weight.T if axis == 1 else weight)
+
+                yield Evaluation(head, batch.rows, batch.lengths, run_head(weights[0]), weights, run_head)
+            if not self.carry:
+                self._advance(block, number, hidden, base)
+        if self.carry:
+            self._move_on(block, {**context, **self.carry(step, weights)})
+
+    @staticmethod
+    def _columns(head: Submodule) -> slice:
+        """A group's features before the output projection: the same as the columns that read them."""
+        return slice(head.slices[-1].start, head.slices[-1].stop)
+
+    def _norm(self, submodule: Submodule) -> Iterator[Evaluation]:
+        """A norm by itself, on the features before it; the rows stay where they are."""
+        weights = self.checkpoints.load(submodule.tensors)
+        for number, batch in enumerate(self.batches):
+            hidden = self.hidden[number].to(self.skeleton.device)
+
+            def run(given: Weights, hidden: Tensor = hidden) -> Tensor:
+                return self.skeleton.module(submodule.name, (hidden[None],), given)[0]
+
+            yield Evaluation(submodule, batch.rows, batch.lengths, run(weights[0]), weights, run)
+
+    def _matrices(self, step: Sequence[Submodule]) -> Iterator[Evaluation]:
+        """Every module of a layer by itself, on what the module is given inside the base's layer.
+
+        Inputs come in whatever shape the model gives them (q/k norms see heads, routers flat tokens); batches of one
+        row need no padding, so that a row's output is counted as it is.
+        """
+        layer = step[0].layer
+        assert layer is not None
+        names = [name for submodule in step for name in submodule.tensors]
+        weights = self.checkpoints.load(names)
+        modules = [submodule.name for submodule in step]
+        for number, batch in enumerate(self.batches):
+            hidden = batch.pad(self.hidden[number].to(self.skeleton.device))
+            output, inputs = self.skeleton.layer_with_inputs(layer, hidden, weights[0], modules)
+            for submodule in step:
+                # What is no matrix takes the MLP block's weight: that block, with all that is in it, is evaluated.
+                whole = submodule.kind == "mlp"
+                before = self._before_mlp(step[0], hidden, weights[0]) if whole else None
+                given_to = inputs[submodule.name]
+
+                def run(
+                    given: Weights, path: str = submodule.name, inputs: tuple = given_to, before: Tensor | None = before
+                ) -> Tensor:
+                    if before is not None:
+                        return self.skeleton.block(layer, "mlp", before, given).reshape(1, -1)
+                    return self.skeleton.module(path, inputs, given).reshape(1, -1)
+
+                base = self._finite(run(weights[0]), submodule)
+                yield Evaluation(submodule, batch.rows, (1,), base, weights, run)
+            if not self.carry:
+                self.hidden[number] = batch.pack(output).cpu()
+        if self.carry:
+            carried = self.carry(step, weights)
+            for number, batch in enumerate(self.batches):
+                hidden = batch.pad(self.hidden[number].to(self.skeleton.device))
+                self.hidden[number] = batch.pack(self.skeleton.layer(layer, hidden, carried)).cpu()
+
+    def _before_mlp(self, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
+        if self.parallel is None:
+            self.parallel = self._has_parallel_blocks(submodule)
+        assert submodule.layer is not None
+        return hidden if self.parallel else self.skeleton.block(submodule.layer, "attention", hidden, weights)
+
+    # --- the whole model
+
+    def _model(self, submodule: Submodule) -> Iterator[Evaluation]:
+        """Every model through its own layers: T + 1 streams, one layer of one model in memory at a time."""
+        skeleton, anatomy = self.skeleton, self.skeleton.anatomy
+        inside = anatomy.layers_path + "."
+        behind = (anatomy.final_norm + ".", anatomy.head_weight.removesuffix("weight"))
+        outside = [name for name in submodule.tensors if not name.startswith(inside)]
+        weights, ids = self._embedding_rows([name for name in outside if not name.startswith(behind)])
+        hidden = [
+            [batch.pack(skeleton.embed(places, own)).cpu() for batch, places in zip(self.batches, ids, strict=True)]
+            for own in weights
+        ]
+        del weights
+        for layer in range(skeleton.num_layers):
+            names = [name for name in submodule.tensors if name.startswith(f"{inside}{layer}.")]
+            for model, streams in enumerate(hidden):
+                own = self.checkpoints.load(names, models=[model])[0]
+                for number, batch in enumerate(self.batches):
+                    features = batch.pad(streams[number].to(skeleton.device))
+                    streams[number] = self._finite(batch.pack(skeleton.layer(layer, features, own)), submodule).cpu()
+            self.checkpoints.flush()
+        yield from self._logits(submodule, [name for name in outside if name.startswith(behind)], hidden)
+
+    # --- moving on
+
+    def _advance(self, submodule: Submodule, number: int, hidden: Tensor, output: Tensor) -> None:
         """Move a batch behind a submodule. Parallel blocks both take the layer's input, and their changes add up."""
         if not self.parallel or submodule.kind == "layer":
-            self.hidden[number] = base.cpu()
+            self.hidden[number] = output.cpu()
         elif submodule.kind == "attention":
-            self._attended.append(base.cpu())
+            self._attended.append(output.cpu())
         else:
-            self.hidden[number] = (self._attended.pop(0).to(base.device) + (base - hidden)).cpu()
+            self.hidden[number] = (self._attended.pop(0).to(output.device) + (output - hidden)).cpu()
 
-    def _context(self, submodule: Submodule) -> Weights:
-        """The base's tensors that a block's forward touches without owning them: norms of the silenced branch."""
-        prefix = f"{self.skeleton.layers_path}.{submodule.layer}."
+    def _move_on(self, submodule: Submodule, weights: Weights) -> None:
+        for number, batch in enumerate(self.batches):
+            hidden = self.hidden[number].to(self.skeleton.device)
+            self._advance(submodule, number, hidden, self._output(submodule, batch, hidden, weights))
+
+    def _context(self, *step: Submodule) -> Weights:
+        """The base's tensors that a block's forward touches without owning them: norms of the silenced branch, and
+        norms that are a submodule of their own."""
+        prefix = f"{self.skeleton.layers_path}.{step[0].layer}."
         arch = self.skeleton.arch
         branches = (f"{prefix}{arch.attention}.", f"{prefix}{arch.mlp}.")
+        owned = {name for submodule in step for name in submodule.tensors}
         names = [
             name
             for name in self.checkpoints.plan.tensors
-            if name.startswith(prefix) and not name.startswith(branches) and name not in submodule.tensors
+            if name.startswith(prefix) and not name.startswith(branches) and name not in owned
         ]
         return self.checkpoints.load(names, models=[0])[0]
 
@@ -223,38 +399,10 @@ class Runner:
             )
         return bool(errors[1] < errors[0])
 
-    def _head(self, submodule: Submodule) -> Iterator[Evaluation]:
-        """The vocabulary in chunks: logits of 100,000 tokens and more never stand side by side."""
-        projection = self.skeleton.head_weight
-        own = projection in submodule.tensors  # else tied: the plan has no such tensor, the embeddings serve
-        prefix = projection.removesuffix("weight")
-        chunked = {name: name for name in submodule.tensors if name.startswith(prefix)}
-        if not own:
-            chunked[projection] = self.skeleton.embedding_weight
-        whole = self.checkpoints.load([name for name in submodule.tensors if name not in chunked])
-        raw = {name: self.checkpoints.raw(source) for name, source in chunked.items()}
-        num_rows = min(tensor.shape[0] for tensor in raw[projection])
-        step = max(1, HEAD_ELEMENTS // max(len(hidden) for hidden in self.hidden))
-        for start in range(0, num_rows, step):
-            part = slice(start, min(start + step, num_rows))
-            weights = [
-                {**whole[model]}
-                | {name: self.checkpoints.place(raw[name][model][part], chunked[name], model) for name in chunked}
-                for model in range(len(whole))
-            ]
-            for number, batch in enumerate(self.batches):
-                hidden = self.hidden[number].to(self.skeleton.device)
-
-                def run(given: Weights, hidden: Tensor = hidden) -> Tensor:
-                    return self.skeleton.head(hidden[None], given)[0]
-
-                base = self._finite(run(weights[0]), submodule)
-                yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
-
     def _finite(self, features: Tensor, submodule: Submodule) -> Tensor:
         if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
             raise RunError(
-                f"the base model's features behind {show(submodule.name)} hold NaN or Inf in "
-                f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the base model"
+                f"the features behind {show(submodule.name)} hold NaN or Inf in "
+                f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models"
             )
         return features

@@ -1,50 +1,33 @@
-"""Which tensors make up which submodule: the architectures, and the granularities over them.
+"""Which tensors make up which submodule, at every granularity.
 
-Scope: names only; no tensor is read here. Tensor names are those of mergekit's plan.
+Scope: names and slices only; no tensor is read here. Tensor names are those of mergekit's plan.
 
-Where the paper is silent: norms belong to the block that they feed (or, for post-norms, follow); `embed` is everything
-before the first decoder layer and `head` everything after the last. With tied embeddings the plan has no tensor for
-the output projection: the shared table belongs to `embed` and is solved for both objectives, the final norm to `head`.
+Where the paper is silent: `embed` is everything before the first decoder layer and `head` everything after the last.
+With tied embeddings the plan has no tensor for the output projection: the shared table belongs to `embed` and is
+solved for both objectives, the final norm to `head`. Under `head_mlp` a head is a key/value group with its queries;
+what cannot be divided by heads (norms, the output's bias, q/k norms) takes the attention block's weight. Under
+`linear` what is no matrix, norm or bias of a module's own (fused MoE experts) takes the MLP block's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.architectures import Architecture, HeadLayout, head_layout
+from mergekit_slta.errors import ModelError, show
 
-Block = Literal["attention", "mlp"]
-Kind = Literal["embed", "layer", "attention", "mlp", "head"]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What has to be known of a model class to take it apart; everything else its own forward tells.
-
-    Attributes:
-        attention, mlp: names of a decoder layer's two branches.
-        norms: the layer's own norms -> the block that each belongs to.
-        final_norm: the norm before the output projection, under the base model.
-    """
-
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    norms: tuple[tuple[str, Block], ...] = (("input_layernorm", "attention"), ("post_attention_layernorm", "mlp"))
-    final_norm: str = "norm"
-
-    def branch(self, block: Block) -> str:
-        """The name of a block's branch in the layer."""
-        return self.attention if block == "attention" else self.mlp
+Kind = Literal["model", "embed", "layer", "attention", "attention_head", "mlp", "norm", "linear", "head"]
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(),
-    "MistralForCausalLM": Architecture(),
-    "Qwen2ForCausalLM": Architecture(),
-    "Qwen3ForCausalLM": Architecture(),
-}
+class Slice(NamedTuple):
+    """Part of a tensor: [start, stop) along an axis."""
+
+    tensor: str
+    axis: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -52,90 +35,185 @@ class Submodule:
     """A part of the model that gets weights of its own.
 
     Attributes:
-        name: the module's path in the plan's terms, or `embed` or `head`.
+        name: the module's path in the plan's terms; `embed`, `head`, or `model`; heads are numbered under their
+            attention block.
         kind: what it is.
         layer: the decoder layer's number; None outside of the layers.
         tensors: plan names of the tensors that its alpha merges; empty where another submodule owns them all.
+        slices: for tensors of which it owns a part only, which.
+        step: submodules with the same step are evaluated by the same forward.
     """
 
     name: str
     kind: Kind
     layer: int | None
     tensors: tuple[str, ...]
+    slices: tuple[Slice, ...] = ()
+    step: str = ""
 
 
-def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
-    """The entry for a config's `architectures`.
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's structure in the plan's terms.
 
-    Raises:
-        ModelError: the class is not supported; the message lists those that are.
+    Attributes:
+        arch, config: the model class's entry, and the base's config.
+        layers_path: path of the list of decoder layers, as in `model.layers`.
+        num_layers: how many there are.
+        head_weight: name of the output projection's weight; the plan lacks it where embeddings are tied.
+        modules: paths of modules whose own parameters are called `weight` or `bias`.
     """
-    name = class_names[0] if class_names else "none"
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"architecture {show(name)} of {show(model)} is not supported; supported are {listing(ARCHITECTURES, 40)}"
-        )
-    return ARCHITECTURES[name]
+
+    arch: Architecture
+    config: Any
+    layers_path: str
+    num_layers: int
+    head_weight: str
+    modules: frozenset[str]
+
+    @property
+    def final_norm(self) -> str:
+        """Path of the norm before the output projection."""
+        parent = self.layers_path.rpartition(".")[0]
+        return f"{parent}.{self.arch.final_norm}" if parent else self.arch.final_norm
 
 
-def split(
-    tensors: Iterable[str], arch: Architecture, granularity: str, layers_path: str, num_layers: int, head_weight: str
-) -> list[Submodule]:
+def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str) -> list[Submodule]:
     """Divide a model's tensors among submodules, in the order in which a forward pass meets these.
 
     Args:
         tensors: names of all tensors of mergekit's plan.
-        arch: the model's architecture.
-        granularity: "layer" or "attn_mlp".
-        layers_path: path of the list of decoder layers, as in `model.layers`.
-        num_layers: how many there are.
-        head_weight: name of the output projection's weight.
+        anatomy: the model's structure.
+        granularity: "model", "layer", "attn_mlp", "head_mlp" or "linear".
 
     Raises:
         ModelError: a tensor belongs to no submodule by the rules above.
     """
-    groups: dict[str, Submodule] = {"embed": Submodule("embed", "embed", None, ())}
-    for layer in range(num_layers):
-        path = f"{layers_path}.{layer}"
-        if granularity == "layer":
-            groups[path] = Submodule(path, "layer", layer, ())
+    names = list(tensors)
+    if granularity == "model":
+        return [Submodule("model", "model", None, tuple(names), step="model")]
+    before, after = [], []
+    layers: list[list[str]] = [[] for _ in range(anatomy.num_layers)]
+    head_prefix = anatomy.head_weight.removesuffix("weight")
+    for name in names:
+        if name.startswith(anatomy.layers_path + "."):
+            index = name[len(anatomy.layers_path) + 1 :].partition(".")[0]
+            if not index.isdecimal() or int(index) >= anatomy.num_layers:
+                raise _homeless(name)
+            layers[int(index)].append(name)
         else:
-            for block in ("attention", "mlp"):
-                name = f"{path}.{arch.branch(block)}"
-                groups[name] = Submodule(name, block, layer, ())
-    groups["head"] = Submodule("head", "head", None, ())
-
-    members: dict[str, list[str]] = {name: [] for name in groups}
-    final_norm = f"{layers_path.rpartition('.')[0]}.{arch.final_norm}."
-    for tensor in tensors:
-        members[_owner(tensor, arch, granularity, layers_path, final_norm, head_weight, groups)].append(tensor)
-    return [Submodule(group.name, group.kind, group.layer, tuple(members[name])) for name, group in groups.items()]
-
-
-def _owner(
-    tensor: str,
-    arch: Architecture,
-    granularity: str,
-    layers_path: str,
-    final_norm: str,
-    head_weight: str,
-    groups: dict[str, Submodule],
-) -> str:
-    if not tensor.startswith(layers_path + "."):
-        head_prefix = head_weight.removesuffix("weight")
-        return "head" if tensor.startswith((final_norm, head_prefix)) else "embed"
-    index, _, local = tensor[len(layers_path) + 1 :].partition(".")
-    path = f"{layers_path}.{index}"
-    owner = path if granularity == "layer" else f"{path}.{_block_branch(local, arch)}"
-    if owner not in groups:
-        raise ModelError(f"tensor {show(tensor)} belongs to no submodule that is known here; please report the model")
-    return owner
+            (after if name.startswith((anatomy.final_norm + ".", head_prefix)) else before).append(name)
+    result = [Submodule("embed", "embed", None, tuple(before), step="embed")]
+    divide = {"layer": _whole_layer, "attn_mlp": _blocks, "head_mlp": _heads, "linear": _matrices}[granularity]
+    for index, owned in enumerate(layers):
+        result += divide(index, owned, anatomy)
+    if granularity == "linear":
+        norm = tuple(name for name in after if name.startswith(anatomy.final_norm + "."))
+        result.append(Submodule(anatomy.final_norm, "norm", None, norm, step=anatomy.final_norm))
+        after = [name for name in after if name not in norm]
+    return [*result, Submodule("head", "head", None, tuple(after), step="head")]
 
 
-def _block_branch(local: str, arch: Architecture) -> str | None:
-    """The branch that owns a layer's tensor `local` (a name within the layer); None if no rule covers it."""
-    module = local.partition(".")[0]
-    if module in (arch.attention, arch.mlp):
-        return module
-    block = dict(arch.norms).get(module)
-    return arch.branch(block) if block else None
+def _homeless(tensor: str) -> ModelError:
+    return ModelError(f"tensor {show(tensor)} belongs to no submodule that is known here; please report the model")
+
+
+def _path(index: int, anatomy: Anatomy, local: str = "") -> str:
+    return f"{anatomy.layers_path}.{index}" + (f".{local}" if local else "")
+
+
+def _whole_layer(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
+    path = _path(index, anatomy)
+    return [Submodule(path, "layer", index, tuple(tensors), step=path)]
+
+
+def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
+    """Attention and MLP with their norms; before them, norms that feed both."""
+    arch, prefix = anatomy.arch, _path(index, anatomy) + "."
+    norms = dict(arch.norms)
+    modules = {name[len(prefix) :].partition(".")[0] for name in tensors}
+    shared = not any(norms.get(module) == "mlp" for module in modules)
+    owned: dict[str, list[str]] = {}
+    for name in tensors:
+        module = name[len(prefix) :].partition(".")[0]
+        if module in (arch.attention, arch.mlp):
+            owner = module
+        elif module in norms:
+            owner = module if shared else arch.branch(norms[module])
+        else:
+            raise _homeless(name)
+        owned.setdefault(owner, []).append(name)
+    result = []
+    for module, kind in (*((name, "norm") for name in norms), (arch.attention, "attention"), (arch.mlp, "mlp")):
+        if module in owned:
+            path = prefix + module
+            result.append(Submodule(path, kind, index, tuple(owned[module]), step=path))  # type: ignore[arg-type]
+    return result
+
+
+def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
+    """As `_blocks`, with the attention block divided by key/value group; what is left of it keeps the block's name."""
+    result = []
+    for block in _blocks(index, tensors, anatomy):
+        if block.kind != "attention":
+            result.append(block)
+            continue
+        layout = head_layout(anatomy.config)
+        groups = [head_slices(block.name, block.tensors, anatomy.arch, layout, group) for group in range(layout.groups)]
+        divided = {part.tensor for part in groups[0]}
+        result.append(replace(block, tensors=tuple(name for name in block.tensors if name not in divided)))
+        for group, slices in enumerate(groups):
+            name = f"{block.name}.heads.{group}"
+            owned = tuple(dict.fromkeys(part.tensor for part in slices))
+            result.append(Submodule(name, "attention_head", index, owned, tuple(slices), block.step))
+    return result
+
+
+def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: HeadLayout, group: int) -> list[Slice]:
+    """The parts of an attention branch's tensors that belong to one key/value group: rows that make its queries, keys
+    and values, and columns that read them."""
+    present, place = set(tensors), arch.projections
+    query, width = layout.queries * layout.width, layout.width
+    starts = {"q": (group * query, query), "k": (group * width, width), "v": (group * width, width)}
+    if place.packing == "separate":
+        rows = [(module, *starts[part]) for module, part in zip(place.inputs, "qkv", strict=True)]
+    elif place.packing == "stacked":
+        offsets = {"q": 0, "k": layout.groups * query, "v": layout.groups * (query + width)}
+        rows = [(place.inputs[0], offsets[part] + start, size) for part, (start, size) in starts.items()]
+    else:
+        rows = [(place.inputs[0], group * (query + 2 * width), query + 2 * width)]
+    slices = []
+    for module, start, size in rows:
+        slices.append(Slice(f"{path}.{module}.weight", 1 if place.transposed else 0, start, start + size))
+        slices.append(Slice(f"{path}.{module}.bias", 0, start, start + size))
+    column = 0 if place.transposed else 1
+    slices.append(Slice(f"{path}.{place.output}.weight", column, group * query, (group + 1) * query))
+    return [part for part in slices if part.tensor in present]
+
+
+def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
+    """Every module with a weight by itself; what is left of the MLP takes the block's weight."""
+    step = _path(index, anatomy)
+    owned: dict[str, list[str]] = {}
+    mlp = _path(index, anatomy, anatomy.arch.mlp)
+    for name in tensors:
+        module, _, parameter = name.rpartition(".")
+        if module in anatomy.modules and parameter in ("weight", "bias"):
+            owned.setdefault(module, []).append(name)
+        elif name.startswith(mlp + "."):
+            owned.setdefault(mlp, []).append(name)
+        else:
+            raise _homeless(name)
+    kinds = {mlp: "mlp"}
+    for module in owned:
+        kinds.setdefault(module, "norm" if "norm" in module.rpartition(".")[2] or _is_norm(module) else "linear")
+    return [
+        Submodule(module, kinds[module], index, tuple(names), step=step)  # type: ignore[arg-type]
+        for module, names in owned.items()
+    ]
+
+
+def _is_norm(module: str) -> bool:
+    """GPT-2's `ln_1`, Falcon's `ln_attn`, StableLM's `norms.0`."""
+    last, before = module.rpartition(".")[2], module.split(".")[-2]
+    return last.startswith("ln_") or before == "norms"

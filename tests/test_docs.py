@@ -11,9 +11,9 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_slta import __version__, cli
+from mergekit_slta.architectures import ARCHITECTURES
 from mergekit_slta.errors import SltaError
 from mergekit_slta.recipe import SHARED_KEYS, TASK_KEYS, load_config, read_recipe
-from mergekit_slta.submodules import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
