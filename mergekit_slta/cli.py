@@ -98,6 +98,83 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     mergekit.merge.run_merge(config, out, options=merge_options, config_source=source)
 
 
+@main.command(cls=PrettyPrintHelp)
+@click.argument("stats", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Alphas file to write  [default: slta_alphas.json beside STATS]",
+)
+@click.option("--ridge", type=float, help="Relative ridge  [default: as calibrated]")
+@click.option(
+    "--importance",
+    "importances",
+    metavar="MODEL=W",
+    multiple=True,
+    help="Weight of a model's task in the objective; may be repeated  [default: as calibrated]",
+)
+@click.option("--balance/--no-balance", default=None, help="Per-sample balancing  [default: as calibrated]")
+@click.option("--rows", type=int, help="Use the first so many rows of each task  [default: all]")
+def solve(
+    stats: Path,
+    output: Path | None,
+    ridge: float | None,
+    importances: tuple[str, ...],
+    balance: bool | None,
+    rows: int | None,
+) -> None:
+    """Solve the statistics in STATS (slta_stats.safetensors) again, with other settings; touches no model."""
+    from mergekit_slta.alphas import is_alphas_file
+    from mergekit_slta.errors import OutputError
+    from mergekit_slta.gram import Statistics
+    from mergekit_slta.host import check_target
+    from mergekit_slta.outfolder import ALPHAS_NAME, weight_files
+    from mergekit_slta.resolve import parse_importance, solve_again
+    from mergekit_slta.summary import describe_alphas
+
+    path = (output or stats.with_name(ALPHAS_NAME)).absolute()
+    check_target(path)
+    if path.exists() and not is_alphas_file(path):
+        raise OutputError(f"{show(path)} is not an alphas file, and would be overwritten: name another file with -o")
+    alphas = solve_again(
+        Statistics.load(stats), ridge=ridge, importance=parse_importance(importances), balance=balance, rows=rows
+    )
+    merged = path.name == ALPHAS_NAME and path.exists() and bool(weight_files(path.parent))
+    alphas.save(path)
+    click.echo(describe_alphas(alphas))
+    used = alphas.calibration
+    click.echo(f"Solved with ridge {used['ridge']}, balance {used['balance']}, {used['num_samples']} rows", err=True)
+    click.echo(f"Written: {show(path)}", err=True)
+    if merged:
+        click.echo("The model beside it was merged with other alphas: merge again to use these", err=True)
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("alphas", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write  [default: standard output]")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="The recipe that ALPHAS are for  [default: mergekit_config.yml beside ALPHAS]",
+)
+def export(alphas: Path, output: Path | None, recipe: Path | None) -> None:
+    """Print a stock mergekit recipe that gives the merge of ALPHAS (slta_alphas.json) without this plugin."""
+    from mergekit_slta.export import check_recipe_target, export
+    from mergekit_slta.files import write_text_atomically
+
+    text, notes, source = export(alphas, recipe)
+    if output is not None:
+        check_recipe_target(output, [alphas, source])
+    for note in notes:
+        click.echo(note, err=True)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text_atomically(output, text)
+    click.echo(f"Written: {show(output)}", err=True)
+
+
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("slta-demo"))
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of data and training")

@@ -25,6 +25,7 @@ SOLVE_ONLY = ("balance", "ridge", "importance of ")
 _SAMPLES = 4
 _SAMPLE_BYTES = 1024
 _FILE_SAMPLES = 64
+_BLOCK_BYTES = 2**20
 
 
 def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, TensorHeader] | None) -> str:
@@ -34,7 +35,11 @@ def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, Tenso
         loader: mergekit's loader, for the files.
         headers: tensor name -> header; None for checkpoints that are not safetensors.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(getattr(loader, "dtype", None)).encode())
+    for path in getattr(loader, "fingerprint_files", ()):  # an adapter on top of the shards
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
     for shard in sorted(loader.index.shards, key=lambda shard: shard.filename):
         path = os.path.join(loader.index.base_path, shard.filename)
         size = os.path.getsize(path)

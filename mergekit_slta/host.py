@@ -6,6 +6,7 @@ of an earlier merge. Runs on the main thread, before OUT exists.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,14 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.alphas import Alphas
-from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match
+from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match, statistics_metadata
 from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
+from mergekit_slta.files import write_text_atomically
 from mergekit_slta.fingerprint import describe, differences
 from mergekit_slta.gram import Statistics
 from mergekit_slta.method import ActiveMerge, active
 from mergekit_slta.outfolder import ALPHAS_NAME, STATISTICS_NAME, check_output, free_bytes, replacing_weights
+from mergekit_slta.plan import forget_loaders
 from mergekit_slta.preflight import Job, estimate, prepare
 from mergekit_slta.recipe import read_recipe
 
@@ -85,8 +88,26 @@ def _run(
     config.parameters = {**(config.parameters or {}), "alphas": str(path)}
     columns = {task.model: alphas.models.index(recipe.names[task.model]) for task in recipe.tasks}
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
-    with replacing_weights(out), active(str(path), merge):
-        return original(config, out_path, options, config_source or merge_config.to_yaml())
+    try:
+        with replacing_weights(out), active(str(path), merge):
+            result = original(config, out_path, options, config_source or merge_config.to_yaml())
+            _untie_config(job, out)
+            return result
+    finally:
+        forget_loaders(recipe.models)
+
+
+def _untie_config(job: Job, out: Path) -> None:
+    """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
+    transformers drop it."""
+    path = out / "config.json"
+    if job.skeleton.head_weight not in job.plan.tensors or not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if job.base_is_tied:
+        config["tie_word_embeddings"] = False
+        write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _say(job, "The base's embeddings are tied and an expert's are not: the merged model is written untied")
 
 
 def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistics | None]:
@@ -112,6 +133,7 @@ def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistic
         try:
             statistics = Statistics.load(beside)
             if statistics_match(job, statistics):
+                statistics.metadata = statistics_metadata(job)  # the weighing that is solved for now
                 _say(job, f"Solving again from the statistics in {show(beside)}")
                 return solve_job(job, statistics), statistics
         except AlphasError as error:
@@ -169,8 +191,19 @@ def check_target(path: Path) -> None:
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputError(f"{show(path)} is no plain file: name another file with `alphas`")
-    if path.exists() and path.name != ALPHAS_NAME:
+    if path.exists() and not _is_damaged_own_file(path):
         Alphas.load(path)
+
+
+def _is_damaged_own_file(path: Path) -> bool:
+    """A file of our name that is no JSON at all: a broken disk or an interrupted copy, not somebody's document."""
+    if path.name != ALPHAS_NAME:
+        return False
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return False
 
 
 def _check_room(job: Job, out: Path) -> None:

@@ -23,6 +23,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_slta.adapters import open_adapter
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.recipe import Recipe
 
@@ -80,6 +81,13 @@ class Plan:
         return next((other for other in _names(self.tensors[name].sources[model]) if other in present), None)
 
 
+def forget_loaders(models: Sequence[ModelReference]) -> None:
+    """Take the models' loaders out of mergekit's cache, which outlives a merge: their files may change before the
+    next, and other methods merge adapters their own way."""
+    for model in models:
+        LoaderCache().loaders.pop(model, None)
+
+
 def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
     """Base, then the experts by name: the order in which everything is computed, whatever the recipe's order."""
     return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
@@ -93,11 +101,16 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
     """
     cache = LoaderCache()
     cache.setup(options=options)
-    loaders = {}
+    loaders: dict[ModelReference, LazyTensorLoader] = {}
+    forget_loaders(recipe.models)
     for model in recipe.models:
-        cache.loaders.pop(model, None)  # the class keeps loaders for the whole process; files may have changed since
         try:
+            adapter = open_adapter(model, options, base=loaders.get(ModelReference(model=model.model)))
+            if adapter is not None:
+                cache.loaders[model] = adapter  # where mergekit's warm-up finds it, instead of merging a copy on disk
             loaders[model] = cache.get(model)
+        except ModelError:
+            raise
         except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
             raise ModelError(
                 f"cannot open the checkpoint of {show(recipe.names[model])} ({show(error)}): "

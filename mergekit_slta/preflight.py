@@ -6,21 +6,24 @@ a download of weights last.
 
 from __future__ import annotations
 
+import importlib.resources
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.build import build_tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from mergekit_slta.adapters import needs_merged_copy
 from mergekit_slta.architectures import architecture
 from mergekit_slta.batches import BATCH_TOKENS
-from mergekit_slta.errors import DataError, ModelError, RunError, show
+from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.fingerprint import identity
 from mergekit_slta.plan import Plan, make_plan, reconcile, total_bytes
 from mergekit_slta.recipe import Recipe
@@ -50,6 +53,8 @@ class Job:
         tokenizer: what mergekit makes for the output, where the recipe touches the vocabulary.
         skeleton, plan, submodules: the model taken apart.
         identity: what alphas of this job are valid for (see `fingerprint.py`).
+        base_is_tied: whether the base's config ties its embeddings.
+        merged_copies: adapters that mergekit merges into a full copy on disk -> why.
     """
 
     recipe: Recipe
@@ -60,6 +65,8 @@ class Job:
     plan: Plan
     submodules: tuple[Submodule, ...]
     identity: dict[str, str]
+    base_is_tied: bool
+    merged_copies: dict[str, str]
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +107,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
     """
     _check_device(options)
+    _check_chat_template(recipe.config.chat_template)
     configs = _configs(recipe, options)
     tokenizer, info = _tokenizer(recipe, options)
     rows = []
@@ -118,7 +126,13 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
     submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity)
     record = identity(recipe, plan, config, rows)
-    return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record)
+    reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
+    copies = {name: reason for name, reason in reasons.items() if reason}
+    return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, _ties(config), copies)
+
+
+def _ties(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _check_device(options: MergeOptions) -> None:
@@ -130,13 +144,27 @@ def _check_device(options: MergeOptions) -> None:
         ) from error
 
 
+def _check_chat_template(template: str | None) -> None:
+    """What mergekit would only find out after the merge, when it writes the tokenizer."""
+    if template is None or template == "auto":
+        return
+    known = [entry.name.removesuffix(".jinja") for entry in importlib.resources.files(chat_templates).iterdir()]
+    if template not in known and (len(template) < 20 or "{" not in template):
+        raise RecipeError(
+            f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
+            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}"
+        )
+
+
 def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
     configs: dict[ModelReference, PretrainedConfig] = {}
     for model in recipe.models:
         name = show(recipe.names[model])
-        if model.lora is not None and not options.lora_merge_cache:
+        reason = "it is the base" if model.lora and model == recipe.base else needs_merged_copy(model)
+        if reason and not options.lora_merge_cache:
             raise ModelError(
-                f"{name} is an adapter, which mergekit merges into a copy on disk: add --lora-merge-cache DIR"
+                f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
+                "add --lora-merge-cache DIR"
             )
         try:
             configs[model] = model.config(trust_remote_code=options.trust_remote_code)

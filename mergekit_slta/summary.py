@@ -28,6 +28,9 @@ def describe_job(job: Job, costs: Costs) -> str:
     ]
     if job.skeleton.head_weight not in job.plan.tensors:
         lines.append("tied        the output projection is the embedding table: its alpha serves both ends")
+    for name, reason in job.merged_copies.items():
+        size = _bytes(costs.written_bytes)
+        lines.append(f"copy        {show(name)} is merged into a full copy first ({show(reason)}): about {size} more")
     lines += [
         f"device      {job.device}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",

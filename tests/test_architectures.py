@@ -130,13 +130,15 @@ class Reference:
         if submodule.kind == "embed":
             first = f"{anatomy.layers_path}.0"
             return self.forward(ids, model, names, {first: "in"})[first]
-        if submodule.kind in ("layer", "norm", "linear") or (
-            submodule.kind == "mlp" and submodule.step != submodule.name
-        ):
+        if submodule.kind in ("layer", "norm", "linear"):
             return self.forward(ids, model, names, {submodule.name: "out"})[submodule.name]
         layer = f"{anatomy.layers_path}.{submodule.layer}"
-        if submodule.kind == "mlp":
-            return self.forward(ids, model, names, {layer: "out"})[layer]
+        if submodule.kind == "mlp":  # under `linear`, too, what is left of it takes the whole block's alpha
+            norms = [name for name, block in anatomy.arch.norms if block == "mlp"]
+            places = tuple(f"{layer}.{part}." for part in (anatomy.arch.mlp, *norms))
+            own = [key for key in self.states[0] if key.startswith(places)]
+            assert submodule.step != submodule.name or set(own) == set(names)
+            return self.forward(ids, model, own, {layer: "out"})[layer]
         attention = f"{layer}.{anatomy.arch.attention}"
         inside = [key for key in self.states[0] if key.startswith(attention + ".")]
         norms = [name for name, block in anatomy.arch.norms if block == "attention" and name != self.species.shared]
@@ -155,11 +157,6 @@ class Reference:
         feeds = [name for name, block in anatomy.arch.norms if block == "mlp"]
         before = f"{layer}.{feeds[0]}" if feeds[0] != "post_feedforward_layernorm" else f"{layer}.{anatomy.arch.mlp}"
         return self.forward(ids, model, own, {before: "in"})[before]
-
-    @staticmethod
-    def _blocks(job) -> set[str]:
-        """Steps that are an attention or MLP block, divided or not."""
-        return {sub.step for sub in job.submodules if sub.kind in ("attention", "mlp") and sub.step == sub.name}
 
     def alphas(self, job) -> dict[str, np.ndarray]:
         """Eq. 12 with Eq. 33-34, row by row."""

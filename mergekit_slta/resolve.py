@@ -1,0 +1,232 @@
+"""Saved statistics -> new alphas; no model, no data set and no tokenizer is touched.
+
+Scope: which settings a new solve takes over from the calibration, and what a file made from fewer rows says of itself.
+Solving and laying out is `assembly.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.assembly import assemble
+from mergekit_slta.errors import AlphasError, RecipeError, listing, show
+from mergekit_slta.gram import Statistics
+from mergekit_slta.recipe import Settings, Task
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class _Submodule(_Part):
+    name: str
+    kind: str
+    layer: int | None
+    tensors: list[str]
+    objectives: list[str]
+
+
+class _Task(_Part):
+    model: str
+    rows: list[int]
+
+
+class _Calibration(_Part):
+    tasks: list[_Task]
+
+
+class _Layout(_Part):
+    """What `assembly.layout_of` writes, as far as a solve needs it."""
+
+    granularity: str
+    base_model: str
+    models: list[str]
+    canonical: list[str]
+    submodules: list[_Submodule]
+    calibration: _Calibration
+    identity: dict[str, str]
+    versions: dict[str, Any]
+
+
+def solve_again(
+    statistics: Statistics,
+    *,
+    ridge: float | None = None,
+    importance: Mapping[str, float] | None = None,
+    balance: bool | None = None,
+    rows: int | None = None,
+) -> Alphas:
+    """New alphas from saved statistics. What is not given stays as it was calibrated.
+
+    Args:
+        statistics: as `Statistics.load` reads them.
+        ridge: relative ridge, >= 0.
+        importance: w_t by model; a model is named as in the recipe, or by the last part of its path.
+        balance: Eq. 33-34 or Eq. 14.
+        rows: only the first so many rows of each task: what a calibration with `num_samples: rows` gives.
+
+    Raises:
+        AlphasError: the statistics carry no layout, or one that does not fit them.
+        RecipeError: a value out of range, a model that is not there, more rows than were calibrated, or a change that
+            the statistics themselves depend on.
+    """
+    layout = read_layout(statistics)
+    recorded = _recorded(layout)
+    names = layout["models"]
+    weights = dict(zip(names, recorded["importance"], strict=True))
+    for given, weight in (importance or {}).items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise RecipeError(f"`importance` of {show(given)} is {show(weight)}: give a positive number")
+        weights[_model(given, names)] = weight
+    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
+        raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more")
+    chosen = {
+        "ridge": recorded["ridge"] if ridge is None else ridge,
+        "importance": tuple(weights[name] for name in names),
+        "balance": recorded["balance"] if balance is None else balance,
+    }
+    changed = [key for key, value in chosen.items() if value != recorded[key]]
+    if rows is not None:
+        fewer = first_rows_layout(layout, rows)
+        changed += ["num_samples"] * (_row_counts(fewer) != _row_counts(layout))
+        layout, statistics = fewer, first_rows(statistics, rows)
+    if changed and layout["calibration"].get("inputs", "base") != "base":
+        raise RecipeError(
+            f"with `inputs: {show(layout['calibration']['inputs'])}` the features themselves depend on "
+            f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
+        )
+    try:
+        return assemble(statistics, layout, **chosen)
+    except ValidationError as error:
+        raise _unfit(error.errors()[0]["msg"]) from error
+
+
+def read_layout(statistics: Statistics) -> dict[str, Any]:
+    """The layout that statistics carry, checked against them (see `assembly.layout_of`).
+
+    Raises:
+        AlphasError: there is none, or it does not fit the Gram matrices.
+    """
+    try:
+        layout = _Layout.model_validate_json(statistics.metadata.get("layout", ""))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise _unfit(f"{place}: {problem['msg']}" if place else problem["msg"]) from error
+    tasks = [task.model for task in layout.calibration.tasks]
+    if len(set(layout.models)) != len(layout.models) or not (
+        sorted(layout.models) == sorted(layout.canonical) == sorted(tasks)
+    ):
+        raise _unfit("its models are not those of its tasks")
+    if len(layout.models) != statistics.num_models:
+        raise _unfit(f"it names {len(layout.models)} models, the matrices are for {statistics.num_models}")
+    counts = torch.bincount(statistics.row_task, minlength=statistics.num_models).tolist()
+    for task in layout.calibration.tasks:
+        if len(task.rows) != counts[layout.canonical.index(task.model)]:
+            raise _unfit(f"it lists {len(task.rows)} rows of {task.model}")
+    return json.loads(statistics.metadata["layout"])
+
+
+def _unfit(reason: str) -> AlphasError:
+    return AlphasError(f"the statistics' layout is damaged ({show(reason)}): calibrate again")
+
+
+def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """`ridge`, `balance` and `importance` (in the order of the layout's models) of the calibration."""
+    identity = layout["identity"]
+    try:
+        return {
+            "ridge": float(identity.get("ridge", Settings.model_fields["ridge"].default)),
+            "balance": identity.get("balance", str(Settings.model_fields["balance"].default)) == "True",
+            "importance": tuple(
+                float(identity.get(f"importance of {name}", Task.model_fields["importance"].default))
+                for name in layout["models"]
+            ),
+        }
+    except ValueError as error:
+        raise _unfit(str(error)) from error
+
+
+def _model(given: str, names: Sequence[str]) -> str:
+    if given in names:
+        return given
+    short = [name for name in names if os.path.basename(name.rstrip("/")) == given]
+    if len(short) == 1:
+        return short[0]
+    reason = "names several models" if short else "is none of the models"
+    raise RecipeError(f"`importance`: {show(given)} {reason}: name one of {listing(names)}")
+
+
+def parse_importance(texts: Iterable[str]) -> dict[str, float]:
+    """`MODEL=W` of the command line, read.
+
+    Raises:
+        RecipeError: a text of another form, or a model given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not name or math.isnan(value):
+            raise RecipeError(f"--importance {show(text)} is not MODEL=W: name a model and a positive number")
+        if name in found:
+            raise RecipeError(f"--importance names {show(name)} twice: give it one weight")
+        found[name] = value
+    return found
+
+
+def first_rows(statistics: Statistics, count: int) -> Statistics:
+    """The first `count` rows of each task, in the order they were drawn; all rows of a task that has fewer.
+
+    The metadata is dropped: it describes all rows (see `first_rows_layout`).
+    """
+    rank = torch.zeros_like(statistics.row_task)
+    for task in range(statistics.num_models):
+        own = statistics.row_task == task
+        rank[own] = torch.arange(int(own.sum()))
+    kept = (rank < count).nonzero().flatten()
+    grams = {name: gram[kept] for name, gram in statistics.grams.items()}
+    return Statistics(row_task=statistics.row_task[kept], num_models=statistics.num_models, grams=grams)
+
+
+def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The layout of `first_rows`: a task that lost rows has no token count and no hash, and another identity.
+
+    Rows' hashes cover texts, which statistics don't hold. The identity says what the rows are a part of, and equals
+    that of no recipe: such alphas are only used by recipes that name no data set.
+
+    Raises:
+        RecipeError: `count` is not between 1 and the `num_samples` of the calibration.
+    """
+    calibration = layout["calibration"]
+    most = max([*_row_counts(layout), int(calibration.get("num_samples") or 0)])
+    if not 1 <= count <= most:
+        raise RecipeError(
+            f"--rows is {count}, the statistics hold up to {most} rows of each task: give 1 to {most}, "
+            "or calibrate with another `num_samples`"
+        )
+    fewer: dict[str, Any] = copy.deepcopy(dict(layout))
+    fewer["calibration"]["num_samples"] = count
+    fewer["identity"]["num_samples"] = str(count)
+    for task in fewer["calibration"]["tasks"]:
+        if len(task["rows"]) > count:
+            label = f"rows of {task['model']}"
+            fewer["identity"][label] = f"first {count} of {fewer['identity'].get(label)}"
+            task.update(rows=task["rows"][:count], tokens=None, sha256=None)
+    return fewer
+
+
+def _row_counts(layout: Mapping[str, Any]) -> list[int]:
+    return [len(task["rows"]) for task in layout["calibration"]["tasks"]]

@@ -1,0 +1,386 @@
+"""`mergekit-slta export`: the same merge from stock mergekit, with this package switched off; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import get as stock_method
+from mergekit.parameter_resolver import resolve_parameters
+from mergekit.scripts import run_yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import mergekit_slta.export as export_room
+from mergekit_slta import cli
+from mergekit_slta.alphas import Alphas, Piece
+from mergekit_slta.errors import AlphasError
+from mergekit_slta.export import stock_recipe, weights_dtype
+from mergekit_slta.recipe import Granularity
+
+GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
+QUIET = ["--quiet"]
+
+
+def plugin_merge(*arguments: object) -> Result:
+    """The stock command in this process, where the plugin is registered."""
+    return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *QUIET])
+
+
+def stock_merge(recipe: Path, out: Path) -> subprocess.CompletedProcess:
+    """The stock command in a process that knows no plugin."""
+    script = Path(sys.executable).parent / "mergekit-yaml"
+    return subprocess.run(
+        [str(script), str(recipe), str(out), *QUIET],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def slta(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Distance in units in the last place: floats of one sign are ordered as their bits are."""
+    kind = torch.int16 if one.element_size() == 2 else torch.int32
+    places = [tensor.contiguous().view(kind).to(torch.int64) for tensor in (one, other)]
+    top = 1 << (8 * one.element_size() - 1)
+    ordered = [torch.where(place < 0, -(place + top), place) for place in places]
+    return (ordered[0] - ordered[1]).abs()
+
+
+def assert_same_merge(one: Path, other: Path, tokens: int | None = None) -> None:
+    """At most 0.01% of the elements differ, and those by one unit in the last place.
+
+    Rows beyond `tokens` are made up by mergekit, as means that it takes in the dtype of its inputs.
+    """
+    ours, stock = tensors(one), tensors(other)
+    for name in ("model.embed_tokens.weight", "lm_head.weight") if tokens else ():
+        torch.testing.assert_close(ours[name][tokens:].float(), stock[name][tokens:].float(), rtol=0.02, atol=0.01)
+        ours[name], stock[name] = ours[name][:tokens], stock[name][:tokens]
+    assert ours.keys() == stock.keys()
+    total = differ = 0
+    for name, tensor in ours.items():
+        assert tensor.dtype == stock[name].dtype
+        units = units_apart(tensor, stock[name])
+        assert units.max() <= 1, name
+        total, differ = total + units.numel(), differ + int((units > 0).sum())
+    assert differ <= max(3, total // 10_000), f"{differ} of {total}"
+
+
+def merged(models, write_recipe, out: Path, recipe: dict | None = None, **parameters: object) -> Path:
+    """A merge with the plugin; returns its folder."""
+    recipe = recipe or {**models.recipe(**parameters), "out_dtype": "bfloat16"}
+    result = plugin_merge(write_recipe(recipe, f"{out.name}.yml"), out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_stock_mergekit_gives_the_same_merge(make_models, write_recipe, tmp_path, granularity, tied):
+    """Twelve layers, so that layers 1, 10 and 11 must not take each other's weights; `lambda` comes along."""
+    models = make_models("llama", num_experts=3, num_layers=12, tied=tied, dtype=torch.bfloat16)
+    scale = {"lambda": 0.8} if tied else {}
+    out = merged(models, write_recipe, tmp_path / "plugin", granularity=granularity, **scale)
+    result = slta("export", out / "slta_alphas.json", "-o", tmp_path / "stock.yml")
+    assert result.exit_code == 0, result.output
+    recipe = yaml.safe_load((tmp_path / "stock.yml").read_text())
+    assert recipe["merge_method"] == "task_arithmetic"
+    assert (recipe["dtype"], recipe["out_dtype"]) == ("float32", "bfloat16")
+    assert recipe["parameters"] == {"normalize": False, **scale}
+    done = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "stock" / "slta_alphas.json").exists()
+    assert_same_merge(out, tmp_path / "stock")
+
+
+def test_plugin_is_off_in_the_stock_process(make_models, write_recipe, tmp_path):
+    """The comparison means something: there, the plugin's own recipe is none."""
+    models = make_models("llama", num_experts=2)
+    done = stock_merge(write_recipe(models.recipe()), tmp_path / "out")
+    assert done.returncode != 0
+    assert "submodule_linear" in done.stderr
+
+
+def test_recipe_supplies_tokenizer_and_chat_template(make_models, write_recipe, tmp_path):
+    """Both are taken over as they stand, from --recipe, and shape the stock merge in the same way."""
+    models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
+    recipe = {
+        **models.recipe(),
+        "out_dtype": "bfloat16",
+        "tokenizer": {"source": "base", "pad_to_multiple_of": 8},
+        "chat_template": "chatml",
+    }
+    out = merged(models, write_recipe, tmp_path / "plugin", recipe)
+    alone = shutil.copy(out / "slta_alphas.json", tmp_path / "alone.json")
+    result = slta("export", alone, "--recipe", tmp_path / "plugin.yml", "-o", tmp_path / "stock.yml")
+    assert result.exit_code == 0, result.output
+    stock = yaml.safe_load((tmp_path / "stock.yml").read_text())
+    assert (stock["tokenizer"], stock["chat_template"]) == (recipe["tokenizer"], "chatml")
+    done = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
+    assert done.returncode == 0, done.stderr
+    tokens = len(AutoTokenizer.from_pretrained(out))
+    assert tensors(out)["lm_head.weight"].shape[0] > tokens  # padded
+    assert_same_merge(out, tmp_path / "stock", tokens)
+    assert "may differ in rounding" in result.stderr
+    files = [json.loads((folder / "tokenizer.json").read_text()) for folder in (out, tmp_path / "stock")]
+    assert files[0] == files[1]
+    missing = slta("export", alone)
+    assert missing.exit_code == 2
+    assert "name its recipe with --recipe" in missing.output
+
+
+def test_output_dtype_without_one_in_the_recipe(make_models, write_recipe, tmp_path):
+    """A recipe without `out_dtype` keeps the checkpoints' dtype, which is looked up; each source is said."""
+    models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
+    out = merged(models, write_recipe, tmp_path / "plugin", models.recipe())
+    assert weights_dtype(out) == "bfloat16"
+    result = slta("export", out / "slta_alphas.json")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["out_dtype"] == "bfloat16"  # notes are on stderr
+    assert "mergekit_config.yml" in result.stderr
+    assert "out_dtype is bfloat16, as of the weights in" in result.stderr
+    alone = shutil.copy(out / "slta_alphas.json", tmp_path / "alone.json")
+    result = slta("export", alone)
+    assert result.exit_code == 0, result.output
+    assert "out_dtype" not in yaml.safe_load(result.stdout)
+    assert "Warning: the merged model will be float32" in result.stderr
+
+
+def test_float32_recipes_are_exported(make_models, write_recipe, tmp_path):
+    """`dtype: float32` is what the stock recipe computes in: the output stays float32."""
+    models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
+    out = merged(models, write_recipe, tmp_path / "plugin", {**models.recipe(), "dtype": "float32"})
+    result = slta("export", out / "slta_alphas.json", "-o", tmp_path / "stock.yml")
+    assert result.exit_code == 0, result.output
+    assert stock_merge(tmp_path / "stock.yml", tmp_path / "stock").returncode == 0
+    for name, tensor in tensors(tmp_path / "stock").items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, tensors(out)[name], rtol=1e-6, atol=1e-6)
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+
+def alphas_of(*groups: tuple[str, ...], models: tuple[str, ...] = ("one", "two"), **changes: object) -> Alphas:
+    """An alphas file of made-up tensors; every submodule has weights of its own."""
+    submodules = [
+        {
+            "name": f"part{number}", "kind": "layer", "layer": number, "tensors": names,
+            "alpha": [0.1 * (number + 1) + column / 3 for column in range(len(models))],
+            "stderr": None, "condition": 1.0, "rank": 1, "residual": 0.0,
+        }
+        for number, names in enumerate(groups)
+    ]  # fmt: skip
+    content = {
+        "granularity": "layer", "base_model": "base", "models": models, "submodules": submodules, "calibration": {},
+        "provenance": {},
+    }  # fmt: skip
+    return Alphas.model_validate({**content, **changes})
+
+
+SUBSTRINGS = [
+    ("model.norm.weight", "lm_head.weight"),
+    ("model.norm.weight_scale", "norm.weight", "lm_head.weight.scale"),
+    ("a", "layers.1.w", "x"),
+    ("layers.11.w", "model.layers.1.w", "ab", "model.layers.11.w.extra", "weight"),
+]
+
+
+def test_every_tensor_finds_its_own_filter():
+    """Names within names resolve to their own weights, by mergekit's resolver and by the method's own spec."""
+    alphas = alphas_of(*SUBSTRINGS)
+    config = MergeConfiguration.model_validate(yaml.safe_load(stock_recipe(alphas)))
+    spec = stock_method("task_arithmetic").spec
+    sources = {entry.model: entry.parameters for entry in config.models}
+    for submodule in alphas.submodules:
+        for name in submodule.tensors:
+            shared, own = resolve_parameters(
+                spec,
+                tensor_name=name,
+                inputs=dict.fromkeys(sources, name),
+                sources=lambda model: [sources.get(model), config.parameters],
+                base_model=config.base_model,
+            )
+            assert not shared["normalize"]
+            assert [own[model]["weight"] for model in sources] == list(submodule.alpha)
+
+
+def test_tensor_without_a_filter_fails_in_stock_mergekit():
+    """There is no catch-all: a tensor that the file does not know stops the merge."""
+    config = MergeConfiguration.model_validate(yaml.safe_load(stock_recipe(alphas_of(("model.norm.weight",)))))
+    parameters = config.models[0].parameters
+    with pytest.raises(RuntimeError, match="Missing required parameter weight"):
+        resolve_parameters(
+            stock_method("task_arithmetic").spec,
+            tensor_name="lm_head.weight",
+            inputs={config.models[0].model: "lm_head.weight"},
+            sources=lambda model: [parameters, config.parameters],
+            base_model=config.base_model,
+        )
+
+
+def test_filters_that_resolve_to_another_weight_are_refused(monkeypatch):
+    """The recipe is read back by mergekit's own code before it is handed out."""
+    monkeypatch.setattr(export_room, "filter_order", lambda names: sorted(names, key=len))
+    with pytest.raises(AlphasError, match="mergekit's filters give .* of one the weight"):
+        stock_recipe(alphas_of(*SUBSTRINGS))
+
+
+def test_weights_survive_yaml_to_the_last_bit():
+    """Small, large, negative and integral weights are read back as they are."""
+    values = [1e-17, -3.0, 0.1 + 0.2, 1.0, 0.0, 12345678.9]
+    alphas = alphas_of(*[(f"t{number}.weight",) for number in range(len(values))], models=("one",))
+    entries = [
+        entry.model_copy(update={"alpha": (value,)}) for entry, value in zip(alphas.submodules, values, strict=True)
+    ]
+    recipe = yaml.safe_load(stock_recipe(alphas.model_copy(update={"submodules": tuple(entries)}), scale=1e-3))
+    weights = {entry["filter"]: entry["value"] for entry in recipe["models"][0]["parameters"]["weight"]}
+    assert [weights[f"t{number}.weight"] for number in range(len(values))] == values
+    assert recipe["parameters"]["lambda"] == 1e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_slices_cannot_be_said_with_filters(monkeypatch):
+    """Weights of slices (granularity head_mlp) are refused, with the granularities that can be exported."""
+    halves = (Piece(0, 0, 4, (0.1, 0.2)), Piece(0, 4, 8, (0.3, 0.4)))
+    monkeypatch.setattr(Alphas, "pieces", lambda self, tensor: halves)
+    with pytest.raises(AlphasError, match="`granularity: head_mlp` slices of .*model, layer, attn_mlp, linear"):
+        stock_recipe(alphas_of(("model.norm.weight",), granularity="head_mlp"))
+
+
+@pytest.mark.skipif("head_mlp" not in get_args(Granularity), reason="this release does not calibrate head_mlp")
+def test_head_mlp_is_refused(make_models, write_recipe, tmp_path):
+    """The same, from a calibration."""
+    path = write_recipe(make_models("llama").recipe(granularity="head_mlp"))
+    result = slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET)
+    assert result.exit_code == 0, result.output
+    result = slta("export", tmp_path / "alphas.json")
+    assert result.exit_code == 2
+    assert "which a filter cannot say" in result.output
+
+
+@pytest.fixture(scope="module")
+def calibrated(make_models, tmp_path_factory) -> tuple[dict, Path]:
+    """A recipe, and alphas that were calibrated for it; no recipe lies beside them."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    recipe = {**make_models("llama", num_experts=2).recipe(), "out_dtype": "bfloat16"}
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = slta("calibrate", folder / "recipe.yml", "-o", folder / "slta_alphas.json", *QUIET)
+    assert result.exit_code == 0, result.output
+    return recipe, folder / "slta_alphas.json"
+
+
+def with_parameters(recipe: dict, **parameters: object) -> dict:
+    return {**recipe, "parameters": {**recipe["parameters"], **parameters}}
+
+
+FILTERED = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
+REFUSALS = {
+    "dtype": (lambda recipe: {**recipe, "dtype": "bfloat16"}, "casts its inputs to `dtype: bfloat16`"),
+    "lambda filters": (lambda recipe: with_parameters(recipe, **{"lambda": FILTERED}), "`lambda` differs between"),
+    "lambda gradient": (lambda recipe: with_parameters(recipe, **{"lambda": [0.0, 1.0]}), "`lambda` differs between"),
+    "other models": (lambda recipe: {**recipe, "models": recipe["models"][:1]}, "is not the recipe of these alphas"),
+    "other base": (
+        lambda recipe: {**recipe, "base_model": recipe["models"][0]["model"], "models": recipe["models"][1:]},
+        "is not the recipe of these alphas",
+    ),
+    "other granularity": (lambda recipe: with_parameters(recipe, granularity="layer"), "is not the recipe of these"),
+    "other method": (lambda recipe: {**recipe, "merge_method": "linear"}, "merge_method is 'linear'"),
+    "not a recipe": (lambda recipe: [1, 2], "is not a merge recipe"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_recipes_that_stock_mergekit_cannot_follow(calibrated, write_recipe, tmp_path, case):
+    """One line, exit code 2, no file."""
+    build, message = REFUSALS[case]
+    recipe, alphas = calibrated
+    result = slta("export", alphas, "--recipe", write_recipe(build(recipe)), "-o", tmp_path / "stock.yml")
+    assert result.exit_code == 2, result.output
+    (line,) = result.output.splitlines()
+    assert message in line
+    assert not (tmp_path / "stock.yml").exists()
+
+
+def test_equal_filters_are_one_lambda(calibrated, write_recipe):
+    """A `lambda` that is written as filters but is the same everywhere is a number."""
+    recipe, alphas = calibrated
+    same = [{"filter": "mlp", "value": 0.5}, {"value": 0.5}]
+    result = slta("export", alphas, "--recipe", write_recipe(with_parameters(recipe, **{"lambda": same})))
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["parameters"]["lambda"] == 0.5
+
+
+def test_cast_inputs_are_refused_without_a_recipe_too(make_models, write_recipe, tmp_path):
+    """The alphas file remembers the `dtype` that the inputs were cast to."""
+    path = write_recipe({**make_models("llama").recipe(), "dtype": "bfloat16"})
+    assert slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET).exit_code == 0
+    result = slta("export", tmp_path / "alphas.json")
+    assert result.exit_code == 2
+    assert "casts its inputs to `dtype: bfloat16`" in result.output
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"format": "x"}', "\x00\xff"])
+def test_what_is_no_alphas_file_is_refused(tmp_path, content):
+    """Missing, corrupt or foreign: one line and exit code 2."""
+    path = tmp_path / "alphas.json"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    result = slta("export", path)
+    assert result.exit_code == 2, result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["text", "yaml", "binary", "folder", "link", "alphas"])
+def test_nothing_but_a_recipe_is_overwritten(calibrated, tmp_path, kind):
+    """Other files, folders and links stay as they were."""
+    alphas = shutil.copy(calibrated[1], tmp_path / "alphas.json")
+    target = tmp_path / "target.yml"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "link":
+        (tmp_path / "real.yml").write_text("merge_method: linear\n")
+        target.symlink_to(tmp_path / "real.yml")
+    elif kind == "alphas":
+        target = alphas
+    else:
+        target.write_bytes({"text": b"dear diary", "yaml": b"a: 1\n", "binary": b"\xff\x00\x01"}[kind])
+    before = target.read_bytes() if target.is_file() else None
+    result = slta("export", alphas, "-o", target)
+    assert result.exit_code == 2, result.output
+    assert (target.read_bytes() if target.is_file() else None) == before
+
+
+def test_recipes_are_overwritten_but_not_the_source(calibrated, write_recipe, tmp_path):
+    """An earlier export is replaced; the recipe that the export is made from is not."""
+    recipe, alphas = calibrated
+    path = write_recipe(recipe)
+    for _ in range(2):
+        assert slta("export", alphas, "--recipe", path, "-o", tmp_path / "stock.yml").exit_code == 0
+    result = slta("export", alphas, "--recipe", path, "-o", path)
+    assert result.exit_code == 2
+    assert "is what the export is made from" in result.output
+    assert yaml.safe_load(path.read_text()) == recipe

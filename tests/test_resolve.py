@@ -1,0 +1,325 @@
+"""`mergekit-slta solve`: saved statistics solved again equal a fresh calibration, without the models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from mergekit_slta import cli
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.errors import AlphasError, RecipeError
+from mergekit_slta.gram import Statistics
+from mergekit_slta.resolve import first_rows, parse_importance, read_layout, solve_again
+
+QUIET = ["--quiet"]
+
+
+def slta(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def calibrated(recipe: dict, folder: Path) -> Path:
+    """Calibrate into `folder`; returns the statistics' path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = slta("calibrate", folder / "recipe.yml", "-o", folder / "slta_alphas.json", *QUIET)
+    assert result.exit_code == 0, result.output
+    return folder / "slta_stats.safetensors"
+
+
+def reversed_names(recipe: dict) -> dict:
+    """The recipe's order is not the canonical one."""
+    return {**recipe, "models": recipe["models"][::-1]}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory) -> Path:
+    """Statistics of three experts, listed against their canonical order, calibrated with a ridge and importances."""
+    recipe = reversed_names(tiny.recipe(ridge=0.02))
+    recipe["models"][0]["parameters"]["importance"] = 2.0
+    return calibrated(recipe, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def stats(saved, tmp_path) -> Path:
+    """The statistics alone, elsewhere."""
+    return Path(shutil.copy(saved, tmp_path / "slta_stats.safetensors"))
+
+
+def assert_same_alphas(one: Alphas, other: Alphas, tolerance: float) -> None:
+    assert one.models == other.models
+    assert [entry.name for entry in one.submodules] == [entry.name for entry in other.submodules]
+    for ours, theirs in zip(one.submodules, other.submodules, strict=True):
+        np.testing.assert_allclose(ours.alpha, theirs.alpha, rtol=tolerance, atol=tolerance, err_msg=ours.name)
+        np.testing.assert_allclose(ours.stderr or (), theirs.stderr or (), rtol=1e-3, atol=1e-6, err_msg=ours.name)
+        assert (ours.tensors, ours.flags) == (theirs.tensors, theirs.flags)
+
+
+CHANGES = {
+    "as calibrated": ({}, {}, []),
+    "ridge": ({"ridge": 0.5}, {}, ["--ridge", "0.5"]),
+    "balance": ({"balance": False}, {}, ["--no-balance"]),
+    "importance": ({}, {1: 3.5}, ["--importance", "expert2=3.5"]),
+    "all": ({"ridge": 0.0, "balance": False}, {0: 0.25, 2: 7}, ["--ridge", "0", "--no-balance"]),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_solve_equals_a_fresh_calibration(tiny, stats, tmp_path, case):
+    """Other ridge, balance and importance from statistics alone: the alphas, and the file, of a calibration with them.
+
+    What is not given stays as calibrated: a ridge of 0.02, and an importance of 2 for the recipe's first model.
+    """
+    shared, importance, options = CHANGES[case]
+    recipe = reversed_names(tiny.recipe(**{"ridge": 0.02, **shared}))
+    for number, weight in {0: 2.0, **importance}.items():
+        recipe["models"][number]["parameters"]["importance"] = weight
+    if case == "all":
+        for number, weight in importance.items():
+            options = [*options, "--importance", f"{recipe['models'][number]['model']}={weight}"]
+    result = slta("solve", stats, *options)
+    assert result.exit_code == 0, result.output
+    ours = Alphas.load(stats.with_name("slta_alphas.json"))
+    fresh = Alphas.load(calibrated(recipe, tmp_path / "fresh").with_name("slta_alphas.json"))
+    assert_same_alphas(ours, fresh, 1e-10)
+    assert ours.provenance == fresh.provenance  # fingerprint included: the recipe takes this file for its own
+    assert ours.calibration == fresh.calibration
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_first_rows_equal_a_smaller_calibration(tiny, stats, tmp_path, count):
+    """`--rows n` gives the alphas of a calibration with `num_samples: n`."""
+    recipe = reversed_names(tiny.recipe(ridge=0.02, num_samples=count))
+    recipe["models"][0]["parameters"]["importance"] = 2.0
+    result = slta("solve", stats, "--rows", count, "-o", tmp_path / "fewer.json")
+    assert result.exit_code == 0, result.output
+    ours = Alphas.load(tmp_path / "fewer.json")
+    fresh = Alphas.load(calibrated(recipe, tmp_path / "fresh").with_name("slta_alphas.json"))
+    assert_same_alphas(ours, fresh, 1e-6)
+    assert ours.calibration["num_samples"] == count
+    assert [task["rows"] for task in ours.calibration["tasks"]] == [task["rows"] for task in fresh.calibration["tasks"]]
+
+
+def test_fewer_rows_are_said_and_never_taken_by_accident(tiny, stats, tmp_path):
+    """No hash or token count of rows that are gone; the fingerprint is that of no calibration.
+
+    A recipe that names its rows refuses such a file; one that names none uses it.
+    """
+    full, fewer = solve_again(Statistics.load(stats)), solve_again(Statistics.load(stats), rows=2)
+    assert full.provenance["fingerprint"] != fewer.provenance["fingerprint"]
+    for task, whole in zip(fewer.calibration["tasks"], full.calibration["tasks"], strict=True):
+        assert (task["tokens"], task["sha256"]) == (None, None)
+        assert task["rows"] == whole["rows"][:2]
+        assert fewer.identity[f"rows of {task['model']}"] == f"first 2 of {whole['sha256']}"
+    assert solve_again(Statistics.load(stats), rows=6).provenance == full.provenance
+    fewer.save(tmp_path / "fewer.json")
+    recipe = reversed_names(tiny.recipe(ridge=0.02, num_samples=2, alphas=str(tmp_path / "fewer.json")))
+    recipe["models"][0]["parameters"]["importance"] = 2.0
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = slta("merge", tmp_path / "recipe.yml", tmp_path / "out", *QUIET)
+    assert result.exit_code == 2
+    assert "other rows of" in result.output
+    for entry in recipe["models"]:
+        entry["parameters"] = {}
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = slta("merge", tmp_path / "recipe.yml", tmp_path / "out", *QUIET)
+    assert result.exit_code == 0, result.output
+
+
+def test_tasks_with_fewer_rows_keep_theirs():
+    """Only rows beyond the count go, task by task, wherever they stand."""
+    row_task = torch.tensor([1, 0, 1, 1, 0])
+    gram = torch.arange(5, dtype=torch.float64)[:, None, None].expand(5, 2, 2).contiguous()
+    kept = first_rows(Statistics(row_task, 2, {"head": gram}, {"layout": "all rows"}), 2)
+    assert kept.row_task.tolist() == [1, 0, 1, 0]
+    assert kept.grams["head"][:, 0, 0].tolist() == [0, 1, 2, 4]
+    assert kept.metadata == {}
+
+
+def test_no_model_is_needed(make_models, tmp_path):
+    """Models, data and recipe are gone; the statistics say it all."""
+    models = make_models("llama", num_experts=2, scale=0.25)
+    copy = tmp_path / "models"
+    shutil.copytree(models.folder, copy)
+    recipe = {**models.recipe(), "base_model": str(copy / "base")}
+    for entry in recipe["models"]:
+        entry["model"] = str(copy / Path(entry["model"]).name)
+        entry["parameters"]["dataset"] = str(copy / Path(entry["parameters"]["dataset"]).name)
+    path = calibrated(recipe, tmp_path / "out")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(path, elsewhere)
+    shutil.rmtree(copy)
+    shutil.rmtree(tmp_path / "out")
+    result = slta("solve", elsewhere / path.name, "--ridge", "0.1")
+    assert result.exit_code == 0, result.output
+    assert "ridge 0.1" in result.stderr
+    assert Alphas.load(elsewhere / "slta_alphas.json").calibration["ridge"] == 0.1
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_alphas_are_replaced_and_other_files_are_not(stats, tmp_path):
+    """An alphas file is overwritten; anything else of that name, and links and folders, are not."""
+    target = tmp_path / "slta_alphas.json"
+    for _ in range(2):
+        assert slta("solve", stats).exit_code == 0
+    target.write_text('{"precious": true}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.json").symlink_to(target)
+    (tmp_path / "note.txt").write_text("precious")
+    for path in (None, tmp_path / "folder", tmp_path / "link.json", tmp_path / "note.txt", stats):
+        before = stats.read_bytes()
+        result = slta("solve", stats, *(["-o", path] if path else []))
+        assert result.exit_code == 2, result.output
+        assert stats.read_bytes() == before
+    assert target.read_text() == '{"precious": true}'
+    assert (tmp_path / "note.txt").read_text() == "precious"
+
+
+def test_alphas_beside_a_merged_model(stats, tmp_path):
+    """Where a model lies beside, it is said that it was merged with other alphas."""
+    assert slta("solve", stats).exit_code == 0
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "merge again" in slta("solve", stats, "--ridge", "1").stderr
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = {
+    "unknown model": (["--importance", "expert9=1"], "expert9 is none of the models: name one of "),
+    "the base": (["--importance", "base=1"], "is none of the models"),
+    "no weight": (["--importance", "expert1"], "is not MODEL=W"),
+    "no model": (["--importance", "=1"], "is not MODEL=W"),
+    "no number": (["--importance", "expert1=much"], "is not MODEL=W"),
+    "zero": (["--importance", "expert1=0"], "give a positive number"),
+    "negative": (["--importance", "expert1=-1"], "give a positive number"),
+    "infinite": (["--importance", "expert1=inf"], "give a positive number"),
+    "twice": (["--importance", "expert1=1", "--importance", "expert1=2"], "twice"),
+    "negative ridge": (["--ridge", "-0.1"], "`ridge` is -0.1"),
+    "ridge that is none": (["--ridge", "nan"], "`ridge` is nan"),
+    "no rows": (["--rows", "0"], "--rows is 0"),
+    "too many rows": (["--rows", "7"], "the statistics hold up to 6 rows of each task"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_out_of_range(stats, case):
+    """One line, exit code 2, no file."""
+    options, message = BAD_OPTIONS[case]
+    result = slta("solve", stats, *options)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert message in line
+    assert not stats.with_name("slta_alphas.json").exists()
+
+
+def test_two_models_of_one_basename(saved):
+    """A basename that two models share is refused, and the full names are taken."""
+    statistics = Statistics.load(saved)
+    layout = statistics.metadata["layout"]
+    for old, new in (("expert1", "x/same"), ("expert2", "y/same")):
+        layout = layout.replace(old, new)
+    statistics.metadata["layout"] = layout
+    with pytest.raises(RecipeError, match="same names several models"):
+        solve_again(statistics, importance={"same": 2.0})
+    (name,) = [name for name in json.loads(layout)["models"] if name.endswith("x/same")]
+    assert solve_again(statistics, importance={name: 5.0}).calibration["importance"][name] == 5.0
+
+
+def test_importance_is_read_from_the_right():
+    """A model's name may hold an `=`."""
+    assert parse_importance(["a=b=2"]) == {"a=b": 2.0}
+
+
+@pytest.mark.parametrize("change", [{"ridge": 0.1}, {"balance": False}, {"importance": {"expert1": 4.0}}, {"rows": 3}])
+def test_merged_inputs_cannot_be_solved_again(saved, change):
+    """With `inputs: merged` the features depended on these; the values of the calibration are no change."""
+    statistics = Statistics.load(saved)
+    layout = json.loads(statistics.metadata["layout"])
+    layout["calibration"]["inputs"] = "merged"
+    statistics.metadata["layout"] = json.dumps(layout)
+    with pytest.raises(RecipeError, match="with `inputs: merged` the features themselves depend on"):
+        solve_again(statistics, **change)
+    solve_again(statistics, ridge=0.02, balance=True, importance={"expert3": 2.0}, rows=6)
+
+
+def drop(*keys: str):
+    def change(layout: dict) -> dict:
+        return {key: value for key, value in layout.items() if key not in keys}
+
+    return change
+
+
+def fewer_rows(layout: dict) -> dict:
+    layout["calibration"]["tasks"][0]["rows"].pop()
+    return layout
+
+
+def other_models(layout: dict) -> dict:
+    layout["canonical"][0] = "another"
+    return layout
+
+
+def lost_submodule(layout: dict) -> dict:
+    layout["submodules"][0]["objectives"] = ["nothing"]
+    return layout
+
+
+def tensor_twice(layout: dict) -> dict:
+    layout["submodules"][0]["tensors"] = layout["submodules"][1]["tensors"]
+    return layout
+
+
+def no_number(layout: dict) -> dict:
+    layout["identity"]["ridge"] = "much"
+    return layout
+
+
+DAMAGES = [
+    drop("identity"), drop("models"), drop("submodules", "versions"), fewer_rows, other_models, lost_submodule,
+    tensor_twice, no_number, lambda layout: [], lambda layout: None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_layouts(saved, damage):
+    """Whatever does not fit the matrices is an AlphasError."""
+    statistics = Statistics.load(saved)
+    statistics.metadata["layout"] = json.dumps(damage(read_layout(statistics)))
+    with pytest.raises(AlphasError, match="calibrate again"):
+        solve_again(statistics)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "foreign", "no layout", "folder"])
+def test_files_that_are_no_statistics(stats, tmp_path, kind):
+    """Missing, corrupt and foreign files: one line, exit code 2, nothing written."""
+    path = tmp_path / "file.safetensors"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no statistics")
+    elif kind == "truncated":
+        path.write_bytes(stats.read_bytes()[:-8])
+    elif kind == "foreign":
+        save_file({"weight": torch.zeros(2)}, path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "no layout":
+        Statistics(torch.tensor([0, 0]), 1, {"head": torch.ones(2, 1, 1, dtype=torch.float64)}).save(path)
+    before = sorted(os.listdir(tmp_path))
+    result = slta("solve", path)
+    assert result.exit_code == 2, result.output
+    (line,) = result.output.splitlines()
+    assert "calibrate again" in line
+    assert sorted(os.listdir(tmp_path)) == before
