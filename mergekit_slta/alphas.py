@@ -183,6 +183,15 @@ class Alphas(BaseModel):
             raise AlphasError(f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {remedy}") from error
 
 
+def is_alphas_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a sound alphas file."""
+    try:
+        Alphas.load(path)
+    except AlphasError:
+        return False
+    return True
+
+
 def pieces_of(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[Piece, ...]]:
     """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
     pieces: dict[str, list[Piece]] = {}

@@ -27,12 +27,12 @@ def layout_of(job: Job) -> dict[str, Any]:
     `objectives` of a submodule name the statistics that its alpha minimises together: a tied table is read at both
     ends of the model, so it answers for `embed` and for `head`.
     """
-    tied = job.skeleton.head_weight not in job.plan.tensors
+    tied = job.plan.is_tied
     return {
         "granularity": job.recipe.settings.granularity,
-        "base_model": job.recipe.names[job.recipe.base],
-        "models": [job.recipe.names[task.model] for task in job.recipe.tasks],
-        "canonical": [job.recipe.names[model] for model in job.plan.models[1:]],
+        "base_model": job.recipe.label(job.recipe.base),
+        "models": [job.recipe.label(task.model) for task in job.recipe.tasks],
+        "canonical": [job.recipe.label(model) for model in job.plan.models[1:]],
         "submodules": [
             {
                 "name": submodule.name,
@@ -68,7 +68,7 @@ def _calibration(job: Job) -> dict[str, Any]:
         if drawn is not None:
             tasks.append(
                 {
-                    "model": job.recipe.names[task.model],
+                    "model": job.recipe.label(task.model),
                     "dataset": drawn.dataset,
                     "dataset_config": task.dataset_config,
                     "split": task.split,

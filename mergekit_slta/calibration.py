@@ -100,6 +100,7 @@ def gather_statistics(job: Job) -> Statistics:
                 if evaluation.submodule is not current:
                     current = _announce(bar, evaluation.submodule, current)
                 _accumulate(statistics, evaluation, [job.recipe.names[model] for model in experts])
+                del evaluation  # or this step's weights would live through the loading of the next
             bar.update(current is not None)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(error, job) from error
@@ -133,6 +134,8 @@ def _carry_merged(job: Job, statistics: Statistics) -> Carry:
         ]  # fmt: skip
         merged = {}
         for tensor, pieces in pieces_of(entries).items():
+            if tensor not in weights[0]:  # a tied projection's copy, which is not read here
+                continue
             ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in pieces]
             base, *experts = (own[tensor] for own in weights)
             merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)

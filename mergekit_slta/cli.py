@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import click
@@ -14,13 +15,19 @@ from mergekit_slta.errors import RunError, SltaError, show
 class _Group(click.Group):
     """Unexpected errors end in one line, too; -v shows where they come from."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = any(part.startswith("-v") for part in args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.exceptions.Exit, click.Abort, click.UsageError):
             raise
         except Exception as error:
-            if any(part.startswith("-v") for part in ctx.protected_args + ctx.args) or ctx.obj == "verbose":
+            if ctx.obj:
+                traceback.print_exc()
+            if isinstance(error, click.ClickException):
                 raise
             raise RunError(f"{type(error).__name__}: {show(error)}; -v shows where") from error
 
@@ -37,7 +44,7 @@ def main(ctx: click.Context) -> None:
 @add_merge_options
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
-    from mergekit_slta.host import check_target, stored
+    from mergekit_slta.host import check_room, check_target, stored
     from mergekit_slta.preflight import estimate, prepare
     from mergekit_slta.recipe import load_config, read_recipe
     from mergekit_slta.summary import describe_job
@@ -48,6 +55,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     if named:
         check_target(named)
     job = prepare(read, merge_options, need_rows=not (named and named.exists()))
+    check_room(job, Path.cwd())
     if named:
         stored(job, named, must_match=True)
     click.echo(describe_job(job, estimate(job)))

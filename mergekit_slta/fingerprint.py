@@ -1,7 +1,8 @@
 """What alphas are valid for: a labelled record of settings, calibration rows and checkpoint contents, and its hash.
 
 Scope: taking fingerprints and saying where two differ. A checkpoint's covers its headers, sizes and a sample of each
-tensor's bytes: any fine-tuning changes it, and 100 GB take seconds.
+tensor's bytes: training moves nearly all weights and so changes it, and 100 GB take seconds. An edit of single elements
+between the samples goes unnoticed.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def identity(
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_"))}
     record["config of the base"] = _hash(json.dumps(settings, sort_keys=True, default=str))
     for task, drawn in zip(recipe.tasks, rows, strict=True):
-        name = recipe.names[task.model]
+        name = recipe.label(task.model)
         if drawn is not None:
             record[f"rows of {name}"] = drawn.sha256
         if drawn is not None or "importance" in task.model_fields_set:
             record[f"importance of {name}"] = str(task.importance)
     for model in plan.models:
-        record[f"weights of {recipe.names[model]}"] = checkpoint_fingerprint(
+        record[f"weights of {recipe.label(model)}"] = checkpoint_fingerprint(
             plan.loaders[model], plan.headers.get(model)
         )
     return dict(sorted(record.items()))
@@ -134,4 +135,4 @@ def _hash(text: str) -> str:
 
 def models_of(recipe: Recipe) -> list[tuple[ModelReference, str]]:
     """The recipe's experts with their names, in the recipe's order."""
-    return [(task.model, recipe.names[task.model]) for task in recipe.tasks]
+    return [(task.model, recipe.label(task.model)) for task in recipe.tasks]

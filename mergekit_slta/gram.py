@@ -114,3 +114,12 @@ def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metada
     )
     if not sound:
         raise AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")
+
+
+def is_statistics_file(path: Path) -> bool:
+    """Whether a file says of itself that it is one of these; a damaged file of that name does not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,17 @@ from mergekit_slta.calibration import gather_statistics, solve_job, statistics_m
 from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
 from mergekit_slta.files import write_text_atomically
 from mergekit_slta.fingerprint import describe, differences
-from mergekit_slta.gram import Statistics
+from mergekit_slta.gram import Statistics, is_statistics_file
 from mergekit_slta.method import ActiveMerge, active
-from mergekit_slta.outfolder import ALPHAS_NAME, STATISTICS_NAME, check_output, free_bytes, replacing_weights
+from mergekit_slta.outfolder import (
+    ALPHAS_NAME,
+    STATISTICS_NAME,
+    check_output,
+    check_writable,
+    free_bytes,
+    pending,
+    staged,
+)
 from mergekit_slta.plan import forget_loaders
 from mergekit_slta.preflight import Job, estimate, prepare
 from mergekit_slta.recipe import read_recipe
@@ -74,25 +82,26 @@ def _run(
     check_output(out, [model.model.path for model in recipe.models])
     named = recipe.settings.alphas
     path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
-    check_target(path)
+    check_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
-    _check_room(job, out)
-    alphas, statistics = obtain(job, path, must_match=named is not None)
-
-    out.mkdir(parents=True, exist_ok=True)
-    if statistics is not None:
+    check_room(job, out)
+    places = [path] if named else [path, pending(out) / ALPHAS_NAME]
+    alphas, statistics = obtain(job, places, must_match=named is not None)
+    if named and statistics is not None:
         write_results(alphas, statistics, path)
-    if path.parent != out.absolute():
-        alphas.save(out / ALPHAS_NAME)  # what OUT was merged with stays with it
+
     config = recipe.config.model_copy(deep=True)
     config.parameters = {**(config.parameters or {}), "alphas": str(path)}
-    columns = {task.model: alphas.models.index(recipe.names[task.model]) for task in recipe.tasks}
+    columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
     try:
-        with replacing_weights(out), active(str(path), merge):
-            result = original(config, out_path, options, config_source or merge_config.to_yaml())
-            _untie_config(job, out)
-            return result
+        with staged(out) as folder, active(str(path), merge):
+            alphas.save(folder / ALPHAS_NAME)  # what OUT is merged with stays with it
+            if statistics is not None and not named:
+                statistics.save(folder / STATISTICS_NAME)
+            result = original(config, str(folder), options, config_source or merge_config.to_yaml())
+            _untie_config(job, folder)
+        return result
     finally:
         forget_loaders(recipe.models)
 
@@ -101,7 +110,7 @@ def _untie_config(job: Job, out: Path) -> None:
     """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
     transformers drop it."""
     path = out / "config.json"
-    if job.skeleton.head_weight not in job.plan.tensors or not path.is_file():
+    if job.plan.is_tied or not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     if job.base_is_tied:
@@ -110,36 +119,46 @@ def _untie_config(job: Job, out: Path) -> None:
         _say(job, "The base's embeddings are tied and an expert's are not: the merged model is written untied")
 
 
-def obtain(job: Job, path: Path, *, must_match: bool) -> tuple[Alphas, Statistics | None]:
-    """Alphas of a job: those at `path` if they fit, else from the statistics beside them, else from a calibration.
+def obtain(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alphas, Statistics | None]:
+    """Alphas of a job: those at hand if they fit, else from the statistics beside them, else from a calibration.
 
     Args:
         job: what is to be merged.
-        path: the alphas file.
+        places: the alphas file; behind it, where else one may have been left.
         must_match: a file that exists and does not fit is an error (the recipe named it), not a reason to calibrate.
 
     Returns:
-        The alphas, and the statistics where something new has to be written.
+        The alphas, and the statistics where they have to be written.
 
     Raises:
         AlphasError: the file is no alphas file, or is for something else and `must_match`.
     """
-    alphas = stored(job, path, must_match=must_match)
-    if alphas is not None:
-        _say(job, f"Reusing the alphas in {show(path)}")
-        return alphas, None
-    beside = path.with_name(STATISTICS_NAME)
-    if beside.is_file():
-        try:
-            statistics = Statistics.load(beside)
-            if statistics_match(job, statistics):
-                statistics.metadata = statistics_metadata(job)  # the weighing that is solved for now
-                _say(job, f"Solving again from the statistics in {show(beside)}")
-                return solve_job(job, statistics), statistics
-        except AlphasError as error:
-            LOG.info("%s", error.message)
+    for place, path in enumerate(places):
+        alphas = stored(job, path, must_match=must_match)
+        if alphas is not None:
+            _say(job, f"Reusing the alphas in {show(path)}")
+            return alphas, None if place == 0 else _statistics_at(job, path)
+    for path in places:
+        statistics = _statistics_at(job, path)
+        if statistics is not None:
+            _say(job, f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
+            statistics.metadata = statistics_metadata(job)  # the weighing that is solved for now
+            return solve_job(job, statistics), statistics
     statistics = gather_statistics(job)
     return solve_job(job, statistics), statistics
+
+
+def _statistics_at(job: Job, alphas: Path) -> Statistics | None:
+    """The statistics beside an alphas file, where there are any and they are what the job would gather."""
+    beside = alphas.with_name(STATISTICS_NAME)
+    if not beside.is_file():
+        return None
+    try:
+        statistics = Statistics.load(beside)
+    except AlphasError as error:
+        LOG.info("%s", error.message)
+        return None
+    return statistics if statistics_match(job, statistics) else None
 
 
 def stored(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
@@ -175,24 +194,36 @@ def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
     """Write the alphas file and the statistics beside it; nothing but such files is ever overwritten.
 
     Raises:
-        OutputError: something else is in the way, or the disk is full.
+        OutputError, AlphasError: something else is in the way, or the disk is full.
     """
     check_target(path)
     statistics.save(path.with_name(STATISTICS_NAME))
     alphas.save(path)
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, out: Path | None = None) -> None:
     """Refuse to write alphas over what is no alphas file: a recipe may come from a stranger.
 
+    Args:
+        path: the alphas file; the statistics lie beside it.
+        out: the output folder, in which mergekit's files have names of their own.
+
     Raises:
-        OutputError: `path` is a link, a device or a folder.
+        OutputError: one of the two is a link, a device or a folder, cannot be written, or has another file's name.
         AlphasError: it is a file of another kind.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{show(path)} is no plain file: name another file with `alphas`")
+    beside = path.with_name(STATISTICS_NAME)
+    for file in (path, beside):
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise OutputError(f"{show(file)} is no plain file: name another file with `alphas`")
+    inside = out is not None and path.parent == out.absolute() and path.name != ALPHAS_NAME
+    if inside or path.name == STATISTICS_NAME:
+        raise OutputError(f"the alphas cannot be called {show(path)}: name it {ALPHAS_NAME}, or choose another folder")
+    check_writable(path.parent)
     if path.exists() and not _is_damaged_own_file(path):
         Alphas.load(path)
+    if beside.exists() and not is_statistics_file(beside):
+        raise OutputError(f"{show(beside)} is no statistics file and is not overwritten: choose another folder")
 
 
 def _is_damaged_own_file(path: Path) -> bool:
@@ -206,7 +237,12 @@ def _is_damaged_own_file(path: Path) -> bool:
     return False
 
 
-def _check_room(job: Job, out: Path) -> None:
+def check_room(job: Job, out: Path) -> None:
+    """Refuse a disk that the merged model does not fit on.
+
+    Raises:
+        OutputError: with both figures.
+    """
     needed = estimate(job).written_bytes
     free = free_bytes(out)
     if needed > free:
@@ -223,7 +259,7 @@ def calibrate_to(job: Job, path: Path) -> tuple[Alphas, bool]:
         OutputError, AlphasError: see `check_target` and `obtain`.
     """
     check_target(path)
-    alphas, statistics = obtain(job, path, must_match=False)
+    alphas, statistics = obtain(job, [path], must_match=False)
     if statistics is not None:
         write_results(alphas, statistics, path)
     return alphas, statistics is None

@@ -1,8 +1,12 @@
 """The output folder: whose weights are in it, and how a merge replaces them without ever leaving a mixture.
 
 Scope: files of OUT, no tensors. mergekit neither refuses nor clears a folder that holds a model: a one-file model left
-beside a new sharded one silently wins in `from_pretrained`. A small record, `slta_merge.json`, says which weight files
-a merge of this package wrote; any other weights are somebody's, and refused.
+beside a new sharded one silently wins in `from_pretrained`. So mergekit writes into a folder of its own inside OUT,
+and only a finished merge is moved out of it. A small record, `slta_merge.json`, says which weight files a merge of
+this package has put there; any other weights are somebody's, refused, and never touched.
+
+    OUT/.slta_merging/NAME/    being written; after a failure only what was calibrated stays, for the next run
+    OUT/.slta_merged/NAME/     finished, being moved to OUT; a run that dies here is completed by the next one
 """
 
 from __future__ import annotations
@@ -11,49 +15,56 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mergekit_slta.errors import OutputError, listing, show
-from mergekit_slta.files import write_text_atomically
+from mergekit_slta.files import sampled_hash, write_text_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two merges into one folder are the user's own care there
+    fcntl = None  # type: ignore[assignment]
 
 ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 RECORD_NAME = "slta_merge.json"
 FORMAT = "mergekit-slta/merge"
-_ASIDE = ".slta_previous"
+_MERGING, _MERGED = ".slta_merging", ".slta_merged"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?$")
+_LAST = "config.json"
+"""Removed first and written last: without it, transformers loads nothing from a folder that is being changed."""
 
 
 def weight_files(out: Path) -> list[str]:
     """Names of weight and index files in a folder, this package's statistics apart."""
     if not out.is_dir():
         return []
-    names = (entry.name for entry in os.scandir(out))
+    names = (entry.name for entry in os.scandir(out) if entry.is_file())
     return sorted(name for name in names if _WEIGHTS.match(name) and name != STATISTICS_NAME)
 
 
 def check_output(out: Path, inputs: Sequence[str]) -> None:
-    """Refuse a folder in which a merge would do harm.
+    """Refuse a folder in which a merge would do harm; changes nothing.
 
     Args:
         out: the output folder; need not exist.
         inputs: paths of the models that are merged.
 
     Raises:
-        OutputError: it is a file, cannot be written to, is one of the inputs, or holds weights that no merge of this
-            package recorded.
+        OutputError: it is a file, cannot be written to, is one of the inputs, is being merged into, or holds weights
+            that no merge of this package recorded.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"the output {show(out)} is a file: name a folder")
     if any(os.path.exists(path) and out.exists() and os.path.samefile(path, out) for path in inputs):
         raise OutputError(f"the output {show(out)} is one of the models to merge: name another folder")
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write to {show(existing)}: choose a folder that you may write to")
-    recover(out)
-    foreign = _foreign(out)
+    check_writable(out)
+    with locked(out, shared=True):
+        foreign = _foreign(out)
     if foreign:
         raise OutputError(
             f"{show(out)} holds weights of another origin ({listing(foreign, 3)}): "
@@ -61,82 +72,169 @@ def check_output(out: Path, inputs: Sequence[str]) -> None:
         )
 
 
-def _foreign(out: Path) -> list[str]:
-    found = weight_files(out)
-    if not found:
-        return []
-    record = _read_record(out)
-    if record is None:
-        return found
-    if not record["complete"]:  # a merge died; it had begun in a folder without weights of others
-        return []
-    return [name for name in found if record["weights"].get(name) != (out / name).stat().st_size]
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can neither be written to nor made.
 
-
-def _read_record(folder: Path) -> dict | None:
-    try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    sound = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("weights"), dict)
-    return record if sound and isinstance(record.get("complete"), bool) else None
-
-
-def _write_record(out: Path, *, complete: bool) -> None:
-    weights = {name: (out / name).stat().st_size for name in weight_files(out)} if complete else {}
-    content = {"format": FORMAT, "version": 1, "merge": os.urandom(8).hex(), "complete": complete, "weights": weights}
-    write_text_atomically(out / RECORD_NAME, json.dumps(content, indent=1) + "\n")
-
-
-def recover(out: Path) -> None:
-    """Finish or undo a replacement that was killed half-way, so that OUT holds one merge's weights or none."""
-    aside = out / _ASIDE
-    if not aside.is_dir():
-        return
-    before, now = _read_record(aside), _read_record(out)
-    if before is not None and (now is None or not now["complete"]):  # killed while merging
-        _drop_weights(out)
-        _move(aside, out)
-    elif before is not None and now == before:  # killed while moving aside
-        _move(aside, out)
-    shutil.rmtree(aside, ignore_errors=True)
+    Raises:
+        OutputError: the nearest folder that exists is a file, or may not be written to.
+    """
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise OutputError(f"cannot make {show(folder)}: {show(existing)} is a file; name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {show(existing)}: choose a folder that you may write to")
 
 
 @contextmanager
-def replacing_weights(out: Path) -> Iterator[None]:
-    """Move weights of an earlier merge aside, and remove them after success; put them back after failure."""
-    aside = out / _ASIDE
-    record = _read_record(out)
-    if record is not None and record["complete"]:
-        aside.mkdir(exist_ok=True)
-        shutil.copy2(out / RECORD_NAME, aside / RECORD_NAME)  # first: `recover` goes by it
-        for name in weight_files(out):
-            os.replace(out / name, aside / name)
-    else:
-        _drop_weights(out)  # what a killed merge left; `check_output` has refused everything else
-    _write_record(out, complete=False)
-    try:
+def locked(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold OUT for this process, where it exists. The system drops the lock with the process, however that ends.
+
+    Args:
+        out: the folder.
+        shared: only look: others may look, too.
+
+    Raises:
+        OutputError: another process merges into it.
+    """
+    if fcntl is None or not out.is_dir():
         yield
-        _write_record(out, complete=True)
-    except BaseException:
-        _drop_weights(out)
-        if aside.is_dir():
-            _move(aside, out)
-        else:
-            (out / RECORD_NAME).unlink(missing_ok=True)
-        raise
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        if not _acquired(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            holder = _read_text(out / _MERGING / "pid") or "unknown"
+            raise OutputError(
+                f"another merge (process {show(holder)}) is writing to {show(out)}: wait for it, or name another folder"
+            )
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(handle)
 
 
-def _drop_weights(out: Path) -> None:
+def _acquired(handle: int, kind: int) -> bool:
+    """Try for as long as others may take to look at the folder."""
+    for _ in range(20):
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder for mergekit to write into; what it holds at the end replaces the earlier merge in OUT.
+
+    Yields:
+        The folder, named as OUT is. An error inside leaves OUT as it was.
+
+    Raises:
+        OutputError: another process merges into OUT, or weights of another origin have come there meanwhile.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        finish(out)
+        staging = out / _MERGING
+        folder = staging / (out.absolute().name or "model")
+        _drop(staging)
+        folder.mkdir(parents=True)
+        (staging / "pid").write_text(str(os.getpid()))
+        try:
+            yield folder
+            if _foreign(out):
+                raise OutputError(
+                    f"weights of another origin have come to {show(out)} during the merge: move them away"
+                )
+            _write_record(folder)
+        except BaseException:
+            _keep_alphas_only(staging, folder)
+            raise
+        os.rename(staging, out / _MERGED)  # from here on the merge is done, whatever happens
+        finish(out)
+
+
+def _keep_alphas_only(staging: Path, folder: Path) -> None:
+    """What was calibrated for a merge that failed serves the next try."""
+    for entry in folder.iterdir():
+        if entry.name not in (ALPHAS_NAME, STATISTICS_NAME):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not any(folder.iterdir()):
+        _drop(staging)
+
+
+def pending(out: Path) -> Path:
+    """Where a merge that failed or was killed has left its alphas and statistics."""
+    return out / _MERGING / (out.absolute().name or "model")
+
+
+def finish(out: Path) -> None:
+    """Move a finished merge from its folder to OUT. May die anywhere and be called again; needs the lock."""
+    merged = out / _MERGED
+    folder = next((entry for entry in merged.iterdir() if entry.is_dir()), None) if merged.is_dir() else None
+    if folder is not None:
+        marker = merged / "replaces.json"
+        if not marker.exists():  # fixed once: OUT's own record is overwritten on the way
+            ours = [name for name in weight_files(out) if name in _recorded(out)]
+            write_text_atomically(marker, json.dumps(ours))
+        replaced = json.loads(marker.read_text())
+        if (folder / _LAST).exists():  # else it has been moved, and everything before it
+            (out / _LAST).unlink(missing_ok=True)
+        new = _recorded(folder) if (folder / RECORD_NAME).exists() else _recorded(out)
+        for name in replaced:
+            if name not in new:  # those that are get overwritten, or have been already
+                (out / name).unlink(missing_ok=True)
+        for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == _LAST, entry.name == RECORD_NAME)):
+            _replace(entry, out / entry.name)
+    _drop(merged)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        raise OutputError(f"{show(target)} is a folder where the merge has a file: move it away and merge again")
+    os.replace(source, target)
+
+
+def _drop(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _foreign(out: Path) -> list[str]:
+    """Weight files in OUT that are not, byte for byte as far as samples tell, what a merge has recorded."""
+    records = [_recorded(out)]
+    if (out / _MERGED).is_dir():  # a merge died while it was moved: some files are its own already
+        records += [_recorded(folder) for folder in (out / _MERGED).iterdir() if folder.is_dir()]
+    foreign = []
     for name in weight_files(out):
-        (out / name).unlink(missing_ok=True)
+        found = sampled_hash(out / name)
+        if all(record.get(name) != found for record in records):
+            foreign.append(name)
+    return foreign
 
 
-def _move(aside: Path, out: Path) -> None:
-    for entry in sorted(aside.iterdir(), key=lambda entry: entry.name == RECORD_NAME):  # the record last
-        os.replace(entry, out / entry.name)
+def _recorded(folder: Path) -> Mapping[str, str]:
+    """Weight files that the record in a folder lists, with their hashes; none where there is no sound record."""
+    try:
+        record: Any = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("weights"), dict)
+    return record["weights"] if sound else {}
+
+
+def _write_record(folder: Path) -> None:
+    weights = {name: sampled_hash(folder / name) for name in weight_files(folder)}
+    content = {"format": FORMAT, "version": 1, "weights": weights}
+    write_text_atomically(folder / RECORD_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def free_bytes(out: Path) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ImmutableMap, ModelReference
@@ -62,12 +63,14 @@ class Plan:
         tensors: name in OUT -> planned tensor, in the plan's order.
         loaders: mergekit's lazy loaders of the models.
         headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
+        is_tied: the output projection is the embedding table, in every model: the plan lacks it, or holds a copy.
     """
 
     models: tuple[ModelReference, ...]
     tensors: dict[str, PlannedTensor]
     loaders: dict[ModelReference, LazyTensorLoader]
     headers: dict[ModelReference, dict[str, TensorHeader]] = field(default_factory=dict)
+    is_tied: bool = False
 
     def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
         """Shape of an output's tensor in a model's checkpoint; None where the header does not tell."""
@@ -254,6 +257,33 @@ def reconcile(
     return problems
 
 
+def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, projection: str) -> bool:
+    """Whether the output projection is the embedding table in every model.
+
+    Some checkpoints of tied models store it a second time; mergekit plans it as soon as one of them does. A copy that
+    equals the table, where the config ties the two, is the same tensor; any other is one of its own.
+
+    Args:
+        plan: the plan.
+        configs: the models' configs.
+        table, projection: names of the embedding's and of the projection's weights.
+    """
+    if projection not in plan.tensors:
+        return True
+    for model in plan.models:
+        if not getattr(configs[model], "tie_word_embeddings", False):
+            return False
+        stored = plan.source_name(projection, model)
+        embedded = plan.source_name(table, model)
+        if stored != embedded:
+            loader = plan.loaders[model]
+            same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
+            loader.flush()
+            if not same:
+                return False
+    return True
+
+
 def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
     base = plan.models[0]
     for name, planned in plan.tensors.items():
@@ -272,7 +302,13 @@ def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
 
 
 def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> int:
-    """Bytes of the tensors of the given models (all by default), as far as headers tell."""
-    return sum(
-        header.stop - header.start for model in models or plan.models for header in plan.headers.get(model, {}).values()
-    )
+    """Bytes of the checkpoints of the given models (all by default)."""
+    total = 0
+    for model in models or plan.models:
+        headers = plan.headers.get(model)
+        if headers is not None:
+            total += sum(header.stop - header.start for header in headers.values())
+        else:
+            index = plan.loaders[model].index
+            total += sum(os.path.getsize(os.path.join(index.base_path, shard.filename)) for shard in index.shards)
+    return total

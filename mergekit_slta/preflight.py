@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mergekit._data import chat_templates
@@ -25,7 +27,7 @@ from mergekit_slta.architectures import architecture
 from mergekit_slta.batches import BATCH_TOKENS
 from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.fingerprint import identity
-from mergekit_slta.plan import Plan, make_plan, reconcile, total_bytes
+from mergekit_slta.plan import Plan, find_ties, make_plan, reconcile, total_bytes
 from mergekit_slta.recipe import Recipe
 from mergekit_slta.samples import TaskRows, draw_rows
 from mergekit_slta.skeleton import Skeleton
@@ -115,6 +117,11 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         name = recipe.names[task.model]
         rows.append(draw_rows(task, name, recipe.settings, tokenizer) if need_rows or task.dataset else None)
     dtype = getattr(torch, recipe.settings.compute_dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        LOG.warning(
+            "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
+            recipe.settings.compute_dtype,
+        )
     device = torch.device(options.device or "cpu")
     config = configs[recipe.base]
     skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
@@ -124,7 +131,8 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         raise ModelError(problems[0])
     for problem in problems:
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
-    submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity)
+    plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
+    submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
     record = identity(recipe, plan, config, rows)
     reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
     copies = {name: reason for name, reason in reasons.items() if reason}
@@ -136,12 +144,25 @@ def _ties(config: PretrainedConfig) -> bool:
 
 
 def _check_device(options: MergeOptions) -> None:
+    if options.multi_gpu and not torch.accelerator.is_available():
+        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it")
     try:
         torch.empty(0, device=options.device or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise RunError(
             f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device"
         ) from error
+
+
+def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:
+    """The merged model runs with the base's config; an expert that was trained with another may lose by it."""
+    models = list(configs)
+    base = configs[models[0]].to_dict()
+    for model in models[1:]:
+        other = configs[model].to_dict()
+        keys = sorted(key for key in (base.keys() | other.keys()) - _HARMLESS if base.get(key) != other.get(key))
+        if keys:
+            LOG.warning("the config of %s has other %s; the base's is used", show(names[model]), listing(keys))
 
 
 def _check_chat_template(template: str | None) -> None:
@@ -169,9 +190,13 @@ def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, Pret
         try:
             configs[model] = model.config(trust_remote_code=options.trust_remote_code)
         except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
+            path = model.model.path
+            if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
+                raise ModelError(f"there is no model folder {name}; paths start at the current one") from error
             raise ModelError(f"cannot read the config of {name}: {show(error)}; check the path or Hub id") from error
         architecture(configs[model].architectures, name)
     base = configs[recipe.base]
+    _warn_of_differing_configs(configs, recipe.names)
     for model, config in configs.items():
         name = show(recipe.names[model])
         if config.architectures != base.architectures:
@@ -217,6 +242,11 @@ def _tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokeniz
         ) from error
 
 
+_HARMLESS = frozenset(
+    "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
+    "bos_token_id eos_token_id pad_token_id model_type".split()
+)
+"""Keys of a config that do not shape the forward pass, or are looked at elsewhere."""
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 
@@ -227,7 +257,7 @@ def estimate(job: Job) -> Costs:
     base = job.plan.models[0]
     item = torch.finfo(job.dtype).bits // 8
     sizes = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
-    head = job.skeleton.head_weight if job.skeleton.head_weight in sizes else job.skeleton.embedding_weight
+    head = job.skeleton.embedding_weight if job.plan.is_tied else job.skeleton.head_weight
     steps: dict[str, int] = {}  # parameters held at a time
     for submodule in split(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
         if submodule.layer is not None:

@@ -33,7 +33,14 @@ def _number(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True)]
+
+
+def _count(value: object) -> object:
+    """Quoted whole numbers are numbers; fractions and truth values are not."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(strict=True)]
 
 
 class Task(BaseModel):
@@ -57,13 +64,13 @@ class Settings(BaseModel):
     granularity: Granularity = "attn_mlp"
     num_samples: Annotated[Count, Field(ge=1)] = 30
     max_seq_length: Annotated[Count, Field(ge=2)] = 512
-    seed: Annotated[Count, Field(ge=0)] = 42
+    seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
     inputs: Literal["base", "merged"] = "base"
     objective: Literal["features"] = "features"
     ridge: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
-    alphas: str | None = None
+    alphas: Annotated[str, Field(min_length=1)] | None = None
 
 
 TASK_KEYS = tuple(name for name in Task.model_fields if name != "model")
@@ -88,6 +95,12 @@ class Recipe(BaseModel):
     settings: Settings
     config: MergeConfiguration
     names: dict[ModelReference, str]
+
+    def label(self, model: ModelReference) -> str:
+        """A model's name in files: as the recipe spells it, local paths without `./` and trailing slashes."""
+        name = self.names[model]
+        parts = [os.path.normpath(part) if os.path.exists(part) else part for part in name.split("+")]
+        return "+".join(parts)
 
     @property
     def models(self) -> tuple[ModelReference, ...]:

@@ -147,7 +147,7 @@ def _solve_changed(a: Tensor, b: Tensor, changed: Tensor, ridge: float) -> tuple
     if len(index) == 0:
         return alpha, 0, 1.0
     a, b = _with_ridge(a[index][:, index], b[index], ridge, len(alpha))
-    scale = a.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    scale = _scale(a)
     correlation = torch.linalg.eigvalsh(a / scale[:, None] / scale[None, :])
     rank = int((correlation > RANK_TOLERANCE * correlation.max()).sum())
     full = rank == len(index)
@@ -159,7 +159,20 @@ def _solutions(a: Tensor, b: Tensor, full: bool) -> Tensor:
     """[..., T] exact solutions, or those of minimum norm where rank was lost."""
     if full:
         return torch.linalg.solve(a, b)
-    return (torch.linalg.pinv(a, rtol=RANK_TOLERANCE, hermitian=True) @ b[..., None]).squeeze(-1)
+    if a.dim() > 2:
+        return torch.stack([_solutions(one, other, full) for one, other in zip(a, b, strict=True)])
+    # What is null is decided on the correlation form: an expert with small features is not a lost one.
+    scale = _scale(a)
+    values, vectors = torch.linalg.eigh(a / scale[:, None] / scale[None, :])
+    kept = values > RANK_TOLERANCE * values.max()
+    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    some = (inverse @ (b / scale)) / scale
+    null, _ = torch.linalg.qr(vectors[:, ~kept] / scale[:, None])  # a basis of what changes nothing
+    return some - null @ (null.T @ some)
+
+
+def _scale(a: Tensor) -> Tensor:
+    return a.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
 
 
 def _residual(means: Tensor, weights: Tensor, alpha: Tensor) -> float:

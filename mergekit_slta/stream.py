@@ -127,7 +127,7 @@ class Runner:
         """The embeddings of every model, of the token table only the rows that occur; and the batches' ids in those."""
         table = self.skeleton.embedding_weight
         used = torch.unique(torch.cat([batch.ids.flatten() for batch in self.batches]))  # [U]
-        before_layers = [name for name in names if name != table]
+        before_layers = [name for name in names if name not in (table, self.skeleton.head_weight)]
         weights = self.checkpoints.load(before_layers)
         for model, (into, raw) in enumerate(zip(weights, self.checkpoints.raw(table), strict=True)):
             if int(used[-1]) >= raw.shape[0]:
@@ -156,8 +156,8 @@ class Runner:
         projection, norm = self.skeleton.head_weight, self.skeleton.anatomy.final_norm + "."
         prefix = projection.removesuffix("weight")
         chunked = {name: name for name in names if name.startswith(prefix)}
-        # Tied: the plan has no such tensor, the embeddings serve.
-        chunked.setdefault(projection, self.skeleton.embedding_weight)
+        if projection not in chunked or self.checkpoints.plan.is_tied:  # the embeddings serve
+            chunked[projection] = self.skeleton.embedding_weight
         context = [name for name in self.checkpoints.plan.tensors if name.startswith(norm) and name not in names]
         borrowed = self.checkpoints.load(context, models=[0])[0]  # the norm, where it is a submodule of its own
         whole = self.checkpoints.load([name for name in names if name not in chunked])

@@ -78,13 +78,14 @@ class Anatomy:
         return f"{parent}.{self.arch.final_norm}" if parent else self.arch.final_norm
 
 
-def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str) -> list[Submodule]:
+def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
     """Divide a model's tensors among submodules, in the order in which a forward pass meets these.
 
     Args:
         tensors: names of all tensors of mergekit's plan.
         anatomy: the model's structure.
         granularity: "model", "layer", "attn_mlp", "head_mlp" or "linear".
+        tied: the output projection is the embedding table; a copy of it among the tensors gets the table's weight.
 
     Raises:
         ModelError: a tensor belongs to no submodule by the rules above.
@@ -102,7 +103,8 @@ def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str) -> list[Su
                 raise _homeless(name)
             layers[int(index)].append(name)
         else:
-            (after if name.startswith((anatomy.final_norm + ".", head_prefix)) else before).append(name)
+            behind = name.startswith((anatomy.final_norm + ".", head_prefix))
+            (after if behind and not (tied and name == anatomy.head_weight) else before).append(name)
     result = [Submodule("embed", "embed", None, tuple(before), step="embed")]
     divide = {"layer": _whole_layer, "attn_mlp": _blocks, "head_mlp": _heads, "linear": _matrices}[granularity]
     for index, owned in enumerate(layers):

@@ -26,7 +26,7 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
         f"settings    {', '.join(f'{key} {getattr(settings, key)}' for key in _SETTINGS)}",
     ]
-    if job.skeleton.head_weight not in job.plan.tensors:
+    if job.plan.is_tied:
         lines.append("tied        the output projection is the embedding table: its alpha serves both ends")
     for name, reason in job.merged_copies.items():
         size = _bytes(costs.written_bytes)

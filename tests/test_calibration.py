@@ -219,3 +219,24 @@ def test_overflowing_features_are_named(make_models, options):
     recipe["base_model"] = str(huge)
     with pytest.raises((RunError, ModelError), match="NaN or Inf"):
         calibrate(recipe, options)
+
+
+def test_one_step_of_each_model_is_alive_at_a_time(tiny, options, monkeypatch):
+    """When a step's tensors are loaded, those of the step before are gone."""
+    import weakref
+
+    alive: list[weakref.ref] = []
+    load = Checkpoints.load
+
+    def watching(self, names, models=None):
+        assert not [ref() for ref in alive if ref() is not None]
+        weights = load(self, names, models)
+        if models is None:  # a step's own; the base's context is a norm or two
+            alive.extend(weakref.ref(tensor) for own in weights for tensor in own.values())
+        return weights
+
+    # float64 makes every loaded tensor a copy of its own, none a view of the mapped file
+    job = job_of(tiny.recipe(2, granularity="layer", compute_dtype="float64"), options)
+    monkeypatch.setattr(Checkpoints, "load", watching)
+    gather_statistics(job)
+    assert len(alive) > 30

@@ -74,7 +74,11 @@ def test_recipes_pass_check(path, tiny, tmp_path, monkeypatch):
         if "dataset" in parameters:
             _stand_in(parameters["dataset"], dataset, parameters)
     for name, source in places.items():
-        shutil.copytree(source, tmp_path / name)
+        base, _, adapter = str(name).partition("+")
+        if adapter:
+            _stand_in_adapter(tmp_path / base, tmp_path / adapter)
+        else:
+            shutil.copytree(source, tmp_path / name)
     named = recipe.get("parameters", {}).get("alphas")
     runner = CliRunner()
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
@@ -88,6 +92,22 @@ def test_recipes_pass_check(path, tiny, tmp_path, monkeypatch):
     result = runner.invoke(cli.main, ["check", "recipe.yml"])
     assert result.exit_code == 0, result.output
     assert "submodules cover all" in result.output
+
+
+def _stand_in_adapter(base: Path, target: Path) -> None:
+    """A LoRA adapter of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian")).save_pretrained(target)
+
+
+def test_table_of_architectures_is_the_tests_own():
+    """The README's table is what `python tests/zoo.py` prints."""
+    from zoo import table
+
+    assert table() in README
 
 
 def _stand_in(name: str, rows: Path, parameters: dict) -> None:

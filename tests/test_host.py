@@ -55,11 +55,16 @@ def explicit(models, alphas: Alphas, scale: float = 1.0) -> dict[str, torch.Tens
             total = base[name].double()
             for weight, expert in zip(entry.alpha, experts, strict=True):
                 total = total + scale * weight * (expert[name].double() - base[name].double())
-            result[name] = total
+            if name not in entry.slices:
+                result[name] = total
+            else:
+                axis, start, stop = entry.slices[name]
+                into = result.setdefault(name, torch.full_like(total, float("nan")))
+                into.narrow(axis, start, stop - start).copy_(total.narrow(axis, start, stop - start))
     return result
 
 
-@pytest.mark.parametrize("granularity", ["layer", "attn_mlp"])
+@pytest.mark.parametrize("granularity", ["model", "layer", "attn_mlp", "head_mlp", "linear"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_merged_tensors_are_explicit_arithmetic(make_models, write_recipe, tmp_path, granularity, tied):
     """Every tensor of OUT is the formula's value, rounded once to the output dtype; the model loads and generates."""
@@ -303,7 +308,7 @@ def test_earlier_merge_is_replaced_whole(tiny, write_recipe, tmp_path):
         if arguments:
             names = set(json.loads(index.read_text())["weight_map"].values())
             assert {path.name for path in out.glob("model*.safetensors")} == names
-        assert not (out / ".slta_previous").exists()
+        assert not list(out.glob(".slta*"))
 
 
 def test_weights_of_others_are_refused(tiny, write_recipe, tmp_path):
@@ -340,6 +345,113 @@ def test_failed_merge_puts_the_earlier_weights_back(tiny, write_recipe, tmp_path
     assert all(torch.equal(before[name], after[name]) for name in before)
     monkeypatch.undo()
     assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 0
+
+
+def test_failed_merge_keeps_what_was_calibrated(tiny, write_recipe, tmp_path, monkeypatch):
+    """After a failure the next run need not calibrate again; nothing of the failed one can be loaded meanwhile."""
+    from mergekit.io.tensor_writer import TensorWriter
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorWriter, "finalize", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 1
+    assert os.listdir(out) == [".slta_merging"]
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), out)
+    assert result.exit_code == 0, result.output
+    assert "Reusing the alphas" in result.output
+    assert {"slta_alphas.json", "slta_stats.safetensors", "model.safetensors"} <= set(os.listdir(out))
+    assert not list(out.glob(".slta*"))
+
+
+def test_stock_merge_into_the_same_folder_is_noticed(tiny, write_recipe, tmp_path):
+    """Another method's weights of the very same name and size are not ours to replace."""
+    out = tmp_path / "out"
+    assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 0
+    stock = {
+        "merge_method": "linear", "dtype": "float32",
+        "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in tiny.experts[:2]],
+    }  # fmt: skip
+    assert mergekit_yaml(write_recipe(stock, "stock.yml"), out, *QUIET).exit_code == 0
+    before = (out / "model.safetensors").read_bytes()
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
+    assert result.exit_code == 2
+    assert "weights of another origin (model.safetensors)" in result.output
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_killed_merge_is_taken_up(tiny, write_recipe, tmp_path):
+    """SIGKILL while mergekit writes: OUT loads as before or not at all, and the next run ends well."""
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from mergekit.io.tensor_writer import TensorWriter\n"
+        "TensorWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from mergekit.scripts.run_yaml import main\n"
+        "main(sys.argv[1:])"
+    )
+    path = write_recipe(tiny.recipe(2))
+    assert mergekit_yaml(path, out, *QUIET).exit_code == 0
+    before = tensors(out)
+    other = write_recipe(tiny.recipe(2, seed=1), "other.yml")
+    killed = run(sys.executable, "-c", code, other, out, "--quiet", "--out-shard-size", "5000", cwd=tmp_path)
+    assert killed.returncode == -9
+    after = tensors(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    result = mergekit_yaml(other, out)
+    assert result.exit_code == 0, result.output
+    assert "Reusing the alphas" in result.output  # those of the run that was killed
+    assert any(not torch.equal(before[name], tensors(out)[name]) for name in before)
+
+
+def test_two_merges_into_one_folder(tiny, write_recipe, tmp_path, monkeypatch):
+    """While one merges, another is refused with the first one's process number, and harms nothing."""
+    from mergekit.io.tensor_writer import TensorWriter
+
+    out = tmp_path / "out"
+    path, second = write_recipe(tiny.recipe(2)), []
+    finalize = TensorWriter.finalize
+
+    def meanwhile(self):
+        second.append(run(script("mergekit-yaml"), path, out, "--quiet", cwd=tmp_path))
+        finalize(self)
+
+    monkeypatch.setattr(TensorWriter, "finalize", meanwhile)
+    assert mergekit_yaml(path, out, *QUIET).exit_code == 0
+    assert second[0].returncode == 2
+    assert f"another merge (process {os.getpid()}) is writing to" in second[0].stderr
+    assert AutoModelForCausalLM.from_pretrained(out) is not None
+
+
+@pytest.mark.parametrize("stored", ["all", "base", "expert"])
+def test_tied_models_that_store_their_head(make_models, write_recipe, tmp_path, stored):
+    """A second copy of the tied table in some checkpoints is the same tensor: one weight, a tied output, and the alphas
+    of models without the copy."""
+    from safetensors.torch import save_file
+
+    models = make_models("llama", tied=True)
+    plain = tmp_path / "plain"
+    assert mergekit_yaml(write_recipe(models.recipe(2)), plain, *QUIET).exit_code == 0
+    recipe = models.recipe(2)
+    paths = {"base": models.base, "one": models.experts[0], "two": models.experts[1]}
+    chosen = {"all": paths, "base": ["base"], "expert": ["two"]}[stored]
+    for name in chosen:
+        folder = tmp_path / name
+        shutil.copytree(paths[name], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        state = tensors(paths[name])
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        if name == "base":
+            recipe["base_model"] = str(folder)
+        else:
+            recipe["models"][("one", "two").index(name)]["model"] = str(folder)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
+    assert result.exit_code == 0, result.output
+    one, two = (Alphas.load(folder / "slta_alphas.json") for folder in (plain, tmp_path / "out"))
+    assert [entry.alpha for entry in one.submodules] == [entry.alpha for entry in two.submodules]
+    merged = tensors(tmp_path / "out")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
 
 
 def test_no_room_is_said_before_anything_is_written(tiny, write_recipe, tmp_path, monkeypatch):
@@ -423,11 +535,6 @@ def missing_tensor(tiny, make_models, tmp_path):
     return with_expert(tiny.recipe(2), path)
 
 
-def unplanned_bias(tiny, make_models, tmp_path):
-    models = make_models("llama", attention_bias=True)
-    return models.recipe(2)
-
-
 def nan_weights(tiny, make_models, tmp_path):
     def poison(model):
         with torch.no_grad():
@@ -463,7 +570,7 @@ REFUSALS = {
     "empty row": (
         lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "is empty"
     ),
-    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "cannot read the config of"),
+    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "there is no model folder"),
     "no weights": (
         lambda t, m, p: with_expert(t.recipe(2), shutil.copytree(t.experts[1], p / "bare",
                                     ignore=shutil.ignore_patterns("*.safetensors*"))),
@@ -491,7 +598,6 @@ REFUSALS = {
     "truncated safetensors": (truncated, "is missing or corrupt"),
     "missing shard": (missing_shard, "is missing or corrupt"),
     "missing tensor": (missing_tensor, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
-    "unplanned bias": (unplanned_bias, "mergekit would drop model.layers.0.self_attn"),
     "corrupt alphas": (
         lambda t, m, p: t.recipe(2, alphas=file(p, "bad.json", "{")), "cannot read the alphas file|is no alphas file"
     ),
@@ -529,6 +635,21 @@ def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, cas
         assert sorted(os.listdir(tmp_path)) == before
         lines.add(line)
     assert len(lines) == 1, lines
+
+
+def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models, write_recipe, tmp_path):
+    """Attention biases on Llama: `check` and the merges refuse with the reason, `calibrate` computes and warns."""
+    path = write_recipe(make_models("llama", attention_bias=True).recipe(2))
+    for command, arguments in ((mergekit_yaml, (path, tmp_path / "out")), (slta, ("check", path))):
+        result = command(*arguments, *QUIET)
+        assert result.exit_code == 2
+        assert "Error: mergekit would drop model.layers.0.self_attn" in result.output
+        assert not (tmp_path / "out").exists()
+    result = run(script("mergekit-slta"), "calibrate", path, "-o", "alphas.json", "--quiet", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "can be computed, but not merged: mergekit would drop" in result.stderr
+    covered = {tensor for entry in Alphas.load(tmp_path / "alphas.json").submodules for tensor in entry.tensors}
+    assert "model.layers.0.self_attn.q_proj.bias" in covered
 
 
 @pytest.mark.parametrize("command", ["mergekit-yaml", "merge", "calibrate"])
@@ -584,6 +705,26 @@ def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("notes.txt/alphas.json", "is a file"), ("out/config.json", "cannot be called"),
+     ("somewhere/slta_stats.safetensors", "cannot be called"), ("there/alphas.json", "no statistics file")],
+)  # fmt: skip
+def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path, target, message):
+    """A path that cannot be written, or would collide with other files, is refused before anything is computed."""
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "slta_stats.safetensors").write_text("mine")
+    path = write_recipe(tiny.recipe(2, alphas=str(tmp_path / target)))
+    for result in (mergekit_yaml(path, tmp_path / "out", *QUIET), slta("check", path), slta("calibrate", path, *QUIET)):
+        if "config.json" in target and result.exit_code == 0:
+            continue  # `check` and `calibrate` know of no OUT
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+    assert not (tmp_path / "out").exists() or "out/" in target
+    assert (tmp_path / "there" / "slta_stats.safetensors").read_text() == "mine"
+
+
 @pytest.mark.parametrize("target", ["folder", "link", "text"])
 def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
     """A recipe cannot make `alphas` overwrite another file, a folder, or follow a link."""
@@ -610,6 +751,47 @@ def test_check_prints_the_plan(tiny, write_recipe):
     assert result.exit_code == 0, result.output
     for expected in ("LlamaForCausalLM, 2 layers", "6 rows", "6 submodules cover all 21 tensors", "TFLOP", "memory"):
         assert expected in result.output
+
+
+def test_verbose_shows_where(tiny, write_recipe):
+    """-v adds the traceback, of refusals and of crashes, in every command."""
+    path = write_recipe(tiny.recipe(2, granularity="all"))
+    for command in ("check", "calibrate"):
+        assert "Traceback" not in slta(command, path).output
+        assert "Traceback" in slta(command, path, "-v").output
+
+
+def test_multi_gpu_without_one(tiny, write_recipe, tmp_path):
+    """--multi-gpu where there is no accelerator is refused before the pre-pass."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", "--multi-gpu", *QUIET)
+    assert result.exit_code == 1
+    assert "--multi-gpu needs an accelerator" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_may_be_spelled_otherwise(tiny, write_recipe, tmp_path, monkeypatch):
+    """`./expert1/` is `expert1`: alphas fit a recipe that spells its local paths another way."""
+    monkeypatch.chdir(tiny.folder)
+    recipe = tiny.recipe(2, alphas=str(tmp_path / "saved.json"))
+    recipe["base_model"] = "base"
+    for number, entry in enumerate(recipe["models"]):
+        entry["model"] = f"expert{number + 1}"
+    assert slta("calibrate", write_recipe(recipe), *QUIET).exit_code == 0
+    recipe["base_model"] = "./base/"
+    recipe["models"][0]["model"] = "./expert1"
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "Reusing the alphas" in result.output
+
+
+def test_expert_with_another_rope_is_warned_of(tiny, write_recipe, tmp_path):
+    """A config that shapes the forward pass otherwise than the base's is named."""
+    path = saved_copy(tiny.experts[1], tmp_path / "other", rms_norm_eps=1e-3)
+    result = run(script("mergekit-slta"), "check", write_recipe(with_expert(tiny.recipe(2), path)), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "has other rms_norm_eps; the base's is used" in result.stderr
 
 
 def test_options_reach_the_pre_pass(tiny, write_recipe, tmp_path, options):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+import mergekit_slta.outfolder as module
 from mergekit_slta.errors import OutputError
-from mergekit_slta.outfolder import check_output, recover, replacing_weights, weight_files
-
-
-def merge(out: Path, content: str, names: tuple[str, ...]) -> None:
-    """A stand-in for a merge: writes weights."""
-    out.mkdir(exist_ok=True)
-    with replacing_weights(out):
-        for name in names:
-            (out / name).write_text(content)
-
+from mergekit_slta.outfolder import check_output, staged, weight_files
 
 ONE = ("model.safetensors",)
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+
+
+def merge(out: Path, content: str, names: tuple[str, ...]) -> None:
+    """A stand-in for a merge: weights, a config and a card."""
+    with staged(out) as folder:
+        for name in (*names, "config.json", "README.md", "slta_alphas.json"):
+            (folder / name).write_text(content)
 
 
 @pytest.fixture
@@ -32,46 +32,42 @@ def out(tmp_path: Path) -> Path:
 
 
 def content(out: Path) -> dict[str, str]:
-    return {name: (out / name).read_text() for name in weight_files(out)}
+    names = [*weight_files(out), "README.md", "slta_alphas.json"]
+    return {name: (out / name).read_text() for name in names if (out / name).exists()}
+
+
+def whole(text: str, names: tuple[str, ...]) -> dict[str, str]:
+    return dict.fromkeys((*names, "README.md", "slta_alphas.json"), text)
 
 
 def test_replacement_leaves_no_mixture(out: Path):
-    """Files of the earlier merge are gone after the later one."""
+    """Files of the earlier merge are gone after the later one; other files of the folder stay."""
+    (out / "notes.txt").write_text("mine")
     merge(out, "second", ONE)
-    assert content(out) == dict.fromkeys(ONE, "second")
+    assert content(out) == whole("second", ONE)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not list(out.glob(".slta*"))
     check_output(out, [])
 
 
-def test_failure_restores(out: Path):
-    """An error inside puts everything back."""
-    with pytest.raises(KeyboardInterrupt), replacing_weights(out):
-        (out / "model.safetensors").write_text("half")
+def test_failure_changes_nothing(out: Path):
+    """An error inside leaves OUT as it was, alphas and card included."""
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
+        (folder / "model.safetensors").write_text("half")
+        (folder / "README.md").write_text("half")
         raise KeyboardInterrupt
-    assert content(out) == dict.fromkeys(TWO, "first")
+    assert content(out) == whole("first", TWO)
+    assert not list(out.glob(".slta*"))
     check_output(out, [])
-
-
-def test_failure_in_an_empty_folder_leaves_nothing(tmp_path: Path):
-    """No weights, no record."""
-    folder = tmp_path / "new"
-    folder.mkdir()
-    with pytest.raises(RuntimeError), replacing_weights(folder):
-        (folder / "model-1.safetensors").write_text("half")
-        raise RuntimeError
-    assert os.listdir(folder) == []
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing after it does anything."""
 
 
-@pytest.mark.parametrize("moment", range(12))
-def test_killed_at_any_file_operation(out: Path, monkeypatch, moment: int):
-    """Whatever operation is the last one, the next start finds the earlier merge whole, or the new one whole."""
-    import shutil
-
-    import mergekit_slta.outfolder as module
-
+@contextlib.contextmanager
+def dying_after(moment: int, monkeypatch):
+    """Every change to the file system works `moment` times, and never again until the end of the block."""
     count = 0
 
     def dying(function):
@@ -85,37 +81,43 @@ def test_killed_at_any_file_operation(out: Path, monkeypatch, moment: int):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", dying(os.replace))
-        patch.setattr(module.shutil, "copy2", dying(shutil.copy2))
-        patch.setattr(module.shutil, "rmtree", dying(shutil.rmtree))
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
         patch.setattr(module, "write_text_atomically", dying(module.write_text_atomically))
         with contextlib.suppress(Killed):
-            merge(out, "second", ONE)
-    recover(out)
-    check_output(out, [])
-    assert content(out) in (dict.fromkeys(TWO, "first"), dict.fromkeys(ONE, "second"))
-    assert not (out / ".slta_previous").exists()
-    merge(out, "third", ONE)
-    assert content(out) == dict.fromkeys(ONE, "third")
+            yield
 
 
-def test_killed_while_merging_is_undone(out: Path):
-    """A process that dies inside mergekit's own writing: its partial shards go, the earlier merge comes back."""
-    manager = replacing_weights(out)
-    manager.__enter__()
-    (out / "model-1.safetensors").write_text("half")
-    recover(out)
-    assert content(out) == dict.fromkeys(TWO, "first")
-    del manager
+@pytest.mark.parametrize("names", [ONE, TWO], ids=["other files", "same files"])
+@pytest.mark.parametrize("moment", range(26))
+def test_killed_at_any_file_operation(out: Path, monkeypatch, moment: int, names: tuple[str, ...]):
+    """Whatever operation is the last one: OUT has no config.json, or is one merge whole; after any number of further
+    deaths the next run ends well."""
+    with dying_after(moment, monkeypatch):
+        merge(out, "second", names)
+    if (out / "config.json").exists():
+        state = (out / "config.json").read_text()
+        expected = {"first": whole("first", TWO), "second": whole("second", names)}[state]
+        assert content(out) == expected
+    check_output(out, [])  # what a killed merge leaves is not mistaken for somebody's weights
+    for again in range(8):
+        with dying_after(again, monkeypatch):
+            merge(out, "third", ONE)
+    merge(out, "last", ONE)
+    assert content(out) == whole("last", ONE)
+    assert not list(out.glob(".slta*"))
 
 
-@pytest.mark.parametrize("change", ["added", "edited", "no record"])
+@pytest.mark.parametrize("change", ["added", "edited", "same size", "no record"])
 def test_weights_that_no_merge_recorded_are_refused(out: Path, change: str):
     """A file added or exchanged since, or a lost record: somebody may want these weights."""
     if change == "added":
         (out / "adapter_model.safetensors").write_text("mine")
     if change == "edited":
         (out / TWO[0]).write_text("fine-tuned further")
+    if change == "same size":
+        (out / TWO[0]).write_text("FIRST")
     if change == "no record":
         (out / "slta_merge.json").unlink()
     before = content(out)
@@ -124,11 +126,37 @@ def test_weights_that_no_merge_recorded_are_refused(out: Path, change: str):
     assert content(out) == before
 
 
+def test_weights_added_after_a_killed_merge_are_somebodys(out: Path, monkeypatch):
+    """What lies in OUT beside an unfinished merge was put there by someone else."""
+    with dying_after(4, monkeypatch):
+        merge(out, "second", ONE)
+    (out / "my_finetune.safetensors").write_text("precious")
+    with pytest.raises(OutputError, match=r"my_finetune\.safetensors"):
+        check_output(out, [])
+    with pytest.raises(OutputError, match="during the merge"):
+        merge(out, "third", ONE)
+    assert (out / "my_finetune.safetensors").read_text() == "precious"
+
+
+def test_a_second_merge_is_refused_while_one_runs(out: Path, monkeypatch):
+    """Checking, and merging, into a folder that is being merged into: refused, and nothing of it is touched."""
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    with staged(out) as folder:
+        (folder / "model.safetensors").write_text("second")
+        for attempt in (lambda: check_output(out, []), lambda: merge(out, "third", ONE)):
+            with pytest.raises(OutputError, match=rf"another merge \(process {os.getpid()}\)"):
+                attempt()
+        assert (folder / "model.safetensors").read_text() == "second"
+    assert (out / "model.safetensors").read_text() == "second"
+
+
 def test_output_that_is_a_file_or_not_writable(tmp_path: Path):
     """Named before anything is computed."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         check_output(tmp_path / "file", [])
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(tmp_path / "file" / "out", [])
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(0o500)

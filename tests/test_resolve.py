@@ -126,7 +126,7 @@ def test_fewer_rows_are_said_and_never_taken_by_accident(tiny, stats, tmp_path):
     recipe["models"][0]["parameters"]["importance"] = 2.0
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     result = slta("merge", tmp_path / "recipe.yml", tmp_path / "out", *QUIET)
-    assert result.exit_code == 2
+    assert result.exit_code == 2, result.output
     assert "other rows of" in result.output
     for entry in recipe["models"]:
         entry["parameters"] = {}

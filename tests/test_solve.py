@@ -187,3 +187,16 @@ def test_row_grams_sum_over_a_rows_own_tokens(lengths, num_models):
         np.testing.assert_allclose(found[row], np.einsum("jnd,knd->jk", part, part), rtol=1e-12)
         start += length
     assert found.dtype == torch.float64
+
+
+def test_small_experts_are_no_lost_rank():
+    """Beside duplicates an expert with tiny features keeps its weight: rank is a matter of direction, not of size."""
+    rows, _ = features(11, 2, 3)
+    tiny = [np.stack([row[0], row[0], row[1] * 1e-7]) for row in rows]
+    tasks = torch.tensor([0, 0, 1, 1, 2, 2])
+    found = solve(grams_of(tiny), tasks, balance=False)
+    assert found.rank == 2
+    assert found.alpha[0] == pytest.approx(found.alpha[1], abs=1e-2)
+    scaled = solve(grams_of([row * np.array([[1], [1], [1e7]]) for row in tiny]), tasks, balance=False)
+    assert scaled.rank == 2
+    assert abs(found.alpha[2]) > 1e-3
