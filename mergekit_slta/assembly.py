@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_slta.alphas import Alphas, SubmoduleAlphas, finite_or_none
 from mergekit_slta.errors import AlphasError, show
-from mergekit_slta.fingerprint import fingerprint
 from mergekit_slta.gram import Statistics
-from mergekit_slta.preflight import Job
+from mergekit_slta.identity import fingerprint
 from mergekit_slta.solve import Solution, solve
-from mergekit_slta.submodules import Submodule
+
+if TYPE_CHECKING:  # saved statistics are solved again without transformers or mergekit
+    from mergekit_slta.preflight import Job
+    from mergekit_slta.submodules import Submodule
 
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 

@@ -24,8 +24,8 @@ from mergekit_slta.assembly import assemble, layout_of, solve_submodule
 from mergekit_slta.batches import plan_batches
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.errors import RunError, show
-from mergekit_slta.fingerprint import fingerprint, statistics_identity
 from mergekit_slta.gram import Statistics
+from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe

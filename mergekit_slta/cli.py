@@ -1,4 +1,4 @@
-"""`mergekit-slta ...`: parse, call, print. Options have mergekit's names, and are generated from mergekit's model."""
+"""`mergekit-slta ...`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import traceback
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_slta import __version__
 from mergekit_slta.errors import RunError, SltaError, show
 
+_WITH_MERGEKIT = ("check", "calibrate", "merge")
+"""Commands with mergekit's options: they live in `commands.py`, which is slow to import, and are loaded on use."""
+
 
 class _Group(click.Group):
     """Unexpected errors end in one line, too; -v shows where they come from."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_WITH_MERGEKIT, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _WITH_MERGEKIT:
+            from mergekit_slta import commands
+
+            return getattr(commands, cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = any(part.startswith("-v") for part in args)
@@ -39,74 +51,7 @@ def main(ctx: click.Context) -> None:
     """Merge fine-tuned language models submodule by submodule, with weights in closed form."""
 
 
-@main.command(cls=PrettyPrintHelp)
-@click.argument("recipe", type=click.Path())
-@add_merge_options
-def check(merge_options: MergeOptions, recipe: str) -> None:
-    """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
-    from mergekit_slta.host import check_room, check_target, stored
-    from mergekit_slta.preflight import estimate, prepare
-    from mergekit_slta.recipe import load_config, read_recipe
-    from mergekit_slta.summary import describe_job
-
-    merge_options.apply_global_options()
-    read = read_recipe(load_config(recipe)[0])
-    named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
-    if named:
-        check_target(named)
-    job = prepare(read, merge_options, need_rows=not (named and named.exists()))
-    check_room(job, Path.cwd())
-    if named:
-        stored(job, named, must_match=True)
-    click.echo(describe_job(job, estimate(job)))
-
-
-@main.command(cls=PrettyPrintHelp)
-@click.argument("recipe", type=click.Path())
-@click.option(
-    "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
-)
-@add_merge_options
-def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> None:
-    """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
-    from mergekit_slta.host import calibrate_to, check_target
-    from mergekit_slta.outfolder import ALPHAS_NAME
-    from mergekit_slta.preflight import prepare
-    from mergekit_slta.recipe import load_config, read_recipe
-    from mergekit_slta.summary import describe_alphas
-
-    merge_options.apply_global_options()
-    read = read_recipe(load_config(recipe)[0])
-    path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
-    check_target(path)
-    job = prepare(read, merge_options, for_merge=False)
-    alphas, reused = calibrate_to(job, path)
-    if not merge_options.quiet:
-        click.echo(describe_alphas(alphas))
-    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
-
-
-@main.command(cls=PrettyPrintHelp)
-@click.argument("recipe", type=click.Path())
-@click.argument("out", type=click.Path())
-@add_merge_options
-def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
-    """Calibrate RECIPE, let mergekit merge it into OUT: what `mergekit-yaml RECIPE OUT` does, wherever .pth files are
-    not read."""
-    import mergekit.merge
-
-    from mergekit_slta.method import register, wrap_run_merge
-    from mergekit_slta.recipe import load_config, read_recipe
-
-    merge_options.apply_global_options()
-    register()
-    wrap_run_merge(mergekit.merge)
-    config, source = load_config(recipe)
-    read_recipe(config)
-    mergekit.merge.run_merge(config, out, options=merge_options, config_source=source)
-
-
-@main.command(cls=PrettyPrintHelp)
+@main.command()
 @click.argument("stats", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -136,9 +81,9 @@ def solve(
     from mergekit_slta.alphas import is_alphas_file
     from mergekit_slta.errors import OutputError
     from mergekit_slta.gram import Statistics
-    from mergekit_slta.host import check_target
     from mergekit_slta.outfolder import ALPHAS_NAME, weight_files
     from mergekit_slta.resolve import parse_importance, solve_again
+    from mergekit_slta.results import check_target
     from mergekit_slta.summary import describe_alphas
 
     path = (output or stats.with_name(ALPHAS_NAME)).absolute()
@@ -158,7 +103,7 @@ def solve(
         click.echo("The model beside it was merged with other alphas: merge again to use these", err=True)
 
 
-@main.command(cls=PrettyPrintHelp)
+@main.command()
 @click.argument("alphas", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write  [default: standard output]")
 @click.option(

@@ -141,10 +141,10 @@ def stock_recipe(
     names = filter_order(weights)
     content: dict[str, Any] = {
         "merge_method": "task_arithmetic",
-        "base_model": alphas.base_model,
+        "base_model": _reachable(alphas.base_model),
         "models": [
             {
-                "model": model,
+                "model": _reachable(model),
                 "parameters": {"weight": [{"filter": name, "value": weights[name][column]} for name in names]},
             }
             for column, model in enumerate(alphas.models)
@@ -160,6 +160,12 @@ def stock_recipe(
     return (
         f"# Made by `mergekit-slta export` from alphas {print_} ({show(alphas.granularity)}): no plugin needed.\n{text}"
     )
+
+
+def _reachable(model: str) -> str:
+    """Local folders by their whole path: stock mergekit's model card asks the Hub about a relative one, and offline
+    that ends the merge. Everything else as it is spelled."""
+    return "+".join(os.path.realpath(part) if os.path.isdir(part) else part for part in model.split("+"))
 
 
 def _weights(alphas: Alphas) -> dict[str, tuple[float, ...]]:

@@ -12,17 +12,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from transformers import PretrainedConfig
 
-from mergekit_slta.errors import listing
+from mergekit_slta.identity import hash_text
 from mergekit_slta.plan import Plan, TensorHeader
 from mergekit_slta.recipe import Recipe
 from mergekit_slta.samples import TaskRows
 
-SOLVE_ONLY = ("balance", "ridge", "importance of ")
-"""Labels (or their beginnings) that statistics do not depend on: a change only needs another solve."""
 _SAMPLES = 4
 _SAMPLE_BYTES = 1024
 _FILE_SAMPLES = 64
@@ -88,7 +85,7 @@ def identity(
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
     record["tokenizer"] = str(tokenizer)
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_"))}
-    record["config of the base"] = _hash(json.dumps(settings, sort_keys=True, default=str))
+    record["config of the base"] = hash_text(json.dumps(settings, sort_keys=True, default=str))
     for task, drawn in zip(recipe.tasks, rows, strict=True):
         name = recipe.label(task.model)
         if drawn is not None:
@@ -100,39 +97,3 @@ def identity(
             plan.loaders[model], plan.headers.get(model)
         )
     return dict(sorted(record.items()))
-
-
-def fingerprint(record: Mapping[str, str]) -> str:
-    """One hash over an identity."""
-    return _hash(json.dumps(dict(record), sort_keys=True))
-
-
-def statistics_identity(record: Mapping[str, str]) -> dict[str, str]:
-    """The part of an identity that statistics depend on; with merged inputs they depend on the solves, too."""
-    if record.get("inputs") == "merged":
-        return dict(record)
-    return {label: value for label, value in record.items() if not label.startswith(SOLVE_ONLY)}
-
-
-def differences(expected: Mapping[str, str], stored: Mapping[str, str]) -> list[str]:
-    """Labels on which a stored identity departs from the expected one.
-
-    A model that only one of the two knows always counts; other labels count where `expected` has them.
-    """
-    labels = [label for label, value in expected.items() if stored.get(label) != value]
-    labels += [label for label in stored if label.startswith("weights of ") and label not in expected]
-    return sorted(labels)
-
-
-def describe(labels: Sequence[str]) -> str:
-    """A readable list of labels."""
-    return listing(labels, 6)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def models_of(recipe: Recipe) -> list[tuple[ModelReference, str]]:
-    """The recipe's experts with their names, in the recipe's order."""
-    return [(task.model, recipe.label(task.model)) for task in recipe.tasks]

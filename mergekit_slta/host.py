@@ -20,14 +20,13 @@ from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match, statistics_metadata
 from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
 from mergekit_slta.files import write_text_atomically
-from mergekit_slta.fingerprint import describe, differences
-from mergekit_slta.gram import Statistics, is_statistics_file
+from mergekit_slta.gram import Statistics
+from mergekit_slta.identity import describe, differences
 from mergekit_slta.method import ActiveMerge, active
 from mergekit_slta.outfolder import (
     ALPHAS_NAME,
     STATISTICS_NAME,
     check_output,
-    check_writable,
     free_bytes,
     pending,
     staged,
@@ -35,6 +34,7 @@ from mergekit_slta.outfolder import (
 from mergekit_slta.plan import forget_loaders
 from mergekit_slta.preflight import Job, estimate, prepare
 from mergekit_slta.recipe import read_recipe
+from mergekit_slta.results import check_target, write_results
 
 LOG = logging.getLogger(__name__)
 
@@ -188,53 +188,6 @@ def stored(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
 def _say(job: Job, text: str) -> None:
     if not job.options.quiet:
         click.echo(text, err=True)
-
-
-def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
-    """Write the alphas file and the statistics beside it; nothing but such files is ever overwritten.
-
-    Raises:
-        OutputError, AlphasError: something else is in the way, or the disk is full.
-    """
-    check_target(path)
-    statistics.save(path.with_name(STATISTICS_NAME))
-    alphas.save(path)
-
-
-def check_target(path: Path, out: Path | None = None) -> None:
-    """Refuse to write alphas over what is no alphas file: a recipe may come from a stranger.
-
-    Args:
-        path: the alphas file; the statistics lie beside it.
-        out: the output folder, in which mergekit's files have names of their own.
-
-    Raises:
-        OutputError: one of the two is a link, a device or a folder, cannot be written, or has another file's name.
-        AlphasError: it is a file of another kind.
-    """
-    beside = path.with_name(STATISTICS_NAME)
-    for file in (path, beside):
-        if file.is_symlink() or (file.exists() and not file.is_file()):
-            raise OutputError(f"{show(file)} is no plain file: name another file with `alphas`")
-    inside = out is not None and path.parent == out.absolute() and path.name != ALPHAS_NAME
-    if inside or path.name == STATISTICS_NAME:
-        raise OutputError(f"the alphas cannot be called {show(path)}: name it {ALPHAS_NAME}, or choose another folder")
-    check_writable(path.parent)
-    if path.exists() and not _is_damaged_own_file(path):
-        Alphas.load(path)
-    if beside.exists() and not is_statistics_file(beside):
-        raise OutputError(f"{show(beside)} is no statistics file and is not overwritten: choose another folder")
-
-
-def _is_damaged_own_file(path: Path) -> bool:
-    """A file of our name that is no JSON at all: a broken disk or an interrupted copy, not somebody's document."""
-    if path.name != ALPHAS_NAME:
-        return False
-    try:
-        json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return True
-    return False
 
 
 def check_room(job: Job, out: Path) -> None:

@@ -20,7 +20,6 @@ from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.gram import Statistics
-from mergekit_slta.recipe import Settings, Task
 
 
 class _Part(BaseModel):
@@ -145,12 +144,9 @@ def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
     identity = layout["identity"]
     try:
         return {
-            "ridge": float(identity.get("ridge", Settings.model_fields["ridge"].default)),
-            "balance": identity.get("balance", str(Settings.model_fields["balance"].default)) == "True",
-            "importance": tuple(
-                float(identity.get(f"importance of {name}", Task.model_fields["importance"].default))
-                for name in layout["models"]
-            ),
+            "ridge": float(identity.get("ridge", 0.0)),
+            "balance": identity.get("balance", "True") == "True",
+            "importance": tuple(float(identity.get(f"importance of {name}", 1.0)) for name in layout["models"]),
         }
     except ValueError as error:
         raise _unfit(str(error)) from error

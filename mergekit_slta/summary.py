@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mergekit_slta.alphas import Alphas, SubmoduleAlphas
 from mergekit_slta.errors import show
-from mergekit_slta.preflight import Costs, Job
+
+if TYPE_CHECKING:
+    from mergekit_slta.preflight import Costs, Job
 
 
 def describe_job(job: Job, costs: Costs) -> str:

@@ -13,17 +13,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 FLOORS = [
     {"errors", "_autoload"},
     {"files"},
-    {"gram", "solve", "alphas"},
+    {"gram", "solve", "alphas", "identity", "outfolder"},
     {"method", "recipe", "architectures", "report", "batches", "adapters"},
     {"submodules"},
     {"samples", "plan", "skeleton", "export"},
     {"checkpoints", "fingerprint"},
     {"stream"},
     {"preflight"},
-    {"assembly", "summary"},
-    {"calibration", "outfolder", "resolve"},
+    {"assembly", "summary", "results"},
+    {"calibration", "resolve"},
     {"host"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -33,6 +34,13 @@ def imports_of(path: Path, *, top_level: bool = False) -> set[str]:
     """Names of the modules that a file imports (at its top level only, without TYPE_CHECKING blocks, if asked)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if top_level else list(ast.walk(tree))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = [node for node in nodes if id(node) not in typing_only]
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -65,7 +73,7 @@ def test_arrows_point_down():
                     assert floor[parts[1]] < level or (room, parts[1]) in doors, f"{room} imports {parts[1]}"
 
 
-@pytest.mark.parametrize("room", ["gram", "solve", "files", "errors", "alphas"])
+@pytest.mark.parametrize("room", ["gram", "solve", "files", "errors", "alphas", "identity", "assembly", "resolve"])
 def test_maths_knows_neither_mergekit_nor_transformers(room):
     """Statistics and solves are tensors in, tensors out."""
     roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{room}.py")}
@@ -84,6 +92,20 @@ def test_matplotlib_is_loaded_only_to_draw():
     """No file imports it at its top level."""
     for path in PACKAGE.rglob("*.py"):
         assert not any(name.split(".")[0] == "matplotlib" for name in imports_of(path, top_level=True)), path
+
+
+def test_solving_again_needs_neither_mergekit_nor_transformers():
+    """`mergekit-slta solve` is a matter of seconds because it imports only what it needs."""
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from mergekit_slta.cli import main\n"
+        "result = CliRunner().invoke(main, ['solve', 'none.safetensors'])\n"
+        "assert result.exit_code == 2, result.output\n"
+        "print(sorted({'mergekit', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_public_names_exist_and_come_lazily():

@@ -8,7 +8,8 @@ import pytest
 from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM
 
-from mergekit_slta.fingerprint import checkpoint_fingerprint, differences, fingerprint, statistics_identity
+from mergekit_slta.fingerprint import checkpoint_fingerprint
+from mergekit_slta.identity import differences, fingerprint, statistics_identity
 from mergekit_slta.preflight import prepare
 from mergekit_slta.recipe import read_recipe
 
