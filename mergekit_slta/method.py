@@ -92,9 +92,12 @@ def combine(
         for into, origin, *others in zip(*(view.split(rows) for view in views), strict=True):
             start_point = origin.to(wide)
             total = torch.zeros_like(start_point)
+            # Rounded step by step as mergekit's task_arithmetic is, so that an exported recipe gives the same digits.
             for weight, other in zip(alpha, others, strict=True):
                 if weight != 0.0:
-                    total.add_(other.to(wide) - start_point, alpha=scale * weight)
+                    total.add_((other.to(wide) - start_point).mul_(weight))
+            if scale != 1.0:
+                total.mul_(scale)
             into.copy_(total.add_(start_point))
     return merged
 
