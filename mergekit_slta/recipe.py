@@ -116,7 +116,9 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
     """
     try:
         source = Path(path).read_text(encoding="utf-8")
-        config = MergeConfiguration.model_validate(yaml.safe_load(source))
+        content = yaml.safe_load(source)
+        _check_layout(content, path)
+        config = MergeConfiguration.model_validate(content)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {show(path)}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -128,6 +130,22 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
     except RuntimeError as error:  # mergekit's own validators
         raise RecipeError(f"the recipe {show(path)} is not a merge recipe: {show(error)}") from error
     return config, source
+
+
+def _check_layout(content: object, path: str | os.PathLike[str]) -> None:
+    """What mergekit's own models would say in many words."""
+    if not isinstance(content, dict):
+        kind = "empty" if content is None else "not a mapping of keys to values"
+        raise RecipeError(f"the recipe {show(path)} is {kind}: it starts with `merge_method: {METHOD}`")
+    models = content.get("models")
+    for holder in (
+        content,
+        *(entry for entry in (models if isinstance(models, list) else ()) if isinstance(entry, dict)),
+    ):
+        parameters = holder.get("parameters")
+        for key, value in parameters.items() if isinstance(parameters, dict) else ():
+            if value is None:
+                raise RecipeError(f"`{show(key)}` in {show(path)} has no value: give it one, or remove the line")
 
 
 def read_recipe(config: MergeConfiguration) -> Recipe:

@@ -117,7 +117,9 @@ def test_refused(changes, parameters, message):
     [
         (None, "cannot read the recipe"),
         ("merge_method: [", "not valid YAML"),
-        ("just text", "not a merge recipe"),
+        ("just text", "not a mapping"),
+        ("", "is empty"),
+        ("merge_method: submodule_linear\nparameters:\n  num_samples:\nmodels: []", "`num_samples` in .* has no value"),
         ("merge_method: submodule_linear\nmodels: 3", "not a merge recipe"),
         ("merge_method: submodule_linear", "not a merge recipe"),
         (b"\xff\xfe\x00", "not a UTF-8 text file"),
