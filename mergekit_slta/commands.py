@@ -15,8 +15,9 @@ from mergekit_slta.errors import show
 @add_merge_options
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
+    from mergekit_slta.costs import estimate
     from mergekit_slta.host import check_room, stored
-    from mergekit_slta.preflight import estimate, prepare
+    from mergekit_slta.preflight import prepare
     from mergekit_slta.recipe import load_config, read_recipe
     from mergekit_slta.results import check_target
     from mergekit_slta.summary import describe_job

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from transformers import PretrainedConfig
 
+from mergekit_slta.headers import TensorHeader
 from mergekit_slta.identity import hash_text
-from mergekit_slta.plan import Plan, TensorHeader
+from mergekit_slta.plan import Plan
 from mergekit_slta.recipe import Recipe
 from mergekit_slta.samples import TaskRows
 

@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match, statistics_metadata
+from mergekit_slta.costs import estimate
 from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
 from mergekit_slta.files import write_text_atomically
 from mergekit_slta.gram import Statistics
@@ -32,7 +33,7 @@ from mergekit_slta.outfolder import (
     staged,
 )
 from mergekit_slta.plan import forget_loaders
-from mergekit_slta.preflight import Job, estimate, prepare
+from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import read_recipe
 from mergekit_slta.results import check_target, write_results
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from mergekit_slta.adapters import needs_merged_copy
 from mergekit_slta.architectures import architecture
-from mergekit_slta.batches import BATCH_TOKENS
 from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.fingerprint import identity
-from mergekit_slta.plan import Plan, find_ties, make_plan, reconcile, total_bytes
+from mergekit_slta.plan import Plan, find_ties, make_plan, reconcile
 from mergekit_slta.recipe import Recipe
 from mergekit_slta.samples import TaskRows, draw_rows
 from mergekit_slta.skeleton import Skeleton
-from mergekit_slta.stream import HEAD_ELEMENTS
 from mergekit_slta.submodules import Submodule, split
 
 LOG = logging.getLogger(__name__)
@@ -84,16 +81,6 @@ class Job:
     def num_tokens(self) -> int:
         """Calibration tokens of all tasks."""
         return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes, bytes written."""
-
-    flops: float
-    read_bytes: int
-    peak_bytes: int
-    written_bytes: int
 
 
 def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
@@ -247,36 +234,6 @@ _HARMLESS = frozenset(
     "bos_token_id eos_token_id pad_token_id model_type".split()
 )
 """Keys of a config that do not shape the forward pass, or are looked at elsewhere."""
-_STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
-"""The granularity whose steps hold the same tensors at a time."""
-
-
-def estimate(job: Job) -> Costs:
-    """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters)."""
-    models = len(job.plan.models)
-    base = job.plan.models[0]
-    item = torch.finfo(job.dtype).bits // 8
-    sizes = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
-    head = job.skeleton.embedding_weight if job.plan.is_tied else job.skeleton.head_weight
-    steps: dict[str, int] = {}  # parameters held at a time
-    for submodule in split(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
-        if submodule.layer is not None:
-            steps[submodule.step] = steps.get(submodule.step, 0) + sum(sizes[name] for name in submodule.tensors)
-    flops = models * job.num_tokens * 2.0 * (sum(steps.values()) + sizes[head])
-    largest = max(steps.values(), default=0)
-    width = int(job.skeleton.config.hidden_size)
-    tokens = min(job.num_tokens, max(BATCH_TOKENS, job.recipe.settings.max_seq_length))
-    wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
-    activations = tokens * (3 * wide + (models + 4) * width) * item
-    in_layer = models * largest * item + activations
-    in_head = models * (HEAD_ELEMENTS + HEAD_ELEMENTS // max(1, tokens) * width) * item
-    hidden = job.num_tokens * width * item
-    out = job.recipe.config.out_dtype or job.recipe.config.dtype
-    written = total_bytes(job.plan, [base])
-    if out and written:
-        bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
-        written = sum(sizes.values()) * bits // 8
-    return Costs(flops, total_bytes(job.plan), hidden + max(in_layer, in_head), written)
 
 
 def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from mergekit_slta.alphas import Alphas, SubmoduleAlphas
 from mergekit_slta.errors import show
 
 if TYPE_CHECKING:
-    from mergekit_slta.preflight import Costs, Job
+    from mergekit_slta.costs import Costs
+    from mergekit_slta.preflight import Job
 
 
 def describe_job(job: Job, costs: Costs) -> str:

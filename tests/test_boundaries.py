@@ -14,13 +14,17 @@ FLOORS = [
     {"errors", "_autoload"},
     {"files"},
     {"gram", "solve", "alphas", "identity", "outfolder"},
-    {"method", "recipe", "architectures", "report", "batches", "adapters"},
+    {"method", "recipe", "architectures", "report", "batches", "lora", "headers"},
+    {"adapters"},
     {"submodules"},
     {"samples", "plan", "skeleton", "export"},
     {"checkpoints", "fingerprint"},
+    {"walk"},
+    {"ends", "layers"},
     {"stream"},
     {"preflight"},
-    {"assembly", "summary", "results"},
+    {"assembly", "costs", "results"},
+    {"summary"},
     {"calibration", "resolve"},
     {"host"},
     {"demo"},
@@ -82,7 +86,7 @@ def test_maths_knows_neither_mergekit_nor_transformers(room):
 
 def test_runner_knows_no_statistics():
     """The runner hands outputs out; what is made of them is not its business."""
-    for room in ("stream", "skeleton", "checkpoints"):
+    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints"):
         assert not imports_of(PACKAGE / f"{room}.py") & {
             f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
         }

@@ -64,7 +64,7 @@ def test_every_tensor_of_every_checkpoint_counts(tiny, options, tmp_path):
     """One changed tensor in one expert moves that checkpoint's fingerprint; resaving the same bytes does not."""
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
-    from mergekit_slta.plan import read_headers
+    from mergekit_slta.headers import read_headers
 
     def taken(path) -> str:
         loader = LazyTensorLoader.from_disk(str(path))
