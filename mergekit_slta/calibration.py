@@ -29,8 +29,9 @@ from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
-from mergekit_slta.stream import Carry, Evaluation, Runner
+from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
+from mergekit_slta.walk import Carry, Evaluation, Walk
 
 LOG = logging.getLogger(__name__)
 
@@ -92,11 +93,11 @@ def gather_statistics(job: Job) -> Statistics:
     alone = job.recipe.settings.granularity == "linear"  # single matrices take rows one by one: see the runner
     batches = plan_batches(tokens, max_tokens=0) if alone else plan_batches(tokens)
     carry = _carry_merged(job, statistics) if job.recipe.settings.inputs == "merged" else None
-    runner = Runner(job.skeleton, checkpoints, job.submodules, batches, carry)
+    walk = Walk(job.skeleton, checkpoints, batches, carry)
     try:
         with tqdm(total=len(job.submodules), desc="Calibrating", disable=job.options.quiet) as bar:
             current = None
-            for evaluation in runner.run():
+            for evaluation in stream(walk, job.submodules):
                 if evaluation.submodule is not current:
                     current = _announce(bar, evaluation.submodule, current)
                 _accumulate(statistics, evaluation, [job.recipe.names[model] for model in experts])

@@ -13,62 +13,36 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from mergekit_slta import ends, layers
-from mergekit_slta.batches import Batch
-from mergekit_slta.checkpoints import Checkpoints
-from mergekit_slta.skeleton import Skeleton
 from mergekit_slta.submodules import Submodule
-from mergekit_slta.walk import Carry, Evaluation, Walk
+from mergekit_slta.walk import Evaluation, Walk
 
 
-class Runner:
-    """Walks the model once, step by step.
+def stream(walk: Walk, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Every evaluation of a walk through the model, submodule by submodule and batch by batch.
 
     Args:
-        skeleton: the model's code.
-        checkpoints: the models' tensors.
+        walk: a fresh one: the model's code, the models' tensors, and the calibration rows.
         submodules: all submodules, in the order of a forward pass.
-        batches: the calibration rows; of one row each where single matrices are evaluated.
-        carry: with which tensors the rows move on behind each step; the base's if None. Called when all batches of
-            the step have been handed out.
+
+    Raises:
+        ModelError: a weight holds NaN or Inf, or the blocks do not add up to the layer.
+        RunError: a feature is NaN or Inf; the message names the submodule.
     """
-
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        checkpoints: Checkpoints,
-        submodules: Sequence[Submodule],
-        batches: Sequence[Batch],
-        carry: Carry | None = None,
-    ) -> None:
-        self.skeleton = skeleton
-        self.checkpoints = checkpoints
-        self.submodules = submodules
-        self.batches = batches
-        self.carry = carry
-
-    def run(self) -> Iterator[Evaluation]:
-        """Every evaluation, submodule by submodule and batch by batch.
-
-        Raises:
-            ModelError: a weight holds NaN or Inf, or the blocks do not add up to the layer.
-            RunError: a feature is NaN or Inf; the message names the submodule.
-        """
-        walk = Walk(self.skeleton, self.checkpoints, self.batches, self.carry)
-        for _, group in groupby(self.submodules, key=lambda submodule: submodule.step):
-            step = list(group)
-            kinds = {submodule.kind for submodule in step}
-            if "model" in kinds:
-                yield from ends.whole_model(walk, step[0])
-            elif "embed" in kinds:
-                yield from ends.embed(walk, step[0])
-            elif "head" in kinds:
-                yield from ends.head(walk, step[0])
-            elif "attention" in kinds:
-                yield from layers.attention(walk, step)
-            elif kinds <= {"layer", "mlp"}:
-                yield from layers.block(walk, step[0])
-            elif step[0].name == step[0].step:  # a norm by itself: shared by both blocks, or before the head
-                yield from layers.norm(walk, step[0])
-            else:
-                yield from layers.matrices(walk, step)
-            self.checkpoints.flush()
+    for _, group in groupby(submodules, key=lambda submodule: submodule.step):
+        step = list(group)
+        kinds = {submodule.kind for submodule in step}
+        if "model" in kinds:
+            yield from ends.whole_model(walk, step[0])
+        elif "embed" in kinds:
+            yield from ends.embed(walk, step[0])
+        elif "head" in kinds:
+            yield from ends.head(walk, step[0])
+        elif "attention" in kinds:
+            yield from layers.attention(walk, step)
+        elif kinds <= {"layer", "mlp"}:
+            yield from layers.block(walk, step[0])
+        elif step[0].name == step[0].step:  # a norm by itself: shared by both blocks, or before the head
+            yield from layers.norm(walk, step[0])
+        else:
+            yield from layers.matrices(walk, step)
+        walk.checkpoints.flush()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from click.testing import CliRunner, Result
 from mergekit.options import MergeOptions
+from mergekit.scripts import run_yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from mergekit_slta import cli
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 
@@ -179,3 +186,33 @@ def write_recipe(tmp_path: Path) -> Callable[[dict], Path]:
         return path
 
     return write
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors checkpoint."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def mergekit_yaml(*arguments: object) -> Result:
+    """The stock command, in this process, where the plugin is registered."""
+    return CliRunner().invoke(run_yaml.main, [str(argument) for argument in arguments])
+
+
+def slta(*arguments: object) -> Result:
+    """The project's own command, in this process."""
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A command in a process of its own."""
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def script(name: str) -> Path:
+    """An installed command of this environment."""
+    return Path(sys.executable).parent / name

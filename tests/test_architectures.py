@@ -25,7 +25,8 @@ from mergekit_slta.calibration import gather_statistics, solve_job
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.preflight import prepare
 from mergekit_slta.recipe import read_recipe
-from mergekit_slta.stream import Runner
+from mergekit_slta.stream import stream
+from mergekit_slta.walk import Walk
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +192,7 @@ def test_stream_equals_the_models_own_forward(specimen, name):
         checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
         found = {}
         with torch.inference_mode():
-            for evaluation in Runner(job.skeleton, checkpoints, job.submodules, batches).run():
+            for evaluation in stream(Walk(job.skeleton, checkpoints, batches), job.submodules):
                 if evaluation.submodule.kind == "head":
                     parts = evaluation.base.split(list(evaluation.lengths))
                     found.update(zip(evaluation.rows, parts, strict=True))

@@ -19,7 +19,8 @@ from mergekit_slta.errors import ModelError, RunError
 from mergekit_slta.preflight import prepare
 from mergekit_slta.recipe import read_recipe
 from mergekit_slta.skeleton import Skeleton
-from mergekit_slta.stream import Runner
+from mergekit_slta.stream import stream
+from mergekit_slta.walk import Walk
 
 
 def job_of(recipe: dict, options: MergeOptions):
@@ -87,10 +88,10 @@ def test_stream_equals_the_models_own_forward(make_models, options, family, gran
     job = job_of(models.recipe(granularity=granularity), options)
     tokens = [row for rows in token_rows(job) for row in rows]
     checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
-    runner = Runner(job.skeleton, checkpoints, job.submodules, plan_batches(tokens))
+    walk = Walk(job.skeleton, checkpoints, plan_batches(tokens))
     logits: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
-        for evaluation in runner.run():
+        for evaluation in stream(walk, job.submodules):
             if evaluation.submodule.kind == "head":
                 for row, part in zip(evaluation.rows, evaluation.base.split(list(evaluation.lengths)), strict=True):
                     logits.setdefault(row, []).append(part)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import Models, make_tokenizer
+from conftest import Models, make_tokenizer, tensors
 from mergekit.scripts import run_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergekit_slta.alphas import Alphas
@@ -23,13 +22,6 @@ QUIET = ["--quiet"]
 
 def merge(recipe: Path, out: Path, *options: object) -> Result:
     return CliRunner().invoke(run_yaml.main, [str(recipe), str(out), *QUIET, *map(str, options)])
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
 
 
 def adapter(models: Models, folder: Path, seed: int, **config: object) -> tuple[Path, Path]:

@@ -8,25 +8,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from conftest import slta, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get as stock_method
 from mergekit.parameter_resolver import resolve_parameters
 from mergekit.scripts import run_yaml
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import mergekit_slta.export as export_room
-from mergekit_slta import cli
 from mergekit_slta.alphas import Alphas, Piece
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.export import stock_recipe, weights_dtype
-from mergekit_slta.recipe import Granularity
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]
@@ -46,17 +43,6 @@ def stock_merge(recipe: Path, out: Path) -> subprocess.CompletedProcess:
         text=True,
         env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
     )
-
-
-def slta(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
 
 
 def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -272,7 +258,6 @@ def test_slices_cannot_be_said_with_filters(monkeypatch):
         stock_recipe(alphas_of(("model.norm.weight",), granularity="head_mlp"))
 
 
-@pytest.mark.skipif("head_mlp" not in get_args(Granularity), reason="this release does not calibrate head_mlp")
 def test_head_mlp_is_refused(make_models, write_recipe, tmp_path):
     """The same, from a calibration."""
     path = write_recipe(make_models("llama").recipe(granularity="head_mlp"))

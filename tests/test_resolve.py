@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from conftest import slta
 from safetensors.torch import save_file
 
-from mergekit_slta import cli
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.errors import AlphasError, RecipeError
 from mergekit_slta.gram import Statistics
 from mergekit_slta.resolve import first_rows, parse_importance, read_layout, solve_again
 
 QUIET = ["--quiet"]
-
-
-def slta(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 def calibrated(recipe: dict, folder: Path) -> Path:
