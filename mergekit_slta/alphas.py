@@ -81,6 +81,7 @@ class Alphas(BaseModel):
     """An alphas file. `models` are the recipe's experts in the recipe's order, base left out.
 
     Attributes:
+        copied: tensors that are no parameters and are taken from the base as they are.
         calibration: settings and rows that the weights come from.
         provenance: versions, the fingerprint, and `identity`: everything the fingerprint was taken over.
     """
@@ -93,6 +94,7 @@ class Alphas(BaseModel):
     base_model: str
     models: tuple[str, ...]
     submodules: tuple[SubmoduleAlphas, ...]
+    copied: tuple[str, ...] = ()
     calibration: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -144,6 +146,8 @@ class Alphas(BaseModel):
             OutputError: it cannot be written.
         """
         content = self.model_dump(mode="json")
+        if not content["copied"]:
+            del content["copied"]
         for submodule in content["submodules"]:
             if not submodule["slices"]:
                 del submodule["slices"]

@@ -46,6 +46,7 @@ def layout_of(job: Job) -> dict[str, Any]:
             }
             for submodule in job.submodules
         ],
+        "copied": list(job.plan.copied),
         "calibration": _calibration(job),
         "identity": job.identity,
         "versions": {
@@ -110,6 +111,7 @@ def assemble(
         base_model=layout["base_model"],
         models=tuple(names),
         submodules=tuple(entries),
+        copied=tuple(layout.get("copied", ())),
         calibration={
             **layout["calibration"],
             "balance": balance,

@@ -10,6 +10,8 @@ import click
 from mergekit_slta import __version__
 from mergekit_slta.errors import RunError, SltaError, show
 
+SOLVED_NAME = "slta_alphas_solved.json"
+"""Where `solve` writes beside a merged model."""
 _WITH_MERGEKIT = ("check", "calibrate", "merge")
 """Commands with mergekit's options: they live in `commands.py`, which is slow to import, and are loaded on use."""
 
@@ -57,7 +59,7 @@ def main(ctx: click.Context) -> None:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Alphas file to write  [default: slta_alphas.json beside STATS]",
+    help="Alphas file to write  [default: beside STATS, slta_alphas.json, or slta_alphas_solved.json by a model]",
 )
 @click.option("--ridge", type=float, help="Relative ridge  [default: as calibrated]")
 @click.option(
@@ -86,21 +88,25 @@ def solve(
     from mergekit_slta.results import check_target
     from mergekit_slta.summary import describe_alphas
 
-    path = (output or stats.with_name(ALPHAS_NAME)).absolute()
+    beside_model = bool(weight_files(stats.parent))  # the file of the usual name says what that was merged with
+    path = (output or stats.with_name(SOLVED_NAME if beside_model else ALPHAS_NAME)).absolute()
     check_target(path)
     if path.exists() and not is_alphas_file(path):
         raise OutputError(f"{show(path)} is not an alphas file, and would be overwritten: name another file with -o")
     alphas = solve_again(
         Statistics.load(stats), ridge=ridge, importance=parse_importance(importances), balance=balance, rows=rows
     )
-    merged = path.name == ALPHAS_NAME and path.exists() and bool(weight_files(path.parent))
     alphas.save(path)
     click.echo(describe_alphas(alphas))
     used = alphas.calibration
     click.echo(f"Solved with ridge {used['ridge']}, balance {used['balance']}, {used['num_samples']} rows", err=True)
     click.echo(f"Written: {show(path)}", err=True)
-    if merged:
-        click.echo("The model beside it was merged with other alphas: merge again to use these", err=True)
+    if beside_model:
+        click.echo(
+            "The model there was merged with other alphas; for one with these give its recipe `alphas` (this file) and "
+            f"ridge {used['ridge']}, balance {str(used['balance']).lower()}" + (", and no dataset" if rows else ""),
+            err=True,
+        )
 
 
 @main.command()

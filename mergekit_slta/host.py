@@ -98,8 +98,9 @@ def _run(
     try:
         with staged(out) as folder, active(str(path), merge):
             alphas.save(folder / ALPHAS_NAME)  # what OUT is merged with stays with it
-            if statistics is not None and not named:
-                statistics.save(folder / STATISTICS_NAME)
+            kept = statistics or _statistics_at(job, path)
+            if kept is not None:
+                kept.save(folder / STATISTICS_NAME)
             result = original(config, str(folder), options, config_source or merge_config.to_yaml())
             _untie_config(job, folder)
         return result

@@ -27,7 +27,7 @@ def block(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
         if not walk.carry:
             walk.advance(submodule, number, hidden, base)
     if walk.carry:
-        _move_on(walk, submodule, {**context, **walk.carry([submodule], weights)})
+        _move_on(walk, submodule, {**context, **walk.norms, **walk.carry([submodule], weights)})
 
 
 def _output(walk: Walk, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
@@ -97,7 +97,7 @@ def attention(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:
         if not walk.carry:
             walk.advance(block, number, hidden, base)
     if walk.carry:
-        _move_on(walk, block, {**context, **walk.carry(step, weights)})
+        _move_on(walk, block, {**context, **walk.norms, **walk.carry(step, weights)})
 
 
 def _columns(head: Submodule) -> slice:
@@ -115,6 +115,8 @@ def norm(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
             return walk.skeleton.module(submodule.name, (hidden[None],), given)[0]
 
         yield Evaluation(submodule, batch.rows, batch.lengths, run(weights[0]), weights, run)
+    if walk.carry:
+        walk.norms = walk.carry([submodule], weights)
 
 
 def matrices(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:

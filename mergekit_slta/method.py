@@ -154,6 +154,10 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
             "`mergekit-slta merge`, or name an existing alphas file"
         )
     merge = _ACTIVE.get(path) or _loaded(path)
+    if name in merge.alphas.copied:
+        if any(not torch.equal(entry.tensor, group.entries[0].tensor) for entry in group.entries):
+            raise ModelError(f"the buffer {show(name)} differs between the models, and cannot be merged")
+        return group.entries[0].tensor.clone()
     pieces = merge.alphas.pieces(name)
     if pieces is None:
         raise AlphasError(f"the alphas file {show(path)} does not cover the tensor {show(name)}: calibrate again")

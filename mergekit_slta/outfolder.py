@@ -2,7 +2,7 @@
 
 Scope: files of OUT, no tensors. mergekit neither refuses nor clears a folder that holds a model: a one-file model left
 beside a new sharded one silently wins in `from_pretrained`. So mergekit writes into a folder of its own inside OUT,
-and only a finished merge is moved out of it. A small record, `slta_merge.json`, says which weight files a merge of
+and only a finished merge is moved out of it. A small record, `slta_merge.json`, says which files a merge of
 this package has put there; any other weights are somebody's, refused, and never touched.
 
     OUT/.slta_merging/NAME/    being written; after a failure only what was calibrated stays, for the next run
@@ -116,8 +116,10 @@ def _acquired(handle: int, kind: int) -> bool:
     for _ in range(20):
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             time.sleep(0.1)
+        except OSError:  # a file system without locks: better unguarded than never
+            return True
         else:
             return True
     return False
@@ -137,7 +139,7 @@ def staged(out: Path) -> Iterator[Path]:
     with locked(out):
         finish(out)
         staging = out / _MERGING
-        folder = staging / (out.absolute().name or "model")
+        folder = pending(out)
         _drop(staging)
         folder.mkdir(parents=True)
         (staging / "pid").write_text(str(os.getpid()))
@@ -166,7 +168,7 @@ def _keep_alphas_only(staging: Path, folder: Path) -> None:
 
 def pending(out: Path) -> Path:
     """Where a merge that failed or was killed has left its alphas and statistics."""
-    return out / _MERGING / (out.absolute().name or "model")
+    return out / _MERGING / (Path(os.path.realpath(out)).name or "model")
 
 
 def finish(out: Path) -> None:
@@ -176,7 +178,7 @@ def finish(out: Path) -> None:
     if folder is not None:
         marker = merged / "replaces.json"
         if not marker.exists():  # fixed once: OUT's own record is overwritten on the way
-            ours = [name for name in weight_files(out) if name in _recorded(out)]
+            ours = [name for name, taken in _recorded(out).items() if _is_unchanged(out / name, taken)]
             write_text_atomically(marker, json.dumps(ours))
         replaced = json.loads(marker.read_text())
         if (folder / _LAST).exists():  # else it has been moved, and everything before it
@@ -188,6 +190,10 @@ def finish(out: Path) -> None:
         for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == _LAST, entry.name == RECORD_NAME)):
             _replace(entry, out / entry.name)
     _drop(merged)
+
+
+def _is_unchanged(path: Path, taken: str) -> bool:
+    return path.is_file() and not path.is_symlink() and sampled_hash(path) == taken
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -215,18 +221,18 @@ def _foreign(out: Path) -> list[str]:
 
 
 def _recorded(folder: Path) -> Mapping[str, str]:
-    """Weight files that the record in a folder lists, with their hashes; none where there is no sound record."""
+    """Files that the record in a folder lists, with their hashes; none where there is no sound record."""
     try:
         record: Any = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    sound = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("weights"), dict)
-    return record["weights"] if sound else {}
+    sound = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("files"), dict)
+    return {os.path.basename(name): taken for name, taken in record["files"].items()} if sound else {}
 
 
 def _write_record(folder: Path) -> None:
-    weights = {name: sampled_hash(folder / name) for name in weight_files(folder)}
-    content = {"format": FORMAT, "version": 1, "weights": weights}
+    files = {entry.name: sampled_hash(entry) for entry in sorted(folder.iterdir()) if entry.is_file()}
+    content = {"format": FORMAT, "version": 1, "files": files}
     write_text_atomically(folder / RECORD_NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -238,6 +244,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def free_bytes(out: Path) -> int:
-    """Bytes left on the disk that `out` is or will be on."""
+    """Bytes left on the disk that `out` is or will be on, what a killed merge has left in it counted as free."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    left = sum(path.stat().st_size for path in (out / _MERGING).rglob("*") if path.is_file())
+    return shutil.disk_usage(existing).free + left

@@ -54,6 +54,7 @@ class Plan:
         loaders: mergekit's lazy loaders of the models.
         headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
         is_tied: the output projection is the embedding table, in every model: the plan lacks it, or holds a copy.
+        copied: tensors of the plan that are no parameters; the merge takes the base's, and refuses models that differ.
     """
 
     models: tuple[ModelReference, ...]
@@ -61,6 +62,7 @@ class Plan:
     loaders: dict[ModelReference, LazyTensorLoader]
     headers: dict[ModelReference, dict[str, TensorHeader]] = field(default_factory=dict)
     is_tied: bool = False
+    copied: list[str] = field(default_factory=list)
 
     def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
         """Shape of an output's tensor in a model's checkpoint; None where the header does not tell."""
@@ -176,7 +178,8 @@ def reconcile(
         lacking = [model for model in plan.models if not holds(name, model)]
         if not lacking:
             if name not in shapes and not plan.tensors[name].weight.optional:
-                del plan.tensors[name]  # a buffer, the same in all models: mergekit copies it
+                plan.copied.append(name)  # a buffer that older transformers saved, computed from the config today
+                del plan.tensors[name]
             continue
         if name in shapes and len(lacking) < len(plan.models):
             raise ModelError(

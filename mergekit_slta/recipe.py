@@ -162,6 +162,10 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
             raise RecipeError(f"{METHOD} merges whole models: replace `{layout}:` by `models:`")
     if config.base_model is None:
         raise RecipeError(f"{METHOD} needs the model that the experts were fine-tuned from: add `base_model:`")
+    for key in ("dtype", "out_dtype"):
+        dtype = getattr(config, key)
+        if dtype is not None and dtype.removeprefix("torch.") not in get_args(ComputeDtype):
+            raise RecipeError(f"`{key}` is {show(dtype)!r}: choose one of {listing(get_args(ComputeDtype))}")
     absolute = config.model_copy(deep=True)
     names: dict[ModelReference, str] = {}
     base = _absolute(config.base_model)

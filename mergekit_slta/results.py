@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mergekit_slta.alphas import Alphas
@@ -37,7 +38,9 @@ def check_target(path: Path, out: Path | None = None) -> None:
     for file in (path, beside):
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise OutputError(f"{show(file)} is no plain file: name another file with `alphas`")
-    inside = out is not None and path.parent == out.absolute() and path.name != ALPHAS_NAME
+    folder = os.path.realpath(path.parent)
+    inside = out is not None and folder == os.path.realpath(out) and path.name != ALPHAS_NAME
+    inside = inside or any(part.startswith(".slta_") for part in Path(folder).parts)  # where merges are staged
     if inside or path.name == STATISTICS_NAME:
         raise OutputError(f"the alphas cannot be called {show(path)}: name it {ALPHAS_NAME}, or choose another folder")
     check_writable(path.parent)

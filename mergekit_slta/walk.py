@@ -67,6 +67,8 @@ class Walk:
         """Per batch, [tokens, d] on the CPU: the features before the next step."""
         self.parallel: bool | None = None
         """Whether attention and MLP both read the layer's input; found out on the base's first layer."""
+        self.norms: Weights = {}
+        """Merged norms that feed both blocks of a layer: the rows move on through these."""
         self._attended: list[Tensor] = []
 
     def advance(self, submodule: Submodule, number: int, hidden: Tensor, output: Tensor) -> None:

@@ -241,3 +241,22 @@ def test_one_step_of_each_model_is_alive_at_a_time(tiny, options, monkeypatch):
     monkeypatch.setattr(Checkpoints, "load", watching)
     gather_statistics(job)
     assert len(alive) > 30
+
+
+@pytest.mark.parametrize("who", ["base", "expert"])
+def test_features_that_overflow_are_named(tiny, options, tmp_path, who):
+    """Weights that are finite in float16 and features that are not: the submodule, and the expert, are named."""
+    source = tiny.base if who == "base" else tiny.experts[1]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6e4)
+    model.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "large")
+    recipe = tiny.recipe(2, compute_dtype="float16")
+    if who == "base":
+        recipe["base_model"] = str(tmp_path / "large")
+    else:
+        recipe["models"][1]["model"] = str(tmp_path / "large")
+    named = "the features behind head" if who == "base" else "features of .*large behind head"
+    with pytest.raises(RunError, match=f"{named} hold NaN or Inf"):
+        calibrate(recipe, options)

@@ -205,3 +205,44 @@ def test_tied_beside_untied(make_models, write_recipe, tmp_path, side):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(model.lm_head.weight.double(), expected, rtol=1e-5, atol=1e-5)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_old_gpt_neox_checkpoints_merge(write_recipe, tmp_path):
+    """As older transformers saved Pythia: `embed_out`, masks and rotary buffers. Buffers are the base's; it loads."""
+    import transformers
+    from conftest import perturbed, write_rows
+    from safetensors.torch import save_file
+
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=320
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    for number in range(3):
+        folder = tmp_path / f"model{number}"
+        (base if number == 0 else perturbed(base, number)).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        state = tensors(folder)
+        assert "embed_out.weight" in state  # transformers 5 still writes the old name, but none of the buffers
+        for layer in range(2):
+            path = f"gpt_neox.layers.{layer}.attention"
+            state[f"{path}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+            state[f"{path}.masked_bias"] = torch.tensor(-1e9)
+            state[f"{path}.rotary_emb.inv_freq"] = torch.rand(1, generator=torch.Generator().manual_seed(0))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        write_rows(tmp_path / f"task{number}.jsonl", number)
+    models = Models(
+        tmp_path, tmp_path / "model0", (tmp_path / "model1", tmp_path / "model2"),
+        (tmp_path / "task1.jsonl", tmp_path / "task2.jsonl"),
+    )  # fmt: skip
+    result = merge(write_recipe(models.recipe()), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    merged = tensors(tmp_path / "out")
+    alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
+    assert "gpt_neox.layers.0.attention.masked_bias" in alphas.copied
+    assert float(merged["gpt_neox.layers.1.attention.masked_bias"]) == -1e9
+    (entry,) = [entry for entry in alphas.submodules if entry.kind == "head"]
+    assert "embed_out.weight" in entry.tensors
+    states = [tensors(tmp_path / f"model{number}")["embed_out.weight"].double() for number in range(3)]
+    expected = states[0] + sum(w * (state - states[0]) for w, state in zip(entry.alpha, states[1:], strict=True))
+    torch.testing.assert_close(merged["embed_out.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None

@@ -19,20 +19,22 @@ def job_of(recipe, options):
     return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options)
 
 
-def solve(deltas: list[list[np.ndarray]]) -> np.ndarray:
+def solve(deltas: list[list[np.ndarray]], importance, balance: bool, ridge: float) -> np.ndarray:
     """Eq. 12 with Eq. 34; `deltas[a]` are task a's rows, each [T, size]."""
     count = len(deltas)
     a, b = np.zeros((count, count)), np.zeros(count)
     for task, rows in enumerate(deltas):
         for row in rows:
-            gram = row @ row.T / np.mean((row * row).sum(1)) / len(rows)
+            scale = np.mean((row * row).sum(1)) if balance else 1.0
+            gram = importance[task] * row @ row.T / scale / len(rows)
             a += gram
             b += gram[:, task]
-    return np.linalg.solve(a, b)
+    strength = ridge * np.diag(a).mean()
+    return np.linalg.solve(a + strength * np.eye(count), b + strength / count)
 
 
 @torch.no_grad()
-def sequential_reference(models, rows) -> dict[str, np.ndarray]:
+def sequential_reference(models, rows, importance=(1.0, 1.0), balance=True, ridge=0.0) -> dict[str, np.ndarray]:
     """Llama, untied, attn_mlp: each block solved on, and then passed through as, what has been merged so far."""
     base, experts = load(models.base), [load(path) for path in models.experts[: len(rows)]]
     merged = copy.deepcopy(base)
@@ -48,7 +50,7 @@ def sequential_reference(models, rows) -> dict[str, np.ndarray]:
                 deltas[-1].append(
                     np.stack([(outputs(model, ids) - reference).double().numpy().ravel() for model in experts])
                 )
-        found[name] = solve(deltas)
+        found[name] = solve(deltas, importance, balance, ridge)
         for module in modules:
             target, origin = merged.get_submodule(module), base.get_submodule(module)
             for key, parameter in target.named_parameters():
@@ -111,6 +113,66 @@ def test_alphas_follow_the_merged_features(tiny, options):
     assert max(np.abs(np.subtract(*pair)).max() for pair in zip(
         (entry.alpha for entry in alphas.submodules), (entry.alpha for entry in other.submodules), strict=True
     )) > 0.01  # fmt: skip
+
+
+def test_the_rows_move_on_by_the_recipes_own_solve(tiny, options):
+    """Importance, balance and ridge, and a recipe against the canonical order: the features follow all of them."""
+    recipe = tiny.recipe(2, inputs="merged", num_samples=3, balance=False, ridge=0.3)
+    recipe["models"][1]["parameters"]["importance"] = 4.0
+    expected_rows = [[list(row.ids) for row in drawn.rows] for drawn in job_of(recipe, options).rows]
+    expected = sequential_reference(tiny, expected_rows, importance=(1.0, 4.0), balance=False, ridge=0.3)
+    recipe["models"].reverse()
+    job = job_of(recipe, options)
+    for entry in solve_job(job, gather_statistics(job)).submodules:
+        np.testing.assert_allclose(entry.alpha[::-1], expected[entry.name], atol=2e-4, err_msg=entry.name)
+
+
+@pytest.mark.parametrize("changes", [{"ridge": 0.5}, {"balance": False}])
+def test_merged_statistics_are_not_solved_again(tiny, options, changes):
+    """The features themselves depended on the solve: another one needs another calibration."""
+    from mergekit_slta.calibration import statistics_match
+
+    job = job_of(tiny.recipe(2, inputs="merged", num_samples=2), options)
+    statistics = gather_statistics(job)
+    assert statistics_match(job, statistics)
+    assert not statistics_match(job_of(tiny.recipe(2, inputs="merged", num_samples=2, **changes), options), statistics)
+
+
+@pytest.mark.parametrize("granularity", ["attn_mlp", "head_mlp", "layer"])
+@pytest.mark.parametrize("parallel_form", ["cohere", "falcon"])
+def test_shared_norms_move_on_merged(options, tmp_path, parallel_form, granularity):
+    """A norm that feeds both blocks: with one expert the rows end where the expert's own forward does."""
+    import transformers
+    from conftest import Models, make_tokenizer, perturbed, write_rows
+
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    config = (
+        transformers.CohereConfig(**common, intermediate_size=48, num_key_value_heads=2)
+        if parallel_form == "cohere"
+        else transformers.FalconConfig(**common, multi_query=True)
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    expert = perturbed(base, 1).eval()
+    for name, model in (("base", base), ("expert", expert)):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    write_rows(tmp_path / "rows.jsonl", 0)
+    models = Models(tmp_path, tmp_path / "base", (tmp_path / "expert",), (tmp_path / "rows.jsonl",))
+    recipe = models.recipe(1, inputs="merged", num_samples=2, granularity=granularity)
+    job = prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options, for_merge=False)
+    statistics = gather_statistics(job)
+    ids = torch.tensor([list(job.rows[0].rows[0].ids)])
+    norm, seen = job.skeleton.anatomy.final_norm, {}
+    hook = expert.get_submodule(norm).register_forward_pre_hook(lambda _, args: seen.setdefault("x", args[0]))
+    with torch.no_grad():
+        expert(input_ids=ids, use_cache=False)
+        hook.remove()
+        scale = getattr(config, "logit_scale", 1.0)
+        outputs = [
+            scale * model.get_output_embeddings()(model.get_submodule(norm)(seen["x"])) for model in (base, expert)
+        ]
+    delta = (outputs[1] - outputs[0]).double().square().sum()
+    assert float(statistics.grams["head"][0, 0, 0]) == pytest.approx(float(delta), rel=1e-4)
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer", "attn_mlp", "head_mlp", "linear"])

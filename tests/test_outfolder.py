@@ -164,3 +164,32 @@ def test_output_that_is_a_file_or_not_writable(tmp_path: Path):
         pytest.skip("this user may write anywhere")
     with pytest.raises(OutputError, match="cannot write to"):
         check_output(locked / "out", [])
+
+
+def test_other_spellings_of_the_folder(out: Path, monkeypatch):
+    """`..` and `.` are folders like any other."""
+    (out / "sub").mkdir()
+    monkeypatch.chdir(out / "sub")
+    merge(Path(".."), "second", ONE)
+    assert content(out) == whole("second", ONE)
+    monkeypatch.chdir(out)
+    merge(Path("."), "third", ONE)
+    assert content(out) == whole("third", ONE)
+
+
+def test_other_files_of_an_earlier_merge_go_with_it(out: Path):
+    """A chat template that the later merge does not write must not stay; one that was edited since does."""
+    with staged(out) as folder:
+        for name in (*ONE, "config.json", "chat_template.jinja", "generation_config.json"):
+            (folder / name).write_text("second")
+    (out / "generation_config.json").write_text("edited")
+    merge(out, "third", ONE)
+    assert not (out / "chat_template.jinja").exists()
+    assert (out / "generation_config.json").read_text() == "edited"
+
+
+def test_file_systems_without_locks(out: Path, monkeypatch):
+    """Where flock is not implemented a merge runs unguarded, instead of never."""
+    monkeypatch.setattr(module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
+    merge(out, "second", ONE)
+    assert content(out) == whole("second", ONE)

@@ -98,6 +98,7 @@ REFUSALS = [
     ({}, {"ridge": -0.1}, r"`ridge`.*greater than or equal to 0"),
     ({}, {"ridge": float("nan")}, r"`ridge`.*finite"),
     ({}, {"compute_dtype": "int8"}, r"`compute_dtype`.*'int8'"),
+    ({"out_dtype": "flot"}, {}, r"`out_dtype` is 'flot': choose one of float32"),
     ({}, {"lambda": "big"}, r"`lambda` is 'big'"),
     ({}, {"lambda": float("inf")}, r"`lambda` is 'inf'"),
 ]

@@ -183,10 +183,15 @@ def test_alphas_are_replaced_and_other_files_are_not(stats, tmp_path):
 
 
 def test_alphas_beside_a_merged_model(stats, tmp_path):
-    """Where a model lies beside, it is said that it was merged with other alphas."""
+    """Where a model lies beside, the record of its own merge stays, and it is said how to use the new alphas."""
     assert slta("solve", stats).exit_code == 0
+    before = (tmp_path / "slta_alphas.json").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "merge again" in slta("solve", stats, "--ridge", "1").stderr
+    result = slta("solve", stats, "--ridge", "1")
+    assert "was merged with other alphas" in result.stderr
+    assert "ridge 1.0" in result.stderr
+    assert (tmp_path / "slta_alphas.json").read_bytes() == before
+    assert (tmp_path / "slta_alphas_solved.json").exists()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
