@@ -158,7 +158,7 @@ def _statistics_at(job: Job, alphas: Path) -> Statistics | None:
     try:
         statistics = Statistics.load(beside)
     except AlphasError as error:
-        LOG.info("%s", error.message)
+        LOG.warning("%s; they are gathered anew", error.message)
         return None
     return statistics if statistics_match(job, statistics) else None
 

@@ -12,6 +12,7 @@ this package has put there; any other weights are somebody's, refused, and never
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ try:
 except ImportError:  # Windows has no flock: two merges into one folder are the user's own care there
     fcntl = None  # type: ignore[assignment]
 
+LOG = logging.getLogger(__name__)
 ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 RECORD_NAME = "slta_merge.json"
@@ -118,7 +120,8 @@ def _acquired(handle: int, kind: int) -> bool:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)
-        except OSError:  # a file system without locks: better unguarded than never
+        except OSError as error:  # a file system without locks: better unguarded than never
+            LOG.warning("the output folder cannot be locked (%s): let no other merge write to it meanwhile", error)
             return True
         else:
             return True
