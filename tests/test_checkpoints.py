@@ -246,3 +246,13 @@ def test_old_gpt_neox_checkpoints_merge(write_recipe, tmp_path):
     expected = states[0] + sum(w * (state - states[0]) for w, state in zip(entry.alpha, states[1:], strict=True))
     torch.testing.assert_close(merged["embed_out.weight"].double(), expected, rtol=1e-5, atol=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+def test_the_dtype_of_an_adapters_sum_counts(tiny, write_recipe, tmp_path):
+    """--lora-merge-dtype changes the tensors, and so what alphas are valid for."""
+    path, _ = adapter(tiny, tmp_path, 6)
+    recipe = with_experts(tiny, [f"{tiny.base}+{path}", tiny.experts[1]], alphas=str(tmp_path / "saved.json"))
+    assert merge(write_recipe(recipe), tmp_path / "one").exit_code == 0
+    result = merge(write_recipe(recipe), tmp_path / "two", "--lora-merge-dtype", "float16")
+    assert result.exit_code == 2
+    assert "other weights of" in result.output
