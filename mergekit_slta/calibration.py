@@ -31,7 +31,7 @@ from mergekit_slta.preflight import Job, check_rows, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
-from mergekit_slta.walk import Carry, Evaluation, Walk
+from mergekit_slta.walk import Evaluation, Merge, Walk
 
 LOG = logging.getLogger(__name__)
 
@@ -92,15 +92,15 @@ def gather_statistics(job: Job) -> Statistics:
     checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
     alone = job.recipe.settings.granularity == "linear"  # single matrices take rows one by one: see the runner
     batches = plan_batches(tokens, max_tokens=0) if alone else plan_batches(tokens)
-    carry = _carry_merged(job, statistics) if job.recipe.settings.inputs == "merged" else None
-    walk = Walk(job.skeleton, checkpoints, batches, carry)
+    merge = _merge_as_solved(job, statistics) if job.recipe.settings.inputs == "merged" else None
+    walk = Walk(job.skeleton, checkpoints, batches, merge=merge, merged_inputs=merge is not None)
     try:
         with tqdm(total=len(job.submodules), desc="Calibrating", disable=job.options.quiet) as bar:
             current = None
             for evaluation in stream(walk, job.submodules):
                 if evaluation.submodule is not current:
                     current = _announce(bar, evaluation.submodule, current)
-                _accumulate(statistics, evaluation, [job.recipe.names[model] for model in experts])
+                _accumulate(statistics, walk, evaluation, [job.recipe.names[model] for model in experts])
                 del evaluation  # or this step's weights would live through the loading of the next
             bar.update(current is not None)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -112,7 +112,7 @@ def gather_statistics(job: Job) -> Statistics:
     return statistics
 
 
-def _carry_merged(job: Job, statistics: Statistics) -> Carry:
+def _merge_as_solved(job: Job, statistics: Statistics) -> Merge:
     """`inputs: merged` (A.5.3): behind each step the rows move on through what it has just been merged to.
 
     `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone:
@@ -125,7 +125,7 @@ def _carry_merged(job: Job, statistics: Statistics) -> Carry:
     importance = [task.importance for task in job.recipe.tasks]
     columns = [layout["models"].index(name) for name in layout["canonical"]]
 
-    def carry(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
+    def merge(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
         entries = [
             solve_submodule(
                 by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
@@ -142,7 +142,7 @@ def _carry_merged(job: Job, statistics: Statistics) -> Carry:
             merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)
         return merged
 
-    return carry
+    return merge
 
 
 def _announce(bar: tqdm, submodule: Submodule, previous: Submodule | None) -> Submodule:
@@ -152,8 +152,9 @@ def _announce(bar: tqdm, submodule: Submodule, previous: Submodule | None) -> Su
     return submodule
 
 
-def _accumulate(statistics: Statistics, evaluation: Evaluation, names: Sequence[str]) -> None:
-    deltas = torch.stack([evaluation.run(weights) - evaluation.base for weights in evaluation.weights[1:]])  # [T, N, d]
+def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, names: Sequence[str]) -> None:
+    points = [walk.model(number) for number in range(1, walk.num_models)]
+    deltas = torch.stack([evaluation.at(point) - evaluation.base for point in points])  # [T, N, d]
     statistics.add(evaluation.submodule.name, evaluation.rows, deltas, evaluation.lengths)
     diagonal = statistics.grams[evaluation.submodule.name][list(evaluation.rows)].diagonal(dim1=1, dim2=2)  # [rows, T]
     if not torch.isfinite(diagonal).all():

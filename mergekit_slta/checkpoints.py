@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task as GraphTask
+from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from torch import Tensor
 
@@ -46,13 +47,19 @@ class Checkpoints:
         self.dtype = dtype
         self._tokenizer = tokenizer
 
-    def raw(self, name: str) -> list[Tensor]:
-        """One tensor from every model, as the merge method will get it (its dtype, on the CPU, maybe mapped)."""
-        tensors = self._run(self.plan.tensors[name].gather)
-        missing = [model for model in self.plan.models if tensors.get(model) is None]
+    def raw(self, name: str, models: Sequence[int] | None = None) -> list[Tensor]:
+        """One tensor from every model (or from those with the given numbers), as the merge method will get it (its
+        dtype, on the CPU, maybe mapped)."""
+        task = self.plan.tensors[name].gather
+        wanted = [self.plan.models[number] for number in models] if models is not None else list(self.plan.models)
+        if isinstance(task, GatherTensors):  # else models depend on each other: a tokenizer is built for all
+            sources = {model: source for model, source in task.weight_info.items() if model in wanted}
+            task = task.model_copy(update={"weight_info": ImmutableMap(sources)})
+        tensors = self._run(task)
+        missing = [model for model in wanted if tensors.get(model) is None]
         if missing:
             raise ModelError(f"{show(self.names[missing[0]])} lacks the tensor {show(name)}")
-        return [tensors[model] for model in self.plan.models]
+        return [tensors[model] for model in wanted]
 
     def load(self, names: Sequence[str], models: Sequence[int] | None = None) -> list[Weights]:
         """The named tensors of every model (or of those with the given numbers), cast and placed.
@@ -60,12 +67,11 @@ class Checkpoints:
         Raises:
             ModelError: a tensor holds NaN or Inf.
         """
-        numbers = range(len(self.plan.models)) if models is None else models
+        numbers = list(range(len(self.plan.models)) if models is None else models)
         weights: list[Weights] = [{} for _ in numbers]
         for name in names:
-            raw = self.raw(name)
-            for into, model in zip(weights, numbers, strict=True):
-                into[name] = self.place(raw[model], name, model)
+            for into, model, raw in zip(weights, numbers, self.raw(name, numbers), strict=True):
+                into[name] = self.place(raw, name, model)
         return weights
 
     def place(self, tensor: Tensor, name: str, model: int) -> Tensor:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from mergekit_slta.batches import Batch
 from mergekit_slta.checkpoints import Weights
 from mergekit_slta.submodules import Submodule
-from mergekit_slta.walk import Evaluation, Walk
+from mergekit_slta.walk import Evaluation, Mixed, Point, Walk
+
+
+def _mixed(walk: Walk, step: Sequence[Submodule]) -> Mixed:
+    names = list(dict.fromkeys(name for submodule in step for name in submodule.tensors))
+    return Mixed(walk, step, lambda models: walk.checkpoints.load(names, models))
 
 
 def block(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
     """A whole layer, or its MLP block."""
     context = walk.context(submodule)
-    weights = walk.checkpoints.load(submodule.tensors)
+    mixed = _mixed(walk, [submodule])
     for number, batch in enumerate(walk.batches):
         hidden = walk.hidden[number].to(walk.skeleton.device)
 
-        def run(given: Weights, batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
-            return _output(walk, submodule, batch, hidden, {**context, **given})
+        def at(point: Point, batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
+            return walk.finite(_output(walk, submodule, batch, hidden, {**context, **mixed(point)}), submodule, point)
 
-        base = walk.finite(run(weights[0]), submodule)
-        yield Evaluation(submodule, batch.rows, batch.lengths, base, weights, run)
-        if not walk.carry:
-            walk.advance(submodule, number, hidden, base)
-    if walk.carry:
-        _move_on(walk, submodule, {**context, **walk.norms, **walk.carry([submodule], weights)})
+        evaluation = Evaluation(submodule, number, batch.rows, batch.lengths, at, walk.origin)
+        if submodule.step not in walk.done:
+            yield evaluation
+        if not walk.merged_inputs:
+            walk.advance(submodule, number, hidden, evaluation.base)
+        del evaluation
+    if walk.merged_inputs:
+        _move_on(walk, submodule, {**context, **walk.norms, **mixed("merged")})
 
 
 def _output(walk: Walk, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
@@ -50,8 +57,8 @@ def _move_on(walk: Walk, submodule: Submodule, weights: Weights) -> None:
 def attention(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:
     """An attention block; and, where it is divided, its heads by key/value group (A.3.5).
 
-    A head's output is the output projection's slice applied to the head's own features, which that model's own
-    queries, keys and values have made.
+    A head's output is the output projection's slice applied to the head's own features, which the queries, keys and
+    values at the same point have made.
     """
     block, heads = step[0], step[1:]
     assert block.layer is not None
@@ -59,64 +66,62 @@ def attention(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:
     if walk.parallel is None:
         walk.parallel = walk.has_parallel_blocks(block)
     context = walk.context(*step)
-    names = dict.fromkeys(name for submodule in step for name in submodule.tensors)
-    weights = walk.checkpoints.load(list(names))
+    mixed = _mixed(walk, step)
     for number, batch in enumerate(walk.batches):
         hidden = walk.hidden[number].to(walk.skeleton.device)
-        features: dict[int, Tensor] = {}  # by weights: [tokens, heads], shared by the heads of one model
+        features: dict[Point, Tensor] = {}  # [tokens, heads], shared by the heads at one point
 
-        def run(
-            given: Weights, batch: Batch = batch, hidden: Tensor = hidden, features: dict[int, Tensor] = features
+        def at(
+            point: Point, batch: Batch = batch, hidden: Tensor = hidden, features: dict[Point, Tensor] = features
         ) -> Tensor:
+            weights = {**context, **mixed(point)}
             if not heads:
-                return _output(walk, block, batch, hidden, {**context, **given})
-            output, made = walk.skeleton.attention_with_heads(layer, batch.pad(hidden), {**context, **given})
-            features[id(given)] = batch.pack(made)
-            return batch.pack(output)
+                return walk.finite(_output(walk, block, batch, hidden, weights), block, point)
+            output, made = walk.skeleton.attention_with_heads(layer, batch.pad(hidden), weights)
+            features[point] = batch.pack(made)
+            return walk.finite(batch.pack(output), block, point)
 
-        base = walk.finite(run(weights[0]), block)
-        yield Evaluation(block, batch.rows, batch.lengths, base, weights, run)
-        for head in heads:
-            projection = head.slices[-1]
-            columns = _columns(head)
+        evaluation = Evaluation(block, number, batch.rows, batch.lengths, at, walk.origin)
+        if block.step not in walk.done:
+            yield evaluation
+            for head in heads:
+                projection = head.slices[-1]
+                columns = slice(projection.start, projection.stop)  # of the features: the same that it reads
 
-            def run_head(
-                given: Weights,
-                run: Callable[[Weights], Tensor] = run,
-                projection: tuple = projection,
-                columns: slice = columns,
-                features: dict[int, Tensor] = features,
-            ) -> Tensor:
-                if id(given) not in features:
-                    run(given)
-                tensor, axis, start, stop = projection
-                weight = given[tensor].narrow(axis, start, stop - start)
-                return features[id(given)][:, columns] @ (weight.T if axis == 1 else weight)
+                def head_at(
+                    point: Point,
+                    projection: tuple = projection,
+                    columns: slice = columns,
+                    features: dict[Point, Tensor] = features,
+                    evaluation: Evaluation = evaluation,
+                ) -> Tensor:
+                    if point not in features:
+                        evaluation.at(point)
+                    tensor, axis, start, stop = projection
+                    weight = mixed(point, [tensor])[tensor].narrow(axis, start, stop - start)
+                    return features[point][:, columns] @ (weight.T if axis == 1 else weight)
 
-            yield Evaluation(head, batch.rows, batch.lengths, run_head(weights[0]), weights, run_head)
-        if not walk.carry:
-            walk.advance(block, number, hidden, base)
-    if walk.carry:
-        _move_on(walk, block, {**context, **walk.norms, **walk.carry(step, weights)})
-
-
-def _columns(head: Submodule) -> slice:
-    """A group's features before the output projection: the same as the columns that read them."""
-    return slice(head.slices[-1].start, head.slices[-1].stop)
+                yield Evaluation(head, number, batch.rows, batch.lengths, head_at, walk.origin)
+        if not walk.merged_inputs:
+            walk.advance(block, number, hidden, evaluation.base)
+        del evaluation
+    if walk.merged_inputs:
+        _move_on(walk, block, {**context, **walk.norms, **mixed("merged")})
 
 
 def norm(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
     """A norm by itself, on the features before it; the rows stay where they are."""
-    weights = walk.checkpoints.load(submodule.tensors)
+    mixed = _mixed(walk, [submodule])
     for number, batch in enumerate(walk.batches):
         hidden = walk.hidden[number].to(walk.skeleton.device)
 
-        def run(given: Weights, hidden: Tensor = hidden) -> Tensor:
-            return walk.skeleton.module(submodule.name, (hidden[None],), given)[0]
+        def at(point: Point, hidden: Tensor = hidden) -> Tensor:
+            return walk.skeleton.module(submodule.name, (hidden[None],), mixed(point))[0]
 
-        yield Evaluation(submodule, batch.rows, batch.lengths, run(weights[0]), weights, run)
-    if walk.carry:
-        walk.norms = walk.carry([submodule], weights)
+        if submodule.step not in walk.done:
+            yield Evaluation(submodule, number, batch.rows, batch.lengths, at, walk.origin)
+    if walk.merged_inputs:
+        walk.norms = mixed("merged")
 
 
 def matrices(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:
@@ -127,34 +132,35 @@ def matrices(walk: Walk, step: Sequence[Submodule]) -> Iterator[Evaluation]:
     """
     layer = step[0].layer
     assert layer is not None
-    names = [name for submodule in step for name in submodule.tensors]
-    weights = walk.checkpoints.load(names)
+    mixed = _mixed(walk, step)
     modules = [submodule.name for submodule in step]
     for number, batch in enumerate(walk.batches):
         hidden = batch.pad(walk.hidden[number].to(walk.skeleton.device))
-        output, inputs = walk.skeleton.layer_with_inputs(layer, hidden, weights[0], modules)
-        for submodule in step:
+        base = mixed(walk.origin)
+        output, inputs = walk.skeleton.layer_with_inputs(layer, hidden, base, modules)
+        output = walk.finite(batch.pack(output), step[0], walk.origin)
+        for submodule in step if step[0].step not in walk.done else ():
             # What is no matrix takes the MLP block's weight: that block, with all that is in it, is evaluated.
             whole = submodule.kind == "mlp"
-            before = _before_mlp(walk, step[0], hidden, weights[0]) if whole else None
+            before = _before_mlp(walk, step[0], hidden, base) if whole else None
             given_to = inputs[submodule.name]
 
-            def run(
-                given: Weights, path: str = submodule.name, inputs: tuple = given_to, before: Tensor | None = before
+            def at(
+                point: Point, path: str = submodule.name, inputs: tuple = given_to, before: Tensor | None = before
             ) -> Tensor:
+                weights = mixed(point)
                 if before is not None:
-                    return walk.skeleton.block(layer, "mlp", before, given).reshape(1, -1)
-                return walk.skeleton.module(path, inputs, given).reshape(1, -1)
+                    return walk.skeleton.block(layer, "mlp", before, weights).reshape(1, -1)
+                return walk.skeleton.module(path, inputs, weights).reshape(1, -1)
 
-            base = walk.finite(run(weights[0]), submodule)
-            yield Evaluation(submodule, batch.rows, (1,), base, weights, run)
-        if not walk.carry:
-            walk.hidden[number] = batch.pack(output).cpu()
-    if walk.carry:
-        carried = walk.carry(step, weights)
+            yield Evaluation(submodule, number, batch.rows, (1,), at, walk.origin)
+        if not walk.merged_inputs:
+            walk.hidden[number] = output.cpu()
+    if walk.merged_inputs:
+        merged = mixed("merged")
         for number, batch in enumerate(walk.batches):
             hidden = batch.pad(walk.hidden[number].to(walk.skeleton.device))
-            walk.hidden[number] = batch.pack(walk.skeleton.layer(layer, hidden, carried)).cpu()
+            walk.hidden[number] = batch.pack(walk.skeleton.layer(layer, hidden, merged)).cpu()
 
 
 def _before_mlp(walk: Walk, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:

@@ -21,7 +21,7 @@ def stream(walk: Walk, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
     """Every evaluation of a walk through the model, submodule by submodule and batch by batch.
 
     Args:
-        walk: a fresh one: the model's code, the models' tensors, and the calibration rows.
+        walk: a fresh one: the model's code, the models' tensors, the calibration rows, and what is done already.
         submodules: all submodules, in the order of a forward pass.
 
     Raises:

@@ -1,12 +1,15 @@
-"""The state of a walk through the model: the rows' features between steps, and how they move on.
+"""The state of a walk through the model: the rows' features between steps, how they move on, and with which weights.
 
 Scope: shared by the steps of `ends.py` and `layers.py`; evaluates nothing itself but the wiring of a layer's blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +20,12 @@ from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.skeleton import Skeleton
 from mergekit_slta.submodules import Submodule
 
-Carry = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
-"""(submodules of a step, their tensors of every model) -> the tensors with which the rows move on behind the step."""
+Point = tuple[float, ...] | Literal["merged"]
+"""Where in weight space: coefficients c_t of theta_0 + sum_t c_t tau_t, or what the walk's `merge` makes."""
+Merge = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
+"""(submodules of a step, their tensors of every model) -> the merged tensors."""
+HEAD_ELEMENTS = 2**22
+"""Logits held per model at a time; the vocabulary is walked in chunks of `HEAD_ELEMENTS / tokens` rows."""
 
 
 @dataclass(frozen=True)
@@ -27,49 +34,73 @@ class Evaluation:
 
     Attributes:
         submodule: which one. The head comes in several parts of the vocabulary, as evaluations of its own.
+        batch: which batch of the walk.
         rows, lengths: the batch's rows, and how many of the outputs' leading entries belong to each.
-        base: [entries, ...] outputs with the base's weights, f(x; theta_0).
-        weights: the submodule's tensors of every model, base first.
-        run: one of `weights` (or, but for whole models, any others) -> outputs with those, f(x; theta).
+        at: point -> [entries, ...] outputs with the weights there. For whole models only the walk's `points`.
     """
 
     submodule: Submodule
+    batch: int
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    base: Tensor
-    weights: Sequence[Weights]
-    run: Callable[[Weights], Tensor]
+    at: Callable[[Point], Tensor]
+    origin: Point
+
+    @cached_property
+    def base(self) -> Tensor:
+        """Outputs with the base's weights, f(x; theta_0)."""
+        return self.at(self.origin)
 
 
+@dataclass
 class Walk:
     """Where the calibration rows are in the model, and with what they go on.
 
-    Args:
+    Attributes:
         skeleton: the model's code.
         checkpoints: the models' tensors.
         batches: the calibration rows; of one row each where single matrices are evaluated.
-        carry: with which tensors the rows move on behind each step; the base's if None. Called when all batches of
-            the step have been handed out.
+        points: per batch, where whole models are evaluated; at every model if None.
+        merge: makes the merged tensors of a step.
+        merged_inputs: the rows move on behind each step through its merged tensors instead of the base's; these are
+            asked for when all batches of the step have been handed out.
+        done: names of steps that only move the rows on, and are not handed out.
+        folder: where features of whole models are kept; in memory if None.
+        head_elements: see `HEAD_ELEMENTS`.
+        announce: called with the name of what a long evaluation is at.
+        hidden: per batch, [tokens, d] on the CPU: the features before the next step.
+        parallel: whether attention and MLP both read the layer's input; found out on the base's first layer.
+        norms: merged norms that feed both blocks of a layer: the rows move on through these.
     """
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        checkpoints: Checkpoints,
-        batches: Sequence[Batch],
-        carry: Carry | None = None,
-    ) -> None:
-        self.skeleton = skeleton
-        self.checkpoints = checkpoints
-        self.batches = batches
-        self.carry = carry
-        self.hidden: list[Tensor] = []
-        """Per batch, [tokens, d] on the CPU: the features before the next step."""
-        self.parallel: bool | None = None
-        """Whether attention and MLP both read the layer's input; found out on the base's first layer."""
-        self.norms: Weights = {}
-        """Merged norms that feed both blocks of a layer: the rows move on through these."""
-        self._attended: list[Tensor] = []
+    skeleton: Skeleton
+    checkpoints: Checkpoints
+    batches: Sequence[Batch]
+    points: Sequence[Sequence[Point]] | None = None
+    merge: Merge | None = None
+    merged_inputs: bool = False
+    done: Container[str] = ()
+    folder: Path | None = None
+    head_elements: int = HEAD_ELEMENTS
+    announce: Callable[[str], None] = lambda _: None
+    hidden: list[Tensor] = field(default_factory=list)
+    parallel: bool | None = None
+    norms: Weights = field(default_factory=dict)
+    _attended: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_models(self) -> int:
+        """T + 1."""
+        return len(self.checkpoints.plan.models)
+
+    @property
+    def origin(self) -> Point:
+        """The base's point."""
+        return (0.0,) * (self.num_models - 1)
+
+    def model(self, number: int) -> Point:
+        """The point of a model: the base is number 0, the experts follow."""
+        return tuple(float(place == number) for place in range(1, self.num_models))
 
     def advance(self, submodule: Submodule, number: int, hidden: Tensor, output: Tensor) -> None:
         """Move a batch behind a submodule. Parallel blocks both take the layer's input, and their changes add up."""
@@ -120,15 +151,62 @@ class Walk:
             )
         return bool(errors[1] < errors[0])
 
-    def finite(self, features: Tensor, submodule: Submodule) -> Tensor:
-        """The features themselves.
+    def finite(self, features: Tensor, submodule: Submodule, point: Point) -> Tensor:
+        """The features themselves. Those of other points than the base's are the caller's to look at.
 
         Raises:
-            RunError: they hold NaN or Inf.
+            RunError: the base's hold NaN or Inf.
         """
-        if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+        if point == self.origin and not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
             raise RunError(
                 f"the features behind {show(submodule.name)} hold NaN or Inf in "
                 f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models"
             )
         return features
+
+
+class Mixed:
+    """The tensors of a step at any point of weight space; every model's are loaded when they are first needed.
+
+    Args:
+        walk: for its models and its `merge`.
+        step: the submodules whose tensors these are.
+        load: numbers of models -> their tensors.
+    """
+
+    def __init__(
+        self, walk: Walk, step: Sequence[Submodule], load: Callable[[Sequence[int]], list[Weights]]
+    ) -> None:
+        self._walk = walk
+        self._step = step
+        self._load = load
+        self._own: dict[int, Weights] = {}
+        self._merged: Weights | None = None
+
+    def __call__(self, point: Point, names: Sequence[str] | None = None) -> Weights:
+        """The tensors at a point (only the named ones may be needed); a model's own are handed out as they are."""
+        if point == "merged":
+            if self._merged is None:
+                assert self._walk.merge is not None
+                self._merged = self._walk.merge(self._step, self._models(range(self._walk.num_models)))
+            return self._merged
+        changed = {place + 1: weight for place, weight in enumerate(point) if weight}
+        if len(changed) <= 1 and set(changed.values()) <= {1.0}:
+            return self._models([next(iter(changed), 0)])[0]
+        base, *experts = self._models([0, *changed])
+        mixed = {}
+        for name in base if names is None else names:
+            origin = base[name]
+            mixed[name] = origin.clone()
+            for own, weight in zip(experts, changed.values(), strict=True):
+                mixed[name].add_(own[name] - origin, alpha=weight)
+        return mixed
+
+    def _models(self, numbers: Sequence[int]) -> list[Weights]:
+        wanted = [number for number in numbers if number not in self._own]
+        if wanted:
+            # An expert is not asked for alone: reading all of a step's tensors at once is one pass over the shards.
+            if wanted != [0]:
+                wanted = [number for number in range(self._walk.num_models) if number not in self._own]
+            self._own |= zip(wanted, self._load(wanted), strict=True)
+        return [self._own[number] for number in numbers]
