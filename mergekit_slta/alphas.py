@@ -51,8 +51,10 @@ class SubmoduleAlphas(BaseModel):
         condition: of the system that was solved; None where it lost rank.
         rank: of that system.
         residual: predicted by linearity, relative to the experts' own changes.
+        residual_measured: the same, of the merged submodule's real features; None where it was not verified.
         slices: of tensors that it owns a part of: [axis, start, stop], or a list of such parts.
-        flags: what is remarkable: "unchanged", "rank_deficient", "ill_conditioned".
+        flags: what is remarkable: "unchanged", "rank_deficient", "ill_conditioned"; "nonlinear" where the measured
+            residual parts from the predicted one.
         unchanged: models that equal the base here, whose alpha is 0.
     """
 
@@ -68,6 +70,7 @@ class SubmoduleAlphas(BaseModel):
     condition: Finite | None
     rank: int
     residual: Finite
+    residual_measured: Finite | None = None
     flags: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
 
@@ -151,6 +154,8 @@ class Alphas(BaseModel):
         for submodule in content["submodules"]:
             if not submodule["slices"]:
                 del submodule["slices"]
+            if submodule["residual_measured"] is None:
+                del submodule["residual_measured"]
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text_atomically(Path(path), text + "\n")
 

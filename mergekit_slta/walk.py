@@ -174,9 +174,7 @@ class Mixed:
         load: numbers of models -> their tensors.
     """
 
-    def __init__(
-        self, walk: Walk, step: Sequence[Submodule], load: Callable[[Sequence[int]], list[Weights]]
-    ) -> None:
+    def __init__(self, walk: Walk, step: Sequence[Submodule], load: Callable[[Sequence[int]], list[Weights]]) -> None:
         self._walk = walk
         self._step = step
         self._load = load

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 FLOORS = [
     {"errors", "_autoload"},
     {"files"},
-    {"gram", "solve", "linearity", "alphas", "identity", "outfolder"},
-    {"method", "recipe", "architectures", "report", "batches", "lora", "headers"},
+    {"gram", "solve", "linearity", "records", "scores", "alphas", "identity", "outfolder"},
+    {"method", "recipe", "architectures", "figures", "batches", "lora", "headers"},
     {"adapters"},
     {"submodules"},
     {"samples", "plan", "skeleton", "export"},

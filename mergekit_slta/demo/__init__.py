@@ -88,7 +88,7 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
         ValueError: the folder holds something other than an earlier demo.
         RunError: the merge command failed.
     """
-    from mergekit_slta.report import draw_alphas
+    from mergekit_slta.figures import draw_alphas
 
     directory = Path(directory).absolute()
     clock = _Clock(echo)

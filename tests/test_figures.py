@@ -6,7 +6,7 @@ import pytest
 
 from mergekit_slta.calibration import calibrate
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.report import draw_alphas
+from mergekit_slta.figures import draw_alphas
 
 
 @pytest.mark.parametrize("granularity", ["layer", "attn_mlp"])
@@ -23,7 +23,7 @@ def test_alphas_are_drawn_from_their_file(tiny, options, tmp_path, granularity):
 
 def test_figure_shows_every_expert(tiny, options):
     """Each panel has a line per expert, with the file's numbers."""
-    from mergekit_slta.report import _alphas_figure
+    from mergekit_slta.figures import _alphas_figure
 
     alphas = calibrate(tiny.recipe(), options)
     figure = _alphas_figure(alphas)
