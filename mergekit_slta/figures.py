@@ -3,82 +3,91 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_slta.alphas import Alphas, SubmoduleAlphas
-from mergekit_slta.errors import show
-from mergekit_slta.files import write_atomically
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.depth import alphas_figure, residuals_figure
+from mergekit_slta.drawing import FORMATS, write
+from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.levels import levels_figure
+from mergekit_slta.maps import disentanglement_figure, distances_figure
+from mergekit_slta.scores import Linearity
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: apart from each other under every common colour blindness."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_TITLES = {"attention": "attention blocks", "mlp": "MLP blocks", "layer": "decoder layers"}
+
+def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list[Path]:
+    """Draw all figures that a file allows, each as PNG and SVG.
+
+    Of alphas: `alphas` (the paper's Fig. 5) and `residuals`. Of linearity: `levels` (Fig. 1-4), `distances` (Fig. 6)
+    and, with two experts or more, `disentanglement`.
+
+    Args:
+        source: a file's content.
+        folder: where to; files are named `{prefix}_{figure}.png` and `.svg`, and those of the same names replaced.
+        prefix: see `folder`.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        AlphasError: an alphas file lists no submodules, or a linearity file contradicts itself.
+        OutputError: a figure cannot be written.
+    """
+    figures: dict[str, Callable[[], Figure | None]]
+    if isinstance(source, Alphas):
+        _check_alphas(source)
+        figures = {"alphas": lambda: alphas_figure(source), "residuals": lambda: residuals_figure(source)}
+    else:
+        _check_linearity(source)
+        figures = {
+            "levels": lambda: levels_figure(source),
+            "distances": lambda: distances_figure(source),
+            "disentanglement": lambda: disentanglement_figure(source),
+        }
+    written = []
+    for figure, make in figures.items():
+        written += write(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
+    return written
 
 
 def draw_alphas(alphas: str | os.PathLike[str] | Alphas, path: str | os.PathLike[str]) -> None:
     """The merging weight of every expert over the depth of the model (the paper's Fig. 5), as PNG or SVG.
-
-    A panel per kind of submodule, `embed` and `head` at the ends of the depth axis; bars are jackknife standard errors.
 
     Args:
         alphas: the alphas, or their file.
         path: where to draw; the suffix chooses the format.
 
     Raises:
-        AlphasError: the file cannot be read.
+        AlphasError: the file cannot be read, or lists no submodules.
         OutputError: the figure cannot be written.
     """
-    if not isinstance(alphas, Alphas):
-        alphas = Alphas.load(alphas)
-    figure = _alphas_figure(alphas)
-    path = Path(path)
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
-    )
+    loaded = alphas if isinstance(alphas, Alphas) else Alphas.load(alphas)
+    _check_alphas(loaded)
+    write(lambda: alphas_figure(loaded), Path(path))
 
 
-def _alphas_figure(alphas: Alphas) -> Figure:
-    from matplotlib.figure import Figure
-
-    kinds = [kind for kind in _TITLES if any(entry.kind == kind for entry in alphas.submodules)]
-    figure = Figure(figsize=(max(6.4, 4.2 * len(kinds)), 3.6), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, max(1, len(kinds)), sharey=True, squeeze=False)[0]
-    for axis, kind in zip(axes, kinds, strict=True):
-        _draw_kind(axis, alphas, kind)
-    axes[0].set_ylabel("merging weight α")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return figure
+def _check_alphas(alphas: Alphas) -> None:
+    if not alphas.submodules:
+        raise AlphasError("there is nothing to draw: the alphas file lists no submodules; calibrate again")
 
 
-def _draw_kind(axis: Axes, alphas: Alphas, kind: str) -> None:
-    entries = [entry for entry in alphas.submodules if entry.kind in (kind, "embed", "head")]
-    places = list(range(len(entries)))
-    axis.axhline(0, color="#888888", linewidth=0.8)
-    for column, model in enumerate(alphas.models):
-        axis.errorbar(
-            [place + (column - len(alphas.models) / 2) * 0.08 for place in places],
-            [entry.alpha[column] for entry in entries],
-            yerr=[entry.stderr[column] if entry.stderr else 0.0 for entry in entries],
-            color=COLORS[column % len(COLORS)],
-            marker=MARKERS[column % len(MARKERS)],
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            label=show(os.path.basename(model.rstrip("/")), 32),
-        )
-    axis.set_title(_TITLES[kind])
-    axis.set_xlabel("depth (decoder layer)")
-    step = max(1, len(entries) // 12)
-    shown = [place for place in places if entries[place].layer is None or (entries[place].layer or 0) % step == 0]
-    axis.set_xticks(shown, [_tick(entries[place]) for place in shown])
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+def _check_linearity(linearity: Linearity) -> None:
+    """Raises AlphasError where the lengths of a file's parts do not fit together."""
+    from mergekit_slta.linearity import PAIR_GRID, STEPS
 
-
-def _tick(entry: SubmoduleAlphas) -> str:
-    return entry.name if entry.layer is None else str(entry.layer)
+    models, pairs, side, cells = len(linearity.models), len(linearity.pairs), STEPS + 1, len(PAIR_GRID) ** 2
+    known = all(0 <= model < models for pair in linearity.pairs for model in pair)
+    for entry in linearity.submodules:
+        grids = [*entry.disentanglement, *(entry.disagreement or ())]
+        counts = {len(entry.disentanglement), len(entry.disagreement or entry.disentanglement)}
+        matrices = entry.distances or (((None,) * side,) * side,) * models
+        square = all(len(matrix) == side and {*map(len, matrix)} == {side} for matrix in matrices)
+        whole = len(entry.non_linearity) == len(matrices) == models and square
+        if not (known and whole and counts == {pairs} and all(len(grid) == cells for grid in grids)):
+            raise AlphasError(
+                f"the linearity file contradicts itself at {show(entry.name)}: run `mergekit-slta linearity` again"
+            )
