@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Alphas": "mergekit_slta.alphas",
+    "Linearity": "mergekit_slta.scores",
     "Recipe": "mergekit_slta.recipe",
     "Solution": "mergekit_slta.solve",
     "Statistics": "mergekit_slta.gram",
     "calibrate": "mergekit_slta.calibration",
     "load_config": "mergekit_slta.recipe",
+    "non_linearity_score": "mergekit_slta.linearity",
     "read_recipe": "mergekit_slta.recipe",
     "register": "mergekit_slta.method",
 }

@@ -6,7 +6,7 @@ Scope: planning and reshaping; depends on the rows alone, not on machine, device
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,3 +63,15 @@ def plan_batches(
             ids[place, : lengths[place]] = torch.as_tensor(list(rows[row]))
         batches.append(Batch(tuple(group), lengths, ids))
     return batches
+
+
+def plan_task_batches(
+    rows: Sequence[Sequence[int]], row_task: Sequence[int], max_tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """As `plan_batches`, with rows of one task in each batch: what only concerns a task's expert runs on its rows."""
+    planned = []
+    for task in sorted(set(row_task)):
+        own = [row for row, other in enumerate(row_task) if other == task]
+        for batch in plan_batches([rows[row] for row in own], max_tokens):
+            planned.append(replace(batch, rows=tuple(own[row] for row in batch.rows)))
+    return planned

@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from tqdm import tqdm
 
-from mergekit_slta.alphas import Alphas, pieces_of
+from mergekit_slta.alphas import Alphas, Piece, pieces_of
 from mergekit_slta.assembly import assemble, layout_of, solve_submodule
 from mergekit_slta.batches import plan_batches
 from mergekit_slta.checkpoints import Checkpoints, Weights
@@ -28,6 +26,7 @@ from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows, prepare
+from mergekit_slta.progress import Progress, advice_on_memory
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
@@ -74,16 +73,8 @@ def gather_statistics(job: Job) -> Statistics:
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, or memory runs out.
     """
-    names = [job.recipe.names[task.model] for task in job.recipe.tasks]
-    check_rows(job.rows, names)
-    experts = job.plan.models[1:]  # canonical order
-    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
-    tokens: list[Sequence[int]] = []
-    row_task: list[int] = []
-    for index, model in enumerate(experts):
-        for row in by_model[model].rows:  # type: ignore[union-attr] - check_rows
-            tokens.append(row.ids)
-            row_task.append(index)
+    tokens, row_task = canonical_rows(job)
+    experts = job.plan.models[1:]
     statistics = Statistics(
         row_task=torch.tensor(row_task, dtype=torch.int64, device="cpu"),
         num_models=len(experts),
@@ -94,21 +85,14 @@ def gather_statistics(job: Job) -> Statistics:
     batches = plan_batches(tokens, max_tokens=0) if alone else plan_batches(tokens)
     merge = _merge_as_solved(job, statistics) if job.recipe.settings.inputs == "merged" else None
     walk = Walk(job.skeleton, checkpoints, batches, merge=merge, merged_inputs=merge is not None)
-    try:
-        with tqdm(total=len(job.submodules), desc="Calibrating", disable=job.options.quiet) as bar:
-            current = None
-            for evaluation in stream(walk, job.submodules):
-                if evaluation.submodule is not current:
-                    current = _announce(bar, evaluation.submodule, current)
-                _accumulate(statistics, walk, evaluation, [job.recipe.names[model] for model in experts])
-                del evaluation  # or this step's weights would live through the loading of the next
-            bar.update(current is not None)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error, job) from error
-    except RuntimeError as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's CPU allocator
-            raise _out_of_memory(error, job) from error
-        raise
+    names = [job.recipe.names[model] for model in experts]
+    num_steps = len({submodule.step for submodule in job.submodules})
+    with advice_on_memory(job), Progress("Calibrating", num_steps, quiet=job.options.quiet) as progress:
+        walk.announce = progress.announce
+        for evaluation in stream(walk, job.submodules):
+            progress.at(evaluation.submodule.step)
+            _accumulate(statistics, walk, evaluation, names)
+            del evaluation  # or this step's weights would live through the loading of the next
     return statistics
 
 
@@ -123,33 +107,62 @@ def _merge_as_solved(job: Job, statistics: Statistics) -> Merge:
     by_name = {submodule["name"]: submodule for submodule in layout["submodules"]}
     settings = job.recipe.settings
     importance = [task.importance for task in job.recipe.tasks]
-    columns = [layout["models"].index(name) for name in layout["canonical"]]
+
+    def solved(step: Sequence[Submodule]) -> Mapping[str, Sequence[Piece]]:
+        return pieces_of(
+            [
+                solve_submodule(
+                    by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
+                    ridge=settings.ridge, objectives=[submodule.name],
+                )
+                for submodule in step
+            ]
+        )  # fmt: skip
+
+    return merge_with(job, layout["models"], solved)
+
+
+def merge_with(
+    job: Job, models: Sequence[str], pieces: Callable[[Sequence[Submodule]], Mapping[str, Sequence[Piece]]]
+) -> Merge:
+    """Make a walk's merged tensors, as the merge method will make them but for the recipe's `lambda`.
+
+    Args:
+        job: whose models are merged.
+        models: the order of the pieces' alphas.
+        pieces: submodules of a step -> the slices of (at least) their tensors, with their alphas.
+    """
+    columns = [models.index(job.recipe.label(model)) for model in job.plan.models[1:]]
 
     def merge(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
-        entries = [
-            solve_submodule(
-                by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
-                ridge=settings.ridge, objectives=[submodule.name],
-            )
-            for submodule in step
-        ]  # fmt: skip
+        known = pieces(step)
         merged = {}
-        for tensor, pieces in pieces_of(entries).items():
-            if tensor not in weights[0]:  # a tied projection's copy, which is not read here
-                continue
-            ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in pieces]
-            base, *experts = (own[tensor] for own in weights)
+        for tensor in weights[0]:
+            tied = job.plan.is_tied and tensor == job.skeleton.head_weight
+            own = known[job.skeleton.embedding_weight if tied else tensor]
+            ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in own]
+            base, *experts = (given[tensor] for given in weights)
             merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)
         return merged
 
     return merge
 
 
-def _announce(bar: tqdm, submodule: Submodule, previous: Submodule | None) -> Submodule:
-    bar.update(previous is not None)
-    bar.set_description(f"Calibrating {submodule.name}", refresh=False)
-    bar.set_postfix_str(f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
-    return submodule
+def canonical_rows(job: Job) -> tuple[list[Sequence[int]], list[int]]:
+    """The calibration rows' tokens and tasks, in the canonical order of the experts.
+
+    Raises:
+        DataError: an expert without rows.
+    """
+    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tokens: list[Sequence[int]] = []
+    row_task: list[int] = []
+    for index, model in enumerate(job.plan.models[1:]):
+        for row in by_model[model].rows:  # type: ignore[union-attr] - check_rows
+            tokens.append(row.ids)
+            row_task.append(index)
+    return tokens, row_task
 
 
 def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, names: Sequence[str]) -> None:
@@ -163,14 +176,6 @@ def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, name
             f"the features of {show(model)} behind {show(evaluation.submodule.name)} hold NaN or Inf: "
             "use `compute_dtype: float32`, or check that expert"
         )
-
-
-def _out_of_memory(error: BaseException, job: Job) -> RunError:
-    return RunError(
-        f"out of memory on {job.device} ({show(error, 120)}): lower `max_seq_length` "
-        f"({job.recipe.settings.max_seq_length}) or `num_samples` ({job.recipe.settings.num_samples}), "
-        "or choose another --device"
-    )
 
 
 def statistics_metadata(job: Job) -> dict[str, str]:

@@ -12,7 +12,7 @@ from mergekit_slta.errors import RunError, SltaError, show
 
 SOLVED_NAME = "slta_alphas_solved.json"
 """Where `solve` writes beside a merged model."""
-_WITH_MERGEKIT = ("check", "calibrate", "merge")
+_WITH_MERGEKIT = ("check", "calibrate", "merge", "linearity")
 """Commands with mergekit's options: they live in `commands.py`, which is slow to import, and are loaded on use."""
 
 
@@ -132,6 +132,17 @@ def export(alphas: Path, output: Path | None, recipe: Path | None) -> None:
         return
     write_text_atomically(output, text)
     click.echo(f"Written: {show(output)}", err=True)
+
+
+@main.command()
+@click.argument("target", metavar="OUT_OR_FILE", type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the figures  [default: beside]")
+def report(target: Path, output: Path | None) -> None:
+    """Draw the figures of an alphas, statistics or linearity file, or of a merged model and put them in its card."""
+    from mergekit_slta.report import report
+
+    for path in report(target, output):
+        click.echo(f"Written: {show(path)}", err=True)
 
 
 @main.command()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_slta.errors import show
+
+_verify_option = click.option(
+    "--verify", is_flag=True, help="Measure the residual of each merged submodule beside the predicted one"
+)
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -39,8 +44,9 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 @click.option(
     "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
 )
+@_verify_option
 @add_merge_options
-def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> None:
+def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
     """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
     from mergekit_slta.host import calibrate_to
     from mergekit_slta.outfolder import ALPHAS_NAME
@@ -54,7 +60,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> N
     path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
     check_target(path)
     job = prepare(read, merge_options, for_merge=False)
-    alphas, reused = calibrate_to(job, path)
+    alphas, reused = calibrate_to(job, path, verified=verify)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
@@ -63,8 +69,9 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None) -> N
 @click.command(cls=PrettyPrintHelp)
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
+@_verify_option
 @add_merge_options
-def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
+def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> None:
     """Calibrate RECIPE, let mergekit merge it into OUT: what `mergekit-yaml RECIPE OUT` does, wherever .pth files are
     not read."""
     import mergekit.merge
@@ -77,4 +84,35 @@ def merge(merge_options: MergeOptions, recipe: str, out: str) -> None:
     wrap_run_merge(mergekit.merge)
     config, source = load_config(recipe)
     read_recipe(config)
-    mergekit.merge.run_merge(config, out, options=merge_options, config_source=source)
+    run_merge: Any = mergekit.merge.run_merge
+    run_merge(config, out, options=merge_options, config_source=source, verify_residuals=verify)
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="Linearity file to write  [default: ./slta_linearity.json]")
+@click.option("--rows", type=int, help="Use the first so many calibration rows of each task  [default: all]")
+@add_merge_options
+def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
+    """Measure how linear the experts of RECIPE are: the whole model, its layers, attention and MLP blocks, heads."""
+    from mergekit_slta.analysis import analyse, check_linearity_target, num_forwards
+    from mergekit_slta.outfolder import check_writable
+    from mergekit_slta.preflight import prepare
+    from mergekit_slta.recipe import load_config, read_recipe
+    from mergekit_slta.scores import LINEARITY_NAME
+    from mergekit_slta.summary import describe_linearity
+
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    path = Path(output or LINEARITY_NAME).absolute()
+    check_writable(path.parent)
+    check_linearity_target(path)
+    job = prepare(read, merge_options, for_merge=False)
+    if not merge_options.quiet:
+        click.echo(
+            f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N makes do with fewer rows", err=True
+        )
+    measured, reused = analyse(job, path, rows)
+    if not merge_options.quiet:
+        click.echo(describe_linearity(measured))
+    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_slta.batches import BATCH_TOKENS
-from mergekit_slta.ends import HEAD_ELEMENTS
 from mergekit_slta.plan import total_bytes
 from mergekit_slta.preflight import Job
 from mergekit_slta.submodules import split
+from mergekit_slta.walk import HEAD_ELEMENTS
 
 
 @dataclass(frozen=True)

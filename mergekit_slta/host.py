@@ -35,7 +35,9 @@ from mergekit_slta.outfolder import (
 from mergekit_slta.plan import forget_loaders
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import read_recipe
+from mergekit_slta.report import add_section
 from mergekit_slta.results import check_target, write_results
+from mergekit_slta.verification import is_verified, verify
 
 LOG = logging.getLogger(__name__)
 
@@ -46,19 +48,22 @@ def run(
     out_path: str,
     options: MergeOptions,
     config_source: str | None = None,
+    *,
+    verify_residuals: bool = False,
 ) -> Any:
-    """mergekit's `run_merge`, with the pre-pass before it.
+    """mergekit's `run_merge`, with the pre-pass before it and the model card's section behind it.
 
     Args:
         original: mergekit's own function.
         merge_config, out_path, options, config_source: as mergekit's; the configuration is not changed.
+        verify_residuals: measure the residual that remains in each merged submodule; see `verification.py`.
 
     Raises:
         SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. Where it
             failed, OUT is left without weights of this run, and with those that it held before.
     """
     try:
-        return _run(original, merge_config, out_path, options, config_source)
+        return _run(original, merge_config, out_path, options, config_source, verify_residuals)
     except SltaError as error:
         if options.verbosity:
             LOG.exception("the merge was refused or failed")
@@ -77,6 +82,7 @@ def _run(
     out_path: str,
     options: MergeOptions,
     config_source: str | None,
+    verify_residuals: bool,
 ) -> Any:
     recipe = read_recipe(merge_config)
     out = Path(out_path)
@@ -87,7 +93,7 @@ def _run(
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     check_room(job, out)
     places = [path] if named else [path, pending(out) / ALPHAS_NAME]
-    alphas, statistics = obtain(job, places, must_match=named is not None)
+    alphas, statistics = obtain(job, places, must_match=named is not None, verified=verify_residuals)
     if named and statistics is not None:
         write_results(alphas, statistics, path)
 
@@ -103,6 +109,8 @@ def _run(
                 kept.save(folder / STATISTICS_NAME)
             result = original(config, str(folder), options, config_source or merge_config.to_yaml())
             _untie_config(job, folder)
+            if options.write_model_card:
+                add_section(folder)
         return result
     finally:
         forget_loaders(recipe.models)
@@ -121,20 +129,34 @@ def _untie_config(job: Job, out: Path) -> None:
         _say(job, "The base's embeddings are tied and an expert's are not: the merged model is written untied")
 
 
-def obtain(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alphas, Statistics | None]:
+def obtain(
+    job: Job, places: Sequence[Path], *, must_match: bool, verified: bool = False
+) -> tuple[Alphas, Statistics | None]:
     """Alphas of a job: those at hand if they fit, else from the statistics beside them, else from a calibration.
 
     Args:
         job: what is to be merged.
         places: the alphas file; behind it, where else one may have been left.
         must_match: a file that exists and does not fit is an error (the recipe named it), not a reason to calibrate.
+        verified: with measured residuals. New ones under `inputs: merged` always have them.
 
     Returns:
         The alphas, and the statistics where they have to be written.
 
     Raises:
         AlphasError: the file is no alphas file, or is for something else and `must_match`.
+        DataError: residuals have to be measured, and an expert has no rows.
     """
+    alphas, statistics = _obtain(job, places, must_match=must_match)
+    fresh = statistics is not None and job.recipe.settings.inputs == "merged"
+    if (verified or fresh) and not is_verified(alphas):
+        if statistics is None:
+            statistics = _statistics_at(job, places[0]) or gather_statistics(job)
+        alphas = verify(job, alphas, statistics)
+    return alphas, statistics
+
+
+def _obtain(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alphas, Statistics | None]:
     for place, path in enumerate(places):
         alphas = stored(job, path, must_match=must_match)
         if alphas is not None:
@@ -207,14 +229,14 @@ def check_room(job: Job, out: Path) -> None:
         )
 
 
-def calibrate_to(job: Job, path: Path) -> tuple[Alphas, bool]:
+def calibrate_to(job: Job, path: Path, *, verified: bool = False) -> tuple[Alphas, bool]:
     """The `calibrate` command: alphas of a job in `path`. Returns them, and whether they were there already.
 
     Raises:
         OutputError, AlphasError: see `check_target` and `obtain`.
     """
     check_target(path)
-    alphas, statistics = obtain(job, [path], must_match=False)
+    alphas, statistics = obtain(job, [path], must_match=False, verified=verified)
     if statistics is not None:
         write_results(alphas, statistics, path)
     return alphas, statistics is None

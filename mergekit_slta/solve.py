@@ -109,12 +109,42 @@ def solve(
     )
 
 
-def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool) -> _Rows:
+def measured_residual(
+    errors: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    row_task: Tensor,
+    *,
+    importance: Sequence[float],
+    balance: bool,
+) -> float:
+    """What `Solution.residual` predicts, from the features of a merged submodule.
+
+    Args:
+        errors: per objective, [rows] float64: ||f(x; merged) - f(x; theta_a)||^2 of row x of task a.
+        grams: per objective, [rows, T, T] float64, as in `solve`.
+        row_task, importance, balance: as in `solve`.
+
+    Returns:
+        sum_a w_a E errors / c_x over sum_a w_a E ||df_a||^2 / c_x; 0 where no expert changed anything.
+    """
+    weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    remaining, whole = 0.0, 0.0
+    for error, gram in zip(errors, grams, strict=True):
+        used = _usable_rows(gram, row_task, balance)
+        scaled = _usable_rows(gram, row_task, balance, error)
+        remaining += float((weights * _task_means(scaled, len(weights))[:, 0, 0]).sum())
+        whole += float(torch.einsum("a,aaa->", weights, _task_means(used, len(weights))))
+    return remaining / whole if whole > 0 else 0.0
+
+
+def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool, values: Tensor | None = None) -> _Rows:
+    """The rows' matrices, or other values of theirs ([R], handed out as [R, 1, 1]), balanced."""
     trace = grams.diagonal(dim1=1, dim2=2).sum(-1)  # [R]
     used = trace > 0
     num_models = grams.shape[-1]
     scale = trace / num_models if balance else torch.ones_like(trace)  # c_x, Eq. 34
-    balanced = torch.where(used, 1 / torch.where(used, scale, 1.0), 0.0)[:, None, None] * grams
+    balanced = torch.where(used, 1 / torch.where(used, scale, 1.0), 0.0)[:, None, None]
+    balanced = balanced * (grams if values is None else values[:, None, None])
     counts = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, used.to(torch.float64))
     return _Rows(balanced, row_task, counts)
 

@@ -59,8 +59,8 @@ class Streams:
         except OSError as error:
             size = 2 * total * width * dtype.itemsize / 2**30
             raise OutputError(
-                f"cannot keep {size:.1f} GiB of features in {show(folder)} ({error.strerror or error}): free some room, "
-                "or use fewer rows"
+                f"cannot keep {size:.1f} GiB of features in {show(folder)} ({error.strerror or error}): "
+                "free some room, or use fewer rows"
             ) from error
         self._sides = [torch.from_numpy(file).view(dtype) for file in self._files]
 

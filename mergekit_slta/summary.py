@@ -11,6 +11,7 @@ from mergekit_slta.errors import show
 if TYPE_CHECKING:
     from mergekit_slta.costs import Costs
     from mergekit_slta.preflight import Job
+    from mergekit_slta.scores import Linearity, Spread
 
 
 def describe_job(job: Job, costs: Costs) -> str:
@@ -66,6 +67,31 @@ def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
     means = [sum(column) / count for column in zip(*(member.alpha for member in members), strict=True)]
     residual = sum(member.residual for member in members) / count
     return [kind, str(count), *(f"{mean:.3f}" for mean in means), f"{residual:.3f}"]
+
+
+def describe_linearity(linearity: Linearity) -> str:
+    """The levels side by side, as in the paper's Fig. 1 to 4. 0 is linear in every column."""
+    header = ["level", "n", "non-linearity score", "projection distance", "1 - cosine", "(of the experts)",
+              "disentanglement error"]  # fmt: skip
+    rows = []
+    for kind, level in linearity.levels.items():
+        cosine = level.cosine.pairs
+        rows.append(
+            [
+                kind.replace("_", " "),
+                str(level.count),
+                _spread(level.non_linearity),
+                _spread(level.projection_distance.pairs),
+                _spread(cosine and cosine.model_copy(update={"mean": 1 - cosine.mean})),
+                "-" if level.cosine_base is None else f"{1 - level.cosine_base.mean:.3g}",
+                _spread(level.disentanglement),
+            ]
+        )
+    return table([header, *rows])
+
+
+def _spread(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.mean:.3g} ± {spread.std:.2g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,322 @@
+"""The linearity analysis: recipe -> rows -> runner at interpolated experts -> the paper's measures -> linearity file.
+
+Scope: the order of the steps, and going on after a kill. Three walks, since the rows meet the layers as a whole, the
+blocks inside them, and the whole model: each reads every checkpoint once and holds one step of every model.
+
+Inputs are the base's, as in the paper, whatever the recipe's `inputs`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.batches import plan_task_batches
+from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
+from mergekit_slta.identity import SOLVE_ONLY, fingerprint
+from mergekit_slta.linearity import PAIR_GRID, STEPS, TRIPLE_GRID, Grid, Point, Products, RowMeasures
+from mergekit_slta.measures import Measures
+from mergekit_slta.preflight import Job, check_rows
+from mergekit_slta.progress import Progress, advice_on_memory
+from mergekit_slta.records import Records
+from mergekit_slta.scores import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
+from mergekit_slta.stream import stream
+from mergekit_slta.submodules import Submodule, split
+from mergekit_slta.walk import HEAD_ELEMENTS, Evaluation, Walk
+
+LOG = logging.getLogger(__name__)
+BATCH_TOKENS = 512
+"""Tokens per batch: the features at a dozen points stand side by side, so less than in a calibration."""
+_LEVELS = ("layer", "head_mlp", "model")
+_KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
+"""From the outside in: the order of the table and of the figures."""
+_NOT_OURS = ("granularity", "inputs", "objective", "num_samples", "alphas", *SOLVE_ONLY)
+"""Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
+
+
+def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:
+    """Measure the linearity of a recipe's experts, and write it to `path`.
+
+    A run that was killed goes on from the records beside `path`; a finished one is not repeated.
+
+    Args:
+        job: the recipe, prepared.
+        path: the linearity file; checked by `check_linearity_target`.
+        num_rows: of each task, in the order in which they were drawn; all of them by default.
+
+    Returns:
+        The measures, and whether they were there already.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError, OutputError: in one line.
+    """
+    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
+    if num_rows is not None and num_rows < 1:
+        raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task")
+    rows = _rows(job, num_rows)
+    mark = _fingerprint(job, rows)
+    if path.exists():
+        found = Linearity.load(path)
+        if found.provenance.get("fingerprint") == mark:
+            return found, True
+    records = Records(path.with_name(f".{path.name}.partial"), mark)
+    entries: list[SubmoduleLinearity] = []
+    with torch.inference_mode(), advice_on_memory(job):
+        passes = [(level, _submodules(job, level)) for level in _LEVELS]
+        total = sum(len({submodule.step for submodule in submodules}) for _, submodules in passes)
+        with Progress("Measuring", total, quiet=job.options.quiet) as progress:
+            for level, submodules in passes:
+                entries += _walk(job, rows, level, submodules, records, progress)
+    result = _assemble(job, rows, entries, mark)
+    result.save(path)
+    records.remove()
+    return result, False
+
+
+def check_linearity_target(path: Path) -> None:
+    """Refuse to write over what is no linearity file.
+
+    Raises:
+        OutputError: it is one of another kind.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_file() and is_linearity_file(path))):
+        raise OutputError(f"{show(path)} is no linearity file and is not overwritten: name another with -o")
+
+
+def num_forwards(num_experts: int) -> int:
+    """Forward passes of a row through the model: per walk the base, the way to the own expert, the other experts,
+    pairs and triples."""
+    grid = Grid(0, num_experts)
+    return len(_LEVELS) * (1 + len(grid.anchors) + len(grid.mixed))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of all tasks, in canonical order of the experts: tokens, and whose they are."""
+
+    tokens: list[Sequence[int]]
+    task: list[int]
+    numbers: list[list[int]]
+
+
+def _rows(job: Job, num_rows: int | None) -> _Rows:
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tokens, task, numbers = [], [], []
+    for index, model in enumerate(job.plan.models[1:]):
+        drawn = by_model[model].rows[:num_rows]  # type: ignore[union-attr] - check_rows
+        tokens += [row.ids for row in drawn]
+        task += [index] * len(drawn)
+        numbers.append([row.number for row in drawn])
+    return _Rows(tokens, task, numbers)
+
+
+def _fingerprint(job: Job, rows: _Rows) -> str:
+    record = {label: value for label, value in job.identity.items() if not label.startswith(_NOT_OURS)}
+    return fingerprint({**record, "rows": str(rows.numbers), "grids": str((STEPS, PAIR_GRID, TRIPLE_GRID))})
+
+
+def _submodules(job: Job, level: str) -> list[Submodule]:
+    """What a walk evaluates; the blocks' walk ends before the head, which the layers' has measured."""
+    tied = job.plan.is_tied
+    names, anatomy = job.plan.tensors, job.skeleton.anatomy
+    try:
+        submodules = split(names, anatomy, level, tied=tied)
+    except ModelError:
+        if level != "head_mlp":
+            raise
+        LOG.warning("attention heads cannot be told apart in this architecture: they are left out")
+        submodules = split(names, anatomy, "attn_mlp", tied=tied)
+    if level == "head_mlp":
+        return [submodule for submodule in submodules if submodule.kind != "head"]
+    return submodules
+
+
+def _walk(
+    job: Job, rows: _Rows, level: str, submodules: list[Submodule], records: Records, progress: Progress
+) -> Iterator[SubmoduleLinearity]:
+    """Measure every submodule of one walk; steps that have a record are not evaluated again."""
+    # An expert's interpolations are looked at on its own task's rows only.
+    batches = plan_task_batches(rows.tokens, rows.task, BATCH_TOKENS)
+    num_models = len(job.plan.models) - 1
+    grids = [Grid(rows.task[batch.rows[0]], num_models) for batch in batches]
+    steps = list(dict.fromkeys(submodule.step for submodule in submodules))
+    done = {step for step in steps if f"{level}/{step}" in records.steps}
+    if level == "head_mlp":
+        done.add("embed")  # measured with the layers; here it only lets the rows in
+    progress.advance(len(done))
+    if len(done) < len(steps):
+        walk = Walk(
+            job.skeleton,
+            Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
+            batches,
+            points=[[*grid.anchors, *grid.mixed] for grid in grids],
+            done=done,
+            folder=records.subfolder("streams") if level == "model" else None,
+            head_elements=HEAD_ELEMENTS // 4,
+            announce=progress.announce,
+        )
+        step = _Step(rows, grids)
+        for evaluation in stream(walk, submodules):
+            if evaluation.submodule.step != step.name:
+                _finish(step, level, records)
+                step = _Step(rows, grids, evaluation.submodule.step)
+            progress.at(f"{level}/{step.name}")
+            step.add(evaluation)
+            del evaluation
+        _finish(step, level, records)
+    for submodule in submodules:
+        if f"{level}/{submodule.step}" in records.steps:
+            found = records.get(f"{level}/{submodule.step}")
+            yield _entry(submodule, {key.rpartition("|")[2]: value for key, value in found.items()
+                                     if key.rpartition("|")[0] == submodule.name})  # fmt: skip
+
+
+def _finish(step: _Step, level: str, records: Records) -> None:
+    if step.name:
+        records.put(f"{level}/{step.name}", step.measures())
+
+
+class _Step:
+    """What is gathered of the submodules of one step: products per row, and the most likely tokens."""
+
+    def __init__(self, rows: _Rows, grids: Sequence[Grid], name: str = "") -> None:
+        self.name = name
+        self._rows = rows
+        self._grids = grids
+        self._products: dict[str, dict[int, Products]] = {}
+        self._best: dict[tuple[int, Point], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, int] = {}
+        self._predicted: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Evaluate a submodule (or a part of the vocabulary) at every point of its batch's grid."""
+        grid = self._grids[evaluation.batch]
+        products = self._products.setdefault(evaluation.submodule.name, {})
+        lengths = list(evaluation.lengths)
+        predicts = evaluation.submodule.kind in ("model", "head")
+        base = evaluation.base
+
+        def change(point: Point) -> Tensor:
+            features = evaluation.at(point)
+            if predicts:
+                self._keep_best(evaluation.batch, point, features)
+            return (features - base).flatten(1).to(torch.float64)
+
+        anchors = torch.stack([change(point) for point in grid.anchors])  # [K, N, d]
+        parts = [part.flatten(1) for part in anchors.split(lengths, dim=1)]  # per row [K, n d]
+        for row, part in zip(evaluation.rows, parts, strict=True):
+            products.setdefault(row, Products.zeros(grid)).add_anchors(part)
+        for place, point in enumerate(grid.mixed):
+            for row, part, mixed in zip(evaluation.rows, parts, change(point).split(lengths), strict=True):
+                products[row].add_mixed(place, mixed.flatten(), part)
+        if predicts:
+            self._seen[evaluation.batch] = self._seen.get(evaluation.batch, 0) + base.shape[-1]
+            self._predicted[evaluation.batch] = evaluation.rows, lengths
+
+    def _keep_best(self, batch: int, point: Point, logits: Tensor) -> None:
+        value, place = logits.max(-1)  # [tokens]
+        place = place + self._seen.get(batch, 0)
+        if (batch, point) in self._best:
+            before, other = self._best[batch, point]
+            value, place = torch.maximum(value, before), torch.where(value > before, place, other)
+        self._best[batch, point] = value, place
+
+    def _disagreement(self) -> dict[int, Tensor]:
+        """row -> [C]: the share of tokens on which a mixed point and the own expert at its weight disagree."""
+        shares = {}
+        for batch, (rows, lengths) in self._predicted.items():
+            grid = self._grids[batch]
+            parts = torch.zeros((len(grid.mixed), len(rows)), dtype=torch.float64)
+            for place, point in enumerate(grid.mixed):
+                apart = self._best[batch, point][1] != self._best[batch, grid.alone(point)][1]
+                parts[place] = torch.stack([part.double().mean() for part in apart.cpu().split(list(lengths))])
+            shares |= zip(rows, parts.T, strict=True)
+        return shares
+
+    def measures(self) -> dict[str, Tensor]:
+        """`name|field` -> what the rows say together."""
+        found = {}
+        for name, products in self._products.items():
+            rows = [
+                (self._rows.task[row], RowMeasures.of(products[row], Grid(self._rows.task[row], self._num_models)))
+                for row in sorted(products)
+            ]
+            shares = self._disagreement()
+            apart = [shares[row] for row in sorted(products)] if shares else None
+            measures = Measures.of(rows, self._num_models, apart)
+            found |= {f"{name}|{field}": value for field, value in vars(measures).items()}
+        return found
+
+    @property
+    def _num_models(self) -> int:
+        return self._grids[0].num_models
+
+
+def _entry(submodule: Submodule, found: dict[str, Tensor]) -> SubmoduleLinearity:
+    def numbers(values: Tensor) -> tuple:
+        if values.dim() == 1:
+            return tuple(number(value) for value in values.tolist())
+        return tuple(numbers(part) for part in values)
+
+    apart = found["pair_disagreement"]
+    return SubmoduleLinearity(
+        name=submodule.name,
+        kind=submodule.kind,
+        layer=submodule.layer,
+        non_linearity=numbers(found["score"]),
+        non_linearity_std=numbers(found["score_std"]),
+        distances=None if submodule.kind == "attention_head" else numbers(found["ratios"]),
+        projection_distance=Combined(
+            pairs=numbers(found["pair_projection"]), triples=numbers(found["triple_projection"])
+        ),
+        cosine=Combined(pairs=numbers(found["pair_cosine"]), triples=numbers(found["triple_cosine"])),
+        cosine_base=number(float(found["cosine_base"])),
+        disentanglement=numbers(found["pair_disentanglement"]),
+        disagreement=numbers(apart) if submodule.kind in ("model", "head") else None,
+    )
+
+
+def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], mark: str) -> Linearity:
+    experts = job.plan.models[1:]
+    kinds = [kind for kind in _KINDS if any(entry.kind == kind for entry in entries)]
+    settings = job.recipe.settings
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tasks: list[dict[str, Any]] = [
+        {
+            "model": job.recipe.label(model),
+            "dataset": by_model[model].dataset,  # type: ignore[union-attr] - check_rows
+            "rows": numbers,
+            "tokens": sum(len(ids) for ids, task in zip(rows.tokens, rows.task, strict=True) if task == index),
+        }
+        for index, (model, numbers) in enumerate(zip(experts, rows.numbers, strict=True))
+    ]
+    return Linearity(
+        base_model=job.recipe.label(job.recipe.base),
+        models=tuple(job.recipe.label(model) for model in experts),
+        pairs=tuple(combinations(range(len(experts)), 2)),
+        triples=tuple(combinations(range(len(experts)), 3)),
+        settings={
+            "steps": STEPS,
+            "pair_grid": list(PAIR_GRID),
+            "triple_grid": list(TRIPLE_GRID),
+            "seed": settings.seed,
+            "max_seq_length": settings.max_seq_length,
+            "compute_dtype": settings.compute_dtype,
+            "tasks": tasks,
+        },
+        submodules=tuple(entries),
+        levels={kind: Level.of([entry for entry in entries if entry.kind == kind]) for kind in kinds},
+        provenance={
+            **{package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")},
+            "fingerprint": mark,
+        },
+    )

@@ -1,0 +1,276 @@
+"""`linearity`: streamed measures equal those of whole models in memory, and a killed run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import slta
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from reference import load, row_deltas
+
+from mergekit_slta import analysis
+from mergekit_slta.analysis import analyse
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import read_recipe
+from mergekit_slta.records import Records
+from mergekit_slta.scores import Linearity
+
+GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def job_of(recipe):
+    return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), MergeOptions(quiet=True))
+
+
+def interpolated(base, experts, point):
+    """theta_0 + sum_t c_t tau_t, a whole model."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            origin = base.get_parameter(name)
+            for weight, expert in zip(point, experts, strict=True):
+                parameter += weight * (expert.get_parameter(name) - origin)
+    return model
+
+
+def norm(values):
+    return np.linalg.norm(values)
+
+
+class Reference:
+    """Every point's model in memory; changes of every submodule on one row."""
+
+    def __init__(self, models, granularity):
+        self.base = load(models.base)
+        self.experts = [load(path) for path in models.experts[:2]]
+        self.granularity = granularity
+        self.kept = {}
+
+    def changes(self, ids, points):
+        """name -> [points, size]."""
+        found = []
+        for point in points:
+            key = (tuple(ids), point)
+            if key not in self.kept:
+                model = interpolated(self.base, self.experts, point)
+                if self.granularity == "model":
+                    with torch.no_grad():
+                        change = model(torch.tensor([ids])).logits - self.base(torch.tensor([ids])).logits
+                    self.kept[key] = {"model": change.double().numpy().ravel()}
+                else:
+                    deltas = row_deltas(self.base, [model], ids, self.granularity)
+                    self.kept[key] = {name: delta[0] for name, delta in deltas.items()}
+            found.append(self.kept[key])
+        return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+
+@pytest.fixture(scope="module")
+def measured(make_models, tmp_path_factory):
+    """A tiny Qwen2 with two experts: its file, job and models."""
+    models = make_models("qwen2")
+    path = tmp_path_factory.mktemp("linearity") / "linearity.json"
+    job = job_of(models.recipe(num_samples=2, max_seq_length=12))
+    found, reused = analyse(job, path)
+    assert not reused
+    return models, job, path, found
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "attn_mlp"])
+def test_measures_equal_those_of_models_in_memory(measured, granularity):
+    """Scores, projection distances, cosines and disentanglement errors, to 1e-5 of a direct numpy computation."""
+    models, job, _, found = measured
+    reference = Reference(models, granularity)
+    rows = [[list(row.ids) for row in drawn.rows] for drawn in job.rows]
+    names = {
+        "model": ["model"],
+        "layer": ["model.layers.1", "head"],
+        "attn_mlp": ["model.layers.1.self_attn", "model.layers.0.mlp"],
+    }
+    entries = {entry.name: entry for entry in found.submodules}
+    units = [(1.0, 0.0), (0.0, 1.0)]
+    mixed = list(product(GRID, GRID))
+    for name in names[granularity]:
+        entry = entries[name]
+        projections, cosines, apart, bases = [], [], [[], []], []
+        for task in range(2):
+            scores = []
+            for ids in rows[task]:
+                path = [(c / 10, 0.0) if task == 0 else (0.0, c / 10) for c in range(11)]
+                steps = reference.changes(ids, path)[name]
+                whole = norm(steps[10])
+                ratios = np.array([[norm(a - b) / whole for b in steps] for a in steps])
+                gaps = np.abs(np.subtract.outer(np.arange(11), np.arange(11))) / 10
+                scores.append(((ratios - gaps) ** 2).sum())
+                single = reference.changes(ids, units)[name]
+                merged = reference.changes(ids, mixed)[name]
+                bases.append(single[0] @ single[1] / norm(single[0]) / norm(single[1]))
+                combined = np.array(mixed) @ single
+                inner = (merged * combined).sum(1)
+                cosines.append(inner / np.linalg.norm(merged, axis=1) / np.linalg.norm(combined, axis=1))
+                projections.append(inner / np.linalg.norm(combined, axis=1) ** 2)
+                alone = [steps[round(point[task] * 10)] for point in mixed]
+                apart[task].append([norm(m - a) / whole for m, a in zip(merged, alone, strict=True)])
+            assert entry.non_linearity[task] == pytest.approx(np.mean(scores), rel=1e-4, abs=1e-5)
+            assert entry.non_linearity_std[task] == pytest.approx(np.std(scores), rel=1e-3, abs=1e-5)
+        expected = np.abs(1 - np.mean(projections, 0))
+        np.testing.assert_allclose(entry.projection_distance.pairs[0], expected, atol=1e-5)
+        np.testing.assert_allclose(entry.cosine.pairs[0], np.mean(cosines, 0), atol=1e-5)
+        assert entry.cosine_base == pytest.approx(np.mean(bases), abs=1e-5)
+        errors = np.mean([np.mean(part, 0) for part in apart], 0)
+        np.testing.assert_allclose(entry.disentanglement[0], errors, atol=1e-5)
+
+
+def test_disagreement_counts_tokens(measured):
+    """Of the whole model: the share of tokens whose likeliest successor differs from the own expert's alone."""
+    models, job, _, found = measured
+    reference = Reference(models, "model")
+    entry = next(entry for entry in found.submodules if entry.kind == "model")
+    place = list(product(GRID, GRID)).index((0.6, 0.8))
+    shares = []
+    for task, alone in enumerate([(0.6, 0.0), (0.0, 0.8)]):
+        merged = interpolated(reference.base, reference.experts, (0.6, 0.8))
+        single = interpolated(reference.base, reference.experts, alone)
+        own = []
+        for row in job.rows[task].rows:
+            ids = torch.tensor([list(row.ids)])
+            with torch.no_grad():
+                own.append((merged(ids).logits.argmax(-1) != single(ids).logits.argmax(-1)).double().mean().item())
+        shares.append(np.mean(own))
+    assert entry.disagreement[0][place] == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_file_holds_every_submodule_and_level(measured):
+    """Layers, blocks, heads, both ends and the whole model; levels are their means; a distance matrix at each."""
+    *_, path, found = measured
+    assert Linearity.load(path) == found
+    kinds = {entry.kind for entry in found.submodules}
+    assert kinds == {"embed", "layer", "attention", "attention_head", "mlp", "head", "model"}
+    assert next(iter(found.levels)) == "model"
+    layers = [entry for entry in found.submodules if entry.kind == "layer"]
+    mean = np.mean([score for entry in layers for score in entry.non_linearity])
+    assert found.levels["layer"].non_linearity.mean == pytest.approx(mean, rel=1e-5)
+    assert np.array(layers[0].distances).shape == (2, 11, 11)
+    embed = next(entry for entry in found.submodules if entry.kind == "embed")
+    assert max(embed.non_linearity) < 1e-9  # a look-up is linear
+    assert found.models == tuple(sorted(found.models))
+    assert [len(task["rows"]) for task in found.settings["tasks"]] == [2, 2]
+
+
+def test_order_of_the_recipe_does_not_matter(measured, tmp_path):
+    """The same bytes for reversed models."""
+    models, _, path, _ = measured
+    recipe = models.recipe(num_samples=2, max_seq_length=12)
+    recipe["models"].reverse()
+    analyse(job_of(recipe), tmp_path / "other.json")
+    assert (tmp_path / "other.json").read_bytes() == path.read_bytes()
+
+
+def test_a_run_that_stops_goes_on(measured, tmp_path, monkeypatch):
+    """Stopped at every step in turn, in the end the bytes are the same, and no step was measured twice."""
+    models, _, path, _ = measured
+    recipe = models.recipe(num_samples=2, max_seq_length=12)
+    put, finished = Records.put, []
+
+    def stopping(self, step, tensors):
+        put(self, step, tensors)
+        finished.append(step)
+        if len(finished) % 3 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Records, "put", stopping)
+    target = tmp_path / "linearity.json"
+    for _ in range(20):
+        try:
+            analyse(job_of(recipe), target)
+            break
+        except KeyboardInterrupt:
+            assert not target.exists()
+    assert target.read_bytes() == path.read_bytes()
+    assert len(set(finished)) == len(finished) >= 9
+    assert os.listdir(tmp_path) == ["linearity.json"]
+
+
+def test_killed_in_the_whole_model(measured, tmp_path, monkeypatch):
+    """Features between two layers are on disk: what was killed there goes on with the layer after it."""
+    models, _, path, _ = measured
+    recipe = models.recipe(num_samples=2, max_seq_length=12)
+    announced = []
+    announce = analysis.Progress.announce
+
+    def stopping(self, name):
+        announced.append(name)
+        announce(self, name)
+        if announced.count("model.layers.1") == 3:  # as a layer, with its blocks, and now in the whole model
+            announced.append("stopped")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(analysis.Progress, "announce", stopping)
+    monkeypatch.setattr(analysis.Progress, "at", lambda self, step: stopping(self, step.partition("/")[2]))
+    target = tmp_path / "linearity.json"
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(3):
+            analyse(job_of(recipe), target)
+    analyse(job_of(recipe), target)
+    after = announced[len(announced) - announced[::-1].index("stopped") :]
+    assert "model.layers.0" not in after
+    assert target.read_bytes() == path.read_bytes()
+
+
+def test_sigkill_loses_nothing(measured, tmp_path):
+    """A process of its own, killed as soon as it has a few records: the second run ends in the same bytes."""
+    models, _, path, _ = measured
+    recipe = models.recipe(num_samples=2, max_seq_length=12)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "mergekit_slta", "linearity", "recipe.yml", "-o", "linearity.json", "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    records = tmp_path / ".linearity.json.partial"
+    while process.poll() is None and len(list(records.glob("*.safetensors"))) < 3:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert records.is_dir()
+    done = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "linearity.json", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "linearity.json").read_bytes() == path.read_bytes()
+    assert not records.exists()
+
+
+def test_finished_is_not_repeated_and_others_are_not_reused(measured, tmp_path):
+    """`Already` for the same job; another recipe is measured anew, and other files are not overwritten."""
+    models, *_ = measured
+    recipe = models.recipe(num_samples=1, max_seq_length=8, granularity="model")
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    target = tmp_path / "linearity.json"
+    first = slta("linearity", tmp_path / "recipe.yml", "-o", target)
+    assert first.exit_code == 0, first.output
+    assert "non-linearity score" in first.output
+    before = target.stat().st_mtime_ns
+    again = slta("linearity", tmp_path / "recipe.yml", "-o", target)
+    assert "Already" in again.output
+    assert target.stat().st_mtime_ns == before
+    recipe["parameters"]["max_seq_length"] = 7
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    changed = slta("linearity", tmp_path / "recipe.yml", "-o", target, "--quiet")
+    assert "Written" in changed.output
+    assert target.stat().st_mtime_ns != before
+    other = tmp_path / "notes.json"
+    other.write_text(json.dumps({"mine": 1}))
+    refused = slta("linearity", tmp_path / "recipe.yml", "-o", other)
+    assert refused.exit_code == 2
+    assert "is not overwritten" in refused.output
+    assert json.loads(other.read_text()) == {"mine": 1}
+    none = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "x.json", "--rows", "0")
+    assert none.exit_code == 2
+    assert "at least 1 row" in none.output
