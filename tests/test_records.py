@@ -1,0 +1,79 @@
+"""Unfinished work on disk: whole or absent, bound to its fingerprint, and never somebody else's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergekit_slta.errors import OutputError
+from mergekit_slta.records import Records
+from mergekit_slta.streams import Streams
+
+
+def test_records_come_back(tmp_path):
+    """What was put is there for the same fingerprint, in another process's object."""
+    records = Records(tmp_path / "work", "a")
+    assert not (tmp_path / "work").exists()
+    records.put("layer/1", {"x": torch.arange(3.0, dtype=torch.float64)})
+    again = Records(tmp_path / "work", "a")
+    assert again.steps == {"layer/1"}
+    assert again.get("layer/1")["x"].tolist() == [0.0, 1.0, 2.0]
+    again.remove()
+    assert not (tmp_path / "work").exists()
+
+
+def test_other_fingerprints_start_afresh(tmp_path):
+    """A changed recipe never picks up old records."""
+    Records(tmp_path / "work", "a").put("layer/1", {"x": torch.zeros(1)})
+    assert Records(tmp_path / "work", "b").steps == frozenset()
+    assert not (tmp_path / "work").exists()
+
+
+def test_damaged_records_are_dropped(tmp_path):
+    """A file that is cut short is no record."""
+    records = Records(tmp_path / "work", "a")
+    records.put("one", {"x": torch.zeros(100)})
+    records.put("two", {"x": torch.zeros(100)})
+    path = next((tmp_path / "work").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:50])
+    assert len(Records(tmp_path / "work", "a").steps) == 1
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    """A folder or a link that is not ours is refused."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="in the way"):
+        Records(tmp_path / "work", "a")
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    with pytest.raises(OutputError, match="in the way"):
+        Records(tmp_path / "link", "a")
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_hold_what_was_written(tmp_path, on_disk, dtype):
+    """Reads give the last commit's features; on disk, a new object goes on at the depth of the last commit."""
+    folder = tmp_path / "streams" if on_disk else None
+    tokens = {(0, "a"): 2, (1, "b"): 3}
+    streams = Streams(tokens, 4, dtype, folder)
+    assert streams.depth == -1
+    for depth in range(3):
+        for key, count in tokens.items():
+            streams.write(key, torch.full((count, 4), depth + count, dtype=dtype))
+        streams.commit()
+        assert streams.depth == depth
+        assert streams.read((1, "b")).tolist() == [[depth + 3.0] * 4] * 3
+    if on_disk:
+        streams.write((0, "a"), torch.full((2, 4), 99, dtype=dtype))  # never committed
+        again = Streams(tokens, 4, dtype, folder)
+        assert again.depth == 2
+        assert again.read((0, "a")).tolist() == [[4.0] * 4] * 2
+
+
+def test_no_room_for_streams_is_said(tmp_path):
+    """A folder that cannot be made, and the size that was asked for."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="GiB of features"):
+        Streams({0: 10}, 4, torch.float32, tmp_path / "file" / "streams")

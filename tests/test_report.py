@@ -1,0 +1,186 @@
+"""The model card's section: valid on the Hub's rules, the same a second time, and safe with strangers' names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import mergekit_yaml, slta
+from huggingface_hub import ModelCard
+
+from mergekit_slta.alphas import Alphas, SubmoduleAlphas
+from mergekit_slta.card import END, START, code, replace_section, section
+from mergekit_slta.report import add_section
+
+
+def alphas_of(num_layers: int = 7, models: tuple[str, ...] = ("org/math", "org/code"), **changes) -> Alphas:
+    """A small file."""
+    entries = [
+        SubmoduleAlphas(
+            name=f"model.layers.{layer}.mlp", kind="mlp", layer=layer, tensors=(f"t{layer}",),
+            alpha=tuple(0.1 * layer + column for column in range(len(models))), stderr=None, condition=2.0, rank=2,
+            residual=0.25,
+        )
+        for layer in range(num_layers)
+    ]  # fmt: skip
+    given = {
+        "granularity": "attn_mlp",
+        "base_model": "org/base",
+        "models": models,
+        "submodules": tuple(entries),
+        "calibration": {
+            "seed": 42, "balance": True,
+            "tasks": [{"model": models[0], "dataset": "x/y", "rows": [1, 2], "tokens": 9, "sha256": "ab" * 32}],
+        },
+        "provenance": {"mergekit_slta": "0.1.0", "mergekit": "0.1.5"},
+    }  # fmt: skip
+    return Alphas(**{**given, **changes})
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Markdown tables, as cells."""
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append(rows)
+            rows = []
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged(make_models, tmp_path_factory) -> Path:
+    """A folder that the stock command has merged into."""
+    folder = tmp_path_factory.mktemp("merged")
+    models = make_models("llama")
+    (folder / "recipe.yml").write_text(yaml.safe_dump(models.recipe(num_samples=2)))
+    result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+def test_stock_command_leaves_a_valid_card(merged):
+    """Front matter that the Hub's own parser reads, with the tag; image links to files that are there; sound tables."""
+    card = ModelCard.load(merged / "README.md")
+    assert {"mergekit", "merge", "submodule_linear"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
+    text = card.text
+    assert "## Merge Details" in text  # mergekit's own part is still there
+    assert text.count(START) == text.count(END) == 1
+    links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert "slta_alphas.png" in links
+    assert all((merged / link).is_file() for link in links)
+    for table in tables(text):
+        assert len({len(row) for row in table}) == 1
+    alphas = Alphas.load(merged / "slta_alphas.json")
+    head = next(entry for entry in alphas.submodules if entry.name == "head")
+    row = next(row for table in tables(text) for row in table if row[0] == "head")
+    assert row[2:4] == [f"{alpha:.3f}" for alpha in head.alpha]
+
+
+def test_report_changes_nothing_the_second_time(merged):
+    """`report OUT` on a finished card leaves its bytes."""
+    before = (merged / "README.md").read_bytes()
+    result = slta("report", merged)
+    assert result.exit_code == 0, result.output
+    assert (merged / "README.md").read_bytes() == before
+
+
+def test_what_others_wrote_stays(merged, tmp_path):
+    """A user's own front matter and text, before and behind the section, outlive it."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    card = (out / "README.md").read_text()
+    card = card.replace("library_name: transformers", "library_name: transformers\nlicense: apache-2.0\nlanguage: de")
+    (out / "README.md").write_text(card + "\n## My own remarks\n\nkept\n")
+    assert slta("report", out).exit_code == 0
+    text = (out / "README.md").read_text()
+    assert "## My own remarks\n\nkept" in text
+    assert text.count(START) == 1
+    assert ModelCard.load(out / "README.md").data.license == "apache-2.0"
+
+
+def test_no_card_where_none_is_wanted(make_models, tmp_path):
+    """--no-write-model-card: no README, no figures; `report OUT` adds both later, with front matter."""
+    models = make_models("llama")
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(models.recipe(num_samples=2)))
+    out = tmp_path / "out"
+    assert mergekit_yaml(tmp_path / "recipe.yml", out, "--quiet", "--no-write-model-card").exit_code == 0
+    assert not (out / "README.md").exists()
+    assert not list(out.glob("*.png"))
+    result = slta("report", out)
+    assert result.exit_code == 0, result.output
+    assert "submodule_linear" in ModelCard.load(out / "README.md").data.tags
+    assert (out / "slta_alphas.svg").is_file()
+
+
+@pytest.mark.parametrize("front", ["---\ntags: [unclosed\n---\n# x\n", "---\n- a list\n---\n# x\n"])
+def test_broken_front_matter_is_not_touched(merged, tmp_path, front):
+    """One line, exit code 2, and the card as it was."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    (out / "README.md").write_text(front)
+    result = slta("report", out)
+    assert result.exit_code == 2
+    assert "front matter" in result.output
+    assert (out / "README.md").read_text() == front
+    add_section(out)  # behind a merge the same is a warning: it must not cost the model
+    assert (out / "README.md").read_text() == front
+
+
+def test_nothing_to_report_is_said(tmp_path):
+    """An empty folder, and a file of another kind."""
+    assert "holds neither" in slta("report", tmp_path).output
+    (tmp_path / "x.json").write_text("{}")
+    result = slta("report", tmp_path / "x.json")
+    assert result.exit_code == 2
+    assert "not an alphas file" in result.output
+
+
+def test_statistics_are_drawn(merged, tmp_path):
+    """`report slta_stats.safetensors -o DIR` solves them and draws."""
+    result = slta("report", merged / "slta_stats.safetensors", "-o", tmp_path / "figures")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "figures" / "slta_alphas.png").is_file()
+
+
+def test_strangers_names_stay_text():
+    """Pipes, backticks, HTML, line breaks and escapes in a model's name end neither the code nor the table."""
+    evil = "a|b`c<script>\n| x |\x1b[31m"
+    text = section(alphas_of(models=(evil, "other")), [])
+    assert "\x1b" not in text
+    for table in tables(text):
+        assert len({len(row) for row in table}) == 1
+    assert code(evil).count("`") == 2
+    assert "\n" not in code(evil)
+
+
+def test_weights_are_given_by_thirds():
+    """Seven layers: 0-2, 3-4, 5-6, with mean and range of each expert."""
+    text = section(alphas_of(7), [])
+    rows = {row[0]: row for row in tables(text)[1]}
+    assert rows["MLP blocks, layers 0 to 2"][1:3] == ["3", "0.100 (0.00 to 0.20)"]
+    assert rows["MLP blocks, layers 5 to 6"][3] == "1.550 (1.50 to 1.60)"
+
+
+def test_flags_are_listed_with_their_meaning():
+    """Which, where, and what it means; at most twenty names."""
+    flagged = [entry.model_copy(update={"flags": ("ill_conditioned",)}) for entry in alphas_of(30).submodules]
+    text = section(alphas_of(30, submodules=tuple(flagged)), [])
+    assert "`ill_conditioned` (experts are hard to tell apart" in text
+    assert "and 10 more" in text
+    assert "### Flagged\n\nNothing." in section(alphas_of(), [])
+
+
+def test_section_is_replaced_in_place():
+    """Whatever stands around it, backslashes in the new text included."""
+    card = f"before\n\n{START}\nold\n{END}\n\nbehind\n"
+    assert replace_section(card, f"{START}\n\\1 new\n{END}") == f"before\n\n{START}\n\\1 new\n{END}\n\nbehind\n"
+    assert replace_section("", "new") == "new\n"
