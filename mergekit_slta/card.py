@@ -39,12 +39,13 @@ def replace_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
 
 
-def section(alphas: Alphas, figures: Sequence[tuple[str, str]]) -> str:
+def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float = 1.0) -> str:
     """The section, between its two markers.
 
     Args:
         alphas: what the model was merged with.
         figures: description and file name (beside the card) of each figure.
+        scale: the recipe's `lambda`, which multiplies every weight.
     """
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     parts = [
@@ -57,6 +58,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]]) -> str:
         f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
         f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
         f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
+        *([f"All weights below were multiplied by `lambda` = {scale:g} in the merge."] if scale != 1.0 else []),
         "### Calibration",
         _calibration(alphas),
         "### Weights",
@@ -78,9 +80,10 @@ def code(value: object) -> str:
     return f"`{text or ' '}`"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The first `names` columns to the left, numbers to the right."""
     header, *body = rows
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    lines = [header, ["---"] * names + ["---:"] * (len(header) - names), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -98,7 +101,7 @@ def _calibration(alphas: Alphas) -> str:
         for key in ("seed", "max_seq_length", "balance", "ridge", "inputs", "objective", "compute_dtype")
         if key in used
     ]
-    table = _table(rows) if tasks else "The weights were given, without calibration data."
+    table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."
     return f"{table}\n\n{', '.join(settings)}." if settings else table
 
 

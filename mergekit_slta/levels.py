@@ -27,6 +27,8 @@ LEVELS = {
     "head": "output head",
 }
 """kind -> its name, in the order of drawing."""
+_LONGEST = 10**5
+"""The ratio of the ends of a logarithmic axis, at most."""
 _FAR_APART = 10.0
 """Means further apart than this factor are read better on a logarithmic scale."""
 _LINE, _GAP = 0.17, 0.12
@@ -95,7 +97,7 @@ def levels_figure(linearity: Linearity) -> Figure | None:
         "How linear the parts of the model are: lower is more linear",
         f"Base model {name(linearity.base_model)}, {count} expert{'s' if count > 1 else ''}. "
         "Points: means; bars: ± standard deviation; n: submodules. On a logarithmic axis, bars down to zero and "
-        "below end at the left edge, and an arrow there is a mean of 0.",
+        "below end at the left edge, and an arrow there is a mean further left or 0.",
         sum(heights) + 0.98 * len(drawn) - 0.15,
     )
     top = 0.0
@@ -121,7 +123,7 @@ def _draw(axis: Axes, levels: dict[str, Level], series: Sequence[_Series]) -> No
     logarithmic = bool(positive) and max(positive) > _FAR_APART * min(positive)
     edge = 0.0
     if logarithmic:
-        edge = min(positive) / 4
+        edge = max(min(positive) / 4, max(positive) / _LONGEST)  # a look-up table's rounding is no level to compare
         axis.set_xscale("log")
         axis.set_xlim(edge, 2.5 * max(spread.mean + spread.std for *_, spread in spreads if spread is not None))
     for row, place, one, spread in spreads:
@@ -132,7 +134,7 @@ def _draw(axis: Axes, levels: dict[str, Level], series: Sequence[_Series]) -> No
         if spread is None:
             continue
         style = {**one.look.style(6), "linestyle": "none"}
-        if logarithmic and spread.mean <= 0:
+        if logarithmic and spread.mean <= edge:
             axis.plot(edge, height, **{**style, "marker": "<", "clip_on": False})
             continue
         low = max(spread.mean - spread.std, edge)

@@ -14,10 +14,12 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.card import TAG, replace_section, section
 from mergekit_slta.errors import AlphasError, OutputError, show
+from mergekit_slta.export import MERGED_RECIPE
 from mergekit_slta.figures import draw
 from mergekit_slta.files import write_atomically
 from mergekit_slta.gram import Statistics, is_statistics_file
 from mergekit_slta.outfolder import ALPHAS_NAME
+from mergekit_slta.recipe import load_config
 from mergekit_slta.resolve import solve_again
 from mergekit_slta.scores import LINEARITY_NAME, Linearity, is_linearity_file
 
@@ -100,11 +102,21 @@ def _write_section(out: Path) -> Path:
     metadata["tags"] = tags if TAG in tags else [*tags, TAG]
 
     def write(temporary: Path) -> None:
-        temporary.write_text(replace_section(card, section(alphas, figures)), encoding="utf-8")
+        temporary.write_text(replace_section(card, section(alphas, figures, _scale(out))), encoding="utf-8")
         metadata_save(temporary, metadata)
 
     write_atomically(path, write)
     return path
+
+
+def _scale(out: Path) -> float:
+    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none."""
+    recipe = out / MERGED_RECIPE
+    if not recipe.is_file():
+        return 1.0
+    parameters = load_config(recipe)[0].parameters or {}
+    found = parameters.get("lambda", 1.0)
+    return float(found) if isinstance(found, (int, float)) else 1.0
 
 
 def _fresh_metadata() -> dict[str, object]:

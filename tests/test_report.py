@@ -179,6 +179,20 @@ def test_flags_are_listed_with_their_meaning():
     assert "### Flagged\n\nNothing." in section(alphas_of(), [])
 
 
+def test_lambda_is_told(merged, tmp_path):
+    """Weights in the file are before `lambda`; the card says what multiplied them."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    assert "lambda" not in (out / "README.md").read_text().split(START)[1]
+    recipe = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    recipe["parameters"]["lambda"] = 0.8
+    (out / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
+    assert slta("report", out).exit_code == 0
+    assert "multiplied by `lambda` = 0.8" in (out / "README.md").read_text()
+
+
 def test_section_is_replaced_in_place():
     """Whatever stands around it, backslashes in the new text included."""
     card = f"before\n\n{START}\nold\n{END}\n\nbehind\n"
