@@ -159,6 +159,8 @@ def _walk(
             Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
             batches,
             points=[[*grid.anchors, *grid.mixed] for grid in grids],
+            groups=[grid.task for grid in grids],
+            pack_tokens=BATCH_TOKENS,
             done=done,
             folder=records.subfolder("streams") if level == "model" else None,
             head_elements=HEAD_ELEMENTS // 4,

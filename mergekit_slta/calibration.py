@@ -85,6 +85,7 @@ def gather_statistics(job: Job) -> Statistics:
     batches = plan_batches(tokens, max_tokens=0) if alone else plan_batches(tokens)
     merge = _merge_as_solved(job, statistics) if job.recipe.settings.inputs == "merged" else None
     walk = Walk(job.skeleton, checkpoints, batches, merge=merge, merged_inputs=merge is not None)
+    walk.pack_tokens *= not alone
     names = [job.recipe.names[model] for model in experts]
     num_steps = len({submodule.step for submodule in job.submodules})
     with advice_on_memory(job), Progress("Calibrating", num_steps, quiet=job.options.quiet) as progress:
@@ -167,8 +168,9 @@ def canonical_rows(job: Job) -> tuple[list[Sequence[int]], list[int]]:
 
 def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, names: Sequence[str]) -> None:
     points = [walk.model(number) for number in range(1, walk.num_models)]
-    deltas = torch.stack([evaluation.at(point) - evaluation.base for point in points])  # [T, N, d]
-    statistics.add(evaluation.submodule.name, evaluation.rows, deltas, evaluation.lengths)
+    base = evaluation.base
+    outputs = [evaluation.at(point) for point in points]  # T x [N, d]
+    statistics.add(evaluation.submodule.name, evaluation.rows, outputs, evaluation.lengths, base)
     diagonal = statistics.grams[evaluation.submodule.name][list(evaluation.rows)].diagonal(dim1=1, dim2=2)  # [rows, T]
     if not torch.isfinite(diagonal).all():
         model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]

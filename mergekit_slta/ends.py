@@ -57,18 +57,18 @@ def _embedding_rows(walk: Walk, submodule: Submodule, names: Sequence[str]) -> t
 def head(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
     """Everything behind the last layer: logits of the walk's features."""
     if submodule.step not in walk.done:
-        yield from _logits(walk, submodule, submodule.tensors, lambda number, point: walk.hidden[number])
+        yield from _logits(walk, submodule, submodule.tensors, lambda pack, point: [walk.hidden[n] for n in pack])
 
 
 def _logits(
-    walk: Walk, submodule: Submodule, names: Sequence[str], features: Callable[[int, Point], Tensor]
+    walk: Walk, submodule: Submodule, names: Sequence[str], features: Callable[[Sequence[int], Point], list[Tensor]]
 ) -> Iterator[Evaluation]:
     """The vocabulary in chunks: logits of 100,000 tokens and more never stand side by side.
 
     Args:
         submodule: what the evaluations are reported as.
         names: its tensors behind the layers.
-        features: (batch, point) -> [tokens, d]: the last layer's outputs.
+        features: (batches, point) -> [tokens, d] of each: the last layer's outputs.
     """
     projection, norm = walk.skeleton.head_weight, walk.skeleton.anatomy.final_norm + "."
     prefix = projection.removesuffix("weight")
@@ -81,8 +81,7 @@ def _logits(
     whole = checkpoints.load([name for name in names if name not in chunked])
     raw = {name: checkpoints.raw(source) for name, source in chunked.items()}
     num_rows = min(tensor.shape[0] for tensor in raw[projection])
-    widest = max(sum(batch.lengths) for batch in walk.batches)
-    step = max(1, walk.head_elements // widest)
+    step = walk.vocabulary_part
     for start in range(0, num_rows, step):
         part = slice(start, min(start + step, num_rows))
 
@@ -94,14 +93,15 @@ def _logits(
             ]
 
         mixed = Mixed(walk, [submodule], load)
-        for number, batch in enumerate(walk.batches):
+        for pack in walk.packs:
+            rows, lengths, _ = walk.taken(pack, [torch.empty(0)])
 
-            def at(point: Point, number: int = number, mixed: Mixed = mixed) -> Tensor:
-                hidden = features(number, point).to(walk.skeleton.device)
+            def at(point: Point, pack: Sequence[int] = pack, mixed: Mixed = mixed) -> Tensor:
+                *_, hidden = walk.taken(pack, features(pack, point))
                 logits = walk.skeleton.head(hidden[None], {**borrowed, **mixed(point)})[0]
                 return walk.finite(logits, submodule, point)
 
-            yield Evaluation(submodule, number, batch.rows, batch.lengths, at, walk.origin)
+            yield Evaluation(submodule, pack[0], rows, lengths, at, walk.origin)
 
 
 def whole_model(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
@@ -148,4 +148,4 @@ def whole_model(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
         walk.checkpoints.flush()
     walk.announce("head")
     names = [name for name in outside if name.startswith(behind)]
-    yield from _logits(walk, submodule, names, lambda number, point: streams.read((number, point)))
+    yield from _logits(walk, submodule, names, lambda pack, point: [streams.read((n, point)) for n in pack])

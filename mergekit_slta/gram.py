@@ -26,22 +26,30 @@ _ROW_TASK = "row_task"
 _PREFIX = "gram."
 
 
-def row_grams(deltas: Tensor, lengths: Sequence[int]) -> Tensor:
+def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
     """Gram matrices of packed rows.
 
     Args:
-        deltas: [T, N, d] feature differences, any floating dtype; the rows' tokens one after another, N = sum(lengths).
+        outputs: T times [N, d], any floating dtype; the rows' tokens one after another, N = sum(lengths).
         lengths: tokens of each row.
+        base: [N, d] outputs that are subtracted; `outputs` are differences already if None.
 
     Returns:
-        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `deltas`:
+        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `outputs`:
         df is a small difference of large outputs, and G squares it.
     """
-    if deltas.device.type == "mps":  # the one backend without float64
-        deltas = deltas.cpu()
+    if outputs[0].device.type == "mps":  # the one backend without float64
+        outputs, base = [part.cpu() for part in outputs], None if base is None else base.cpu()
     grams = []
-    for row in deltas.split(list(lengths), dim=1):
-        flat = row.reshape(row.shape[0], -1).to(torch.float64)  # [T, tokens * d]
+    start = 0
+    for length in lengths:  # row by row: a row's differences stay in the cache, and no second copy of all is made
+        own = slice(start, start + length)
+        start += length
+        first = outputs[0][own]
+        changes = torch.empty((len(outputs), *first.shape), dtype=torch.float64, device=first.device)
+        for into, part in zip(changes, outputs, strict=True):
+            into.copy_(part[own] if base is None else part[own] - base[own])
+        flat = changes.flatten(1)  # [T, tokens * d]
         grams.append(flat @ flat.T)
     return torch.stack(grams).cpu()
 
@@ -62,12 +70,16 @@ class Statistics:
     grams: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, rows: Iterable[int], deltas: Tensor, lengths: Sequence[int]) -> None:
-        """Add the products of `deltas` ([T, N, d], see `row_grams`) to the rows' matrices of `name`."""
+    def add(
+        self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
+        base: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add the products of `outputs` (less `base`, see `row_grams`) to the rows' matrices of `name`."""
         if name not in self.grams:
             shape = (len(self.row_task), self.num_models, self.num_models)
             self.grams[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-        self.grams[name].index_add_(0, torch.as_tensor(list(rows), device="cpu"), row_grams(deltas, lengths))
+        places = torch.as_tensor(list(rows), device="cpu")
+        self.grams[name].index_add_(0, places, row_grams(outputs, lengths, base))
 
     def save(self, path: Path) -> None:
         """Write one float64 [rows, T, T] tensor per name, the row-to-task map and the metadata, atomically."""

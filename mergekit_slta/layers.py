@@ -18,20 +18,25 @@ def _mixed(walk: Walk, step: Sequence[Submodule]) -> Mixed:
 
 
 def block(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
-    """A whole layer, or its MLP block."""
+    """A whole layer, or its MLP block, which works token by token and takes several batches at once."""
     context = walk.context(submodule)
     mixed = _mixed(walk, [submodule])
-    for number, batch in enumerate(walk.batches):
-        hidden = walk.hidden[number].to(walk.skeleton.device)
+    packs = walk.packs if submodule.kind == "mlp" else [[number] for number in range(len(walk.batches))]
+    for pack in packs:
+        rows, lengths, hidden = walk.taken(pack, [walk.hidden[number] for number in pack])
 
-        def at(point: Point, batch: Batch = batch, hidden: Tensor = hidden) -> Tensor:
-            return walk.finite(_output(walk, submodule, batch, hidden, {**context, **mixed(point)}), submodule, point)
+        def at(point: Point, number: int = pack[0], hidden: Tensor = hidden) -> Tensor:
+            weights = {**context, **mixed(point)}
+            return walk.finite(_output(walk, submodule, walk.batches[number], hidden, weights), submodule, point)
 
-        evaluation = Evaluation(submodule, number, batch.rows, batch.lengths, at, walk.origin)
+        evaluation = Evaluation(submodule, pack[0], rows, lengths, at, walk.origin)
         if submodule.step not in walk.done:
             yield evaluation
         if not walk.merged_inputs:
-            walk.advance(submodule, number, hidden, evaluation.base)
+            sizes = [sum(walk.batches[number].lengths) for number in pack]
+            parts = zip(pack, hidden.split(sizes), evaluation.base.split(sizes), strict=True)
+            for number, before, after in parts:
+                walk.advance(submodule, number, before, after)
         del evaluation
     if walk.merged_inputs:
         _move_on(walk, submodule, {**context, **walk.norms, **mixed("merged")})

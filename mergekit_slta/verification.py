@@ -13,7 +13,7 @@ import torch
 
 from mergekit_slta.alphas import Alphas, pieces_of
 from mergekit_slta.assembly import layout_of
-from mergekit_slta.batches import plan_task_batches
+from mergekit_slta.batches import BATCH_TOKENS, plan_task_batches
 from mergekit_slta.calibration import canonical_rows, merge_with
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.gram import Statistics
@@ -49,8 +49,8 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     """
     settings = job.recipe.settings
     tokens, row_task = canonical_rows(job)
-    alone = {"max_tokens": 0} if settings.granularity == "linear" else {}
-    batches = plan_task_batches(tokens, row_task, **alone)
+    limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
+    batches = plan_task_batches(tokens, row_task, limit)
     pieces = pieces_of(alphas.submodules)
     walk = Walk(
         job.skeleton,
@@ -58,6 +58,8 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         batches,
         merge=merge_with(job, alphas.models, lambda step: pieces),
         merged_inputs=settings.inputs == "merged",
+        groups=[row_task[batch.rows[0]] for batch in batches],
+        pack_tokens=limit,
     )
     experts = [walk.model(row_task[batch.rows[0]] + 1) for batch in batches]
     walk.points = [[expert, "merged"] for expert in experts]

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_slta.batches import Batch
+from mergekit_slta.batches import BATCH_TOKENS, Batch
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.skeleton import Skeleton
@@ -34,8 +34,8 @@ class Evaluation:
 
     Attributes:
         submodule: which one. The head comes in several parts of the vocabulary, as evaluations of its own.
-        batch: which batch of the walk.
-        rows, lengths: the batch's rows, and how many of the outputs' leading entries belong to each.
+        batch: which batch of the walk; where several run together, the first of these.
+        rows, lengths: the batches' rows, and how many of the outputs' leading entries belong to each.
         at: point -> [entries, ...] outputs with the weights there. For whole models only the walk's `points`.
     """
 
@@ -61,6 +61,9 @@ class Walk:
         checkpoints: the models' tensors.
         batches: the calibration rows; of one row each where single matrices are evaluated.
         points: per batch, where whole models are evaluated; at every model if None.
+        groups: per batch, a label: only batches of the same label are evaluated together.
+        pack_tokens: what works token by token takes batches together up to so many tokens.
+        widest: tokens of the largest batch, where some of them are another process's.
         merge: makes the merged tensors of a step.
         merged_inputs: the rows move on behind each step through its merged tensors instead of the base's; these are
             asked for when all batches of the step have been handed out.
@@ -77,6 +80,9 @@ class Walk:
     checkpoints: Checkpoints
     batches: Sequence[Batch]
     points: Sequence[Sequence[Point]] | None = None
+    groups: Sequence[int] | None = None
+    pack_tokens: int = BATCH_TOKENS
+    widest: int | None = None
     merge: Merge | None = None
     merged_inputs: bool = False
     done: Container[str] = ()
@@ -87,6 +93,34 @@ class Walk:
     parallel: bool | None = None
     norms: Weights = field(default_factory=dict)
     _attended: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def packs(self) -> list[list[int]]:
+        """Batches that what works token by token takes together, without padding."""
+        packs: list[list[int]] = []
+        size = 0
+        for number, batch in enumerate(self.batches):
+            size += sum(batch.lengths)
+            same = packs and (self.groups is None or self.groups[number] == self.groups[packs[-1][0]])
+            if same and size <= self.pack_tokens:
+                packs[-1].append(number)
+            else:
+                packs.append([number])
+                size = sum(batch.lengths)
+        return packs
+
+    @property
+    def vocabulary_part(self) -> int:
+        """Rows of the output projection that are evaluated at a time; the same in every process."""
+        widest = self.widest or max(sum(batch.lengths) for batch in self.batches)
+        return max(1, self.head_elements // max(widest, self.pack_tokens))
+
+    def taken(self, pack: Sequence[int], parts: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+        """Rows, their lengths and features [tokens, d] of the batches of a pack, from the features of each."""
+        rows = tuple(row for number in pack for row in self.batches[number].rows)
+        lengths = tuple(length for number in pack for length in self.batches[number].lengths)
+        together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return rows, lengths, together.to(self.skeleton.device)
 
     @property
     def num_models(self) -> int:
