@@ -48,7 +48,8 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 @add_merge_options
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
     """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
-    from mergekit_slta.host import calibrate_to
+    from mergekit_slta.distributed import joined, own_device
+    from mergekit_slta.host import calibrate_to, help_calibrate
     from mergekit_slta.outfolder import ALPHAS_NAME
     from mergekit_slta.preflight import prepare
     from mergekit_slta.recipe import load_config, read_recipe
@@ -56,11 +57,16 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     from mergekit_slta.summary import describe_alphas
 
     merge_options.apply_global_options()
-    read = read_recipe(load_config(recipe)[0])
-    path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
-    check_target(path)
-    job = prepare(read, merge_options, for_merge=False)
-    alphas, reused = calibrate_to(job, path, verified=verify)
+    with joined() as ranks:
+        merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
+        read = read_recipe(load_config(recipe)[0])
+        path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
+        check_target(path)
+        job = prepare(read, merge_options, for_merge=False)
+        if not ranks.is_first:
+            help_calibrate(job, ranks)
+            return
+        alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)

@@ -75,11 +75,23 @@ class Statistics:
         base: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add the products of `outputs` (less `base`, see `row_grams`) to the rows' matrices of `name`."""
+        self.begin(name)
+        places = torch.as_tensor(list(rows), device="cpu")
+        self.grams[name].index_add_(0, places, row_grams(outputs, lengths, base))
+
+    def begin(self, name: str) -> None:
+        """Zeros for `name`, where nothing has been added yet."""
         if name not in self.grams:
             shape = (len(self.row_task), self.num_models, self.num_models)
             self.grams[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-        places = torch.as_tensor(list(rows), device="cpu")
-        self.grams[name].index_add_(0, places, row_grams(outputs, lengths, base))
+
+    @classmethod
+    def join(cls, parts: Sequence[Statistics]) -> Statistics:
+        """Statistics of different rows of the same tasks: task by task, within a task in the order of the parts."""
+        row_task = torch.cat([part.row_task for part in parts])
+        order = torch.argsort(row_task, stable=True)
+        grams = {name: torch.cat([part.grams[name] for part in parts])[order] for name in parts[0].grams}
+        return cls(row_task[order], parts[0].num_models, grams)
 
     def save(self, path: Path) -> None:
         """Write one float64 [rows, T, T] tensor per name, the row-to-task map and the metadata, atomically."""

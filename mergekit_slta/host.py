@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.alphas import Alphas
-from mergekit_slta.calibration import gather_statistics, solve_job, statistics_match, statistics_metadata
+from mergekit_slta.calibration import (
+    gather_statistics,
+    solve_job,
+    statistics_fingerprint,
+    statistics_match,
+    statistics_metadata,
+    used_rows,
+)
 from mergekit_slta.costs import estimate
-from mergekit_slta.errors import AlphasError, OutputError, RunError, SltaError, show
+from mergekit_slta.distributed import ALONE, Ranks
+from mergekit_slta.errors import AlphasError, ModelError, OutputError, RunError, SltaError, show
 from mergekit_slta.files import write_text_atomically
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import describe, differences
@@ -35,8 +44,9 @@ from mergekit_slta.outfolder import (
 from mergekit_slta.plan import forget_loaders
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import read_recipe
+from mergekit_slta.records import Records
 from mergekit_slta.report import add_section
-from mergekit_slta.results import check_target, write_results
+from mergekit_slta.results import check_target, save_results, write_results
 from mergekit_slta.verification import is_verified, verify
 
 LOG = logging.getLogger(__name__)
@@ -93,9 +103,13 @@ def _run(
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     check_room(job, out)
     places = [path] if named else [path, pending(out) / ALPHAS_NAME]
-    alphas, statistics = obtain(job, places, must_match=named is not None, verified=verify_residuals)
-    if named and statistics is not None:
-        write_results(alphas, statistics, path)
+    with unfinished(job, places[-1]) as records:
+        alphas, statistics = obtain(
+            job, places, must_match=named is not None, verified=verify_residuals, records=records
+        )
+        if statistics is not None:
+            write = write_results if named else save_results
+            write(alphas, statistics, places[-1])
 
     config = recipe.config.model_copy(deep=True)
     config.parameters = {**(config.parameters or {}), "alphas": str(path)}
@@ -129,8 +143,26 @@ def _untie_config(job: Job, out: Path) -> None:
         _say(job, "The base's embeddings are tied and an expert's are not: the merged model is written untied")
 
 
+@contextmanager
+def unfinished(job: Job, path: Path) -> Iterator[Records]:
+    """Records of a calibration whose alphas go to `path`, for the next run if this one does not get to its end.
+
+    Raises:
+        OutputError: something else lies there.
+    """
+    records = Records(path.with_name(f".{path.name}.partial"), statistics_fingerprint(job))
+    yield records
+    records.remove()  # what they were kept for has been written
+
+
 def obtain(
-    job: Job, places: Sequence[Path], *, must_match: bool, verified: bool = False
+    job: Job,
+    places: Sequence[Path],
+    *,
+    must_match: bool,
+    verified: bool = False,
+    records: Records | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Alphas, Statistics | None]:
     """Alphas of a job: those at hand if they fit, else from the statistics beside them, else from a calibration.
 
@@ -139,6 +171,8 @@ def obtain(
         places: the alphas file; behind it, where else one may have been left.
         must_match: a file that exists and does not fit is an error (the recipe named it), not a reason to calibrate.
         verified: with measured residuals. New ones under `inputs: merged` always have them.
+        records: of unfinished work.
+        ranks: processes that share a calibration.
 
     Returns:
         The alphas, and the statistics where they have to be written.
@@ -147,16 +181,43 @@ def obtain(
         AlphasError: the file is no alphas file, or is for something else and `must_match`.
         DataError: residuals have to be measured, and an expert has no rows.
     """
-    alphas, statistics = _obtain(job, places, must_match=must_match)
+
+    def gather() -> Statistics:
+        if records is None:
+            return gather_statistics(job)
+        with records.locked():
+            if records.steps:
+                _say(job, f"Going on where an earlier run stopped: {len(records.steps)} steps are done")
+            ranks.agree(True)  # the others wait in `help_calibrate`
+            try:
+                return gather_statistics(job, records, ranks)
+            except ModelError:  # a second run would end there, too
+                records.remove()
+                raise
+
+    alphas, statistics = _obtain(job, places, gather, must_match=must_match)
     fresh = statistics is not None and job.recipe.settings.inputs == "merged"
     if (verified or fresh) and not is_verified(alphas):
         if statistics is None:
-            statistics = _statistics_at(job, places[0]) or gather_statistics(job)
+            statistics = _statistics_at(job, places[0]) or gather()
         alphas = verify(job, alphas, statistics)
+    ranks.agree(False)
     return alphas, statistics
 
 
-def _obtain(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alphas, Statistics | None]:
+def help_calibrate(job: Job, ranks: Ranks) -> None:
+    """What processes other than the first do: their share of every calibration that the first one starts.
+
+    Raises:
+        SltaError: their share failed, or another process is gone.
+    """
+    while ranks.agree(None):
+        gather_statistics(job, None, ranks)
+
+
+def _obtain(
+    job: Job, places: Sequence[Path], gather: Callable[[], Statistics], *, must_match: bool
+) -> tuple[Alphas, Statistics | None]:
     for place, path in enumerate(places):
         alphas = stored(job, path, must_match=must_match)
         if alphas is not None:
@@ -166,9 +227,9 @@ def _obtain(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alph
         statistics = _statistics_at(job, path)
         if statistics is not None:
             _say(job, f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
-            statistics.metadata = statistics_metadata(job)  # the weighing that is solved for now
+            statistics.metadata = statistics_metadata(used_rows(job, statistics))  # the weighing that is solved for now
             return solve_job(job, statistics), statistics
-    statistics = gather_statistics(job)
+    statistics = gather()
     return solve_job(job, statistics), statistics
 
 
@@ -229,14 +290,15 @@ def check_room(job: Job, out: Path) -> None:
         )
 
 
-def calibrate_to(job: Job, path: Path, *, verified: bool = False) -> tuple[Alphas, bool]:
+def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks = ALONE) -> tuple[Alphas, bool]:
     """The `calibrate` command: alphas of a job in `path`. Returns them, and whether they were there already.
 
     Raises:
         OutputError, AlphasError: see `check_target` and `obtain`.
     """
     check_target(path)
-    alphas, statistics = obtain(job, [path], must_match=False, verified=verified)
-    if statistics is not None:
-        write_results(alphas, statistics, path)
+    with unfinished(job, path) as records:
+        alphas, statistics = obtain(job, [path], must_match=False, verified=verified, records=records, ranks=ranks)
+        if statistics is not None:
+            write_results(alphas, statistics, path)
     return alphas, statistics is None

@@ -121,7 +121,7 @@ def method() -> Any:
     )
 
     shared = ("granularity", "num_samples", "max_seq_length", "seed", "balance", "inputs", "objective", "ridge",
-              "compute_dtype", "alphas")  # fmt: skip
+              "tolerance", "compute_dtype", "alphas")  # fmt: skip
     per_model = ("dataset", "dataset_config", "split", "text", "importance")
 
     class SubmoduleLinear(GroupMergeMethod):

@@ -143,8 +143,9 @@ def staged(out: Path) -> Iterator[Path]:
         finish(out)
         staging = out / _MERGING
         folder = pending(out)
-        _drop(staging)
-        folder.mkdir(parents=True)
+        if folder.is_dir():  # what a run that failed has left; what was calibrated for this one stays
+            _keep_alphas_only(staging, folder)
+        folder.mkdir(parents=True, exist_ok=True)
         (staging / "pid").write_text(str(os.getpid()))
         try:
             yield folder

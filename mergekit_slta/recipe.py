@@ -69,6 +69,7 @@ class Settings(BaseModel):
     inputs: Literal["base", "merged"] = "base"
     objective: Literal["features"] = "features"
     ridge: Annotated[Number, Field(ge=0)] = 0.0
+    tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
 
@@ -214,7 +215,13 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
         if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
             raise RecipeError(f"`lambda` is {show(leaf)!r}; it must be a finite number")
     values = {key: constant(key, shared[key]) for key in Settings.model_fields if key in shared}
-    return _validated(Settings, values, "the recipe")
+    settings = _validated(Settings, values, "the recipe")
+    if settings.tolerance and settings.inputs == "merged":
+        raise RecipeError(
+            f"`tolerance` is {settings.tolerance:g} and `inputs` is 'merged': rows that are added later cannot enter "
+            "what has been merged before; drop one of the two"
+        )
+    return settings
 
 
 def _check_key(key: str, known: tuple[str, ...], where: str) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,11 @@ from torch import Tensor
 
 from mergekit_slta.errors import OutputError, show
 from mergekit_slta.files import write_atomically, write_text_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "mergekit-slta/records"
 _MARKER = "records.json"
@@ -93,6 +100,42 @@ class Records:
             write_text_atomically(
                 self.folder / _MARKER, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the same; the system lets go with the process, however that ends.
+
+        Raises:
+            OutputError: another process does.
+        """
+        if fcntl is None:
+            yield
+            return
+        path = self.folder.with_name(self.folder.name + ".lock")
+        made = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = show(file.read(20).strip() or "unknown")
+                raise OutputError(
+                    f"another process ({holder}) is calibrating for {show(self.folder.parent)}: wait for it, or write "
+                    "somewhere else"
+                ) from error
+            except OSError:  # a file system without locks: better unguarded than never
+                pass
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # folders that hold something by now
+                    for folder in made:
+                        folder.rmdir()
 
     def remove(self) -> None:
         """All is done, and written elsewhere."""

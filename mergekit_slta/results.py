@@ -19,6 +19,15 @@ def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
         OutputError, AlphasError: something else is in the way, or the disk is full.
     """
     check_target(path)
+    save_results(alphas, statistics, path)
+
+
+def save_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
+    """Write both to where nobody else writes.
+
+    Raises:
+        OutputError: the disk is full.
+    """
     statistics.save(path.with_name(STATISTICS_NAME))
     alphas.save(path)
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 FLOORS = [
     {"errors", "_autoload"},
     {"files"},
-    {"gram", "solve", "linearity", "records", "scores", "alphas", "identity", "outfolder", "drawing"},
+    {"gram", "solve", "linearity", "records", "scores", "alphas", "identity", "outfolder", "distributed", "drawing"},
     {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
     {"adapters", "depth"},
     {"submodules", "figures"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"assembly", "costs", "results"},
     {"summary"},
     {"progress"},
+    {"gathering"},
     {"calibration", "resolve", "analysis"},
     {"verification", "report"},
     {"host"},

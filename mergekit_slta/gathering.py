@@ -1,0 +1,206 @@
+"""Rows through the runner to Gram matrices: in one process or several, whole or from where a killed run stood.
+
+Scope: one walk; which rows, and what is made of the matrices, is `calibration.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from mergekit_slta.alphas import Piece, pieces_of
+from mergekit_slta.assembly import layout_of, solve_submodule
+from mergekit_slta.batches import BATCH_TOKENS, plan_batches
+from mergekit_slta.checkpoints import Checkpoints, Weights
+from mergekit_slta.distributed import Ranks
+from mergekit_slta.errors import RunError, show
+from mergekit_slta.gram import Statistics
+from mergekit_slta.method import combine
+from mergekit_slta.preflight import Job, check_rows
+from mergekit_slta.progress import Progress, advice_on_memory
+from mergekit_slta.records import Records
+from mergekit_slta.stream import stream
+from mergekit_slta.submodules import Submodule
+from mergekit_slta.walk import Evaluation, Merge, Walk
+
+
+def canonical_rows(job: Job, start: int = 0, stop: int | None = None) -> tuple[list[Sequence[int]], list[int]]:
+    """The calibration rows' tokens and tasks, in the canonical order of the experts.
+
+    Args:
+        job: the recipe, prepared.
+        start, stop: which of each task's rows, as in a slice.
+
+    Raises:
+        DataError: an expert without rows.
+    """
+    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tokens: list[Sequence[int]] = []
+    row_task: list[int] = []
+    for index, model in enumerate(job.plan.models[1:]):
+        for row in by_model[model].rows[start:stop]:  # type: ignore[union-attr] - check_rows
+            tokens.append(row.ids)
+            row_task.append(index)
+    return tokens, row_task
+
+
+def gather(
+    job: Job,
+    tokens: Sequence[Sequence[int]],
+    row_task: Sequence[int],
+    *,
+    records: Records | None,
+    ranks: Ranks,
+    label: str = "",
+) -> Statistics:
+    """Feed rows through the base, every expert's submodules beside it, and keep the Gram matrices.
+
+    Args:
+        job: the recipe, prepared.
+        tokens, row_task: the rows, and the canonical number of each one's task.
+        records: finished steps of this walk, and where more are kept; None keeps none.
+        ranks: processes that share the rows; each gets the matrices of all.
+        label: tells this walk's records from those of others.
+
+    Raises:
+        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+    """
+    names = [job.recipe.names[model] for model in job.plan.models[1:]]
+    statistics = Statistics(torch.tensor(list(row_task), dtype=torch.int64, device="cpu"), num_models=len(names))
+    by_step: dict[str, list[str]] = {}
+    for submodule in job.submodules:
+        by_step.setdefault(submodule.step, []).append(submodule.name)
+    finished = _take_up(statistics, by_step, records, ranks, label)
+
+    def finish(step: str) -> None:
+        """All rows have passed a step: sum over the processes, and keep."""
+        if step in finished:
+            return
+        finished.add(step)
+        for name in by_step[step]:
+            statistics.begin(name)
+            ranks.sum(statistics.grams[name])
+        if records is not None and ranks.is_first:
+            records.put(label + step, {name: statistics.grams[name] for name in by_step[step]})
+
+    alone = job.recipe.settings.granularity == "linear"  # single matrices take rows one by one: see the runner
+    planned = plan_batches(tokens, max_tokens=0 if alone else BATCH_TOKENS)
+    sizes = [sum(batch.lengths) for batch in planned]
+    own = ranks.own(sizes)
+    merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.inputs == "merged" else None
+    walk = Walk(
+        job.skeleton,
+        Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
+        [planned[number] for number in own],
+        merge=merge,
+        merged_inputs=merge is not None,
+        pack_tokens=0 if alone else BATCH_TOKENS,
+        widest=max(sizes),
+        done=frozenset(finished),
+        folder=records.subfolder(f"{label.replace('/', '-')}streams") if _is_resumable(job, records, ranks) else None,
+    )
+    quiet = job.options.quiet or not ranks.is_first
+    with advice_on_memory(job), Progress("Calibrating", len(by_step), quiet=quiet) as progress:
+        walk.announce = progress.announce
+        progress.advance(len(finished))
+        step = ""
+        for evaluation in stream(walk, job.submodules) if own else ():
+            if step and evaluation.submodule.step != step:
+                finish(step)
+            step = evaluation.submodule.step
+            progress.at(step)
+            _accumulate(statistics, walk, evaluation, names)
+            del evaluation  # or this step's weights would live through the loading of the next
+        for step in by_step:
+            finish(step)
+    return statistics
+
+
+def _is_resumable(job: Job, records: Records | None, ranks: Ranks) -> bool:
+    """Whole models are one step: where they were between two layers is kept by a single process only."""
+    return records is not None and ranks.size == 1 and job.recipe.settings.granularity == "model"
+
+
+def _take_up(
+    statistics: Statistics, by_step: Mapping[str, Sequence[str]], records: Records | None, ranks: Ranks, label: str
+) -> set[str]:
+    """Matrices of the steps that are finished already, in every process."""
+    known = [step for step in by_step if records is not None and label + step in records.steps]
+    finished: list[str] = ranks.agree(known)
+    for step in finished:
+        found = records.get(label + step) if records is not None and ranks.is_first else {}
+        for name in by_step[step]:
+            statistics.begin(name)
+            if name in found:
+                statistics.grams[name] += found[name]
+            ranks.sum(statistics.grams[name])
+    return set(finished)
+
+
+def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, names: Sequence[str]) -> None:
+    points = [walk.model(number) for number in range(1, walk.num_models)]
+    base = evaluation.base
+    outputs = [evaluation.at(point) for point in points]  # T x [N, d]
+    statistics.add(evaluation.submodule.name, evaluation.rows, outputs, evaluation.lengths, base)
+    diagonal = statistics.grams[evaluation.submodule.name][list(evaluation.rows)].diagonal(dim1=1, dim2=2)  # [rows, T]
+    if not torch.isfinite(diagonal).all():
+        model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
+        raise RunError(
+            f"the features of {show(model)} behind {show(evaluation.submodule.name)} hold NaN or Inf: "
+            "use `compute_dtype: float32`, or check that expert"
+        )
+
+
+def _merge_as_solved(job: Job, statistics: Statistics, finish: Callable[[str], None]) -> Merge:
+    """`inputs: merged` (A.5.3): behind each step the rows move on through what it has just been merged to.
+
+    `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone:
+    the head's is not known yet; the file's alpha is solved for both. Heads of one attention block, and matrices of one
+    layer, see what the base makes of the merged features before that block or layer.
+    """
+    layout = layout_of(job)
+    by_name = {submodule["name"]: submodule for submodule in layout["submodules"]}
+    settings = job.recipe.settings
+    importance = [task.importance for task in job.recipe.tasks]
+
+    def solved(step: Sequence[Submodule]) -> Mapping[str, Sequence[Piece]]:
+        finish(step[0].step)
+        return pieces_of(
+            [
+                solve_submodule(
+                    by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
+                    ridge=settings.ridge, objectives=[submodule.name],
+                )
+                for submodule in step
+            ]
+        )  # fmt: skip
+
+    return merge_with(job, layout["models"], solved)
+
+
+def merge_with(
+    job: Job, models: Sequence[str], pieces: Callable[[Sequence[Submodule]], Mapping[str, Sequence[Piece]]]
+) -> Merge:
+    """Make a walk's merged tensors, as the merge method will make them but for the recipe's `lambda`.
+
+    Args:
+        job: whose models are merged.
+        models: the order of the pieces' alphas.
+        pieces: submodules of a step -> the slices of (at least) their tensors, with their alphas.
+    """
+    columns = [models.index(job.recipe.label(model)) for model in job.plan.models[1:]]
+
+    def merge(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
+        known = pieces(step)
+        merged = {}
+        for tensor in weights[0]:
+            tied = job.plan.is_tied and tensor == job.skeleton.head_weight
+            own = known[job.skeleton.embedding_weight if tied else tensor]
+            ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in own]
+            base, *experts = (given[tensor] for given in weights)
+            merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)
+        return merged
+
+    return merge
