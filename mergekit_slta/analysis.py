@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_slta.batches import plan_task_batches
+from mergekit_slta.batches import plan_packs, plan_task_batches
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
 from mergekit_slta.identity import SOLVE_ONLY, fingerprint
@@ -159,8 +159,7 @@ def _walk(
             Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
             batches,
             points=[[*grid.anchors, *grid.mixed] for grid in grids],
-            groups=[grid.task for grid in grids],
-            pack_tokens=BATCH_TOKENS,
+            packs=plan_packs(batches, BATCH_TOKENS, [grid.task for grid in grids]),
             done=done,
             folder=records.subfolder("streams") if level == "model" else None,
             head_elements=HEAD_ELEMENTS // 4,

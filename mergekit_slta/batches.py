@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 2048
-"""Tokens per micro-batch: enough to keep matrix products busy, little enough that activations stay below weights."""
+BATCH_TOKENS = 1024
+"""Tokens per micro-batch: enough to keep matrix products busy, little enough that activations stay below weights and
+that several processes get even shares."""
 PADDING = 1.06
 """A batch may hold this many times its real tokens once padded."""
 
@@ -75,3 +76,24 @@ def plan_task_batches(
         for batch in plan_batches([rows[row] for row in own], max_tokens):
             planned.append(replace(batch, rows=tuple(own[row] for row in batch.rows)))
     return planned
+
+
+def plan_packs(batches: Sequence[Batch], max_tokens: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Batches that what works token by token takes together, without padding: numbers of consecutive ones.
+
+    Args:
+        batches: as planned.
+        max_tokens: of a pack of more than one batch; 0 leaves every batch alone.
+        groups: per batch, a label; only batches of the same label go together.
+    """
+    packs: list[list[int]] = []
+    size = 0
+    for number, batch in enumerate(batches):
+        size += sum(batch.lengths)
+        same = bool(packs) and (groups is None or groups[number] == groups[packs[-1][0]])
+        if same and size <= max_tokens:
+            packs[-1].append(number)
+        else:
+            packs.append([number])
+            size = sum(batch.lengths)
+    return packs

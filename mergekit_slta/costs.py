@@ -16,11 +16,13 @@ from mergekit_slta.walk import HEAD_ELEMENTS
 
 @dataclass(frozen=True)
 class Costs:
-    """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes, bytes written."""
+    """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes besides the libraries,
+    bytes of the largest single allocation, bytes written by the merge."""
 
     flops: float
     read_bytes: int
     peak_bytes: int
+    largest_bytes: int
     written_bytes: int
 
 
@@ -29,28 +31,63 @@ _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp"
 
 
 def estimate(job: Job) -> Costs:
-    """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters)."""
-    models = len(job.plan.models)
+    """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters).
+
+    Peak memory is that of the larger of two moments: a step's tensors of every model with the features of a pack of
+    batches at each of them, or a part of the vocabulary with its logits. Tensors that a checkpoint holds in the
+    precision of the forward passes stay mapped, and are the system's.
+    """
+    models, experts = len(job.plan.models), len(job.plan.models) - 1
     base = job.plan.models[0]
     item = torch.finfo(job.dtype).bits // 8
     sizes = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
-    head = job.skeleton.embedding_weight if job.plan.is_tied else job.skeleton.head_weight
+    table = job.skeleton.embedding_weight
+    head = table if job.plan.is_tied else job.skeleton.head_weight
     steps: dict[str, int] = {}  # parameters held at a time
+    held: dict[str, int] = {}  # bytes of them that are no mapped file, over all models
     for submodule in split(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
         if submodule.layer is not None:
             steps[submodule.step] = steps.get(submodule.step, 0) + sum(sizes[name] for name in submodule.tensors)
+            copied = sum(sizes[name] * item * _copies(job, name) for name in submodule.tensors)
+            held[submodule.step] = held.get(submodule.step, 0) + copied
     flops = models * job.num_tokens * 2.0 * (sum(steps.values()) + sizes[head])
-    largest = max(steps.values(), default=0)
+
     width = int(job.skeleton.config.hidden_size)
-    tokens = min(job.num_tokens, max(BATCH_TOKENS, job.recipe.settings.max_seq_length))
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
-    activations = tokens * (3 * wide + (models + 4) * width) * item
-    in_layer = models * largest * item + activations
-    in_head = models * (HEAD_ELEMENTS + HEAD_ELEMENTS // max(1, tokens) * width) * item
+    lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
+    longest = max(lengths, default=job.recipe.settings.max_seq_length)
+    tokens = min(max(job.num_tokens, 1), max(BATCH_TOKENS, longest))
+    if job.recipe.settings.granularity == "linear":  # row by row
+        tokens = longest
+    used = len({token for drawn in job.rows if drawn is not None for row in drawn.rows for token in row.ids})
+    part = min(sizes[head] // width, max(1, HEAD_ELEMENTS // tokens))
     hidden = job.num_tokens * width * item
+    in_layer = max(held.values(), default=0) + tokens * ((3 * wide + 4 * width) + models * width) * item
+    in_layer += experts * longest * width * 8
+    in_head = part * width * item * _copies(job, head) + models * tokens * part * item + experts * longest * part * 8
+    in_embed = used * width * item * models
+    weights = max((size * item for name, size in sizes.items() if name not in (table, head)), default=0)
+    largest = max(weights, tokens * wide * item, tokens * part * item)
+
     out = job.recipe.config.out_dtype or job.recipe.config.dtype
     written = total_bytes(job.plan, [base])
     if out and written:
         bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
         written = sum(sizes.values()) * bits // 8
-    return Costs(flops, total_bytes(job.plan), hidden + max(in_layer, in_head), written)
+    peak = hidden + max(in_layer, in_head, in_embed)
+    return Costs(flops, total_bytes(job.plan), peak, largest, written)
+
+
+def _copies(job: Job, name: str) -> int:
+    """In how many models a tensor has to be cast, or put on a device, which takes memory of its own."""
+    if job.device.type != "cpu":
+        return len(job.plan.models)
+    count = 0
+    for model in job.plan.models:
+        header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
+        count += header is None or header.dtype != _SAFETENSORS.get(job.dtype)
+    return count
+
+
+_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in the headers."""

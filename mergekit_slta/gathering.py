@@ -11,7 +11,7 @@ import torch
 
 from mergekit_slta.alphas import Piece, pieces_of
 from mergekit_slta.assembly import layout_of, solve_submodule
-from mergekit_slta.batches import BATCH_TOKENS, plan_batches
+from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.distributed import Ranks
 from mergekit_slta.errors import RunError, show
@@ -85,18 +85,20 @@ def gather(
         if records is not None and ranks.is_first:
             records.put(label + step, {name: statistics.grams[name] for name in by_step[step]})
 
-    alone = job.recipe.settings.granularity == "linear"  # single matrices take rows one by one: see the runner
-    planned = plan_batches(tokens, max_tokens=0 if alone else BATCH_TOKENS)
-    sizes = [sum(batch.lengths) for batch in planned]
-    own = ranks.own(sizes)
+    # Single matrices take rows one by one: see the runner.
+    limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
+    planned = plan_batches(tokens, limit)
+    packs = plan_packs(planned, limit)
+    sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
+    own = [packs[place] for place in ranks.own(sizes)]  # whole, so that no product depends on how many share the work
     merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.inputs == "merged" else None
     walk = Walk(
         job.skeleton,
         Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
-        [planned[number] for number in own],
+        [planned[number] for pack in own for number in pack],
+        packs=_renumbered(own),
         merge=merge,
         merged_inputs=merge is not None,
-        pack_tokens=0 if alone else BATCH_TOKENS,
         widest=max(sizes),
         done=frozenset(finished),
         folder=records.subfolder(f"{label.replace('/', '-')}streams") if _is_resumable(job, records, ranks) else None,
@@ -116,6 +118,12 @@ def gather(
         for step in by_step:
             finish(step)
     return statistics
+
+
+def _renumbered(packs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same packs over batches of their own."""
+    places = iter(range(sum(len(pack) for pack in packs)))
+    return [[next(places) for _ in pack] for pack in packs]
 
 
 def _is_resumable(job: Job, records: Records | None, ranks: Ranks) -> bool:

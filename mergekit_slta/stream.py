@@ -28,8 +28,10 @@ def stream(walk: Walk, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
         ModelError: a weight holds NaN or Inf, or the blocks do not add up to the layer.
         RunError: a feature is NaN or Inf; the message names the submodule.
     """
-    for _, group in groupby(submodules, key=lambda submodule: submodule.step):
-        step = list(group)
+    steps = [list(group) for _, group in groupby(submodules, key=lambda submodule: submodule.step)]
+    for step, following in zip(steps, [*steps[1:], []], strict=True):
+        if following and following[0].layer is not None:  # the head is read part by part
+            walk.checkpoints.prefetch([name for submodule in following for name in submodule.tensors])
         kinds = {submodule.kind for submodule in step}
         if "model" in kinds:
             yield from ends.whole_model(walk, step[0])

@@ -40,7 +40,8 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"device      {job.device}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
         f"computes    {costs.flops / 1e12:.3g} TFLOP",
-        f"memory      about {_bytes(costs.peak_bytes)} at the peak of calibration, besides the libraries",
+        f"memory      about {_bytes(costs.peak_bytes)} at the peak of calibration, besides the libraries; "
+        f"the largest allocation is {_bytes(costs.largest_bytes)}",
         f"writes      {_bytes(costs.written_bytes)}",
     ]
     return "\n".join(lines)

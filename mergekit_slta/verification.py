@@ -13,7 +13,7 @@ import torch
 
 from mergekit_slta.alphas import Alphas, pieces_of
 from mergekit_slta.assembly import layout_of
-from mergekit_slta.batches import BATCH_TOKENS, plan_task_batches
+from mergekit_slta.batches import BATCH_TOKENS, plan_packs, plan_task_batches
 from mergekit_slta.calibration import used_rows
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.gathering import canonical_rows, merge_with
@@ -60,8 +60,7 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         batches,
         merge=merge_with(job, alphas.models, lambda step: pieces),
         merged_inputs=settings.inputs == "merged",
-        groups=[row_task[batch.rows[0]] for batch in batches],
-        pack_tokens=limit,
+        packs=plan_packs(batches, limit, [row_task[batch.rows[0]] for batch in batches]),
     )
     experts = [walk.model(row_task[batch.rows[0]] + 1) for batch in batches]
     walk.points = [[expert, "merged"] for expert in experts]

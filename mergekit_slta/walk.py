@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_slta.batches import BATCH_TOKENS, Batch
+from mergekit_slta.batches import Batch
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.skeleton import Skeleton
@@ -61,9 +61,8 @@ class Walk:
         checkpoints: the models' tensors.
         batches: the calibration rows; of one row each where single matrices are evaluated.
         points: per batch, where whole models are evaluated; at every model if None.
-        groups: per batch, a label: only batches of the same label are evaluated together.
-        pack_tokens: what works token by token takes batches together up to so many tokens.
-        widest: tokens of the largest batch, where some of them are another process's.
+        packs: numbers of batches that what works token by token takes together; each alone if empty.
+        widest: tokens of the largest pack, where some of them are another process's.
         merge: makes the merged tensors of a step.
         merged_inputs: the rows move on behind each step through its merged tensors instead of the base's; these are
             asked for when all batches of the step have been handed out.
@@ -80,9 +79,8 @@ class Walk:
     checkpoints: Checkpoints
     batches: Sequence[Batch]
     points: Sequence[Sequence[Point]] | None = None
-    groups: Sequence[int] | None = None
-    pack_tokens: int = BATCH_TOKENS
-    widest: int | None = None
+    packs: Sequence[Sequence[int]] = ()
+    widest: int = 0
     merge: Merge | None = None
     merged_inputs: bool = False
     done: Container[str] = ()
@@ -94,26 +92,16 @@ class Walk:
     norms: Weights = field(default_factory=dict)
     _attended: list[Tensor] = field(default_factory=list)
 
-    @cached_property
-    def packs(self) -> list[list[int]]:
-        """Batches that what works token by token takes together, without padding."""
-        packs: list[list[int]] = []
-        size = 0
-        for number, batch in enumerate(self.batches):
-            size += sum(batch.lengths)
-            same = packs and (self.groups is None or self.groups[number] == self.groups[packs[-1][0]])
-            if same and size <= self.pack_tokens:
-                packs[-1].append(number)
-            else:
-                packs.append([number])
-                size = sum(batch.lengths)
-        return packs
+    def __post_init__(self) -> None:
+        self.packs = self.packs or [[number] for number in range(len(self.batches))]
+        self.widest = self.widest or max(
+            sum(sum(self.batches[number].lengths) for number in pack) for pack in self.packs
+        )
 
     @property
     def vocabulary_part(self) -> int:
         """Rows of the output projection that are evaluated at a time; the same in every process."""
-        widest = self.widest or max(sum(batch.lengths) for batch in self.batches)
-        return max(1, self.head_elements // max(widest, self.pack_tokens))
+        return max(1, self.head_elements // self.widest)
 
     def taken(self, pack: Sequence[int], parts: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
         """Rows, their lengths and features [tokens, d] of the batches of a pack, from the features of each."""

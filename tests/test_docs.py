@@ -55,7 +55,12 @@ def test_version_is_in_one_voice():
 
 def test_links_lead_somewhere():
     """Relative links and images of the documents exist."""
-    for name in ("README.md", "CONTRIBUTING.md", "examples/smollm2/README.md"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "examples/smollm2/README.md",
+        "examples/linear_attention_finetuning/README.md",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if "://" not in target:

@@ -27,14 +27,14 @@ LEVELS = {
     "layer": "layers",
     "attention": "attention",
     "mlp": "MLP",
-    "head": "heads",
-    "embed": "embedding",
+    "head": "output head",
+    "embed": "embeddings",
 }
 MEASURES = {
     "non-linearity": ("non_linearity",),
     "projection distance": ("projection_distance", "pairs"),
     "cosine": ("cosine", "pairs"),
-    "cosine with base": ("cosine_base",),
+    "cosine of the experts": ("cosine_base",),
     "disentanglement": ("disentanglement",),
     "disagreement": ("disagreement",),
 }

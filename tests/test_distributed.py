@@ -1,0 +1,116 @@
+"""Several processes: the same alphas as one, and no hang when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import slta
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_slta.batches import plan_batches, plan_packs
+from mergekit_slta.distributed import Ranks, own_device
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def launch(folder: Path, count: int, *arguments: str, recipe: str = "recipe.yml") -> subprocess.Popen:
+    command = [*TORCHRUN, str(count), "-m", "mergekit_slta", "calibrate", recipe, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def alphas_of(path: Path) -> list[list[float]]:
+    return [entry["alpha"] for entry in json.loads(path.read_text())["submodules"]]
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [(2, {"granularity": "attn_mlp"}), (3, {"granularity": "layer", "inputs": "merged"})],
+)
+def test_processes_equal_one(make_models, tmp_path, count, settings):
+    """To 1e-10, at one thread each; only the first process writes and speaks."""
+    models = make_models("llama", num_experts=2)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(models.recipe(num_samples=8, **settings)))
+    one = slta("calibrate", tmp_path / "recipe.yml", "-o", tmp_path / "one" / "slta_alphas.json", "--quiet")
+    assert one.exit_code == 0, one.output
+    process = launch(tmp_path, count, "-o", "many/slta_alphas.json")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("Written:") == 1
+    first = alphas_of(tmp_path / "one" / "slta_alphas.json")
+    for mine, theirs in zip(first, alphas_of(tmp_path / "many" / "slta_alphas.json"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-10)
+
+
+def test_a_dead_process_ends_the_job(make_models, tmp_path):
+    """SIGKILL to one of two: within 30 s all is over, exit code 1, and a line says which."""
+    models = make_models("llama", num_experts=2, num_layers=24)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(models.recipe(num_samples=12, max_seq_length=200)))
+    process = launch(tmp_path, 2, "-o", "slta_alphas.json", "--quiet")
+    records = tmp_path / ".slta_alphas.json.partial"
+    while process.poll() is None and len(list(records.glob("*.safetensors"))) < 2:
+        time.sleep(0.005)
+    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    workers["1"].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode == 1
+    assert "rank      : 1" in output or "lost another one" in output, output
+    assert not (tmp_path / "slta_alphas.json").exists()
+    again = slta("calibrate", tmp_path / "recipe.yml", "-o", tmp_path / "slta_alphas.json")
+    assert again.exit_code == 0, again.output
+    assert "Going on" in again.output
+
+
+def test_bad_input_is_one_line_from_the_first(tmp_path):
+    """A recipe that is refused ends all processes with its code behind torchrun's."""
+    process = launch(tmp_path, 2, recipe="missing.yml")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "cannot read the recipe missing.yml" in output
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 7))
+def test_every_piece_has_one_taker(weights, size):
+    """Shares are disjoint and cover all; none is heavier than the mean by more than the largest piece."""
+    shares = [Ranks(rank, size).own(weights) for rank in range(size)]
+    assert sorted(place for share in shares for place in share) == list(range(len(weights)))
+    loads = [sum(weights[place] for place in share) for share in shares]
+    assert max(loads) <= sum(weights) / size + max(weights)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(0, 600))
+def test_packs_hold_every_batch_in_order(lengths, limit):
+    """Consecutive, complete, of one label, and within the limit unless a batch alone exceeds it."""
+    batches = plan_batches([[0] * length for length in lengths], max_tokens=256)
+    groups = [batch.rows[0] % 2 for batch in batches]
+    packs = plan_packs(batches, limit, groups)
+    assert [number for pack in packs for number in pack] == list(range(len(batches)))
+    for pack in packs:
+        assert len({groups[number] for number in pack}) == 1
+        assert len(pack) == 1 or sum(sum(batches[number].lengths) for number in pack) <= limit
+
+
+def test_each_process_has_its_accelerator(monkeypatch):
+    """`cuda` becomes `cuda:LOCAL_RANK` in a launched process; a number that was given stays, and so does the CPU."""
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert own_device("cuda") == "cuda:2"
+    assert own_device("cuda:0") == "cuda:0"
+    assert own_device("cpu") == "cpu"
+    assert own_device(None) is None
