@@ -162,7 +162,7 @@ def _walk(
             packs=plan_packs(batches, BATCH_TOKENS, [grid.task for grid in grids]),
             done=done,
             folder=records.subfolder("streams") if level == "model" else None,
-            head_elements=HEAD_ELEMENTS // 4,
+            head_elements=HEAD_ELEMENTS // 2,
             announce=progress.announce,
         )
         step = _Step(rows, grids)

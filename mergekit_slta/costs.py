@@ -26,6 +26,8 @@ class Costs:
     written_bytes: int
 
 
+KEPT_BY_ALLOCATOR = 1.3
+"""Anonymous memory over what is in use: malloc keeps freed blocks for the next tensors of their size."""
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 
@@ -74,7 +76,7 @@ def estimate(job: Job) -> Costs:
     if out and written:
         bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
         written = sum(sizes.values()) * bits // 8
-    peak = hidden + max(in_layer, in_head, in_embed)
+    peak = int((hidden + max(in_layer, in_head, in_embed)) * KEPT_BY_ALLOCATOR)
     return Costs(flops, total_bytes(job.plan), peak, largest, written)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import psutil
+
 from mergekit_slta.alphas import Alphas, SubmoduleAlphas
 from mergekit_slta.errors import show
 
@@ -40,11 +42,17 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"device      {job.device}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
         f"computes    {costs.flops / 1e12:.3g} TFLOP",
-        f"memory      about {_bytes(costs.peak_bytes)} at the peak of calibration, besides the libraries; "
-        f"the largest allocation is {_bytes(costs.largest_bytes)}",
+        f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration "
+        f"({_bytes(_libraries())} of it the libraries); the largest allocation is {_bytes(costs.largest_bytes)}",
         f"writes      {_bytes(costs.written_bytes)}",
     ]
     return "\n".join(lines)
+
+
+def _libraries() -> int:
+    """Anonymous bytes of this process, which has loaded what a calibration loads and no weights."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, where the system tells them apart
 
 
 _SETTINGS = ("num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")

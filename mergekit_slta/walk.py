@@ -24,7 +24,7 @@ Point = tuple[float, ...] | Literal["merged"]
 """Where in weight space: coefficients c_t of theta_0 + sum_t c_t tau_t, or what the walk's `merge` makes."""
 Merge = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
 """(submodules of a step, their tensors of every model) -> the merged tensors."""
-HEAD_ELEMENTS = 2**22
+HEAD_ELEMENTS = 2**21
 """Logits held per model at a time; the vocabulary is walked in chunks of `HEAD_ELEMENTS / tokens` rows."""
 
 
