@@ -133,3 +133,17 @@ def test_ratios_are_taken_within_a_round():
     assert measure.ratios([1.0, 10.0, 3.0], [2.0, 20.0, 2.0]) == {
         "median": 0.5, "min": 0.5, "max": 1.5, "values": [0.5, 0.5, 1.5],
     }  # fmt: skip
+
+
+def test_an_unsteady_machine_is_told():
+    """Drift, a clock that disagrees with the processor's time, or a run below its floor."""
+    import benchmarks
+    import measure
+
+    def steady(drift: float, ratio: float, cpu: float) -> bool:
+        return benchmarks.steady([drift], measure.spread([ratio]), measure.spread([cpu]))
+
+    assert steady(1.05, 1.2, 1.19)
+    assert not steady(1.9, 1.2, 1.19)
+    assert not steady(1.0, 1.5, 1.19)
+    assert not steady(1.0, 0.94, 0.95)

@@ -27,6 +27,8 @@ from workload import Shape, Workload
 NUM_EXPERTS = 3
 AGREEMENT = 1e-3
 """How far alphas of `naive.py` and ours may be apart."""
+UNSTEADY = 0.1
+"""Relative differences of a speed from which a machine counts as unsteady."""
 LIMIT_BYTES = 3_000_000_000
 Run = dict[str, Any]
 
@@ -121,13 +123,13 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
     rows = runs[0]["values"]["row_tokens"]
     floors = [run["values"]["floors"] for run in runs]
     models, tokens = NUM_EXPERTS + 1, sum(rows)
-    least = {
-        key: [models * statistics.mean(each[key] for each in both) for both in floors]
-        for key in ("seconds", "cpu_seconds")
-    }
+    least = {key: [models * min(each[key] for each in both) for both in floors] for key in ("seconds", "cpu_seconds")}
     flops = models * tokens * 2.0 * shape.multiplied()
     seconds = _of(runs, "gather", "seconds")
     whole = [sum(run["phases"][phase]["seconds"] for phase in ("prepare", "gather", "solve")) for run in runs]
+    ratio = ratios(seconds, least["seconds"])
+    ratio_cpu = ratios(_of(runs, "gather", "cpu_seconds"), least["cpu_seconds"])
+    drift = [before["seconds"] / after["seconds"] for before, after in floors]
     widths = shape.hidden * (2 * shape.layers + 1) + shape.vocab
     return {
         "title": shape.title,
@@ -139,11 +141,13 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
         "gram_flops": 2.0 * NUM_EXPERTS**2 * tokens * widths,
         "attention_flops": models * sum(4.0 * row * row * shape.hidden * shape.layers for row in rows),
         "flops_per_second": spread([flops / one for one in least["seconds"]]),
-        "rate_after_before": [before["seconds"] / after["seconds"] for before, after in floors],
+        "rate_after_before": drift,
+        "steady": steady(drift, ratio, ratio_cpu),
+        "floors": floors,
         "floor_seconds": spread(least["seconds"]),
         "seconds": spread(seconds),
-        "ratio": ratios(seconds, least["seconds"]),
-        "ratio_cpu": ratios(_of(runs, "gather", "cpu_seconds"), least["cpu_seconds"]),
+        "ratio": ratio,
+        "ratio_cpu": ratio_cpu,
         "ratio_whole": ratios(whole, least["seconds"]),
         "prepare_seconds": spread(_of(runs, "prepare", "seconds")),
         "solve_seconds": spread(_of(runs, "solve", "seconds")),
@@ -151,6 +155,20 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
         "profile": profiled["values"]["profile"],
         "profiled_apart": repeat > 1,
     }  # fmt: skip
+
+
+def steady(drift: Sequence[float], ratio: Mapping[str, Any], ratio_cpu: Mapping[str, Any]) -> bool:
+    """Whether a ratio to the floor can be believed: the products were as fast before as after, the clock and the
+    processor's time agree, and nothing was faster than its floor.
+
+    Args:
+        drift: of each round, the products' time before over that after.
+        ratio, ratio_cpu: spreads of the calibration's time over the floor's.
+    """
+    agree = all(
+        abs(one / other - 1) <= UNSTEADY for one, other in zip(ratio["values"], ratio_cpu["values"], strict=True)
+    )
+    return agree and all(abs(each - 1) <= UNSTEADY for each in drift) and ratio["min"] >= 1
 
 
 def naive(bench: Bench) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def floor(found: Mapping[str, Any]) -> str:
     for model in found["models"]:
         share = {key: 100 * model[key] / model["floor_flops"] for key in ("gram_flops", "attention_flops")}
         drift = ", ".join(f"{value:.2f}" for value in model["rate_after_before"])
+        warning = "" if model["steady"] else " **The machine was not steady: do not quote this ratio, measure again.**"
         profiled = "The measured run was profiled."
         if model["profiled_apart"]:
             profiled = f"A profiled run took {model['profiled_to_plain']:.2f} of the median one."
@@ -55,7 +56,7 @@ def floor(found: Mapping[str, Any]) -> str:
             f"float64 ({share['gram_flops']:.2f}% of the floor's operations) and the attention scores' "
             f"{model['attention_flops'] / 1e9:.3g} GFLOP ({share['attention_flops']:.2f}%). Micro-batches of "
             f"{', '.join(map(str, model['batch_tokens']))} tokens. The products' speed after the calibration against "
-            f"before it: {drift}. {profiled}"
+            f"before it: {drift}. {profiled}{warning}"
         )
         parts.append(_profile(model["title"], model["profile"]))
     return "\n\n".join(parts)
