@@ -1,0 +1,91 @@
+"""Matrix products: how fast this machine does those that a calibration needs, and how many a run has really done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+MIN_SECONDS = 0.1
+MAX_REPEATS = 100
+VOCABULARY_ROWS = 4096
+"""The output projection is measured in pieces of so many rows: its logits do not all fit anywhere."""
+
+
+@torch.inference_mode()
+def floor(matrices: Sequence[tuple[int, int, int]], batch_tokens: Sequence[int]) -> dict[str, float]:
+    """Time nothing but the matrix products of one model's forward pass, in float32.
+
+    Args:
+        matrices: (count, inputs, outputs) of all matrices; see `Shape.matrices`.
+        batch_tokens: tokens of every micro-batch.
+
+    Returns:
+        flops; seconds and cpu_seconds: each distinct product is timed by itself and counted as often as it occurs. The
+        least of several times is taken: whatever else the machine does only adds to it, and a floor must not be high.
+    """
+    total: Counter[str] = Counter()
+    for tokens, batches in sorted(Counter(batch_tokens).items()):
+        for count, inputs, outputs in matrices:
+            piece = min(outputs, VOCABULARY_ROWS) if count == 1 else outputs
+            times = batches * count * outputs / piece
+            seconds, processor = _time_product(tokens, inputs, piece)
+            total["seconds"] += times * seconds
+            total["cpu_seconds"] += times * processor
+            total["flops"] += times * 2.0 * tokens * inputs * piece
+    return dict(total)
+
+
+def _time_product(tokens: int, inputs: int, outputs: int) -> tuple[float, float]:
+    features, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+    torch.nn.functional.linear(features, weight)
+    seconds: list[float] = []
+    processor: list[float] = []
+    until = time.perf_counter() + MIN_SECONDS
+    while len(seconds) < 3 or (time.perf_counter() < until and len(seconds) < MAX_REPEATS):
+        begin, begun = time.perf_counter(), time.process_time()
+        torch.nn.functional.linear(features, weight)
+        seconds.append(time.perf_counter() - begin)
+        processor.append(time.process_time() - begun)
+    return min(seconds), min(processor)
+
+
+def _fused_attention_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Scores and their products with the values; torch's counter knows the kernels of GPUs only."""
+    batch, heads, tokens, width = query.shape
+    return 2 * batch * heads * tokens * key.shape[-2] * (width + value.shape[-1])
+
+
+_FORMULAS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_on_cpu}
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts floating point operations while it is active, wherever torch's own counter knows a formula.
+
+    Attributes:
+        flops: "float32", "float64", ... of matrix products, and "attention" of the fused kernel -> operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in _FORMULAS:
+            with self:
+                parts = func.decompose(*args, **kwargs)  # under inference mode `linear` arrives whole
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            attends = "attention" in func._overloadpacket.__name__
+            kind = "attention" if attends else str(args[0].dtype).removeprefix("torch.")
+            self.flops[kind] += formula(*args, **kwargs, out_val=output)
+        return output
