@@ -45,9 +45,8 @@ def test_processes_equal_one(make_models, tmp_path, count, settings):
     recipe = make_models("llama", num_experts=2).recipe(num_samples=8, max_seq_length=240, **settings)
     for number, model in enumerate(recipe["models"]):  # rows enough for every process to have several packs
         path = tmp_path / f"long{number}.jsonl"
-        rows = [
-            {"text": " ".join(random.Random(10 * number + row).choices(WORDS, k=80 + 10 * row))} for row in range(8)
-        ]
+        rng = random.Random(number)
+        rows = [{"text": " ".join(rng.choices(WORDS, k=170 + 10 * row))} for row in range(8)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         model["parameters"]["dataset"] = str(path)
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
