@@ -36,6 +36,7 @@ from mergekit_slta.walk import HEAD_ELEMENTS, Evaluation, Walk
 LOG = logging.getLogger(__name__)
 BATCH_TOKENS = 512
 """Tokens per batch: the features at a dozen points stand side by side, so less than in a calibration."""
+_PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _LEVELS = ("layer", "head_mlp", "model")
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
 """From the outside in: the order of the table and of the figures."""
@@ -68,17 +69,21 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
         found = Linearity.load(path)
         if found.provenance.get("fingerprint") == mark:
             return found, True
-    records = Records(path.with_name(f".{path.name}.partial"), mark)
     entries: list[SubmoduleLinearity] = []
-    with torch.inference_mode(), advice_on_memory(job):
+    with (
+        Records(path.with_name(f".{path.name}.partial"), mark) as records,
+        torch.inference_mode(),
+        advice_on_memory(job),
+    ):
+        records.open()
         passes = [(level, _submodules(job, level)) for level in _LEVELS]
         total = sum(len({submodule.step for submodule in submodules}) for _, submodules in passes)
         with Progress("Measuring", total, quiet=job.options.quiet) as progress:
             for level, submodules in passes:
                 entries += _walk(job, rows, level, submodules, records, progress)
-    result = _assemble(job, rows, entries, mark)
-    result.save(path)
-    records.remove()
+        result = _assemble(job, rows, entries, mark)
+        result.save(path)
+        records.remove()
     return result, False
 
 
@@ -121,7 +126,9 @@ def _rows(job: Job, num_rows: int | None) -> _Rows:
 
 def _fingerprint(job: Job, rows: _Rows) -> str:
     record = {label: value for label, value in job.identity.items() if not label.startswith(_NOT_OURS)}
-    return fingerprint({**record, "rows": str(rows.numbers), "grids": str((STEPS, PAIR_GRID, TRIPLE_GRID))})
+    grids = str((STEPS, PAIR_GRID, TRIPLE_GRID, BATCH_TOKENS, HEAD_ELEMENTS))
+    versions = {package: version(package) for package in _PACKAGES}
+    return fingerprint({**record, **versions, "rows": str(rows.numbers), "grids": grids, "device": job.device.type})
 
 
 def _submodules(job: Job, level: str) -> list[Submodule]:
@@ -317,7 +324,7 @@ def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], mark: st
         submodules=tuple(entries),
         levels={kind: Level.of([entry for entry in entries if entry.kind == kind]) for kind in kinds},
         provenance={
-            **{package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")},
+            **{package: version(package) for package in _PACKAGES},
             "fingerprint": mark,
         },
     )

@@ -7,9 +7,9 @@ name), so that the order of the recipe's models does not move a digit; the file 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble, layout_of
+from mergekit_slta.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.distributed import ALONE, Ranks
 from mergekit_slta.gathering import canonical_rows, gather
 from mergekit_slta.gram import Statistics
@@ -26,8 +27,8 @@ from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.records import Records
+from mergekit_slta.walk import HEAD_ELEMENTS
 
-LOG = logging.getLogger(__name__)
 FIRST_ROWS = 3
 """Rows of each task with which a `tolerance` begins; the paper's Table 11 finds these almost enough."""
 
@@ -76,16 +77,15 @@ def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = A
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
     """
-    tolerance = job.recipe.settings.tolerance
-    if not tolerance:
+    if not job.recipe.settings.tolerance:
         statistics = gather(job, *canonical_rows(job), records=records, ranks=ranks)
     else:
-        statistics = _gather_until(job, tolerance, records, ranks)
+        statistics = _gather_until(job, records, ranks)
     statistics.metadata = statistics_metadata(used_rows(job, statistics))
     return statistics
 
 
-def _gather_until(job: Job, tolerance: float, records: Records | None, ranks: Ranks) -> Statistics:
+def _gather_until(job: Job, records: Records | None, ranks: Ranks) -> Statistics:
     """Few rows first, then as many again, until the largest standard error of an alpha is within the tolerance."""
     every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
     parts: list[Statistics] = []
@@ -94,11 +94,19 @@ def _gather_until(job: Job, tolerance: float, records: Records | None, ranks: Ra
         rows = canonical_rows(job, start, stop)
         parts.append(gather(job, *rows, records=records, ranks=ranks, label=f"{stop} rows/"))
         statistics = Statistics.join(parts)
-        errors = [error for entry in solve_job(job, statistics).submodules for error in entry.stderr or (torch.inf,)]
-        if max(errors) <= tolerance or stop == every:
-            LOG.info("%d rows of each task: the largest standard error is %.3g", stop, max(errors))
+        enough = meets_tolerance(job, solve_job(job, statistics), statistics)
+        if ranks.agree(enough):
             return statistics
         start, stop = stop, min(2 * stop, every)
+
+
+def meets_tolerance(job: Job, alphas: Alphas, statistics: Statistics) -> bool:
+    """Whether the job asks for no more rows than the statistics hold."""
+    tolerance = job.recipe.settings.tolerance
+    every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
+    if not tolerance or int(torch.bincount(statistics.row_task).max()) >= every:
+        return True
+    return max(error for entry in alphas.submodules for error in entry.stderr or (torch.inf,)) <= tolerance
 
 
 def used_rows(job: Job, statistics: Statistics) -> Job:
@@ -120,6 +128,13 @@ def statistics_metadata(job: Job) -> dict[str, str]:
 def statistics_fingerprint(job: Job) -> str:
     """Of everything that statistics depend on."""
     return fingerprint(statistics_identity(job.identity))
+
+
+def work_fingerprint(job: Job) -> str:
+    """Of unfinished work: what is computed, and by what; other versions or devices round otherwise."""
+    versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
+    plan = {"device": job.device.type, "batches": f"{BATCH_TOKENS} {PADDING} {HEAD_ELEMENTS}"}
+    return fingerprint({"statistics": statistics_fingerprint(job), **versions, **plan})
 
 
 def statistics_match(job: Job, statistics: Statistics) -> bool:

@@ -13,7 +13,7 @@ from mergekit_slta.errors import show
 
 TAG = "submodule_linear"
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
-_SECTION = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+_SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
 _MOST_FLAGS = 20
 _KINDS = {
     "model": "whole model",

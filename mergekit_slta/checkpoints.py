@@ -77,7 +77,9 @@ class Checkpoints:
 
     def place(self, tensor: Tensor, name: str, model: int) -> Tensor:
         """A raw tensor (or some of its rows) of model number `model`, cast, placed and checked for NaN and Inf."""
-        if self.device.type == "cuda":  # half the bytes on the bus, while the host goes on; cast over there
+        if (
+            self.device.type == "cuda" and tensor.device.type == "cpu"
+        ):  # half the bytes on the bus, while the host goes on; cast over there
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         placed = tensor.to(device=self.device, dtype=self.dtype)
         # A sum is finite only if every element is, and costs no mask; a sum that overflows is looked at twice.
@@ -85,11 +87,14 @@ class Checkpoints:
             raise ModelError(f"{show(name)} of {show(self.names[self.plan.models[model]])} holds NaN or Inf")
         return placed
 
-    def prefetch(self, names: Sequence[str]) -> None:
+    def prefetch(self, names: Sequence[str], models: Sequence[int] | None = None) -> None:
         """Ask the system to read the tensors' bytes from disk meanwhile, into its cache: costs no memory of ours."""
         if not hasattr(os, "posix_fadvise"):  # macOS, Windows
             return
-        for model, headers in self.plan.headers.items():
+        for number, model in enumerate(self.plan.models):
+            headers = self.plan.headers.get(model)
+            if headers is None or (models is not None and number not in models):
+                continue
             index = self.plan.loaders[model].index
             sources = [source for name in names if (source := self.plan.source_name(name, model)) in headers]
             for shard in {index.tensor_paths[source] for source in sources}:

@@ -48,6 +48,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 @add_merge_options
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
     """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
+    from mergekit_slta.calibration import statistics_fingerprint
     from mergekit_slta.distributed import joined, own_device
     from mergekit_slta.host import calibrate_to, help_calibrate
     from mergekit_slta.outfolder import ALPHAS_NAME
@@ -62,10 +63,12 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         read = read_recipe(load_config(recipe)[0])
         path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
         check_target(path)
-        job = prepare(read, merge_options, for_merge=False)
-        if not ranks.is_first:
-            help_calibrate(job, ranks)
+        if not ranks.is_first:  # after the first: whatever is downloaded or merged on disk is there by then
+            mark = ranks.agree(None)
+            help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
             return
+        job = prepare(read, merge_options, for_merge=False)
+        ranks.agree(statistics_fingerprint(job))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))
@@ -82,9 +85,11 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
     not read."""
     import mergekit.merge
 
+    from mergekit_slta.distributed import refuse_several
     from mergekit_slta.method import register, wrap_run_merge
     from mergekit_slta.recipe import load_config, read_recipe
 
+    refuse_several("merge")
     merge_options.apply_global_options()
     register()
     wrap_run_merge(mergekit.merge)
@@ -102,12 +107,14 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
 def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
     """Measure how linear the experts of RECIPE are: the whole model, its layers, attention and MLP blocks, heads."""
     from mergekit_slta.analysis import analyse, check_linearity_target, num_forwards
+    from mergekit_slta.distributed import refuse_several
     from mergekit_slta.outfolder import check_writable
     from mergekit_slta.preflight import prepare
     from mergekit_slta.recipe import load_config, read_recipe
     from mergekit_slta.scores import LINEARITY_NAME
     from mergekit_slta.summary import describe_linearity
 
+    refuse_several("linearity")
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
     path = Path(output or LINEARITY_NAME).absolute()

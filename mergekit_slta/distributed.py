@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -85,6 +86,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+LONGEST_WAIT = timedelta(days=7)
+"""For processes with more work: one that is gone closes its sockets and is noticed at once."""
+
+
+def refuse_several(command: str) -> None:
+    """For commands that only one process can run.
+
+    Raises:
+        RunError: there are several.
+    """
+    if is_launched():
+        raise RunError(f"`{command}` runs in one process: start it without torchrun; `calibrate` can share its work")
 
 
 def is_launched() -> bool:
@@ -103,7 +116,7 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes cannot be joined ({show(error)}): start them with torchrun") from error
     ranks = Ranks(dist.get_rank(), dist.get_world_size())

@@ -20,11 +20,13 @@ from mergekit.options import MergeOptions
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import (
     gather_statistics,
+    meets_tolerance,
     solve_job,
     statistics_fingerprint,
     statistics_match,
     statistics_metadata,
     used_rows,
+    work_fingerprint,
 )
 from mergekit_slta.costs import estimate
 from mergekit_slta.distributed import ALONE, Ranks
@@ -36,7 +38,9 @@ from mergekit_slta.method import ActiveMerge, active
 from mergekit_slta.outfolder import (
     ALPHAS_NAME,
     STATISTICS_NAME,
+    calibrating,
     check_output,
+    forget_calibration,
     free_bytes,
     pending,
     staged,
@@ -102,14 +106,15 @@ def _run(
     check_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     check_room(job, out)
-    places = [path] if named else [path, pending(out) / ALPHAS_NAME]
-    with unfinished(job, places[-1]) as records:
+    places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
+    own = places[0] if named else places[1]
+    with unfinished(job, own) as records:
         alphas, statistics = obtain(
             job, places, must_match=named is not None, verified=verify_residuals, records=records
         )
         if statistics is not None:
             write = write_results if named else save_results
-            write(alphas, statistics, places[-1])
+            write(alphas, statistics, own)
 
     config = recipe.config.model_copy(deep=True)
     config.parameters = {**(config.parameters or {}), "alphas": str(path)}
@@ -125,6 +130,7 @@ def _run(
             _untie_config(job, folder)
             if options.write_model_card:
                 add_section(folder)
+        forget_calibration(out)
         return result
     finally:
         forget_loaders(recipe.models)
@@ -145,14 +151,10 @@ def _untie_config(job: Job, out: Path) -> None:
 
 @contextmanager
 def unfinished(job: Job, path: Path) -> Iterator[Records]:
-    """Records of a calibration whose alphas go to `path`, for the next run if this one does not get to its end.
-
-    Raises:
-        OutputError: something else lies there.
-    """
-    records = Records(path.with_name(f".{path.name}.partial"), statistics_fingerprint(job))
-    yield records
-    records.remove()  # what they were kept for has been written
+    """Records of a calibration whose alphas go to `path`, for the next run if this one does not get to its end."""
+    with Records(path.with_name(f".{path.name}.partial"), work_fingerprint(job)) as records:
+        yield records
+        records.remove()  # what they were kept for has been written
 
 
 def obtain(
@@ -183,34 +185,44 @@ def obtain(
     """
 
     def gather() -> Statistics:
-        if records is None:
-            return gather_statistics(job)
-        with records.locked():
+        if records is not None:
+            records.open()
             if records.steps:
                 _say(job, f"Going on where an earlier run stopped: {len(records.steps)} steps are done")
-            ranks.agree(True)  # the others wait in `help_calibrate`
-            try:
-                return gather_statistics(job, records, ranks)
-            except ModelError:  # a second run would end there, too
+        ranks.agree(True)  # the others wait in `help_calibrate`
+        try:
+            return gather_statistics(job, records, ranks)
+        except ModelError:  # a second run would end there, too
+            if records is not None:
                 records.remove()
-                raise
+            raise
 
     alphas, statistics = _obtain(job, places, gather, must_match=must_match)
     fresh = statistics is not None and job.recipe.settings.inputs == "merged"
-    if (verified or fresh) and not is_verified(alphas):
-        if statistics is None:
-            statistics = _statistics_at(job, places[0]) or gather()
-        alphas = verify(job, alphas, statistics)
+    wanted = (verified or fresh) and not is_verified(alphas)
+    if wanted and statistics is None:
+        statistics = _statistics_at(job, places[0]) or gather()
     ranks.agree(False)
+    if wanted and statistics is not None:
+        alphas = verify(job, alphas, statistics)
     return alphas, statistics
 
 
-def help_calibrate(job: Job, ranks: Ranks) -> None:
+def help_calibrate(job: Job, ranks: Ranks, mark: str) -> None:
     """What processes other than the first do: their share of every calibration that the first one starts.
 
+    Args:
+        job: as this process sees it.
+        ranks: all processes.
+        mark: the fingerprint of the job as the first process sees it.
+
     Raises:
-        SltaError: their share failed, or another process is gone.
+        SltaError: their share failed, they see another job, or another process is gone.
     """
+    if statistics_fingerprint(job) != mark:
+        raise RunError(
+            f"process {ranks.rank} sees other models or data than the first one: give all the same files and versions"
+        )
     while ranks.agree(None):
         gather_statistics(job, None, ranks)
 
@@ -228,7 +240,9 @@ def _obtain(
         if statistics is not None:
             _say(job, f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
             statistics.metadata = statistics_metadata(used_rows(job, statistics))  # the weighing that is solved for now
-            return solve_job(job, statistics), statistics
+            solved = solve_job(job, statistics)
+            if meets_tolerance(job, solved, statistics):
+                return solved, statistics
     statistics = gather()
     return solve_job(job, statistics), statistics
 

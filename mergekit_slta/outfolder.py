@@ -6,6 +6,7 @@ and only a finished merge is moved out of it. A small record, `slta_merge.json`,
 this package has put there; any other weights are somebody's, refused, and never touched.
 
     OUT/.slta_merging/NAME/    being written; after a failure only what was calibrated stays, for the next run
+    OUT/.slta_calibrating/     what a merge calibrates before it writes; taken up by the next run if it is killed
     OUT/.slta_merged/NAME/     finished, being moved to OUT; a run that dies here is completed by the next one
 """
 
@@ -18,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 RECORD_NAME = "slta_merge.json"
 FORMAT = "mergekit-slta/merge"
-_MERGING, _MERGED = ".slta_merging", ".slta_merged"
+_MERGING, _MERGED, _CALIBRATING = ".slta_merging", ".slta_merged", ".slta_calibrating"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?$")
 _LAST = "config.json"
 """Removed first and written last: without it, transformers loads nothing from a folder that is being changed."""
@@ -173,6 +174,20 @@ def _keep_alphas_only(staging: Path, folder: Path) -> None:
 def pending(out: Path) -> Path:
     """Where a merge that failed or was killed has left its alphas and statistics."""
     return out / _MERGING / (Path(os.path.realpath(out)).name or "model")
+
+
+def calibrating(out: Path) -> Path:
+    """Where a merge calibrates before it takes the folder: apart from what another merge may be writing."""
+    return out / _CALIBRATING
+
+
+def forget_calibration(out: Path) -> None:
+    """The merge is done, and OUT holds what was calibrated. Another run's unfinished work is left alone."""
+    folder = calibrating(out)
+    for name in (ALPHAS_NAME, STATISTICS_NAME):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def finish(out: Path) -> None:

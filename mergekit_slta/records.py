@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,36 +28,56 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
+LOG = logging.getLogger(__name__)
 FORMAT = "mergekit-slta/records"
 _MARKER = "records.json"
+_OWN = re.compile(r"\.?(records\.json|[0-9a-f]{24}\.safetensors)(\..+)?|.*streams")
+"""Names of what is written here, temporary files included: anything else is somebody's."""
 
 
 class Records:
-    """Tensors by step, kept until `remove`.
+    """Tensors by step, kept until `remove`. A context; nothing on disk is looked at before `open`.
 
     Args:
-        folder: where they lie; made on first use. What is there for another fingerprint is removed.
-        fingerprint: of what is being computed.
-
-    Raises:
-        OutputError: something else lies there.
+        folder: where they lie; made on first use.
+        fingerprint: of what is being computed, and by what.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
         self._steps: dict[str, Path] = {}
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise OutputError(f"{show(folder)} is in the way of unfinished work: move it")
-        if not folder.is_dir():
+        self._lock = ExitStack()
+        self._is_open = False
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_open = False
+        self._lock.close()
+
+    def open(self) -> None:
+        """Take the folder for this process, and find what an earlier run of the same has left. Records of anything
+        else are removed.
+
+        Raises:
+            OutputError: another process works there, or something else lies there.
+        """
+        if self._is_open:
             return
-        found = self._marker()
-        if found is None and any(folder.iterdir()):
-            raise OutputError(f"{show(folder)} is in the way of unfinished work: move it")
-        if found != fingerprint:
-            shutil.rmtree(folder)
+        self._lock.enter_context(_locked(self.folder))
+        self._is_open = True
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+        if not self.folder.is_dir():
             return
-        for path in folder.glob("*.safetensors"):
+        if not all(_OWN.fullmatch(entry.name) for entry in self.folder.iterdir()):
+            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+        if self._marker() != self.fingerprint:
+            self.remove()
+            return
+        for path in self.folder.glob("*.safetensors"):
             try:
                 with safe_open(path, framework="pt") as file:
                     self._steps[(file.metadata() or {})["step"]] = path
@@ -63,14 +85,12 @@ class Records:
                 path.unlink(missing_ok=True)
 
     def _marker(self) -> str | None:
-        """The fingerprint of the folder; "" where its marker is damaged, None where there is none."""
+        """The fingerprint of the folder; None where its marker is missing or damaged."""
         try:
             content = json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError):
-            return ""
-        return str(content.get("fingerprint")) if isinstance(content, dict) else ""
+            return None
+        return str(content.get("fingerprint")) if isinstance(content, dict) else None
 
     @property
     def steps(self) -> frozenset[str]:
@@ -84,7 +104,7 @@ class Records:
 
     def put(self, step: str, tensors: Mapping[str, Tensor]) -> None:
         """Finish a step."""
-        self._open()
+        self._begin()
         path = self.folder / f"{hashlib.sha256(step.encode()).hexdigest()[:24]}.safetensors"
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(kept, temporary, metadata={"step": step}))
@@ -92,53 +112,60 @@ class Records:
 
     def subfolder(self, name: str) -> Path:
         """A folder for large intermediate files of one step."""
-        self._open()
+        self._begin()
         return self.folder / name
 
-    def _open(self) -> None:
+    def _begin(self) -> None:
         if not (self.folder / _MARKER).exists():
             write_text_atomically(
                 self.folder / _MARKER, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
             )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from working on the same; the system lets go with the process, however that ends.
-
-        Raises:
-            OutputError: another process does.
-        """
-        if fcntl is None:
-            yield
-            return
-        path = self.folder.with_name(self.folder.name + ".lock")
-        made = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = show(file.read(20).strip() or "unknown")
-                raise OutputError(
-                    f"another process ({holder}) is calibrating for {show(self.folder.parent)}: wait for it, or write "
-                    "somewhere else"
-                ) from error
-            except OSError:  # a file system without locks: better unguarded than never
-                pass
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # folders that hold something by now
-                    for folder in made:
-                        folder.rmdir()
-
     def remove(self) -> None:
-        """All is done, and written elsewhere."""
-        if self.folder.is_dir():
+        """All is done, and written elsewhere. The marker goes first: what is left by a kill is then no record."""
+        if self._is_open and self.folder.is_dir():
+            (self.folder / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         self._steps = {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from a folder; the system lets go with the process, however that ends.
+
+    Raises:
+        OutputError: another process has it, or the lock's file is a link.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder.with_name(folder.name + ".lock")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise OutputError(f"cannot write {show(path)}: {error.strerror}; choose another folder") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (path.exists() and os.path.samestat(os.fstat(handle), os.stat(path))):
+                raise BlockingIOError  # its holder has just finished, and removed it
+        except BlockingIOError as error:
+            holder = show(os.read(handle, 20).decode(errors="replace").strip() or "unknown")
+            raise OutputError(
+                f"another process ({holder}) works on {show(folder.parent)} already: wait for it, or write elsewhere"
+            ) from error
+        except OSError as error:  # a file system without locks: better unguarded than never
+            LOG.warning("%s cannot be locked (%s): let no other run write there meanwhile", show(path), error)
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # folders that hold something by now
+                for parent in made:
+                    parent.rmdir()
+    finally:
+        os.close(handle)

@@ -90,7 +90,7 @@ def _write_section(out: Path) -> Path:
         raise OutputError(f"{show(path)} is no plain file: put the model card in its place")
     alphas = Alphas.load(out / ALPHAS_NAME)
     figures = [(text, name) for name, text in _DESCRIPTIONS.items() if (out / name).is_file()]
-    card = path.read_text(encoding="utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
+    card = path.read_bytes().decode("utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
     try:
         metadata = dict((metadata_load(path) if path.exists() else None) or _fresh_metadata())
     except (ValueError, yaml.YAMLError) as error:
@@ -99,11 +99,14 @@ def _write_section(out: Path) -> Path:
         ) from error
     tags = metadata.get("tags") or []
     tags = list(tags) if isinstance(tags, list) else [tags]
-    metadata["tags"] = tags if TAG in tags else [*tags, TAG]
+    text = replace_section(card, section(alphas, figures, _scale(out)))
+    if path.exists() and text == card and TAG in tags:
+        return path
 
     def write(temporary: Path) -> None:
-        temporary.write_text(replace_section(card, section(alphas, figures, _scale(out))), encoding="utf-8")
-        metadata_save(temporary, metadata)
+        temporary.write_bytes(text.encode("utf-8"))
+        if TAG not in tags:  # else what others wrote into the front matter stays as they wrote it
+            metadata_save(temporary, {**metadata, "tags": [*tags, TAG]})
 
     write_atomically(path, write)
     return path

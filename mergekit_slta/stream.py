@@ -31,7 +31,9 @@ def stream(walk: Walk, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
     steps = [list(group) for _, group in groupby(submodules, key=lambda submodule: submodule.step)]
     for step, following in zip(steps, [*steps[1:], []], strict=True):
         if following and following[0].layer is not None:  # the head is read part by part
-            walk.checkpoints.prefetch([name for submodule in following for name in submodule.tensors])
+            names = [name for submodule in following for name in submodule.tensors]
+            base_only = following[0].step in walk.done and not walk.merged_inputs
+            walk.checkpoints.prefetch(names, [0] if base_only else None)
         kinds = {submodule.kind for submodule in step}
         if "model" in kinds:
             yield from ends.whole_model(walk, step[0])

@@ -6,9 +6,11 @@ turn, and a marker that is moved when a side is whole: whatever kills a run, the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +51,23 @@ class Streams:
             self._sides = [torch.empty((total, width), dtype=dtype, device="cpu")]
             return
         shape = (total, width * dtype.itemsize)
-        try:
-            self.depth = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["depth"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.depth = -1
+        layout = json.dumps([[repr(key), count] for key, count in tokens.items()] + [[width, str(dtype)]])
+        self._layout = hashlib.sha256(layout.encode()).hexdigest()
+        paths = [folder / f"side{side}.bin" for side in (0, 1)]
+        size = shape[0] * shape[1]
+        if all(path.is_file() and path.stat().st_size == size for path in paths):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+                if marker["layout"] == self._layout:
+                    self.depth = int(marker["depth"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._files = [_mapped(folder / f"side{side}.bin", shape) for side in (0, 1)]
+            if self.depth < 0:
+                (folder / _MARKER).unlink(missing_ok=True)
+            self._files = [_mapped(path, shape) for path in paths]
         except OSError as error:
-            size = 2 * total * width * dtype.itemsize / 2**30
             raise OutputError(
-                f"cannot keep {size:.1f} GiB of features in {show(folder)} ({error.strerror or error}): "
+                f"cannot keep {2 * size / 2**30:.1f} GiB of features in {show(folder)} ({error.strerror or error}): "
                 "free some room, or use fewer rows"
             ) from error
         self._sides = [torch.from_numpy(file).view(dtype) for file in self._files]
@@ -76,7 +84,7 @@ class Streams:
         """All features have passed one layer more."""
         if self._folder is not None:
             self._files[(self.depth + 1) % 2].flush()
-            write_text_atomically(self._folder / _MARKER, json.dumps({"depth": self.depth + 1}))
+            write_text_atomically(self._folder / _MARKER, json.dumps({"depth": self.depth + 1, "layout": self._layout}))
         self.depth += 1
 
 

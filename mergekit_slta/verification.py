@@ -9,6 +9,8 @@ merged submodules before it, now with all alphas final.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mergekit_slta.alphas import Alphas, pieces_of
@@ -16,6 +18,7 @@ from mergekit_slta.assembly import layout_of
 from mergekit_slta.batches import BATCH_TOKENS, plan_packs, plan_task_batches
 from mergekit_slta.calibration import used_rows
 from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.errors import RunError, show
 from mergekit_slta.gathering import canonical_rows, merge_with
 from mergekit_slta.gram import Statistics
 from mergekit_slta.preflight import Job
@@ -85,6 +88,11 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
             importance=importance,
             balance=settings.balance,
         )
+        if not math.isfinite(measured):
+            raise RunError(
+                f"the merged features behind {show(entry.name)} hold NaN or Inf: use `compute_dtype: float32`, "
+                "or a `ridge`"
+            )
         flags = [flag for flag in entry.flags if flag != FLAG]
         flags += [FLAG] * (abs(measured - entry.residual) > TOLERANCE)
         entries.append(entry.model_copy(update={"residual_measured": measured, "flags": tuple(flags)}))

@@ -105,6 +105,22 @@ def test_what_others_wrote_stays(merged, tmp_path):
     assert ModelCard.load(out / "README.md").data.license == "apache-2.0"
 
 
+def test_bytes_of_others_stay(merged, tmp_path):
+    """Comments and numbers of the front matter, line ends, and text behind a marker that lost its end."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    front = "---\r\nlicense: mit # mine\r\nversion: 1.10\r\ntags: [submodule_linear]\r\n---\r\n"
+    (out / "README.md").write_bytes(f"{front}{START}\r\nold\r\n\r\nmy own text\r\n".encode())
+    for _ in range(2):
+        assert slta("report", out).exit_code == 0
+        text = (out / "README.md").read_bytes().decode()
+        assert text.startswith(front)
+        assert "my own text\r\n" in text
+        assert text.count(END) == 1
+
+
 def test_no_card_where_none_is_wanted(make_models, tmp_path):
     """--no-write-model-card: no README, no figures; `report OUT` adds both later, with front matter."""
     models = make_models("llama")

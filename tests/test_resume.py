@@ -114,13 +114,13 @@ def test_a_killed_merge_goes_on(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Records, "put", stopping)
     assert mergekit_yaml(recipe, tmp_path / "b", "--quiet").exit_code != 0
-    assert os.listdir(tmp_path / "b") == [".slta_merging"]
+    assert os.listdir(tmp_path / "b") == [".slta_calibrating"]
     result = mergekit_yaml(recipe, tmp_path / "b")
     assert result.exit_code == 0, result.output
     assert "3 steps are done" in result.output
     assert len(set(finished)) == len(finished)
     assert both(tmp_path / "b") == both(tmp_path / "a")
-    assert not (tmp_path / "b" / ".slta_merging").exists()
+    assert not [name for name in os.listdir(tmp_path / "b") if name.startswith(".")]
 
 
 def test_a_changed_recipe_starts_anew(tiny, tmp_path, monkeypatch):
