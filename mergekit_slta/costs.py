@@ -26,8 +26,12 @@ class Costs:
     written_bytes: int
 
 
-KEPT_BY_ALLOCATOR = 1.3
-"""Anonymous memory over what is in use: malloc keeps freed blocks for the next tensors of their size."""
+LARGE_BLOCK = 32 * 2**20
+"""Bytes from which malloc maps a block by itself, and gives it back at once."""
+_KEPT = {"head_mlp": 2.6, "linear": 2.6}
+"""granularity -> anonymous memory over what is in use, where blocks are smaller than that: malloc keeps them for the next
+tensors of their size. As measured by `examples/benchmarks`; outputs of many sizes leave more behind."""
+_KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.3
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 
@@ -76,7 +80,8 @@ def estimate(job: Job) -> Costs:
     if out and written:
         bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
         written = sum(sizes.values()) * bits // 8
-    peak = int((hidden + max(in_layer, in_head, in_embed)) * KEPT_BY_ALLOCATOR)
+    kept = _KEPT.get(job.recipe.settings.granularity, _KEPT_OTHERWISE) if largest < LARGE_BLOCK else _KEPT_LARGE
+    peak = int((hidden + max(in_layer, in_head, in_embed)) * kept)
     return Costs(flops, total_bytes(job.plan), peak, largest, written)
 
 

@@ -27,7 +27,8 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.settings.model_dump() == {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "ridge": 0.0, "compute_dtype": "float32", "alphas": None,
+        "inputs": "base", "objective": "features", "ridge": 0.0, "tolerance": 0.0, "compute_dtype": "float32",
+        "alphas": None,
     }  # fmt: skip
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
