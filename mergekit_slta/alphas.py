@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mergekit_slta.documents import Kind, read_document
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files import write_text_atomically
 
@@ -23,6 +24,15 @@ FORMAT = "mergekit-slta/alphas"
 VERSION = 1
 LARGEST_BYTES = 256 * 2**20
 """A file larger than this is none of ours: 100 layers x 100 heads x 10 experts stay far below."""
+KIND = Kind(
+    noun="alphas file",
+    article="an",
+    format=FORMAT,
+    version=VERSION,
+    largest_bytes=LARGEST_BYTES,
+    command="mergekit-slta calibrate",
+    remedy="name the file that `mergekit-slta calibrate` wrote, or remove it to calibrate again",
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -166,30 +176,7 @@ class Alphas(BaseModel):
         Raises:
             AlphasError: it is missing, unreadable, too large, not JSON, of another format or version, or inconsistent.
         """
-        remedy = "name the file that `mergekit-slta calibrate` wrote, or remove it to calibrate again"
-        try:
-            if not os.path.isfile(path):
-                raise AlphasError(f"there is no alphas file {show(path)}: {remedy}")
-            if os.path.getsize(path) > LARGEST_BYTES:
-                raise AlphasError(
-                    f"{show(path)} is larger than {LARGEST_BYTES >> 20} MiB, hence no alphas file: {remedy}"
-                )
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise AlphasError(f"cannot read the alphas file {show(path)} ({show(error)}): {remedy}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise AlphasError(f"{show(path)} is not an alphas file: {remedy}")
-        if content.get("version") != VERSION:
-            raise AlphasError(
-                f"{show(path)} is an alphas file of version {show(content.get('version'))}, this release reads version "
-                f"{VERSION}: calibrate again"
-            )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(str(part) for part in problem["loc"])
-            raise AlphasError(f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {remedy}") from error
+        return read_document(path, cls, KIND)
 
 
 def is_alphas_file(path: str | os.PathLike[str]) -> bool:

@@ -23,15 +23,15 @@ from mergekit_slta.batches import plan_packs, plan_task_batches
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
 from mergekit_slta.identity import SOLVE_ONLY, fingerprint
-from mergekit_slta.linearity import PAIR_GRID, STEPS, TRIPLE_GRID, Grid, Point, Products, RowMeasures
-from mergekit_slta.measures import Measures
+from mergekit_slta.linearity import PAIR_GRID, STEPS, TRIPLE_GRID, Grid
+from mergekit_slta.observation import Observation
 from mergekit_slta.preflight import Job, check_rows
 from mergekit_slta.progress import Progress, advice_on_memory
 from mergekit_slta.records import Records
 from mergekit_slta.scores import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule, split
-from mergekit_slta.walk import HEAD_ELEMENTS, Evaluation, Walk
+from mergekit_slta.walk import HEAD_ELEMENTS, Walk
 
 LOG = logging.getLogger(__name__)
 BATCH_TOKENS = 512
@@ -172,12 +172,12 @@ def _walk(
             head_elements=HEAD_ELEMENTS // 2,
             announce=progress.announce,
         )
-        step = _Step(rows, grids)
+        step = Observation(rows.task, grids)
         for evaluation in stream(walk, submodules):
-            if evaluation.submodule.step != step.name:
+            if evaluation.submodule.step != step.step:
                 _finish(step, level, records)
-                step = _Step(rows, grids, evaluation.submodule.step)
-            progress.at(f"{level}/{step.name}")
+                step = Observation(rows.task, grids, evaluation.submodule.step)
+            progress.at(f"{level}/{step.step}")
             step.add(evaluation)
             del evaluation
         _finish(step, level, records)
@@ -188,85 +188,9 @@ def _walk(
                                      if key.rpartition("|")[0] == submodule.name})  # fmt: skip
 
 
-def _finish(step: _Step, level: str, records: Records) -> None:
-    if step.name:
-        records.put(f"{level}/{step.name}", step.measures())
-
-
-class _Step:
-    """What is gathered of the submodules of one step: products per row, and the most likely tokens."""
-
-    def __init__(self, rows: _Rows, grids: Sequence[Grid], name: str = "") -> None:
-        self.name = name
-        self._rows = rows
-        self._grids = grids
-        self._products: dict[str, dict[int, Products]] = {}
-        self._best: dict[tuple[int, Point], tuple[Tensor, Tensor]] = {}
-        self._seen: dict[int, int] = {}
-        self._predicted: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
-
-    def add(self, evaluation: Evaluation) -> None:
-        """Evaluate a submodule (or a part of the vocabulary) at every point of its batch's grid."""
-        grid = self._grids[evaluation.batch]
-        products = self._products.setdefault(evaluation.submodule.name, {})
-        lengths = list(evaluation.lengths)
-        predicts = evaluation.submodule.kind in ("model", "head")
-        base = evaluation.base
-
-        def change(point: Point) -> Tensor:
-            features = evaluation.at(point)
-            if predicts:
-                self._keep_best(evaluation.batch, point, features)
-            return (features - base).flatten(1).to(torch.float64)
-
-        anchors = torch.stack([change(point) for point in grid.anchors])  # [K, N, d]
-        parts = [part.flatten(1) for part in anchors.split(lengths, dim=1)]  # per row [K, n d]
-        for row, part in zip(evaluation.rows, parts, strict=True):
-            products.setdefault(row, Products.zeros(grid)).add_anchors(part)
-        for place, point in enumerate(grid.mixed):
-            for row, part, mixed in zip(evaluation.rows, parts, change(point).split(lengths), strict=True):
-                products[row].add_mixed(place, mixed.flatten(), part)
-        if predicts:
-            self._seen[evaluation.batch] = self._seen.get(evaluation.batch, 0) + base.shape[-1]
-            self._predicted[evaluation.batch] = evaluation.rows, lengths
-
-    def _keep_best(self, batch: int, point: Point, logits: Tensor) -> None:
-        value, place = logits.max(-1)  # [tokens]
-        place = place + self._seen.get(batch, 0)
-        if (batch, point) in self._best:
-            before, other = self._best[batch, point]
-            value, place = torch.maximum(value, before), torch.where(value > before, place, other)
-        self._best[batch, point] = value, place
-
-    def _disagreement(self) -> dict[int, Tensor]:
-        """row -> [C]: the share of tokens on which a mixed point and the own expert at its weight disagree."""
-        shares = {}
-        for batch, (rows, lengths) in self._predicted.items():
-            grid = self._grids[batch]
-            parts = torch.zeros((len(grid.mixed), len(rows)), dtype=torch.float64)
-            for place, point in enumerate(grid.mixed):
-                apart = self._best[batch, point][1] != self._best[batch, grid.alone(point)][1]
-                parts[place] = torch.stack([part.double().mean() for part in apart.cpu().split(list(lengths))])
-            shares |= zip(rows, parts.T, strict=True)
-        return shares
-
-    def measures(self) -> dict[str, Tensor]:
-        """`name|field` -> what the rows say together."""
-        found = {}
-        for name, products in self._products.items():
-            rows = [
-                (self._rows.task[row], RowMeasures.of(products[row], Grid(self._rows.task[row], self._num_models)))
-                for row in sorted(products)
-            ]
-            shares = self._disagreement()
-            apart = [shares[row] for row in sorted(products)] if shares else None
-            measures = Measures.of(rows, self._num_models, apart)
-            found |= {f"{name}|{field}": value for field, value in vars(measures).items()}
-        return found
-
-    @property
-    def _num_models(self) -> int:
-        return self._grids[0].num_models
+def _finish(step: Observation, level: str, records: Records) -> None:
+    if step.step:
+        records.put(f"{level}/{step.step}", step.measures())
 
 
 def _entry(submodule: Submodule, found: dict[str, Tensor]) -> SubmoduleLinearity:

@@ -7,6 +7,8 @@ name), so that the order of the recipe's models does not move a digit; the file 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from dataclasses import replace
 from importlib.metadata import version
@@ -29,6 +31,7 @@ from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.records import Records
 from mergekit_slta.walk import HEAD_ELEMENTS
 
+LOG = logging.getLogger(__name__)
 FIRST_ROWS = 3
 """Rows of each task with which a `tolerance` begins; the paper's Table 11 finds these almost enough."""
 
@@ -94,19 +97,31 @@ def _gather_until(job: Job, records: Records | None, ranks: Ranks) -> Statistics
         rows = canonical_rows(job, start, stop)
         parts.append(gather(job, *rows, records=records, ranks=ranks, label=f"{stop} rows/"))
         statistics = Statistics.join(parts)
-        enough = meets_tolerance(job, solve_job(job, statistics), statistics)
-        if ranks.agree(enough):
+        alphas = solve_job(job, statistics)
+        if ranks.agree(meets_tolerance(job, alphas, statistics)):
+            error = _largest_error(alphas)
+            LOG.info("%d rows of each task: the largest standard error is %.3g", stop, error)
+            if error > job.recipe.settings.tolerance:
+                LOG.warning(
+                    "all %d rows of each task leave a standard error of %.3g, above the `tolerance` %g: "
+                    "raise `num_samples`, or add a `ridge`", stop, error, job.recipe.settings.tolerance,
+                )  # fmt: skip
             return statistics
         start, stop = stop, min(2 * stop, every)
 
 
 def meets_tolerance(job: Job, alphas: Alphas, statistics: Statistics) -> bool:
-    """Whether the job asks for no more rows than the statistics hold."""
+    """Whether the job asks for no more rows than the statistics hold: the weights are known well enough, or there are
+    no more rows."""
     tolerance = job.recipe.settings.tolerance
-    every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
-    if not tolerance or int(torch.bincount(statistics.row_task).max()) >= every:
+    if not tolerance or _largest_error(alphas) <= tolerance:
         return True
-    return max(error for entry in alphas.submodules for error in entry.stderr or (torch.inf,)) <= tolerance
+    every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
+    return int(torch.bincount(statistics.row_task).max()) >= every
+
+
+def _largest_error(alphas: Alphas) -> float:
+    return max(error for entry in alphas.submodules for error in entry.stderr or (math.inf,))
 
 
 def used_rows(job: Job, statistics: Statistics) -> Job:

@@ -39,13 +39,13 @@ def replace_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
 
 
-def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float = 1.0) -> str:
+def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0) -> str:
     """The section, between its two markers.
 
     Args:
         alphas: what the model was merged with.
         figures: description and file name (beside the card) of each figure.
-        scale: the recipe's `lambda`, which multiplies every weight.
+        scale: the recipe's `lambda`, which multiplies every weight; None where it differs between tensors.
     """
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     parts = [
@@ -58,7 +58,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float = 1
         f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
         f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
         f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
-        *([f"All weights below were multiplied by `lambda` = {scale:g} in the merge."] if scale != 1.0 else []),
+        *([_scaled(scale)] if scale != 1.0 else []),
         "### Calibration",
         _calibration(alphas),
         "### Weights",
@@ -72,6 +72,11 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float = 1
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _scaled(scale: float | None) -> str:
+    factor = "the recipe's `lambda`, which differs between tensors," if scale is None else f"`lambda` = {scale:g}"
+    return f"All weights below were multiplied by {factor} in the merge."
 
 
 def code(value: object) -> str:

@@ -28,10 +28,10 @@ class Costs:
 
 LARGE_BLOCK = 32 * 2**20
 """Bytes from which malloc maps a block by itself, and gives it back at once."""
-_KEPT = {"head_mlp": 2.6, "linear": 2.6}
+_KEPT = {"head_mlp": 3.6, "linear": 2.6}
 """granularity -> anonymous memory over what is in use, where blocks are smaller than that: malloc keeps them for the
 next tensors of their size. As measured by `examples/benchmarks`; outputs of many sizes leave more behind."""
-_KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.3
+_KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.5
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 

@@ -112,14 +112,14 @@ def _write_section(out: Path) -> Path:
     return path
 
 
-def _scale(out: Path) -> float:
-    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none."""
+def _scale(out: Path) -> float | None:
+    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none, None where it differs
+    between tensors."""
     recipe = out / MERGED_RECIPE
     if not recipe.is_file():
         return 1.0
-    parameters = load_config(recipe)[0].parameters or {}
-    found = parameters.get("lambda", 1.0)
-    return float(found) if isinstance(found, (int, float)) else 1.0
+    found = (load_config(recipe)[0].parameters or {}).get("lambda", 1.0)
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _fresh_metadata() -> dict[str, object]:

@@ -13,15 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.documents import Kind, read_document
+from mergekit_slta.errors import AlphasError
 from mergekit_slta.files import write_text_atomically
 
 FORMAT = "mergekit-slta/linearity"
 VERSION = 1
 LINEARITY_NAME = "slta_linearity.json"
-LARGEST_BYTES = 1024 * 2**20
+KIND = Kind(
+    noun="linearity file",
+    article="a",
+    format=FORMAT,
+    version=VERSION,
+    largest_bytes=1024 * 2**20,
+    command="mergekit-slta linearity",
+    remedy="name the file that `mergekit-slta linearity` wrote",
+)
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
 Vector = tuple[Number, ...]
@@ -177,23 +186,7 @@ class Linearity(BaseModel):
         Raises:
             AlphasError: it is missing, unreadable, too large, or not such a file.
         """
-        remedy = "name the file that `mergekit-slta linearity` wrote"
-        try:
-            if not os.path.isfile(path):
-                raise AlphasError(f"there is no linearity file {show(path)}: {remedy}")
-            if os.path.getsize(path) > LARGEST_BYTES:
-                raise AlphasError(f"{show(path)} is too large for a linearity file: {remedy}")
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise AlphasError(f"cannot read the linearity file {show(path)} ({show(error)}): {remedy}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-            raise AlphasError(f"{show(path)} is no linearity file of version {VERSION}: {remedy}")
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(str(part) for part in problem["loc"])
-            raise AlphasError(f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {remedy}") from error
+        return read_document(path, cls, KIND)
 
 
 def is_linearity_file(path: str | os.PathLike[str]) -> bool:

@@ -274,3 +274,26 @@ def test_finished_is_not_repeated_and_others_are_not_reused(measured, tmp_path):
     none = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "x.json", "--rows", "0")
     assert none.exit_code == 2
     assert "at least 1 row" in none.output
+
+
+def test_two_at_once_are_refused(measured, tmp_path):
+    """They would share the features between two layers; nor does it run under torchrun."""
+    models, *_ = measured
+    recipe = models.recipe(num_samples=1, max_seq_length=8)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    other = Records(tmp_path / ".linearity.json.partial", "another run")
+    with other:
+        other.open()
+        result = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "linearity.json", "--quiet")
+    assert result.exit_code == 2
+    assert f"another process ({os.getpid()})" in result.output
+
+
+@pytest.mark.parametrize("command", [["linearity", "recipe.yml"], ["merge", "recipe.yml", "out"]])
+def test_one_process_commands_say_so(monkeypatch, command):
+    """Several processes that all write the same files would spoil them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = slta(*command)
+    assert result.exit_code == 1
+    assert "start it without torchrun" in result.output

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 FLOORS = [
     {"errors", "_autoload"},
-    {"files"},
+    {"files", "documents"},
     {"gram", "solve", "linearity", "records", "scores", "alphas", "identity", "outfolder", "distributed", "drawing"},
     {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
     {"adapters", "depth"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"samples", "plan", "skeleton", "export"},
     {"checkpoints", "fingerprint", "streams"},
     {"walk"},
-    {"ends", "layers"},
+    {"ends", "layers", "observation"},
     {"stream"},
     {"preflight"},
     {"assembly", "costs", "results"},

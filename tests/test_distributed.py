@@ -17,9 +17,15 @@ import yaml
 from conftest import WORDS, slta
 from hypothesis import given
 from hypothesis import strategies as st
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.distributed import Ranks, own_device
+from mergekit_slta.errors import RunError
+from mergekit_slta.host import help_calibrate
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import read_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -116,3 +122,10 @@ def test_each_process_has_its_accelerator(monkeypatch):
     assert own_device("cuda:0") == "cuda:0"
     assert own_device("cpu") == "cpu"
     assert own_device(None) is None
+
+
+def test_processes_that_see_other_files_are_refused(tiny):
+    """Matrices of other rows or models would add up to nonsense."""
+    job = prepare(read_recipe(MergeConfiguration.model_validate(tiny.recipe(2))), MergeOptions(quiet=True))
+    with pytest.raises(RunError, match="process 1 sees other models or data"):
+        help_calibrate(job, Ranks(1, 2), "another fingerprint")

@@ -207,6 +207,10 @@ def test_lambda_is_told(merged, tmp_path):
     (out / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
     assert slta("report", out).exit_code == 0
     assert "multiplied by `lambda` = 0.8" in (out / "README.md").read_text()
+    recipe["parameters"]["lambda"] = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
+    (out / "mergekit_config.yml").write_text(yaml.safe_dump(recipe))
+    assert slta("report", out).exit_code == 0
+    assert "`lambda`, which differs between tensors, in the merge" in (out / "README.md").read_text()
 
 
 def test_section_is_replaced_in_place():

@@ -90,3 +90,34 @@ def test_used_rows_are_the_first(tiny):
     job = job_of(tiny.recipe(2, num_samples=8, tolerance=10.0))
     cut = used_rows(job, gather_statistics(job))
     assert [drawn.rows for drawn in cut.rows] == [drawn.rows[:3] for drawn in job.rows]
+
+
+def test_a_tolerance_that_is_not_met_is_said(tiny, options, caplog):
+    """All rows, and a line with the error that is left and what to do."""
+    calibrate(tiny.recipe(2, num_samples=4, tolerance=1e-12), options)
+    assert "all 4 rows of each task leave a standard error of" in caplog.text
+    assert "raise `num_samples`" in caplog.text
+
+
+def test_solving_again_asks_for_more_rows_where_it_has_to(tiny, tmp_path):
+    """Statistics of few rows serve another `ridge` only as far as that is known within the tolerance, too."""
+    recipe = tiny.recipe(2, num_samples=12, tolerance=0.0)
+    path, target = tmp_path / "recipe.yml", tmp_path / "slta_alphas.json"
+
+    def errors(rows: int) -> float:
+        probe = {**recipe, "parameters": {**recipe["parameters"], "num_samples": rows}}
+        alphas = calibrate(probe, MergeOptions(quiet=True))
+        return max(max(entry.stderr) for entry in alphas.submodules)
+
+    tight = errors(3)
+    recipe["parameters"] |= {"tolerance": tight * 1.01, "ridge": 100.0}  # a ridge that leaves nothing to vary
+    path.write_text(yaml.safe_dump(recipe))
+    assert slta("calibrate", path, "-o", target, "--quiet").exit_code == 0
+    assert len(Alphas.load(target).calibration["tasks"][0]["rows"]) == 3
+    recipe["parameters"] |= {"ridge": 0.0}
+    recipe["models"][0]["parameters"]["importance"] = 50.0
+    path.write_text(yaml.safe_dump(recipe))
+    assert slta("calibrate", path, "-o", target, "--quiet").exit_code == 0
+    alphas = Alphas.load(target)
+    largest = max(max(entry.stderr) for entry in alphas.submodules)
+    assert largest <= tight * 1.01 or len(alphas.calibration["tasks"][0]["rows"]) == 12

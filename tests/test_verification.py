@@ -15,6 +15,7 @@ from reference import load, row_deltas
 
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.errors import RunError
 from mergekit_slta.preflight import prepare
 from mergekit_slta.recipe import read_recipe
 from mergekit_slta.solve import measured_residual
@@ -165,3 +166,13 @@ def test_rows_are_needed_to_verify(make_models, tmp_path):
     assert result.exit_code == 2
     assert "has no `dataset`" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_features_without_end_are_named(tiny):
+    """A residual of NaN or Inf is an error that says where, not a file that cannot be written."""
+    job = job_of(tiny.recipe(2, granularity="layer", num_samples=2))
+    statistics = gather_statistics(job)
+    alphas = solve_job(job, statistics)
+    huge = [entry.model_copy(update={"alpha": (1e38, 1e38)}) for entry in alphas.submodules]
+    with pytest.raises(RunError, match="merged features behind .* hold NaN or Inf"):
+        verify(job, alphas.model_copy(update={"submodules": tuple(huge)}), statistics)
