@@ -71,6 +71,7 @@ def main(ctx: click.Context) -> None:
 )
 @click.option("--balance/--no-balance", default=None, help="Per-sample balancing  [default: as calibrated]")
 @click.option("--rows", type=int, help="Use the first so many rows of each task  [default: all]")
+@click.option("--without", metavar="MODEL", multiple=True, help="Leave an expert and its task out; may be repeated")
 def solve(
     stats: Path,
     output: Path | None,
@@ -78,6 +79,7 @@ def solve(
     importances: tuple[str, ...],
     balance: bool | None,
     rows: int | None,
+    without: tuple[str, ...],
 ) -> None:
     """Solve the statistics in STATS (slta_stats.safetensors) again, with other settings; touches no model."""
     from mergekit_slta.alphas import is_alphas_file
@@ -94,7 +96,12 @@ def solve(
     if path.exists() and not is_alphas_file(path):
         raise OutputError(f"{show(path)} is not an alphas file, and would be overwritten: name another file with -o")
     alphas = solve_again(
-        Statistics.load(stats), ridge=ridge, importance=parse_importance(importances), balance=balance, rows=rows
+        Statistics.load(stats),
+        ridge=ridge,
+        importance=parse_importance(importances),
+        balance=balance,
+        rows=rows,
+        without=without,
     )
     alphas.save(path)
     click.echo(describe_alphas(alphas))

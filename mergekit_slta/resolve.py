@@ -63,6 +63,7 @@ def solve_again(
     importance: Mapping[str, float] | None = None,
     balance: bool | None = None,
     rows: int | None = None,
+    without: Sequence[str] = (),
 ) -> Alphas:
     """New alphas from saved statistics. What is not given stays as it was calibrated.
 
@@ -72,20 +73,25 @@ def solve_again(
         importance: w_t by model; a model is named as in the recipe, or by the last part of its path.
         balance: Eq. 33-34 or Eq. 14.
         rows: only the first so many rows of each task: what a calibration with `num_samples: rows` gives.
+        without: experts to leave out with their tasks, named as in `importance`: what a calibration of the others gives.
 
     Raises:
         AlphasError: the statistics carry no layout, or one that does not fit them.
-        RecipeError: a value out of range, a model that is not there, more rows than were calibrated, or a change that
-            the statistics themselves depend on.
+        RecipeError: a value out of range, a model that is not there, no model left, more rows than were calibrated, or
+            a change that the statistics themselves depend on.
     """
     layout = read_layout(statistics)
+    if without:
+        _refuse_merged_inputs(layout, ["models"])
+        dropped = {_model(given, layout["models"], "--without") for given in without}
+        statistics, layout = _other_models(statistics, layout, dropped)
     recorded = _recorded(layout)
     names = layout["models"]
     weights = dict(zip(names, recorded["importance"], strict=True))
     for given, weight in (importance or {}).items():
         if not (math.isfinite(weight) and weight > 0):
             raise RecipeError(f"`importance` of {show(given)} is {show(weight)}: give a positive number")
-        weights[_model(given, names)] = weight
+        weights[_model(given, names, "`importance`")] = weight
     if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
         raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more")
     chosen = {
@@ -98,11 +104,7 @@ def solve_again(
         fewer = first_rows_layout(layout, rows)
         changed += ["num_samples"] * (_row_counts(fewer) != _row_counts(layout))
         layout, statistics = fewer, first_rows(statistics, rows)
-    if changed and layout["calibration"].get("inputs", "base") != "base":
-        raise RecipeError(
-            f"with `inputs: {show(layout['calibration']['inputs'])}` the features themselves depend on "
-            f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
-        )
+    _refuse_merged_inputs(layout, changed)
     try:
         return assemble(statistics, layout, **chosen)
     except ValidationError as error:
@@ -152,14 +154,46 @@ def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
         raise _unfit(str(error)) from error
 
 
-def _model(given: str, names: Sequence[str]) -> str:
+def _refuse_merged_inputs(layout: Mapping[str, Any], changed: Sequence[str]) -> None:
+    if changed and layout["calibration"].get("inputs", "base") != "base":
+        raise RecipeError(
+            f"with `inputs: {show(layout['calibration']['inputs'])}` the features themselves depend on "
+            f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
+        )
+
+
+def _other_models(
+    statistics: Statistics, layout: Mapping[str, Any], dropped: set[str]
+) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics and layout as if some experts had never been calibrated.
+
+    With the base's inputs nothing that an expert brings depends on the others: its rows, and the rows and columns of
+    every Gram matrix, are left out.
+    """
+    kept = [place for place, name in enumerate(layout["canonical"]) if name not in dropped]
+    if not kept:
+        raise RecipeError(f"--without leaves out all of {listing(layout['models'])}: keep one of them")
+    own = torch.isin(statistics.row_task, torch.tensor(kept))
+    renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
+    grams = {name: gram[own][:, kept][:, :, kept] for name, gram in statistics.grams.items()}
+    fewer: dict[str, Any] = copy.deepcopy(dict(layout))
+    for key in ("models", "canonical"):
+        fewer[key] = [name for name in layout[key] if name not in dropped]
+    tasks = fewer["calibration"]["tasks"]
+    fewer["calibration"]["tasks"] = [task for task in tasks if task["model"] not in dropped]
+    for label in [f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped]:
+        fewer["identity"].pop(label, None)
+    return Statistics(renumbered[statistics.row_task[own]], len(kept), grams), fewer
+
+
+def _model(given: str, names: Sequence[str], option: str) -> str:
     if given in names:
         return given
     short = [name for name in names if os.path.basename(name.rstrip("/")) == given]
     if len(short) == 1:
         return short[0]
     reason = "names several models" if short else "is none of the models"
-    raise RecipeError(f"`importance`: {show(given)} {reason}: name one of {listing(names)}")
+    raise RecipeError(f"{option}: {show(given)} {reason}: name one of {listing(names)}")
 
 
 def parse_importance(texts: Iterable[str]) -> dict[str, float]:

@@ -104,6 +104,21 @@ def test_first_rows_equal_a_smaller_calibration(tiny, stats, tmp_path, count):
     assert [task["rows"] for task in ours.calibration["tasks"]] == [task["rows"] for task in fresh.calibration["tasks"]]
 
 
+@pytest.mark.parametrize("dropped", [["expert1"], ["expert3", "expert1"]])
+def test_fewer_experts_equal_a_calibration_of_the_others(tiny, stats, tmp_path, dropped):
+    """`--without` gives the alphas, and the file, of a recipe that never had those experts."""
+    recipe = reversed_names(tiny.recipe(ridge=0.02))
+    recipe["models"][0]["parameters"]["importance"] = 2.0
+    recipe["models"] = [entry for entry in recipe["models"] if Path(entry["model"]).name not in dropped]
+    result = slta("solve", stats, *(part for name in dropped for part in ("--without", name)))
+    assert result.exit_code == 0, result.output
+    ours = Alphas.load(stats.with_name("slta_alphas.json"))
+    fresh = Alphas.load(calibrated(recipe, tmp_path / "fresh").with_name("slta_alphas.json"))
+    assert_same_alphas(ours, fresh, 1e-6)
+    assert ours.provenance == fresh.provenance
+    assert ours.calibration == fresh.calibration
+
+
 def test_fewer_rows_are_said_and_never_taken_by_accident(tiny, stats, tmp_path):
     """No hash or token count of rows that are gone; the fingerprint is that of no calibration.
 
@@ -209,6 +224,8 @@ BAD_OPTIONS = {
     "negative ridge": (["--ridge", "-0.1"], "`ridge` is -0.1"),
     "ridge that is none": (["--ridge", "nan"], "`ridge` is nan"),
     "no rows": (["--rows", "0"], "--rows is 0"),
+    "no expert": ([f"--without=expert{number}" for number in (1, 2, 3)], "--without leaves out all of"),
+    "unknown expert": (["--without", "expert9"], "--without: expert9 is none of the models"),
     "too many rows": (["--rows", "7"], "the statistics hold up to 6 rows of each task"),
 }
 

@@ -1,0 +1,116 @@
+"""Base model, data and one fully fine-tuned expert per task: everything that the experiments merge."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from five_tasks import TASKS, general_text
+from shared import (
+    completed_directory,
+    load_model,
+    load_tokenizer,
+    make_base,
+    read_rows,
+    save_checkpoint,
+    train,
+    write_json,
+    write_rows,
+)
+
+SEED = 20251
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: rows per task, steps of training, calibration rows and seeds."""
+
+    train_rows: int = 500
+    test_rows: int = 40
+    general_passages: int = 20
+    steps: int = 100
+    batch_tokens: int = 800
+    learning_rate: float = 1e-4
+    calibration_rows: int = 30
+    seeds: tuple[int, ...] = (42, 43, 44)
+    row_counts: tuple[int, ...] = (1, 3, 10, 30, 50)
+    generated_tokens: int = 80
+
+
+QUICK = Sizes(
+    train_rows=16,
+    test_rows=4,
+    general_passages=2,
+    steps=3,
+    batch_tokens=300,
+    calibration_rows=3,
+    seeds=(42, 43),
+    row_counts=(1, 3),
+    generated_tokens=4,
+)
+"""Everything once, too small to mean anything: for trying the command and for the project's own tests."""
+
+
+@contextlib.contextmanager
+def products_in(precision: str, device: str) -> Iterator[None]:
+    """Multiply matrices in ``precision`` (``bfloat16`` or ``float32``); weights and sums stay float32."""
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+def make_data(workdir: Path, sizes: Sizes) -> None:
+    """Write per task the rows to train and calibrate on, rows to choose settings by, and rows to report on."""
+    with completed_directory(workdir / "data") as folder:
+        for task, make in TASKS.items():
+            rows = make(random.Random(SEED))
+            kept = {"test": sizes.test_rows, "choose": sizes.test_rows, "train": sizes.train_rows}
+            for name, count in kept.items():
+                write_rows(folder / f"{task}_{name}.jsonl", rows[:count])
+                rows = rows[count:]
+        write_json(folder / "general.json", general_text(sizes.general_passages))
+
+
+def make_expert(workdir: Path, task: str, sizes: Sizes, precision: str, device: str) -> None:
+    """Fine-tune every weight of the base on one task, with the loss on completions."""
+    model, tokenizer = load_model(workdir / "base").to(device), load_tokenizer(workdir / "base")
+    with products_in(precision, device):
+        train(
+            model,
+            tokenizer,
+            read_rows(workdir / "data" / f"{task}_train.jsonl"),
+            steps=sizes.steps,
+            learning_rate=sizes.learning_rate,
+            batch_tokens=sizes.batch_tokens,
+            seed=SEED,
+            log=click.echo,
+        )
+    with completed_directory(workdir / task) as folder:
+        save_checkpoint(model.cpu(), tokenizer, folder)
+
+
+def prepare(workdir: Path, sizes: Sizes, base: Path | None, precision: str, device: str) -> None:
+    """Make what is missing in the work directory of base, data and experts."""
+    jobs = {"base": lambda: copy_base(base, workdir) if base else make_base(workdir)}
+    jobs["data"] = lambda: make_data(workdir, sizes)
+    jobs |= {task: lambda task=task: make_expert(workdir, task, sizes, precision, device) for task in TASKS}
+    for name, job in jobs.items():
+        if (workdir / name).exists():
+            continue
+        click.echo(f"{name}: working")
+        started = time.monotonic()
+        job()
+        click.echo(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+
+def copy_base(base: Path, workdir: Path) -> None:
+    """Take a checkpoint of the user's as the base."""
+    with completed_directory(workdir / "base") as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True)

@@ -1,0 +1,144 @@
+"""Candidates -> merged models -> scores, each kept in a file of its own, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from methods import Candidate
+from scoring import exact_matches, general_loss, general_passages, score, task_rows
+from shared import load_model, load_tokenizer, read_json, write_json
+
+from mergekit_slta.samples import sample_numbers
+
+RANDOM_SEED = 7
+"""Of the methods that drop at random."""
+
+
+def result_path(workdir: Path, name: str) -> Path:
+    """Where the scores of a candidate are kept."""
+    return workdir / "results" / f"{name}.json"
+
+
+def evaluate(
+    workdir: Path, folder: Path, tasks: Sequence[str], *, calibration: tuple[int, int] | None, splits: Sequence[str],
+    precision: str, device: str, answers: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a checkpoint.
+
+    Args:
+        workdir: for the data.
+        folder: the checkpoint.
+        tasks: what it is scored on.
+        calibration: (seed, rows): also score it on the training rows that a calibration draws with these.
+        splits: of the held-out rows.
+        precision, device: of the forward passes.
+        answers: tokens of greedy answers to the test rows; 0 leaves them out.
+    """
+    model, tokenizer = load_model(folder).to(device).eval(), load_tokenizer(workdir / "base")
+    found: dict[str, Any] = {}
+    for split in splits:
+        found[split] = score(model, tokenizer, {task: task_rows(workdir, task, split) for task in tasks}, precision)
+    if calibration:
+        seed, count = calibration
+        drawn = {task: task_rows(workdir, task, "train") for task in tasks}
+        drawn = {
+            task: [rows[number] for number in sample_numbers(len(rows), count, seed)] for task, rows in drawn.items()
+        }
+        found["calibration"] = score(model, tokenizer, drawn, precision)
+    if answers:
+        found["exact"] = {
+            task: exact_matches(model, tokenizer, task, task_rows(workdir, task, "test"), answers, precision)
+            for task in tasks
+        }
+        found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
+    return found
+
+
+def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:
+    """Merge a candidate with mergekit, score it, keep the scores, and remove the model."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    torch.set_num_threads(threads)
+    os.chdir(workdir)
+    out = workdir / "merged" / candidate.name.replace("/", "--")
+    shutil.rmtree(out, ignore_errors=True)
+    options = MergeOptions(
+        quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=RANDOM_SEED, device=settings["device"]
+    )
+    run_merge(MergeConfiguration.model_validate(candidate.recipe), str(out), options, yaml.safe_dump(candidate.recipe))
+    scores = evaluate(workdir, out, candidate.tasks, **settings)
+    path = result_path(workdir, candidate.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = {"tasks": list(candidate.tasks), "method": candidate.method, "settings": candidate.settings}
+    write_json(path, {**shown, "seed": candidate.seed, "recipe": candidate.recipe, **scores})
+    shutil.rmtree(out, ignore_errors=True)
+    gc.collect()
+    return candidate.name
+
+
+def run_candidates(
+    workdir: Path, candidates: Sequence[Candidate], processes: int, threads: int, settings: dict[str, Any]
+) -> None:
+    """Do what is not done yet, several at a time."""
+    missing = [candidate for candidate in candidates if not result_path(workdir, candidate.name).exists()]
+    if not missing:
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(run_candidate, workdir, candidate, threads, settings) for candidate in missing]
+        for number, done in enumerate(as_completed(waiting), 1):
+            click.echo(f"[{number}/{len(missing)}] {done.result()}")
+
+
+def evaluate_references(workdir: Path, tasks: Sequence[str], settings: dict[str, Any]) -> None:
+    """Scores of the base, and of every expert, on all tasks."""
+    for name in ("base", *tasks):
+        path = result_path(workdir, name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, evaluate(workdir, workdir / name, tasks, **settings))
+            click.echo(f"scored: {name}")
+
+
+def command(name: str) -> str:
+    """An installed command, the one beside this Python first."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise click.ClickException(f"the command {name} is not installed: pip install mergekit-slta")
+    return found
+
+
+def calibrate(workdir: Path, name: str, recipe: dict[str, Any], device: str, log: Callable[[str], None]) -> Path:
+    """Run `mergekit-slta calibrate` in WORKDIR/calibrations/`name` unless it has been; return its statistics."""
+    folder = workdir / "calibrations" / name
+    statistics = folder / "slta_stats.safetensors"
+    if not statistics.exists():
+        log(f"calibrating {name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        arguments = [folder / "recipe.yml", "-o", folder / "slta_alphas.json", "--quiet", "--device", device]
+        done = subprocess.run([command("mergekit-slta"), "calibrate", *map(str, arguments)], cwd=workdir)
+        if done.returncode:
+            raise click.ClickException(f"calibrating {name} ended with exit code {done.returncode}: see above")
+    return statistics
+
+
+def read_results(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Every result by name, in the order of the names."""
+    folder = workdir / "results"
+    paths = sorted(folder.rglob("*.json"))
+    return {str(path.relative_to(folder).with_suffix("")): read_json(path) for path in paths}
