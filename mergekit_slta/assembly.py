@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from mergekit_slta.alphas import Alphas, SubmoduleAlphas, finite_or_none
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint
+from mergekit_slta.joint import solve_joint
 from mergekit_slta.solve import Solution, solve
 
 if TYPE_CHECKING:  # saved statistics are solved again without transformers or mergekit
@@ -76,33 +79,41 @@ def _calibration(job: Job) -> dict[str, Any]:
                     "dataset_config": task.dataset_config,
                     "split": task.split,
                     "text": task.text,
+                    **({"completion": task.completion} if task.completion is not None else {}),
                     "rows": [row.number for row in drawn.rows],
                     "tokens": drawn.num_tokens,
                     "sha256": drawn.sha256,
                 }
             )
-    return {**{key: getattr(job.recipe.settings, key) for key in _SETTINGS}, "tasks": tasks}
+    settings = job.recipe.settings
+    drawn_labels = {} if settings.objective == "features" else {"label_samples": settings.label_samples}
+    return {**{key: getattr(settings, key) for key in _SETTINGS}, **drawn_labels, "tasks": tasks}
 
 
 def assemble(
-    statistics: Statistics, layout: dict[str, Any], *, importance: Sequence[float], balance: bool, ridge: float
+    statistics: Statistics, layout: dict[str, Any], *, importance: Sequence[float], balance: bool, ridge: float | None
 ) -> Alphas:
     """Solve every submodule and lay the file out.
 
     Args:
-        statistics: Gram matrices, in the layout's canonical order.
+        statistics: in the layout's canonical order; slopes are solved for all submodules together.
         layout: from `layout_of`.
         importance: w_t of the layout's `models`, in their order.
-        balance, ridge: see `solve.solve`.
+        balance, ridge: see `solve.solve` and `joint.solve_joint`.
 
     Raises:
         AlphasError: the statistics lack a submodule of the layout.
     """
     names: list[str] = layout["models"]
-    entries = [
-        solve_submodule(submodule, statistics, layout, importance=importance, balance=balance, ridge=ridge)
-        for submodule in layout["submodules"]
-    ]
+    chosen: dict[str, float] = {}
+    if statistics.form == "slope":
+        entries, used = _solve_together(statistics, layout, importance=importance, balance=balance, ridge=ridge)
+        chosen = {"ridge_used": used}
+    else:
+        entries = [
+            solve_submodule(submodule, statistics, layout, importance=importance, balance=balance, ridge=ridge or 0.0)
+            for submodule in layout["submodules"]
+        ]
     solved = {"balance": str(balance), "ridge": str(ridge)}
     solved |= {f"importance of {name}": str(weight) for name, weight in zip(names, importance, strict=True)}
     record = dict(sorted({**layout["identity"], **solved}.items()))
@@ -116,6 +127,7 @@ def assemble(
             **layout["calibration"],
             "balance": balance,
             "ridge": ridge,
+            **chosen,
             "importance": dict(zip(names, importance, strict=True)),
         },
         provenance={**layout["versions"], "fingerprint": fingerprint(record), "identity": record},
@@ -134,17 +146,53 @@ def solve_submodule(
 ) -> SubmoduleAlphas:
     """Solve one submodule of a layout; for its own `objectives`, or for others where these are not at hand yet."""
     names: list[str] = layout["models"]
-    order = [layout["canonical"].index(name) for name in names]  # the recipe's place -> the canonical place
+    order, weights = _canonical(layout, importance)
+    grams = _parts(statistics, objectives or submodule["objectives"])
+    solution = solve(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
+    return _entry(submodule, solution, order, names)
+
+
+def _canonical(layout: dict[str, Any], importance: Sequence[float]) -> tuple[list[int], list[float]]:
+    """(the recipe's place -> the canonical place, importance in canonical order)."""
+    order = [layout["canonical"].index(name) for name in layout["models"]]
     weights = [0.0] * len(order)
     for place, weight in zip(order, importance, strict=True):
         weights[place] = weight
-    wanted = objectives or submodule["objectives"]
-    missing = [name for name in wanted if name not in statistics.grams]
+    return order, weights
+
+
+def _parts(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
+    missing = [name for name in names if name not in statistics.grams]
     if missing:
         raise AlphasError(f"the statistics lack {show(missing[0])}: calibrate again")
-    grams = [statistics.grams[name] for name in wanted]
-    solution = solve(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
-    return _entry(submodule, solution, order, names)
+    return [statistics.grams[name] for name in names]
+
+
+def _solve_together(
+    statistics: Statistics, layout: dict[str, Any], *, importance: Sequence[float], balance: bool, ridge: float | None
+) -> tuple[list[SubmoduleAlphas], float]:
+    """Every submodule's entry, and the ridge that was used. Rank, condition and residual are those of the one system.
+
+    A shared table's slopes at both ends are gathered under its own name already: a derivative adds up by itself.
+    """
+    order, weights = _canonical(layout, importance)
+    slopes = {submodule["name"]: _parts(statistics, [submodule["name"]])[0] for submodule in layout["submodules"]}
+    found = solve_joint(slopes, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
+    entries = []
+    for submodule in layout["submodules"]:
+        name = submodule["name"]
+        flags = ["unchanged"] * bool(found.unchanged[name].any())
+        solution = Solution(
+            alpha=tuple(found.alpha[name].tolist()),
+            stderr=None if found.stderr is None else tuple(found.stderr[name].tolist()),
+            condition=found.condition,
+            rank=found.rank,
+            residual=found.residual,
+            unchanged=tuple(found.unchanged[name].tolist()),
+            flags=tuple(flags),
+        )
+        entries.append(_entry(submodule, solution, order, layout["models"]))
+    return entries, found.ridge
 
 
 def _entry(

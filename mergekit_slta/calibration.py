@@ -23,7 +23,7 @@ from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble, layout_of
 from mergekit_slta.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.distributed import ALONE, Ranks
-from mergekit_slta.gathering import canonical_rows, gather
+from mergekit_slta.gathering import canonical_rows, gather, gather_slopes
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.preflight import Job, prepare
@@ -67,9 +67,8 @@ def solve_job(job: Job, statistics: Statistics) -> Alphas:
     return assemble(statistics, layout, importance=importance, balance=settings.balance, ridge=settings.ridge)
 
 
-@torch.inference_mode()
 def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = ALONE) -> Statistics:
-    """The Gram matrices of a job's rows; with a `tolerance`, of as many as it takes.
+    """The Gram matrices, or slopes, of a job's rows; with a `tolerance`, of as many as it takes.
 
     Args:
         job: the recipe, prepared.
@@ -80,7 +79,9 @@ def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = A
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
     """
-    if not job.recipe.settings.tolerance:
+    if job.recipe.settings.objective == "joint":
+        statistics = gather_slopes(job, records=records, ranks=ranks)
+    elif not job.recipe.settings.tolerance:
         statistics = gather(job, *canonical_rows(job), records=records, ranks=ranks)
     else:
         statistics = _gather_until(job, records, ranks)

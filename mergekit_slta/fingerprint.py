@@ -82,6 +82,8 @@ def identity(
     record = {
         key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
     }
+    if recipe.settings.objective == "features":
+        record.pop("label_samples", None)
     record["dtype"] = str(recipe.config.dtype)
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
     record["tokenizer"] = str(tokenizer)

@@ -1,8 +1,9 @@
-"""The statistics: one T x T Gram matrix per submodule and calibration row, and nothing else.
+"""The statistics: a small tensor per submodule and calibration row, and nothing else.
 
-Scope: accumulate them from feature differences, save and load them. What is made of them is `solve.py`.
+Scope: accumulate them, save and load them. What is made of them is `solve.py` and `joint.py`. They come in two forms:
 
-    G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
+    gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
+    slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mergekit_slta.files import write_atomically
 FORMAT = "mergekit-slta/statistics"
 VERSION = 1
 _ROW_TASK = "row_task"
-_PREFIX = "gram."
+_FORMS = ("gram", "slope")
 
 
 def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
@@ -56,19 +57,21 @@ def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | 
 
 @dataclass
 class Statistics:
-    """Gram matrices of every submodule over the calibration rows.
+    """Gram matrices, or slopes, of every submodule over the calibration rows.
 
     Attributes:
         row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
         num_models: T.
-        grams: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64.
+        grams: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are [rows, S, T].
         metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
+        form: "gram" or "slope".
     """
 
     row_task: Tensor
     num_models: int
     grams: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    form: str = "gram"
 
     def add(
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
@@ -91,11 +94,11 @@ class Statistics:
         row_task = torch.cat([part.row_task for part in parts])
         order = torch.argsort(row_task, stable=True)
         grams = {name: torch.cat([part.grams[name] for part in parts])[order] for name in parts[0].grams}
-        return cls(row_task[order], parts[0].num_models, grams)
+        return cls(row_task[order], parts[0].num_models, grams, form=parts[0].form)
 
     def save(self, path: Path) -> None:
-        """Write one float64 [rows, T, T] tensor per name, the row-to-task map and the metadata, atomically."""
-        tensors = {_PREFIX + name: gram.contiguous() for name, gram in sorted(self.grams.items())}
+        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
+        tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.grams.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
@@ -117,24 +120,27 @@ class Statistics:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
         row_task = tensors.pop(_ROW_TASK, None)
-        grams = {name.removeprefix(_PREFIX): gram for name, gram in tensors.items()}
-        _check(path, row_task, grams, metadata)
+        form = next(iter(tensors), "").partition(".")[0]
+        grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
+        _check(path, row_task, grams, metadata, form)
         num_models = next(iter(grams.values())).shape[-1]
-        return cls(row_task=row_task, num_models=num_models, grams=grams, metadata=metadata)
+        return cls(row_task, num_models, grams, metadata, form)
 
 
-def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object) -> None:
+def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object, form: str) -> None:
     shapes = {tuple(gram.shape) for gram in grams.values()}
     sound = (
         row_task is not None
+        and form in _FORMS
         and row_task.dtype == torch.int64
         and row_task.dim() == 1
         and len(shapes) == 1
-        and all(len(shape) == 3 and shape[0] == len(row_task) and shape[1] == shape[2] for shape in shapes)
+        and all(len(shape) == 3 and shape[0] == len(row_task) for shape in shapes)
+        and all(form == "slope" or shape[1] == shape[2] for shape in shapes)
         and all(gram.dtype == torch.float64 and bool(torch.isfinite(gram).all()) for gram in grams.values())
         and isinstance(metadata, dict)
         and all(isinstance(value, str) for value in metadata.values())
-        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[1])).all())
+        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[2])).all())
     )
     if not sound:
         raise AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")

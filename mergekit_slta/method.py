@@ -120,9 +120,9 @@ def method() -> Any:
         TensorGroup,
     )
 
-    shared = ("granularity", "num_samples", "max_seq_length", "seed", "balance", "inputs", "objective", "ridge",
-              "tolerance", "compute_dtype", "alphas")  # fmt: skip
-    per_model = ("dataset", "dataset_config", "split", "text", "importance")
+    shared = ("granularity", "num_samples", "max_seq_length", "seed", "balance", "inputs", "objective",
+              "label_samples", "ridge", "tolerance", "compute_dtype", "alphas")  # fmt: skip
+    per_model = ("dataset", "dataset_config", "split", "text", "completion", "importance")
 
     class SubmoduleLinear(GroupMergeMethod):
         """Weights per submodule from a calibration pre-pass (SLTA, ICLR 2025); see `host.py` for the pre-pass."""

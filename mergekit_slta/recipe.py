@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_slta.errors import RecipeError, listing, show
 
@@ -53,6 +53,7 @@ class Task(BaseModel):
     dataset_config: str | None = None
     split: str = "train"
     text: str | None = None
+    completion: str | None = None
     importance: Annotated[Number, Field(gt=0)] = 1.0
 
 
@@ -67,11 +68,19 @@ class Settings(BaseModel):
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
     inputs: Literal["base", "merged"] = "base"
-    objective: Literal["features"] = "features"
-    ridge: Annotated[Number, Field(ge=0)] = 0.0
+    objective: Literal["features", "joint"] = "features"
+    label_samples: Annotated[Count, Field(ge=0)] = 2
+    ridge: Annotated[Number, Field(ge=0)] | None = None
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _default_ridge(self) -> Settings:
+        """None stays only where the solve chooses one."""
+        if self.ridge is None and self.objective != "joint":
+            object.__setattr__(self, "ridge", 0.0)
+        return self
 
 
 TASK_KEYS = tuple(name for name in Task.model_fields if name != "model")
@@ -221,6 +230,13 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
             f"`tolerance` is {settings.tolerance:g} and `inputs` is 'merged': rows that are added later cannot enter "
             "what has been merged before; drop one of the two"
         )
+    if settings.objective == "joint":
+        for key, value, usual in (("tolerance", settings.tolerance, 0), ("inputs", settings.inputs, "base")):
+            if value != usual:
+                raise RecipeError(
+                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: gradients are taken at the experts, for all "
+                    f"weights together; drop `{key}`, or choose `objective: features`"
+                )
     return settings
 
 

@@ -73,7 +73,7 @@ def solve_again(
         importance: w_t by model; a model is named as in the recipe, or by the last part of its path.
         balance: Eq. 33-34 or Eq. 14.
         rows: only the first so many rows of each task: what a calibration with `num_samples: rows` gives.
-        without: experts to leave out with their tasks, named as in `importance`: what a calibration of the others gives.
+        without: experts to leave out with their tasks, named as in `importance`: what calibrating the others gives.
 
     Raises:
         AlphasError: the statistics carry no layout, or one that does not fit them.
@@ -144,9 +144,10 @@ def _unfit(reason: str) -> AlphasError:
 def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
     """`ridge`, `balance` and `importance` (in the order of the layout's models) of the calibration."""
     identity = layout["identity"]
+    ridge = identity.get("ridge", "0.0")
     try:
         return {
-            "ridge": float(identity.get("ridge", 0.0)),
+            "ridge": None if ridge == "None" else float(ridge),
             "balance": identity.get("balance", "True") == "True",
             "importance": tuple(float(identity.get(f"importance of {name}", 1.0)) for name in layout["models"]),
         }
@@ -175,7 +176,9 @@ def _other_models(
         raise RecipeError(f"--without leaves out all of {listing(layout['models'])}: keep one of them")
     own = torch.isin(statistics.row_task, torch.tensor(kept))
     renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
-    grams = {name: gram[own][:, kept][:, :, kept] for name, gram in statistics.grams.items()}
+    grams = {name: gram[own][..., kept] for name, gram in statistics.grams.items()}
+    if statistics.form == "gram":
+        grams = {name: gram[:, kept] for name, gram in grams.items()}
     fewer: dict[str, Any] = copy.deepcopy(dict(layout))
     for key in ("models", "canonical"):
         fewer[key] = [name for name in layout[key] if name not in dropped]
@@ -183,7 +186,7 @@ def _other_models(
     fewer["calibration"]["tasks"] = [task for task in tasks if task["model"] not in dropped]
     for label in [f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped]:
         fewer["identity"].pop(label, None)
-    return Statistics(renumbered[statistics.row_task[own]], len(kept), grams), fewer
+    return Statistics(renumbered[statistics.row_task[own]], len(kept), grams, form=statistics.form), fewer
 
 
 def _model(given: str, names: Sequence[str], option: str) -> str:
@@ -228,7 +231,7 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
         rank[own] = torch.arange(int(own.sum()))
     kept = (rank < count).nonzero().flatten()
     grams = {name: gram[kept] for name, gram in statistics.grams.items()}
-    return Statistics(row_task=statistics.row_task[kept], num_models=statistics.num_models, grams=grams)
+    return Statistics(statistics.row_task[kept], statistics.num_models, grams, form=statistics.form)
 
 
 def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:

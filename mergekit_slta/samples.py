@@ -36,11 +36,20 @@ MIN_TOKENS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One calibration row: its number in the dataset, the rendered text and the token ids (after the cut)."""
+    """One calibration row.
+
+    Attributes:
+        number: its number in the dataset.
+        text: as rendered.
+        ids: tokens, after the cut.
+        completion: the first token of the answer, whose loss counts where an objective asks for one; 1 where the whole
+            row is the answer (no loss is defined for a first token).
+    """
 
     number: int
     text: str
     ids: tuple[int, ...]
+    completion: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class TaskRows:
         """Hash over the rendered texts and the token ids, hence over the data, the template and the tokenizer."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps([row.text, row.ids], ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            content = [row.text, row.ids, *([row.completion] if row.completion > 1 else [])]
+            digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
@@ -80,7 +90,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
     if task.dataset is None:
         raise DataError(f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`")
     dataset = load_rows(task.dataset, task.dataset_config, task.split)
-    render = renderer(task.text, dataset.column_names, tokenizer, task.dataset)
+    render = renderer(task.text, dataset.column_names, tokenizer, task.dataset, task.completion)
     if len(dataset) < settings.num_samples:
         LOG.warning(
             "%s has %d rows, fewer than num_samples = %d: using all", show(task.dataset), len(dataset),
@@ -89,14 +99,23 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
     rows = []
     for number in sample_numbers(len(dataset), settings.num_samples, settings.seed):
         where = f"row {number} of {show(task.dataset)}"
-        text, is_chat = render(dataset[number], where)
+        text, is_chat, answer = render(dataset[number], where)
         ids = encode(text, tokenizer, settings.max_seq_length, add_special_tokens=not is_chat)
         if not text.strip() or len(ids) < MIN_TOKENS:
             raise DataError(
                 f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
                 "remove such rows or choose another `text`"
             )
-        rows.append(Row(number, text, tuple(ids)))
+        first = 1
+        if settings.objective != "features" and answer:
+            first = completion_start(text, answer, ids, tokenizer, add_special_tokens=not is_chat)
+        rows.append(Row(number, text, tuple(ids), first))
+    cut = sum(row.completion >= len(row.ids) for row in rows)
+    if cut:
+        LOG.warning(
+            "%d of %d rows of %s end before their answer begins, and tell nothing: raise `max_seq_length`",
+            cut, len(rows), show(task.dataset),
+        )  # fmt: skip
     return TaskRows(name, task.dataset, tuple(rows))
 
 
@@ -167,16 +186,41 @@ def _quiet_progress() -> Iterator[None]:
             datasets.enable_progress_bar()
 
 
-Render = Callable[[Mapping[str, Any], str], tuple[str, bool]]
-"""(a row, where it is) -> (its text, whether a chat template wrote it and hence its special tokens too)."""
+Render = Callable[[Mapping[str, Any], str], tuple[str, bool, int]]
+"""(a row, where it is) -> (its text, whether a chat template wrote it and hence its special tokens too, the character
+at which the answer begins; 0 where all of it counts)."""
 
 
-def renderer(text: str | None, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, dataset: str) -> Render:
+def renderer(
+    text: str | None,
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    completion: str | None = None,
+) -> Render:
     """How rows become text: a column, a template over columns, or the chat template over `messages`.
+
+    Args:
+        text, columns, tokenizer, dataset: the recipe's key, and what it is about.
+        completion: column or template of the answer, which follows the text at once. In a chat it is the last message.
 
     Raises:
         DataError: the column or a template's field does not exist, the template is malformed, or none applies.
     """
+    if completion is not None:
+        before = renderer(text, columns, tokenizer, dataset)
+        after = renderer(completion, columns, tokenizer, dataset)
+        is_chat = "messages" in (text, completion) or (text is None and "messages" in columns)
+        if is_chat:
+            raise DataError(
+                f"dataset {show(dataset)} has `messages`, and the last is the answer: drop `completion`, or set `text`"
+            )
+
+        def both(row: Mapping[str, Any], where: str) -> tuple[str, bool, int]:
+            prompt = before(row, where)[0]
+            return prompt + after(row, where)[0], False, len(prompt)
+
+        return both
     if text is None:
         if "messages" in columns:
             return _chat_renderer("messages", tokenizer)
@@ -194,7 +238,7 @@ def renderer(text: str | None, columns: Sequence[str], tokenizer: PreTrainedToke
 
 
 def _column_renderer(column: str) -> Render:
-    return lambda row, where: (_as_text(row[column], column, where), False)
+    return lambda row, where: (_as_text(row[column], column, where), False, 0)
 
 
 def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> Render:
@@ -211,11 +255,11 @@ def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> R
         if field is not None and field not in columns:
             raise DataError(f"`text` names {show(field)!r}, but {show(dataset)} has the columns {listing(columns)}")
 
-    def render(row: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    def render(row: Mapping[str, Any], where: str) -> tuple[str, bool, int]:
         pieces = [
             literal + (_as_text(row[field], field, where) if field is not None else "") for literal, field in parts
         ]
-        return "".join(pieces), False
+        return "".join(pieces), False, 0
 
     return render
 
@@ -227,13 +271,25 @@ def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
             "choose another column or a template with `text`"
         )
 
-    def render(row: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    def render(row: Mapping[str, Any], where: str) -> tuple[str, bool, int]:
         try:
-            return tokenizer.apply_chat_template(row[column], tokenize=False), True
+            text = tokenizer.apply_chat_template(row[column], tokenize=False)
         except Exception as error:  # whatever Jinja, or the template's own raise_exception, says
             raise DataError(f"the chat template refuses {where}: {show(error)}; mend the row") from error
+        return text, True, _answer_in_chat(row[column], text, tokenizer)
 
     return render
+
+
+def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The character at which the assistant's last message begins; 0 where there is none, or the template hides it."""
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        return 0
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template that refuses such a beginning: the whole row counts
+        return 0
+    return len(prompt) if text.startswith(prompt) else 0
 
 
 def _as_text(value: object, column: str, where: str) -> str:
@@ -252,3 +308,29 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, ad
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids[:max_length]
+
+
+def completion_start(
+    text: str, start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> int:
+    """The first token that holds a character of the answer; at least 1, and len(ids) where the answer was cut off.
+
+    By characters: a header's line break and what follows it are one token in some tokenizers.
+
+    Args:
+        text: the whole row.
+        start: the character at which its answer begins.
+        ids: from `encode`.
+        tokenizer, add_special_tokens: as there.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        places = [number for number, (_, stop) in enumerate(encoded["offset_mapping"]) if stop > start]
+        first = places[0] if places else len(encoded["input_ids"])
+        dropped = encoded["input_ids"][:2] == [tokenizer.bos_token_id] * 2  # as in `encode`
+    else:  # no offsets: as many tokens as the two have in common
+        prompt = tokenizer(text[:start], add_special_tokens=add_special_tokens)["input_ids"]
+        whole = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        first = next((place for place, pair in enumerate(zip(prompt, whole)) if pair[0] != pair[1]), len(prompt))  # noqa: B905
+        dropped = whole[:2] == [tokenizer.bos_token_id] * 2
+    return min(max(1, first - dropped), len(ids))

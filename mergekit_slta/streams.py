@@ -64,7 +64,7 @@ class Streams:
             folder.mkdir(parents=True, exist_ok=True)
             if self.depth < 0:
                 (folder / _MARKER).unlink(missing_ok=True)
-            self._files = [_mapped(path, shape) for path in paths]
+            self._files = [mapped(path, shape) for path in paths]
         except OSError as error:
             raise OutputError(
                 f"cannot keep {2 * size / 2**30:.1f} GiB of features in {show(folder)} ({error.strerror or error}): "
@@ -88,7 +88,7 @@ class Streams:
         self.depth += 1
 
 
-def _mapped(path: Path, shape: tuple[int, int]) -> np.memmap:
+def mapped(path: Path, shape: tuple[int, int]) -> np.memmap:
     """A file of zeros (or what a killed run has left) of that shape, mapped. Room for it is taken at once: a full disk
     met while a mapped page is written would kill the process."""
     size = shape[0] * shape[1]

@@ -35,7 +35,7 @@ class Sizes:
     train_rows: int = 500
     test_rows: int = 40
     general_passages: int = 20
-    steps: int = 100
+    steps: int = 60
     batch_tokens: int = 800
     learning_rate: float = 1e-4
     calibration_rows: int = 30
@@ -60,9 +60,12 @@ QUICK = Sizes(
 
 @contextlib.contextmanager
 def products_in(precision: str, device: str) -> Iterator[None]:
-    """Multiply matrices in ``precision`` (``bfloat16`` or ``float32``); weights and sums stay float32."""
+    """Multiply matrices in ``precision`` (``bfloat16`` or ``float32``); weights and sums stay float32.
+
+    Without autocast's cache: it would keep the first step's weights through a whole training.
+    """
     kind = torch.device(device).type
-    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
         yield
 
 

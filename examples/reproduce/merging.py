@@ -16,6 +16,7 @@ from typing import Any
 import click
 import torch
 import yaml
+from five_tasks import TASKS
 from methods import Candidate
 from scoring import exact_matches, general_loss, general_passages, score, task_rows
 from shared import load_model, load_tokenizer, read_json, write_json
@@ -57,29 +58,35 @@ def evaluate(
             task: [rows[number] for number in sample_numbers(len(rows), count, seed)] for task, rows in drawn.items()
         }
         found["calibration"] = score(model, tokenizer, drawn, precision)
+    found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
     if answers:
+        if precision == "bfloat16":  # as such models are used, and several times as fast token by token
+            model = model.to(torch.bfloat16)
         found["exact"] = {
-            task: exact_matches(model, tokenizer, task, task_rows(workdir, task, "test"), answers, precision)
-            for task in tasks
+            task: exact_matches(model, tokenizer, task, task_rows(workdir, task, "test"), answers) for task in tasks
         }
-        found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
     return found
 
 
-def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:
-    """Merge a candidate with mergekit, score it, keep the scores, and remove the model."""
+def merge(out: Path, recipe: dict[str, Any], device: str) -> None:
+    """Run a recipe with mergekit; its paths start at the current folder."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    shutil.rmtree(out, ignore_errors=True)
+    options = MergeOptions(
+        quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=RANDOM_SEED, device=device
+    )
+    run_merge(MergeConfiguration.model_validate(recipe), str(out), options, yaml.safe_dump(recipe))
+
+
+def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:
+    """Merge a candidate with mergekit, score it, keep the scores, and remove the model."""
     torch.set_num_threads(threads)
     os.chdir(workdir)
     out = workdir / "merged" / candidate.name.replace("/", "--")
-    shutil.rmtree(out, ignore_errors=True)
-    options = MergeOptions(
-        quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=RANDOM_SEED, device=settings["device"]
-    )
-    run_merge(MergeConfiguration.model_validate(candidate.recipe), str(out), options, yaml.safe_dump(candidate.recipe))
+    merge(out, candidate.recipe, settings["device"])
     scores = evaluate(workdir, out, candidate.tasks, **settings)
     path = result_path(workdir, candidate.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +111,33 @@ def run_candidates(
 
 
 def evaluate_references(workdir: Path, tasks: Sequence[str], settings: dict[str, Any]) -> None:
-    """Scores of the base, and of every expert, on all tasks."""
+    """Scores of the base on all tasks, and of every expert."""
     for name in ("base", *tasks):
         path = result_path(workdir, name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, evaluate(workdir, workdir / name, tasks, **settings))
             click.echo(f"scored: {name}")
+
+
+def add_answers(workdir: Path, name: str, tokens: int, precision: str, device: str) -> None:
+    """Greedy answers to the test rows, for what has been scored; a candidate is merged again."""
+    path = result_path(workdir, name)
+    result = read_json(path)
+    if "exact" in result:
+        return
+    tasks = result.get("tasks") or [task for task in TASKS if name in ("base", task)]
+    folder = workdir / name
+    if "recipe" in result:
+        folder = workdir / "merged" / name.replace("/", "--")
+        merge(folder, result["recipe"], device)
+    found = evaluate(
+        workdir, folder, tasks, calibration=None, splits=(), precision=precision, device=device, answers=tokens
+    )
+    write_json(path, {**result, "exact": found["exact"]})
+    if "recipe" in result:
+        shutil.rmtree(folder, ignore_errors=True)
+    click.echo(f"answered: {name}")
 
 
 def command(name: str) -> str:

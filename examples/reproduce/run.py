@@ -105,9 +105,8 @@ def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
 
 def run_all(run: Run) -> None:
     """Every experiment, the most telling ones first."""
-    answers = run.sizes.generated_tokens
     first = run.sizes.seeds[0]
-    evaluate_references(run.workdir, ALL, run.scoring(answers=answers, calibration=(first, run.sizes.calibration_rows)))
+    evaluate_references(run.workdir, ALL, run.scoring(calibration=(first, run.sizes.calibration_rows)))
     tuned = {"calibration": (first, run.sizes.calibration_rows)}
     for seed in run.sizes.seeds:
         run.score([*our_candidates(run, "attn_mlp", seed)])

@@ -92,7 +92,7 @@ READINGS: dict[str, Callable[[str], Any]] = {"math": last_number, "extract": as_
 @torch.inference_mode()
 def exact_matches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, rows: Sequence[list[Message]],
-    max_new_tokens: int, precision: str,
+    max_new_tokens: int,
 ) -> float:  # fmt: skip
     """Share of the conversations whose greedy answer says what the reference says."""
     read = READINGS.get(task, str)
@@ -101,8 +101,7 @@ def exact_matches(
         tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) for messages in rows
     ]
     inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    with products_in(precision, model.device.type):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     wanted = [messages[-1]["content"] for messages in rows]
     right = [read(given.strip()) == read(reference.strip()) for given, reference in zip(answers, wanted, strict=True)]

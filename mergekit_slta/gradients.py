@@ -1,0 +1,414 @@
+"""The streamed backward pass: how each submodule's change by each expert would move a row's loss, to first order.
+
+Scope: rows forward and back through their own experts, layer by layer, one layer of every model in memory at a time.
+Knows no solve; a step's slopes are handed out as soon as all rows have passed it.
+
+    u[s, t] = <d loss_s / d theta^m at theta_a, theta_t^m - theta_0^m>      row of task a, loss summed over its answer
+
+The loss is the next-token cross-entropy with labels drawn from expert a itself (the true Fisher information), or with
+the row's own tokens. Gradients of a linear map W x are never kept whole: blocks of (d loss / d y)^T x are made and
+multiplied with every expert's change while they are in the cache. All else goes through autograd as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_slta.checkpoints import Checkpoints, Weights
+from mergekit_slta.errors import ModelError, RunError, show
+from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.submodules import Submodule
+from mergekit_slta.tape import Tape
+
+LOGITS = 2**24
+"""Gradients by logits that are held at a time, over rows and label samples."""
+_BLOCK = {"cpu": 2**17}
+"""Elements of a weight's gradient that are made at a time: they should stay in the cache."""
+_BLOCK_ELSEWHERE = 2**24
+
+
+@dataclass(frozen=True)
+class Example:
+    """A calibration row.
+
+    Attributes:
+        ids: its tokens.
+        completion: the first token whose loss counts, at least 1.
+        task: canonical number of its expert, from 0.
+        number: in its dataset; seeds the labels.
+    """
+
+    ids: Sequence[int]
+    completion: int
+    task: int
+    number: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a tensor that belongs to a submodule: `axis` None is all of it."""
+
+    submodule: str
+    axis: int | None
+    start: int
+    stop: int
+
+
+class Backward:
+    """One backward pass of all rows.
+
+    Args:
+        skeleton, checkpoints: the model's code, and every model's tensors; experts in canonical order.
+        submodules: which slopes are asked for.
+        examples: the rows.
+        samples: S label draws per row; 0 takes the row's own tokens.
+        seed: of the draws.
+        tape: for the rows' features.
+        announce: called with the name of what is being worked on.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoints: Checkpoints,
+        submodules: Sequence[Submodule],
+        examples: Sequence[Example],
+        *,
+        samples: int,
+        seed: int,
+        tape: Tape,
+        announce: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._skeleton, self._checkpoints, self._tape, self.announce = skeleton, checkpoints, tape, announce
+        self._examples, self._samples, self._seed = examples, samples, seed
+        self._draws = max(1, samples)
+        self._num_experts = len(checkpoints.plan.models) - 1
+        self._by_task = {
+            task: [row for row, example in enumerate(examples) if example.task == task]
+            for task in sorted({example.task for example in examples})
+        }
+        self._pieces: dict[str, list[_Piece]] = {}
+        for submodule in submodules:
+            for tensor in submodule.tensors:
+                own = [part for part in submodule.slices if part.tensor == tensor]
+                parts = [_Piece(submodule.name, *part[1:]) for part in own] or [_Piece(submodule.name, None, 0, 0)]
+                self._pieces.setdefault(tensor, []).extend(parts)
+        self._found: dict[str, Tensor] = {}
+        self._linears: dict[int, dict[str, nn.Linear]] = {}
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the steps, in the order of the pass."""
+        layers = [f"{self._skeleton.layers_path}.{index}" for index in range(self._skeleton.num_layers)]
+        return ["head", *reversed(layers), "embed"]
+
+    def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every step's slopes: (name, submodule -> [rows, S, T] float64). Steps that the tape has done are left out.
+
+        Raises:
+            ModelError: a weight holds NaN or Inf.
+            RunError: a feature or a gradient does.
+        """
+        self._forward()
+        for number, stage in enumerate(self.stages):
+            if number < self._tape.stages_done:
+                continue
+            self.announce(stage)
+            self._found = {}
+            if stage == "head":
+                self._head()
+            elif stage == "embed":
+                self._embed()
+            else:
+                self._layer(self._skeleton.num_layers - number)
+            self._checkpoints.flush()
+            yield stage, self._found
+            self._tape.stage_done()
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> None:
+        """Every row through its own expert, with every layer's input kept."""
+        rows_of = self._embedding_rows()
+        for row, example in enumerate(self._examples):  # again in a run that goes on: positions and masks are made here
+            weights, ids = rows_of(row, example.task + 1)
+            entered = self._skeleton.embed(ids, weights)[0]
+            if self._tape.levels_done == 0:
+                self._tape.put_features(0, row, self._finite(entered, "embed"))
+        if self._tape.levels_done == 0:
+            self._tape.level_done()
+        for index in range(self._tape.levels_done - 1, self._skeleton.num_layers):
+            names = self._names_of(index)
+            self.announce(f"{self._skeleton.layers_path}.{index}")
+            for task, rows in self._by_task.items():
+                weights = self._checkpoints.load(names, [task + 1])[0]
+                for row in rows:
+                    hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
+                    output = self._skeleton.layer(index, hidden, weights)[0]
+                    self._tape.put_features(index + 1, row, self._finite(output, f"layer {index}"))
+            self._tape.level_done()
+            self._checkpoints.flush()
+
+    def _names_of(self, layer: int) -> list[str]:
+        prefix = f"{self._skeleton.layers_path}.{layer}."
+        return [name for name in self._checkpoints.plan.tensors if name.startswith(prefix)]
+
+    def _outside(self) -> tuple[list[str], list[str]]:
+        """Names of the tensors before and behind the layers; the embedding table and the output projection left out."""
+        skeleton = self._skeleton
+        names = [name for name in self._checkpoints.plan.tensors if not name.startswith(skeleton.layers_path + ".")]
+        prefix = skeleton.head_weight.removesuffix("weight")
+        behind = [name for name in names if name.startswith((skeleton.anatomy.final_norm + ".", prefix))]
+        known = (skeleton.embedding_weight, skeleton.head_weight)
+        return [name for name in names if name not in (*behind, *known)], [name for name in behind if name not in known]
+
+    def _embedding_rows(self) -> Callable[[int, int], tuple[Weights, Tensor]]:
+        """(row, model) -> the tensors before the layers, of the table only the row's own tokens, and their places."""
+        table = self._skeleton.embedding_weight
+        used = torch.unique(torch.cat([torch.as_tensor(list(example.ids)) for example in self._examples]))
+        others = self._checkpoints.load(self._outside()[0])
+        rows = []
+        for model, raw in enumerate(self._checkpoints.raw(table)):
+            if int(used[-1]) >= raw.shape[0]:
+                raise ModelError(
+                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
+                    f"{show(table)}: the tokenizer and the embeddings do not fit"
+                )
+            rows.append(self._checkpoints.place(raw[used], table, model))
+
+        def of(row: int, model: int) -> tuple[Weights, Tensor]:
+            own, places = torch.unique(torch.as_tensor(list(self._examples[row].ids)), return_inverse=True)
+            where = torch.searchsorted(used, own).to(self._skeleton.device)
+            return {**others[model], table: rows[model][where]}, places[None].to(self._skeleton.device)
+
+        return of
+
+    def _finite(self, features: Tensor, where: str) -> Tensor:
+        if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+            raise RunError(
+                f"the features or gradients behind {show(where)} hold NaN or Inf in "
+                f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models"
+            )
+        return features
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def _head(self) -> None:
+        """Losses, their gradients by the last layer's output, and everything behind the layers."""
+        skeleton, checkpoints = self._skeleton, self._checkpoints
+        names = self._outside()[1]
+        tied = checkpoints.plan.is_tied or skeleton.head_weight not in checkpoints.plan.tensors
+        source = skeleton.embedding_weight if tied else skeleton.head_weight
+        raw = checkpoints.raw(source)
+        vocabulary = min(tensor.shape[0] for tensor in raw)
+        whole = checkpoints.load(names)
+        changes = {name: _changes([weights[name] for weights in whole]) for name in names}
+        for task, rows in self._by_task.items():
+            projection = checkpoints.place(raw[task + 1][:vocabulary], source, task + 1)
+            weights = {**whole[task + 1], skeleton.head_weight: projection}
+            waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [S, n, v])
+            for row in rows:
+                waiting.append((row, *self._loss(row, weights, changes)))
+                if sum(gradients.numel() for *_, gradients in waiting) >= LOGITS or row == rows[-1]:
+                    self._project(waiting, raw, source, vocabulary)
+                    waiting = []
+
+    def _loss(self, row: int, weights: Weights, changes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One row's loss: what enters the output projection [n, d], and the gradients by what leaves it [S, n, v].
+
+        Keeps the gradients by the last layer's output, and the slopes of everything here but the projection.
+        """
+        skeleton, example = self._skeleton, self._examples[row]
+        features = self._tape.features(skeleton.num_layers, row).to(skeleton.device)
+        back = features.new_zeros((self._draws, *features.shape))
+        if example.completion >= len(example.ids):  # cut before its answer
+            self._tape.put_gradients(row, back)
+            return features[:0], features.new_zeros((self._draws, 0, 0))
+        asked = slice(example.completion - 1, len(example.ids) - 1)
+        hidden = features[asked].detach().requires_grad_()
+        own = {name: weights[name].detach().requires_grad_() for name in changes}
+        with torch.enable_grad(), _watched({"head": skeleton.model.get_output_embeddings()}) as seen:
+            logits = skeleton.head(hidden[None], {**weights, **own})[0]
+        chances = torch.softmax(logits.detach().float(), dim=-1)  # [n, v]
+        given, collected = seen["head"][0][0], []
+        for draw, labels in enumerate(self._labels(example, chances)):
+            slope = chances.index_put((torch.arange(len(labels), device=labels.device), labels),
+                                      chances.new_tensor(-1.0), accumulate=True)  # fmt: skip
+            gradients = torch.autograd.grad(
+                logits, [hidden, *own.values()], slope.to(logits.dtype), retain_graph=draw < self._draws - 1,
+                allow_unused=True,
+            )  # fmt: skip
+            back[draw, asked] = self._finite(gradients[0], "head")
+            for name, gradient in zip(own, gradients[1:], strict=True):
+                if gradient is not None:
+                    self._add(name, row, draw, gradient, changes[name])
+            collected.append(seen["head"][0][1].flatten(0, -2))
+        self._tape.put_gradients(row, back)
+        return given.flatten(0, -2), torch.stack(collected)
+
+    def _labels(self, example: Example, chances: Tensor) -> Iterator[Tensor]:
+        """[n] tokens whose loss is taken, draw by draw: from the expert's own distribution, or the row's own."""
+        if not self._samples:
+            yield torch.as_tensor(list(example.ids[example.completion :]), device=chances.device)
+            return
+        below = chances.double().cumsum(-1)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + example.number) % 2**63)
+        for _ in range(self._samples):
+            heights = torch.rand((len(chances), 1), generator=generator, dtype=torch.float64).to(chances.device)
+            yield torch.searchsorted(below, heights * below[:, -1:]).flatten().clamp(max=chances.shape[1] - 1)
+
+    def _project(
+        self, waiting: Sequence[tuple[int, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
+    ) -> None:
+        """The output projection's slopes, in parts of the vocabulary."""
+        width = raw[0].shape[1]
+        step = max(1, self._block // width)
+        for start in range(0, vocabulary, step):
+            part = slice(start, min(start + step, vocabulary))
+            placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
+            changes = _changes(placed)
+            for row, inputs, gradients in waiting:
+                for draw in range(gradients.shape[0] if len(inputs) else 0):
+                    self._add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
+
+    def _layer(self, index: int) -> None:
+        """One decoder layer: its slopes, and the gradients by its input."""
+        names = self._names_of(index)
+        loaded = self._checkpoints.load(names)
+        changes = {name: _changes([weights[name] for weights in loaded]) for name in names}
+        del loaded
+        prefix = f"{self._skeleton.layers_path}.{index}."
+        for task, rows in self._by_task.items():
+            weights = self._checkpoints.load(names, [task + 1])[0]
+            linears = self._linear_maps(index, names, weights, rows[0])
+            rest = [name for name in names if name.removesuffix(".weight") not in linears]
+            for row in rows:
+                hidden = self._tape.features(index, row).to(self._skeleton.device).detach().requires_grad_()
+                own = {name: weights[name].detach().requires_grad_() for name in rest}
+                with torch.enable_grad(), _watched(linears) as seen:
+                    output = self._skeleton.layer(index, hidden[None], {**weights, **own})[0]
+                arriving = self._tape.gradients(row).to(hidden.device)
+                leaving = torch.empty_like(arriving)
+                for draw in range(self._draws):
+                    gradients = torch.autograd.grad(
+                        output, [hidden, *own.values()], arriving[draw], retain_graph=draw < self._draws - 1,
+                        allow_unused=True,
+                    )  # fmt: skip
+                    leaving[draw] = self._finite(gradients[0], prefix[:-1])
+                    for name, gradient in zip(own, gradients[1:], strict=True):
+                        if gradient is not None:
+                            self._add(name, row, draw, gradient, changes[name])
+                    for path, calls in seen.items():
+                        for inputs, slope in calls:
+                            self._linear(f"{path}.weight", row, draw, inputs, slope, changes[f"{path}.weight"])
+                self._tape.put_gradients(row, leaving)
+
+    def _linear_maps(self, index: int, names: Sequence[str], weights: Weights, row: int) -> dict[str, nn.Linear]:
+        """The layer's linear maps by path: modules that are exactly that, and are called as such."""
+        if index not in self._linears:
+            prefix = f"{self._skeleton.layers_path}.{index}."
+            paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+            layer = self._skeleton.layers[index]
+            found = {path: layer.get_submodule(path.removeprefix(prefix)) for path in paths}
+            exact = {path: module for path, module in found.items() if type(module) is nn.Linear}
+            hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
+            with _watched(exact) as seen:
+                self._skeleton.layer(index, hidden, weights)
+            self._linears = {index: {path: module for path, module in exact.items() if seen[path]}}
+        return self._linears[index]
+
+    def _linear(self, name: str, row: int, draw: int, inputs: Tensor, slope: Tensor, changes: Tensor) -> None:
+        """A linear map's slopes from what it was given [.., in] and the gradient by what it made [.., out]."""
+        inputs, slope = inputs.flatten(0, -2), slope.flatten(0, -2)
+        step = max(1, self._block // inputs.shape[1])
+        for start in range(0, slope.shape[1], step):
+            part = slice(start, start + step)
+            self._add(name, row, draw, slope[:, part].T @ inputs, changes[:, part], start)
+
+    def _embed(self) -> None:
+        """Everything before the layers."""
+        table = self._skeleton.embedding_weight
+        rows_of = self._embedding_rows()
+        for row, example in enumerate(self._examples):
+            weights, ids = rows_of(row, example.task + 1)
+            every = [rows_of(row, model)[0] for model in range(self._num_experts + 1)]
+            own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+            with torch.enable_grad():
+                output = self._skeleton.embed(ids, own)[0]
+            arriving = self._tape.gradients(row).to(output.device)
+            for draw in range(self._draws):
+                gradients = torch.autograd.grad(
+                    output, list(own.values()), arriving[draw], retain_graph=draw < self._draws - 1, allow_unused=True
+                )
+                for name, gradient in zip(own, gradients, strict=True):
+                    if gradient is not None:
+                        change = _changes([weights[name] for weights in every])
+                        self._add(name, row, draw, gradient, change, whole=name == table)
+
+    @property
+    def _block(self) -> int:
+        return _BLOCK.get(self._skeleton.device.type, _BLOCK_ELSEWHERE)
+
+    def _add(
+        self, name: str, row: int, draw: int, gradient: Tensor, changes: Tensor, start: int = 0, *, whole: bool = False
+    ) -> None:
+        """Add <gradient, change> to the slopes of the submodules that a tensor belongs to.
+
+        Args:
+            name: the tensor.
+            row, draw: whose gradient.
+            gradient: [...] by the tensor's rows from `start` on.
+            changes: [T, ...] the experts' changes of the same rows.
+            whole: the rows given stand for the whole tensor (a table's rows that occur).
+        """
+        for piece in self._pieces.get(name, ()):
+            mine, theirs = gradient, changes
+            if piece.axis == 0 and not whole:
+                low, high = max(piece.start - start, 0), min(piece.stop - start, len(gradient))
+                if low >= high:
+                    continue
+                mine, theirs = gradient[low:high], changes[:, low:high]
+            elif piece.axis == 1:
+                mine, theirs = gradient[:, piece.start : piece.stop], changes[:, :, piece.start : piece.stop]
+            product = theirs.reshape(self._num_experts, -1).float() @ mine.reshape(-1).float()
+            into = self._found.get(piece.submodule)
+            if into is None:
+                shape = (len(self._examples), self._draws, self._num_experts)
+                into = self._found[piece.submodule] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            into[row, draw] += product.double().cpu()
+
+
+def _changes(tensors: Sequence[Tensor]) -> Tensor:
+    """[T, ...]: every expert's tensor less the base's, which comes first."""
+    return torch.stack([tensor - tensors[0] for tensor in tensors[1:]])
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[list[Tensor]]]]:
+    """Keep what modules are given, and from the next backward pass the gradient by what they made.
+
+    Yields:
+        path -> calls of [inputs, gradient]; the gradient is replaced by every further backward pass.
+    """
+    seen: dict[str, list[list[Tensor]]] = {path: [] for path in modules}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            call = [args[0].detach()]
+            seen[path].append(call)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: call.__setitem__(slice(1, None), [gradient]))
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,179 @@
+"""All submodules' alphas solved together under the Fisher metric: `objective: joint`.
+
+Scope: slopes in, merging weights out; tensors only, float64 on the CPU. The paper closes with second-order information
+and with optimising all weights together as open directions (A.5.3); this is both.
+
+    u_x[t, m]   = <d loss_x / d theta^m at theta_a, tau_t^m>      row x of task a, expert t, submodule m
+    r_x(alpha)  = sum_{t, m} (alpha_{t, m} - [t = a]) u_x[t, m]   how the merge changes the row's loss, to first order
+    c_a         = mean over rows and experts of (sum_m u_x[t, m])^2  if balance else 1
+    alpha       = argmin  sum_a (w_a / c_a) mean_x r_x(alpha)^2  +  rho d ||alpha - prior||^2
+
+With labels drawn from expert a itself the mean of r^2 is the quadratic form of that expert's Fisher information: what a
+change of its weights costs its loss to second order. d is the mean diagonal of the first term's matrix. There are fewer
+rows than unknowns, so the solve is done among rows, and any row (with all its label samples) can be left out exactly:
+that is where standard errors, the residual, and rho come from where the recipe gives none.
+
+Decisions: an expert that never moves a submodule gets 0 there; `prior` is 1, an expert's whole change, since to first
+order nothing is lost where the loss feels nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = tuple(10 ** (step / 4) for step in range(-12, 9))
+"""Candidates for rho, 0.001 to 100."""
+PRIOR = 1.0
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """Weights of all submodules and how far to trust them.
+
+    Attributes:
+        alpha: submodule -> [T].
+        stderr: submodule -> [T] delete-one-row jackknife standard errors; None where a task has fewer than two rows.
+        unchanged: submodule -> [T] marks of experts that equal the base there.
+        ridge: rho that was used.
+        condition, rank: of the system among rows, with its ridge, and without.
+        residual: share of sum_a mean_x y_x^2 / c_a that remains, each row predicted by the others.
+    """
+
+    alpha: dict[str, Tensor]
+    stderr: dict[str, Tensor] | None
+    unchanged: dict[str, Tensor]
+    ridge: float
+    condition: float
+    rank: int
+    residual: float
+
+
+@dataclass(frozen=True)
+class _System:
+    """Rows scaled so that the objective is ||z alpha - y||^2 + rho d ||alpha - prior||^2.
+
+    Attributes:
+        z: [N, K] over the unknowns that count, N = rows x samples.
+        y: [N].
+        groups: per row that counts, the places of its samples.
+        task: [groups], the task of each of these rows.
+        unit: d.
+    """
+
+    z: Tensor
+    y: Tensor
+    groups: list[Tensor]
+    task: Tensor
+    unit: float
+
+
+def solve_joint(
+    slopes: Mapping[str, Tensor],
+    row_task: Tensor,
+    *,
+    importance: Sequence[float] | None = None,
+    balance: bool = True,
+    ridge: float | None = None,
+    prior: float = PRIOR,
+) -> JointSolution:
+    """Minimise the objective above.
+
+    Args:
+        slopes: submodule -> [rows, S, T] float64.
+        row_task: [rows] int64, the task of each row.
+        importance: T weights w_a of the tasks; all 1 by default.
+        balance: divide each task by its c_a, so that no task's steep loss dominates.
+        ridge: rho >= 0; None takes the one of `RIDGES` that predicts left-out rows best.
+        prior: where weights are pulled to.
+    """
+    names = list(slopes)
+    whole = torch.stack(list(slopes.values()), dim=-1)  # [R, S, T, M]
+    num_models = whole.shape[2]
+    changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
+    weights = torch.ones(num_models, dtype=torch.float64)
+    if importance is not None:
+        weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    system = _system(whole, row_task, weights, balance, changed)
+    size = int(changed.sum())
+    solution = torch.zeros((num_models, len(names)), dtype=torch.float64)
+    error = torch.zeros_like(solution)
+    condition, rank, residual = 1.0, 0, 0.0
+    if size and len(system.y):
+        kernel = system.z @ system.z.T
+        if ridge is None:
+            ridge = min(RIDGES, key=lambda rho: _left_out(kernel, system, rho, prior)[0])
+        residual, fitted = _left_out(kernel, system, ridge, prior)
+        solution[changed] = prior + system.z.T @ fitted[0]
+        error[changed] = _jackknife(system, fitted, num_models)
+        values = torch.linalg.eigvalsh(kernel)
+        rank = int((values > 1e-12 * values.max()).sum())
+        shift = ridge * system.unit
+        smallest = values.min().clamp(min=0) + shift
+        condition = float((values.max() + shift) / smallest) if smallest > 0 else float("inf")
+    counts = torch.bincount(row_task, minlength=num_models)
+    return JointSolution(
+        alpha={name: solution[:, place] for place, name in enumerate(names)},
+        stderr=None if counts.min() < 2 else {name: error[:, place] for place, name in enumerate(names)},
+        unchanged={name: ~changed[:, place] for place, name in enumerate(names)},
+        ridge=0.0 if ridge is None else ridge,
+        condition=condition,
+        rank=rank,
+        residual=residual,
+    )
+
+
+def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, changed: Tensor) -> _System:
+    """The scaled rows; those that feel nothing (no completion, no change) are left out."""
+    num_rows, samples, num_models, _ = whole.shape
+    own = torch.arange(num_models)
+    total = whole.sum(-1)  # [R, S, T], the whole task vectors' slopes
+    used = (whole != 0).flatten(1).any(1)  # [R]
+    target = total[torch.arange(num_rows)[:, None], torch.arange(samples)[None], row_task[:, None]]  # [R, S]
+    scale = torch.zeros(num_rows, dtype=torch.float64)
+    for task in own.tolist():
+        mine = (row_task == task) & used
+        if mine.any():
+            mean = total[mine].square().mean() if balance else torch.tensor(1.0, dtype=torch.float64)
+            scale[mine] = weights[task] / (mean.clamp(min=torch.finfo(torch.float64).tiny) * mine.sum() * samples)
+    root = scale.sqrt()
+    z = (whole[:, :, changed] * root[:, None, None])[used].flatten(0, 1)
+    y = (target * root[:, None])[used].flatten()
+    groups = list(torch.arange(len(y)).view(-1, samples))
+    unit = float(z.square().sum() / max(1, z.shape[1]))
+    return _System(z, y, groups, row_task[used], unit)
+
+
+def _left_out(kernel: Tensor, system: _System, ridge: float, prior: float) -> tuple[float, tuple[Tensor, Tensor]]:
+    """(share of y^2 that remains when every row is predicted without it, (c, C)).
+
+    alpha = prior + z^T c with c = C (y - z prior) and C = (z z^T + rho d I)^-1. Without the samples g of a row the
+    errors there are C_gg^-1 c_g, exactly.
+    """
+    size = len(system.y)
+    shift = max(ridge * system.unit, 1e-12 * float(kernel.diagonal().max()))
+    inverse = torch.linalg.inv(kernel + shift * torch.eye(size, dtype=torch.float64))
+    fitted = inverse @ (system.y - prior * system.z.sum(1))
+    remaining = sum(
+        float(torch.linalg.solve(inverse[group][:, group], fitted[group]).square().sum()) for group in system.groups
+    )
+    return remaining / max(float(system.y.square().sum()), torch.finfo(torch.float64).tiny), (fitted, inverse)
+
+
+def _jackknife(system: _System, fitted: tuple[Tensor, Tensor], num_models: int) -> Tensor:
+    """[K] delete-one standard errors, rows stratified by task as in `solve.py`; d and c_a stay as they are."""
+    coefficients, inverse = fitted
+    changes = []
+    for group in system.groups:
+        part = inverse[:, group] @ torch.linalg.solve(inverse[group][:, group], coefficients[group])
+        changes.append(-(system.z.T @ part))
+    left = torch.stack(changes)  # [rows, K]: alpha without the row, less alpha
+    variance = torch.zeros(left.shape[1], dtype=torch.float64)
+    for number in range(num_models):
+        mine = left[system.task == number]
+        if len(mine) > 1:
+            variance += (len(mine) - 1) / len(mine) * (mine - mine.mean(0)).square().sum(0)
+    return variance.sqrt()

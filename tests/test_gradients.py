@@ -1,0 +1,185 @@
+"""The streamed backward pass against autograd over whole models in memory; labels; what a small step really does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from zoo import ZOO
+
+from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.gathering import examples_of
+from mergekit_slta.gradients import Backward
+from mergekit_slta.records import Records
+from mergekit_slta.submodules import split
+
+
+def whole_model(path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def row_loss(model: torch.nn.Module, ids, first: int, labels=None) -> torch.Tensor:
+    """Summed over the answer; own tokens unless labels are given."""
+    logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    wanted = torch.tensor(list(ids[first:])) if labels is None else labels
+    return cross_entropy(logits[first - 1 : -1].float(), wanted, reduction="sum")
+
+
+def reference_slopes(models, job, labels=None) -> dict[str, torch.Tensor]:
+    """submodule -> [rows, T], from whole gradients of whole models."""
+    rename = dict(job.skeleton.arch.renamed)
+    every = [whole_model(path) for path in (models.base, *models.experts)]
+    states = [dict(model.named_parameters()) for model in every]
+    examples = examples_of(job)
+    found = {submodule.name: torch.zeros(len(examples), len(every) - 1) for submodule in job.submodules}
+    for row, example in enumerate(examples):
+        model = every[example.task + 1]
+        model.zero_grad()
+        loss = row_loss(model, example.ids, example.completion, None if labels is None else labels[row])
+        loss.backward()
+        for submodule in job.submodules:
+            for tensor in submodule.tensors:
+                name = rename.get(tensor, tensor)
+                gradient = states[example.task + 1][name].grad
+                if gradient is None:
+                    continue
+                for expert in range(len(every) - 1):
+                    product = gradient * (states[expert + 1][name] - states[0][name]).detach()
+                    own = [part for part in submodule.slices if part.tensor == tensor]
+                    parts = [product.narrow(part.axis, part.start, part.stop - part.start) for part in own] or [product]
+                    found[submodule.name][row, expert] += sum(part.double().sum() for part in parts)
+    return found
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """To 1e-5 of what a submodule's slopes are made of: their size over the rows."""
+    for name, slopes in expected.items():
+        scale = max(float(part.abs().max()) for part in expected.values())
+        difference = (found[name].double() - slopes.double()).abs().max()
+        assert difference <= 1e-5 * scale, (name, float(difference), scale)
+        assert slopes.abs().max() > 0 or not found[name].any()
+
+
+@pytest.mark.parametrize("granularity", ["attn_mlp", "linear"])
+@pytest.mark.parametrize("name", ZOO)
+def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
+    models = specimen(name)
+    job = job_of(models, granularity=granularity, objective="joint", label_samples=0)
+    found = gather_statistics(job)
+    assert found.form == "slope"
+    assert_close({key: slopes[:, 0] for key, slopes in found.grams.items()}, reference_slopes(models, job))
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "head_mlp"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"])
+def test_other_granularities(specimen, name, granularity):  # noqa: F811
+    models = specimen(name)
+    job = job_of(models, granularity=granularity, objective="joint", label_samples=0)
+    found = gather_statistics(job).grams
+    assert_close({key: slopes[:, 0] for key, slopes in found.items()}, reference_slopes(models, job))
+
+
+def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  # noqa: F811
+    """Slopes of drawn labels are those of exactly these labels; over many draws their frequencies are the model's."""
+    models = specimen("llama")
+    job = job_of(models, objective="joint", label_samples=3)
+    drawn: list[list[torch.Tensor]] = []
+    original = Backward._labels
+
+    def spy(self, example, chances):
+        drawn.append([])
+        for labels in original(self, example, chances):
+            drawn[-1].append(labels)
+            yield labels
+
+    monkeypatch.setattr(Backward, "_labels", spy)
+    found = gather_statistics(job).grams
+    for draw in range(3):
+        expected = reference_slopes(models, job, [labels[draw] for labels in drawn])
+        assert_close({key: slopes[:, draw] for key, slopes in found.items()}, expected)
+    again = gather_statistics(job).grams
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+    chances = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).repeat(20000, 1)
+    backward = object.__new__(Backward)
+    backward._samples, backward._seed = 1, 0
+    (labels,) = original(backward, replace(examples_of(job)[0], number=5), chances)
+    frequencies = torch.bincount(labels, minlength=4) / len(labels)
+    assert torch.allclose(frequencies, chances[0], atol=0.02)
+    assert frequencies[3] == 0
+
+
+def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
+    """d loss along any mixture of the experts' changes of single submodules is what the slopes say."""
+    models = specimen("qwen3")
+    job = job_of(models, objective="joint", label_samples=0)
+    slopes = gather_statistics(job).grams
+    examples = examples_of(job)
+    generator = torch.Generator().manual_seed(3)
+    step = {name: torch.randn(2, generator=generator, dtype=torch.float64) for name in slopes}
+    every = [whole_model(path).double() for path in (models.base, *models.experts)]
+    states = [dict(model.named_parameters()) for model in every]
+    for row, example in enumerate(examples):
+        predicted = sum(float(slopes[name][row, 0] @ step[name]) for name in slopes)
+        losses = []
+        for size in (5e-4, -5e-4):  # norms round to float32
+            moved = whole_model(models.experts[example.task]).double()
+            parameters = dict(moved.named_parameters())
+            with torch.no_grad():
+                for submodule in job.submodules:
+                    for tensor in submodule.tensors:
+                        for expert in range(2):
+                            change = states[expert + 1][tensor] - states[0][tensor]
+                            parameters[tensor].add_(change * size * float(step[submodule.name][expert]))
+                logits = moved(torch.tensor([list(example.ids)]), use_cache=False).logits[0]
+                wanted = torch.tensor(list(example.ids[example.completion :]))
+                losses.append(float(cross_entropy(logits[example.completion - 1 : -1], wanted, reduction="sum")))
+        assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(predicted, rel=5e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
+    """Stopped behind any step of the backward pass, the rest gives the same bits."""
+    job = job_of(specimen("qwen3"), objective="joint")
+    whole = gather_statistics(job).grams
+    folder = tmp_path / ".partial"
+    stages = []
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping(Records):
+        def put(self, step, tensors):
+            super().put(step, tensors)
+            stages.append(step)
+            if len(stages) > stop:
+                raise Stopped
+
+    with Stopping(folder, "same") as records:
+        records.open()
+        try:
+            gather_statistics(job, records)
+        except Stopped:
+            pass
+    with Records(folder, "same") as records:
+        records.open()
+        assert len(records.steps) == min(stop + 1, 4)
+        found = gather_statistics(job, records).grams
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
+    """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
+    job = job_of(specimen("llama"), objective="joint", num_samples=6, max_seq_length=24)
+    alphas = solve_job(job, gather_statistics(job))
+    names = [entry.name for entry in split(job.plan.tensors, job.skeleton.anatomy, "attn_mlp")]
+    assert [entry.name for entry in alphas.submodules] == names
+    assert alphas.calibration["ridge"] is None
+    assert alphas.calibration["ridge_used"] > 0
+    alphas.save(tmp_path / "alphas.json")
+    assert json.loads((tmp_path / "alphas.json").read_text())["calibration"]["label_samples"] == 2
