@@ -8,22 +8,25 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_slta.batches import BATCH_TOKENS
+from mergekit_slta.gradients import LOGITS
 from mergekit_slta.plan import total_bytes
 from mergekit_slta.preflight import Job
 from mergekit_slta.submodules import split
+from mergekit_slta.tape import tape_bytes
 from mergekit_slta.walk import HEAD_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Costs:
     """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes besides the libraries,
-    bytes of the largest single allocation, bytes written by the merge."""
+    bytes of the largest single allocation, bytes written by the merge, bytes of features on disk meanwhile."""
 
     flops: float
     read_bytes: int
     peak_bytes: int
     largest_bytes: int
     written_bytes: int
+    scratch_bytes: int = 0
 
 
 LARGE_BLOCK = 32 * 2**20
@@ -80,9 +83,33 @@ def estimate(job: Job) -> Costs:
     if out and written:
         bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
         written = sum(sizes.values()) * bits // 8
+    if job.recipe.settings.objective == "joint":
+        return _of_joint(job, sizes, head, longest, largest, written)
     kept = _KEPT.get(job.recipe.settings.granularity, _KEPT_OTHERWISE) if largest < LARGE_BLOCK else _KEPT_LARGE
     peak = int((hidden + max(in_layer, in_head, in_embed)) * kept)
     return Costs(flops, total_bytes(job.plan), peak, largest, written)
+
+
+def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
+    """Every row forward, forward again and back (twice the work) through its own expert; the features of all layers on
+    disk. In memory are one layer of every model and a row's activations, or the output projection and its gradients."""
+    models, draws = len(job.plan.models), max(1, job.recipe.settings.label_samples)
+    item, width = torch.finfo(job.dtype).bits // 8, int(job.skeleton.config.hidden_size)
+    prefix = job.skeleton.layers_path + "."
+    layers: dict[str, int] = {}
+    for name, size in sizes.items():
+        if name.startswith(prefix):
+            index = name[len(prefix) :].partition(".")[0]
+            layers[index] = layers.get(index, 0) + size
+    flops = job.num_tokens * 2.0 * (sum(layers.values()) + sizes[head]) * (2 + 2 * draws)
+    wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
+    in_layer = (models + 1) * max(layers.values(), default=0) * item + longest * (6 * wide + 12 * width) * item
+    in_head = sizes[head] * item * (_copies(job, head) > 0) + 4 * LOGITS * item
+    largest = max(largest, LOGITS * item)
+    kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
+    scratch = tape_bytes(job.num_tokens, job.skeleton.num_layers + 1, draws, width, job.dtype)
+    peak = int(max(in_layer, in_head) * kept)
+    return Costs(flops, 2 * total_bytes(job.plan), peak, largest, written, scratch)
 
 
 def _copies(job: Job, name: str) -> int:

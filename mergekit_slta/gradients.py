@@ -213,54 +213,60 @@ class Backward:
             weights = {**whole[task + 1], skeleton.head_weight: projection}
             waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [S, n, v])
             for row in rows:
-                waiting.append((row, *self._loss(row, weights, changes)))
-                if sum(gradients.numel() for *_, gradients in waiting) >= LOGITS or row == rows[-1]:
-                    self._project(waiting, raw, source, vocabulary)
-                    waiting = []
+                for inputs, gradients in self._loss(row, weights, changes, max(1, LOGITS // vocabulary)):
+                    waiting.append((row, inputs, gradients))
+                    if sum(kept.numel() for *_, kept in waiting) >= LOGITS:
+                        self._project(waiting, raw, source, vocabulary)
+                        waiting = []
+            self._project(waiting, raw, source, vocabulary)
 
-    def _loss(self, row: int, weights: Weights, changes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """One row's loss: what enters the output projection [n, d], and the gradients by what leaves it [S, n, v].
+    def _loss(
+        self, row: int, weights: Weights, changes: Mapping[str, Tensor], most: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One row's loss, `most` positions at a time: what enters the output projection [n, d], and the gradients by
+        what leaves it [S, n, v].
 
         Keeps the gradients by the last layer's output, and the slopes of everything here but the projection.
         """
         skeleton, example = self._skeleton, self._examples[row]
         features = self._tape.features(skeleton.num_layers, row).to(skeleton.device)
         back = features.new_zeros((self._draws, *features.shape))
-        if example.completion >= len(example.ids):  # cut before its answer
-            self._tape.put_gradients(row, back)
-            return features[:0], features.new_zeros((self._draws, 0, 0))
-        asked = slice(example.completion - 1, len(example.ids) - 1)
-        hidden = features[asked].detach().requires_grad_()
-        own = {name: weights[name].detach().requires_grad_() for name in changes}
-        with torch.enable_grad(), _watched({"head": skeleton.model.get_output_embeddings()}) as seen:
-            logits = skeleton.head(hidden[None], {**weights, **own})[0]
-        chances = torch.softmax(logits.detach().float(), dim=-1)  # [n, v]
-        given, collected = seen["head"][0][0], []
-        for draw, labels in enumerate(self._labels(example, chances)):
-            slope = chances.index_put((torch.arange(len(labels), device=labels.device), labels),
-                                      chances.new_tensor(-1.0), accumulate=True)  # fmt: skip
-            gradients = torch.autograd.grad(
-                logits, [hidden, *own.values()], slope.to(logits.dtype), retain_graph=draw < self._draws - 1,
-                allow_unused=True,
-            )  # fmt: skip
-            back[draw, asked] = self._finite(gradients[0], "head")
-            for name, gradient in zip(own, gradients[1:], strict=True):
-                if gradient is not None:
-                    self._add(name, row, draw, gradient, changes[name])
-            collected.append(seen["head"][0][1].flatten(0, -2))
+        heights = self._heights(example)
+        for start in range(example.completion - 1, len(example.ids) - 1, most):
+            asked = slice(start, min(start + most, len(example.ids) - 1))
+            hidden = features[asked].detach().requires_grad_()
+            own = {name: weights[name].detach().requires_grad_() for name in changes}
+            with torch.enable_grad(), _watched({"head": skeleton.model.get_output_embeddings()}) as seen:
+                logits = skeleton.head(hidden[None], {**weights, **own})[0]
+            chances = torch.softmax(logits.detach().float(), dim=-1)  # [n, v]
+            given, collected = seen["head"][0][0], []
+            for draw in range(self._draws):
+                if heights is None:
+                    labels = torch.as_tensor(list(example.ids[asked.start + 1 : asked.stop + 1]), device=chances.device)
+                else:
+                    first = asked.start - example.completion + 1
+                    labels = _drawn(chances, heights[draw, first : first + len(chances)])
+                slope = chances.clone()
+                slope[torch.arange(len(labels), device=labels.device), labels] -= 1
+                gradients = torch.autograd.grad(
+                    logits, [hidden, *own.values()], slope.to(logits.dtype), retain_graph=draw < self._draws - 1,
+                    allow_unused=True,
+                )  # fmt: skip
+                back[draw, asked] = self._finite(gradients[0], "head")
+                for name, gradient in zip(own, gradients[1:], strict=True):
+                    if gradient is not None:
+                        self._add(name, row, draw, gradient, changes[name])
+                collected.append(seen["head"][0][1].flatten(0, -2))
+            yield given.flatten(0, -2), torch.stack(collected)
         self._tape.put_gradients(row, back)
-        return given.flatten(0, -2), torch.stack(collected)
 
-    def _labels(self, example: Example, chances: Tensor) -> Iterator[Tensor]:
-        """[n] tokens whose loss is taken, draw by draw: from the expert's own distribution, or the row's own."""
+    def _heights(self, example: Example) -> Tensor | None:
+        """[S, positions] uniform numbers that choose the labels; None where these are the row's own tokens."""
         if not self._samples:
-            yield torch.as_tensor(list(example.ids[example.completion :]), device=chances.device)
-            return
-        below = chances.double().cumsum(-1)
+            return None
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + example.number) % 2**63)
-        for _ in range(self._samples):
-            heights = torch.rand((len(chances), 1), generator=generator, dtype=torch.float64).to(chances.device)
-            yield torch.searchsorted(below, heights * below[:, -1:]).flatten().clamp(max=chances.shape[1] - 1)
+        shape = (self._samples, len(example.ids) - example.completion)
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     def _project(
         self, waiting: Sequence[tuple[int, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
@@ -273,15 +279,14 @@ class Backward:
             placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
             changes = _changes(placed)
             for row, inputs, gradients in waiting:
-                for draw in range(gradients.shape[0] if len(inputs) else 0):
+                for draw in range(self._draws):
                     self._add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
 
     def _layer(self, index: int) -> None:
         """One decoder layer: its slopes, and the gradients by its input."""
         names = self._names_of(index)
         loaded = self._checkpoints.load(names)
-        changes = {name: _changes([weights[name] for weights in loaded]) for name in names}
-        del loaded
+        changes = {name: _changes([weights.pop(name) for weights in loaded]) for name in names}  # one tensor twice
         prefix = f"{self._skeleton.layers_path}.{index}."
         for task, rows in self._by_task.items():
             weights = self._checkpoints.load(names, [task + 1])[0]
@@ -381,6 +386,13 @@ class Backward:
                 shape = (len(self._examples), self._draws, self._num_experts)
                 into = self._found[piece.submodule] = torch.zeros(shape, dtype=torch.float64, device="cpu")
             into[row, draw] += product.double().cpu()
+
+
+def _drawn(chances: Tensor, heights: Tensor) -> Tensor:
+    """[n] tokens, each from its own distribution [n, v], where its uniform number [n] falls."""
+    below = chances.double().cumsum(-1)
+    places = torch.searchsorted(below, heights[:, None].to(below.device) * below[:, -1:])
+    return places.flatten().clamp(max=chances.shape[1] - 1)
 
 
 def _changes(tensors: Sequence[Tensor]) -> Tensor:

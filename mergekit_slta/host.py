@@ -30,7 +30,7 @@ from mergekit_slta.calibration import (
 )
 from mergekit_slta.costs import estimate
 from mergekit_slta.distributed import ALONE, Ranks
-from mergekit_slta.errors import AlphasError, ModelError, OutputError, RunError, SltaError, show
+from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, SltaError, show
 from mergekit_slta.files import write_text_atomically
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import describe, differences
@@ -182,7 +182,10 @@ def obtain(
     Raises:
         AlphasError: the file is no alphas file, or is for something else and `must_match`.
         DataError: residuals have to be measured, and an expert has no rows.
+        RecipeError: residuals are asked for, and the objective has none.
     """
+    if verified and job.recipe.settings.objective == "joint":
+        raise RecipeError("--verify compares features, and `objective: joint` uses none: drop --verify")
 
     def gather() -> Statistics:
         if records is not None:
@@ -295,7 +298,8 @@ def check_room(job: Job, out: Path) -> None:
     Raises:
         OutputError: with both figures.
     """
-    needed = estimate(job).written_bytes
+    costs = estimate(job)
+    needed = costs.written_bytes + costs.scratch_bytes
     free = free_bytes(out)
     if needed > free:
         raise OutputError(

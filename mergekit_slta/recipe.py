@@ -234,8 +234,8 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
         for key, value, usual in (("tolerance", settings.tolerance, 0), ("inputs", settings.inputs, "base")):
             if value != usual:
                 raise RecipeError(
-                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: gradients are taken at the experts, for all "
-                    f"weights together; drop `{key}`, or choose `objective: features`"
+                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: gradients are taken at the experts, "
+                    f"for all weights together; drop `{key}`, or choose `objective: features`"
                 )
     return settings
 

@@ -46,6 +46,8 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"({_bytes(_libraries())} of it the libraries); the largest allocation is {_bytes(costs.largest_bytes)}",
         f"writes      {_bytes(costs.written_bytes)}",
     ]
+    if costs.scratch_bytes:
+        lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features on disk until the calibration is done")
     return "\n".join(lines)
 
 
@@ -55,7 +57,7 @@ def _libraries() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, where the system tells them apart
 
 
-_SETTINGS = ("num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
+_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
 
 
 def describe_alphas(alphas: Alphas) -> str:

@@ -13,14 +13,26 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 FLOORS = [
     {"errors", "_autoload"},
     {"files", "documents"},
-    {"gram", "solve", "linearity", "records", "scores", "alphas", "identity", "outfolder", "distributed", "drawing"},
+    {
+        "gram",
+        "solve",
+        "joint",
+        "linearity",
+        "records",
+        "scores",
+        "alphas",
+        "identity",
+        "outfolder",
+        "distributed",
+        "drawing",
+    },
     {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
     {"adapters", "depth"},
     {"submodules", "figures"},
     {"samples", "plan", "skeleton", "export"},
     {"checkpoints", "fingerprint", "streams"},
-    {"walk"},
-    {"ends", "layers", "observation"},
+    {"walk", "tape"},
+    {"ends", "layers", "observation", "gradients"},
     {"stream"},
     {"preflight"},
     {"assembly", "costs", "results"},
@@ -80,7 +92,9 @@ def test_arrows_point_down():
                     assert floor[parts[1]] < level or (room, parts[1]) in doors, f"{room} imports {parts[1]}"
 
 
-@pytest.mark.parametrize("room", ["gram", "solve", "files", "errors", "alphas", "identity", "assembly", "resolve"])
+@pytest.mark.parametrize(
+    "room", ["gram", "solve", "joint", "files", "errors", "alphas", "identity", "assembly", "resolve"]
+)
 def test_maths_knows_neither_mergekit_nor_transformers(room):
     """Statistics and solves are tensors in, tensors out."""
     roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{room}.py")}
@@ -89,7 +103,7 @@ def test_maths_knows_neither_mergekit_nor_transformers(room):
 
 def test_runner_knows_no_statistics():
     """The runner hands outputs out; what is made of them is not its business."""
-    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints"):
+    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints", "gradients", "tape"):
         assert not imports_of(PACKAGE / f"{room}.py") & {
             f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
         }
