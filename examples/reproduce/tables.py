@@ -367,6 +367,10 @@ def _spread(values: Mapping[str, float] | None) -> str:
     return MISSING if not values else f"{values['mean']:.3g} ± {values['std']:.2g}"
 
 
+def _complement(values: Mapping[str, float] | None) -> Mapping[str, float] | None:
+    return None if not values else {"mean": 1 - values["mean"], "std": values["std"]}
+
+
 def non_linearity(run: Run) -> str | None:
     """f. Table 17, Figures 3 and 4, Table 18."""
     scores = run.linearity
@@ -381,14 +385,16 @@ def non_linearity(run: Run) -> str | None:
             [level, str(found["count"]), _spread(found.get("non_linearity")),
              *(_spread({"mean": each[0], "std": each[1]} if each else None) for each in theirs),
              *(_spread(projection.get(of)) for of in ("pairs", "triples")),
-             *(_spread(cosine.get(of)) for of in ("pairs", "triples")), _spread(found.get("cosine_base"))]
+             *(_spread(_complement(cosine.get(of))) for of in ("pairs", "triples")),
+             _spread(_complement(found.get("cosine_base")))]
         )  # fmt: skip
     header = ["level", "submodules", "Non-linearity Score", *(f"paper: {model}" for model in models),
-              "projection distance: pairs", "triples", "cosine: pairs", "triples", "cosine of experts"]  # fmt: skip
+              "projection distance: pairs", "triples", "1 - cosine: pairs", "triples", "of experts"]  # fmt: skip
     about = (
-        f"Of {', '.join(scores['models'])}. Non-linearity by level, 0 is exactly linear: mean ± standard deviation over "
-        "submodules and experts, beside the paper's Table 17; projection distance (its Fig. 3: 0 is linear) and cosine (Fig. 4: 1 is linear) of merging. "
-        "In the paper submodules are far more linear than the model."
+        f"Of {', '.join(scores['models'])}. Non-linearity by level, 0 is exactly linear: mean ± standard deviation "
+        "over submodules and experts, beside the paper's Table 17. Of merging: projection distance (its Fig. 3) and "
+        "1 - cosine (Fig. 4), both 0 where it is linear; the last column is what 1 - cosine is between experts. In the "
+        "paper submodules are far more linear than the model."
     )
     parts = [about, table(header, lines)]
     distances = [
@@ -423,8 +429,8 @@ def cost(run: Run) -> str | None:
     header = ["method", "time over task arithmetic's", "peak memory over it", "s", "peak anonymous memory: MiB"]
     about = (
         f"A merge of {len(run.costs['experts'])} experts by the stock command, one setting of each method, in a "
-        f"process of its own, libraries included ({run.costs['machine']}). A tuned method costs its grid: a merge and a score "
-        "for every setting. The paper gives no numbers."
+        f"process of its own, libraries included ({run.costs['machine']}). A tuned method costs its grid: a merge "
+        "and a score for every setting. The paper gives no numbers."
     )
     return section(
         "Cost in time and memory", about, table(header, lines), command="python examples/reproduce/costs.py WORK"
@@ -457,7 +463,8 @@ def claim_tables(run: Run) -> str:
         rule,
         "Tables 1 to 5 and 9. In each cell the paper's direction (the first name above or below the second; unclear "
         "where its two models contradict each other or lie within their spread); ours in points of recovered gap, "
-        "first less second, ± s; and the verdict. Settings of other methods are chosen on the test rows, as in the paper:",
+        "first less second, ± s; and the verdict. Settings of other methods are chosen on the test rows, as in "
+        "the paper:",
         table(["first and second", *map(set_name, PAPER_SETS), "agrees"], pairs, words=True),
         "The other experiments:",
         table(
@@ -526,8 +533,8 @@ def document(run: Run) -> str:
     )
     definition = (
         "The share of the gap recovered at a task is (base's loss - merge's loss) / (base's loss - expert's loss) on "
-        "its held-out rows: 0 is the base, 100% the expert. ± is the standard deviation (n - 1) over seeds, which draw the "
-        "calibration rows; the paper's divides by n. – has not been measured."
+        "its held-out rows: 0 is the base, 100% the expert. ± is the standard deviation (n - 1) over seeds, which draw "
+        "the calibration rows; the paper's divides by n. – has not been measured."
     )
     parts = [part for write in SECTIONS if (part := write(run)) is not None]
     return "\n\n".join(["# Results", head.strip(), definition, *parts]) + "\n"
