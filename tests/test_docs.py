@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
+from string import Formatter
 
 import pytest
 import yaml
@@ -17,7 +19,8 @@ from mergekit_slta.recipe import SHARED_KEYS, TASK_KEYS, load_config, read_recip
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted((ROOT / "yaml_recipes").rglob("*.yml"))
+ALL_RECIPES = sorted((ROOT / "yaml_recipes").rglob("*.yml"))
+RECIPES = [path for path in ALL_RECIPES if path.stem != "task_arithmetic"]
 
 
 def test_every_command_is_documented_and_exists():
@@ -60,6 +63,7 @@ def test_links_lead_somewhere():
         "CONTRIBUTING.md",
         "examples/smollm2/README.md",
         "examples/linear_attention_finetuning/README.md",
+        "yaml_recipes/mergebench/README.md",
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -73,7 +77,8 @@ def test_recipes_pass_check(path, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load(path.read_text())
     places = {recipe["base_model"]: tiny.base}
-    for entry, expert, dataset in zip(recipe["models"], tiny.experts, tiny.datasets, strict=False):
+    stand_ins = itertools.cycle(zip(tiny.experts, tiny.datasets, strict=True))
+    for entry, (expert, dataset) in zip(recipe["models"], stand_ins, strict=False):
         places[entry["model"]] = expert
         parameters = entry.get("parameters", {})
         if "dataset" in parameters:
@@ -127,8 +132,11 @@ def _stand_in(name: str, rows: Path, parameters: dict) -> None:
         row["messages"] = [{"role": "user", "content": row["text"]}]
         row.pop("tags")
     if "text" in parameters:
+        fields = [field for _, field, _, _ in Formatter().parse(parameters["text"]) if field]
         for row in content:
             row.pop("messages")
+            for field in fields:
+                row.setdefault(field, row["text"])
     frame = pandas.DataFrame(content)
     path = Path(name.replace("*", "part"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,3 +159,12 @@ def test_recipes_are_valid_as_they_stand(path):
         read_recipe(load_config(path)[0])
     except SltaError as error:
         pytest.fail(error.message)
+
+
+@pytest.mark.parametrize("path", sorted({*ALL_RECIPES} - {*RECIPES}), ids=lambda path: path.parent.name)
+def test_stock_recipes_are_over_the_same_models(path):
+    """A recipe to compare with is one of mergekit's own, over the models of the recipe beside it."""
+    stock, ours = (load_config(each)[0] for each in (path, path.with_name("submodule_linear.yml")))
+    assert stock.merge_method == "task_arithmetic"
+    assert [entry.model for entry in stock.models] == [entry.model for entry in ours.models]
+    assert stock.base_model == ours.base_model
