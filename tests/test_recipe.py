@@ -27,12 +27,12 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.settings.model_dump() == {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "ridge": 0.0, "tolerance": 0.0, "compute_dtype": "float32",
-        "alphas": None,
+        "inputs": "base", "objective": "features", "label_samples": 2, "ridge": 0.0, "tolerance": 0.0,
+        "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
-    assert TASK_KEYS == ("dataset", "dataset_config", "split", "text", "importance")
+    assert TASK_KEYS == ("dataset", "dataset_config", "split", "text", "completion", "importance")
     assert "lambda" in SHARED_KEYS
 
 
@@ -96,6 +96,9 @@ REFUSALS = [
     ({}, {"balance": "maybe"}, r"`balance`.*valid boolean"),
     ({}, {"inputs": "merge"}, r"`inputs`.*'merge'"),
     ({}, {"objective": "loss"}, r"`objective`.*'loss'"),
+    ({}, {"objective": "joint", "inputs": "merged"}, r"`objective` is 'joint' and `inputs` is 'merged'"),
+    ({}, {"objective": "joint", "tolerance": 0.1}, r"`objective` is 'joint' and `tolerance` is '0.1'"),
+    ({}, {"objective": "joint", "label_samples": -1}, r"`label_samples`.*-1"),
     ({}, {"ridge": -0.1}, r"`ridge`.*greater than or equal to 0"),
     ({}, {"ridge": float("nan")}, r"`ridge`.*finite"),
     ({}, {"compute_dtype": "int8"}, r"`compute_dtype`.*'int8'"),

@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 
 from mergekit_slta.errors import DataError
 from mergekit_slta.recipe import Settings, Task
-from mergekit_slta.samples import draw_rows, encode, load_rows, renderer, sample_numbers
+from mergekit_slta.samples import completion_start, draw_rows, encode, load_rows, renderer, sample_numbers
 
 ROWS = [{"question": f"q{number}", "answer": f"a{number}", "number": number} for number in range(10)]
 
@@ -41,8 +41,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def draw(tokenizer, dataset, text=None, split="train", **settings):
-    task = Task(model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split)
+def draw(tokenizer, dataset, text=None, split="train", completion=None, **settings):
+    task = Task(
+        model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split, completion=completion
+    )
     return draw_rows(task, "org/a", Settings(**settings), tokenizer)
 
 
@@ -210,7 +212,7 @@ def test_templates_substitute_and_nothing_else(literals, values):
     """A template is its literals with the values between them, whatever the values contain."""
     assume(all(value is not None for value in values))
     template = literals[0] + "{a}" + literals[1] + "{b}" + literals[2]
-    text, is_chat = renderer(template, ["a", "b"], None, "data")({"a": values[0], "b": values[1]}, "row 0")
+    text, is_chat, _ = renderer(template, ["a", "b"], None, "data")({"a": values[0], "b": values[1]}, "row 0")
     assert text == literals[0] + values[0] + literals[1] + values[1] + literals[2]
     assert not is_chat
 
@@ -236,3 +238,68 @@ def test_hash_covers_text_and_tokens(folder, tokenizer):
         draw(tokenizer, folder / "rows.json", "question", max_seq_length=2),
     ]
     assert len({one.sha256, *(other.sha256 for other in others)}) == 4
+
+
+# --- where the answer begins ----------------------------------------------------------------------------------------
+
+
+def answers(tokenizer, drawn) -> list[str]:
+    """What the marked tokens say."""
+    return [tokenizer.decode(row.ids[row.completion :]) for row in drawn.rows]
+
+
+def test_completion_follows_the_text_and_is_marked(folder, tokenizer):
+    """`text` and `completion` make one row; only a loss asks where the answer begins."""
+    keys = {"text": "{question}: ", "completion": "{answer}!"}
+    drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=10)
+    assert [row.text for row in drawn.rows] == [f"q{row.number}: a{row.number}!" for row in drawn.rows]
+    for row, answer in zip(drawn.rows, answers(tokenizer, drawn), strict=True):
+        assert answer.strip() == f"a{row.number}!"
+        assert tokenizer.decode(row.ids[1 : row.completion]).strip() == f"q{row.number}:"
+    plain = draw(tokenizer, folder / "rows.json", **keys, num_samples=10)
+    assert {row.completion for row in plain.rows} == {1}
+    assert plain.sha256 != drawn.sha256
+
+
+def test_the_last_message_of_a_chat_is_the_answer(tmp_path, tokenizer):
+    """Not earlier ones of the assistant's; a chat that ends with the user counts as a whole."""
+    chats = [
+        [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}],
+        [*({"role": role, "content": "one"} for role in ("user", "assistant", "user")),
+         {"role": "assistant", "content": "two"}],
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "x"}],
+    ]  # fmt: skip
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    drawn = draw(tokenizer, path, objective="joint", num_samples=3)
+    by_number = dict(zip((row.number for row in drawn.rows), answers(tokenizer, drawn), strict=True))
+    assert by_number[0] == "<|assistant|>dog</s>"  # this template writes no header before the answer
+    assert by_number[1] == "<|assistant|>two</s>"
+    assert next(row for row in drawn.rows if row.number == 2).completion == 1
+
+
+def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
+    """Some tokenizers join a header's line break with what follows: offsets tell, token counts of the prompt do not."""
+    text = "the quick brown fox"
+    ids = encode(text, tokenizer, 99, add_special_tokens=True)
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    for start in range(1, len(text)):
+        first = completion_start(text, start, ids, tokenizer, add_special_tokens=True)
+        assert offsets[first][1] > start
+        assert first == 1 or offsets[first - 1][1] <= start
+
+
+def test_answers_that_were_cut_off_are_said(folder, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        keys = {"text": "{question} and a very long introduction: ", "completion": "{answer}"}
+        drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=4, max_seq_length=5)
+    assert "4 of 4 rows" in caplog.text
+    assert "raise `max_seq_length`" in caplog.text
+    assert all(row.completion == len(row.ids) for row in drawn.rows)
+
+
+def test_completion_beside_messages_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "answer": "x"}) + "\n")
+    with pytest.raises(DataError, match="drop `completion`"):
+        draw(tokenizer, path, completion="answer", objective="joint")

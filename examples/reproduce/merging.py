@@ -58,8 +58,8 @@ def evaluate(
             task: [rows[number] for number in sample_numbers(len(rows), count, seed)] for task, rows in drawn.items()
         }
         found["calibration"] = score(model, tokenizer, drawn, precision)
-    found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
     if answers:
+        found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
         if precision == "bfloat16":  # as such models are used, and several times as fast token by token
             model = model.to(torch.bfloat16)
         found["exact"] = {
@@ -134,7 +134,7 @@ def add_answers(workdir: Path, name: str, tokens: int, precision: str, device: s
     found = evaluate(
         workdir, folder, tasks, calibration=None, splits=(), precision=precision, device=device, answers=tokens
     )
-    write_json(path, {**result, "exact": found["exact"]})
+    write_json(path, {**result, "exact": found["exact"], "general": found["general"]})
     if "recipe" in result:
         shutil.rmtree(folder, ignore_errors=True)
     click.echo(f"answered: {name}")

@@ -77,7 +77,8 @@ def baselines(tasks: Sequence[str], everything: bool) -> Iterator[Candidate]:
 
     Args:
         tasks: the experts.
-        everything: also the methods that the paper does not compare with (DELLA, SCE, model stock).
+        everything: also the methods that the paper does not compare with (DELLA, SCE, model stock), and all of DARE's
+            grid instead of half of it.
     """
     tasks = tuple(tasks)
 
@@ -89,7 +90,7 @@ def baselines(tasks: Sequence[str], everything: bool) -> Iterator[Candidate]:
     yield one("weight average", "linear", {"weight": 1.0}, {}, {})
     for weight in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         yield one("task arithmetic", "task_arithmetic", {"weight": weight}, {"normalize": False}, {"weight": weight})
-    for drop in (0.6, 0.7, 0.8, 0.9):
+    for drop in (0.6, 0.7, 0.8, 0.9) if everything else (0.6, 0.8):
         for weight in (0.6, 0.8, 1.0):
             own = {"weight": weight, "density": round(1 - drop, 1)}
             yield one("DARE", "dare_linear", own, {"normalize": False}, {"drop": drop, "weight": weight})

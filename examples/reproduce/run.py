@@ -14,16 +14,18 @@ from typing import Any
 import click
 from experts import QUICK, Sizes, prepare
 from five_tasks import TASKS
-from merging import calibrate, evaluate_references, read_results, run_candidates
-from methods import ALL, GRANULARITIES, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, with_alphas
+from merging import add_answers, calibrate, evaluate_references, read_results, run_candidates
+from methods import ALL, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, with_alphas
 from shared import write_json
 
 from mergekit_slta import Alphas
 from mergekit_slta.gram import Statistics
 from mergekit_slta.resolve import solve_again
 
-ROWS_STUDIED = ("layer", "attn_mlp")
-"""Granularities whose number of rows is varied, as in the paper's Table 11."""
+ROWS_STUDIED = "attn_mlp"
+"""Granularity whose number of rows is varied, as in the paper's Table 11."""
+BOTH_BALANCES = ("layer", "attn_mlp")
+"""Granularities that are also solved without balancing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +50,50 @@ class Run:
 
 
 def solved(
-    run: Run, statistics: Path, granularity: str, seed: int, **changes: Any
+    run: Run, statistics: Path, label: str, experts: tuple[str, ...], **changes: Any
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Weights of every set of experts from the statistics of all: no model is touched.
+    """Weights of every set among the calibrated experts, from their statistics: no model is touched.
 
     Yields:
         (tasks, path of the alphas file).
     """
     whole = Statistics.load(statistics)
-    for tasks in SETS:
-        label = ",".join([f"{key}={value}" for key, value in changes.items()]) or "as-calibrated"
-        name = f"{granularity}-{seed}-{'+'.join(tasks)}-{label}.json"
+    for tasks in [tasks for tasks in SETS if set(tasks) <= set(experts)]:
+        name = f"{label}-{'+'.join(tasks)}-{','.join(f'{key}={value}' for key, value in changes.items())}.json"
         path = run.workdir / "alphas" / name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            without = [task for task in ALL if task not in tasks]
+            without = [task for task in experts if task not in tasks]
             solve_again(whole, without=without, **changes).save(path)
         yield tasks, f"alphas/{name}"
 
 
-def our_candidates(run: Run, granularity: str, seed: int) -> Iterator[Candidate]:
-    """All merges that come from one calibration of all five experts."""
-    counts = run.sizes.row_counts if granularity in ROWS_STUDIED else (run.sizes.calibration_rows,)
-    most = max(*counts, run.sizes.calibration_rows)
-    recipe = calibration_recipe(ALL, seed, most, granularity=granularity)
-    statistics = calibrate(run.workdir, f"{granularity}-{seed}", recipe, run.device, click.echo)
-    ways: list[dict[str, Any]] = [{}, {"balance": False}] if granularity in ROWS_STUDIED else [{}]
+def our_candidates(
+    run: Run, granularity: str, seed: int, experts: tuple[str, ...] = ALL, **shared: Any
+) -> Iterator[Candidate]:
+    """All merges that come from one calibration: its experts, and every smaller set of them.
+
+    Args:
+        run, granularity, seed: of the calibration.
+        experts: which are calibrated.
+        shared: more keys of the recipe.
+    """
+    studied = granularity == ROWS_STUDIED and not shared
+    usual = run.sizes.calibration_rows
+    counts = run.sizes.row_counts if studied else (usual,)
+    recipe = calibration_recipe(experts, seed, max(usual, *counts), granularity=granularity, **shared)
+    name = "-".join([granularity, *map(str, shared.values()), str(seed)])
+    statistics = calibrate(run.workdir, name, recipe, run.device, click.echo)
+    ways: list[dict[str, Any]] = [{}, {"balance": False}] if granularity in BOTH_BALANCES and not shared else [{}]
     for way in ways:
-        for tasks, alphas in solved(run, statistics, granularity, seed, rows=run.sizes.calibration_rows, **way):
+        for tasks, alphas in solved(run, statistics, name, experts, rows=usual, **way):
             if not way or tasks in (ALL, TRIPLE):
-                shown = {"granularity": granularity, **way}
-                yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
+                yield Candidate(
+                    tasks, OURS, {"granularity": granularity, **shared, **way}, with_alphas(tasks, alphas), seed
+                )
     for count in counts:
-        if count != run.sizes.calibration_rows:
-            for tasks, alphas in solved(run, statistics, granularity, seed, rows=count):
+        if count != usual:
+            for tasks, alphas in solved(run, statistics, name, experts, rows=count):
                 if tasks in (ALL, TRIPLE):
                     shown = {"granularity": granularity, "rows": count}
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
@@ -90,7 +102,7 @@ def our_candidates(run: Run, granularity: str, seed: int) -> Iterator[Candidate]
 def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
     """`inputs: merged` (A.5.3): the statistics depend on which experts there are."""
     for tasks in (ALL, TRIPLE):
-        name = f"merged-inputs-{seed}-{'+'.join(tasks)}"
+        name = f"merged-inputs-{'+'.join(tasks)}-{seed}"
         recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, granularity="attn_mlp", inputs="merged")
         statistics = calibrate(run.workdir, name, recipe, run.device, click.echo)
         path = run.workdir / "alphas" / f"{name}.json"
@@ -105,20 +117,37 @@ def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
 
 def run_all(run: Run) -> None:
     """Every experiment, the most telling ones first."""
-    first = run.sizes.seeds[0]
-    evaluate_references(run.workdir, ALL, run.scoring(calibration=(first, run.sizes.calibration_rows)))
+    first, seeds = run.sizes.seeds[0], run.sizes.seeds
     tuned = {"calibration": (first, run.sizes.calibration_rows)}
-    for seed in run.sizes.seeds:
+    evaluate_references(run.workdir, ALL, run.scoring(**tuned))
+    for seed in seeds:
+        run.score([*our_candidates(run, "attn_mlp", seed, objective="joint")])
         run.score([*our_candidates(run, "attn_mlp", seed)])
-    for tasks in SETS:
-        run.score([*baselines(tasks, everything=tasks in (ALL, TRIPLE))], **tuned)
-    for seed in run.sizes.seeds:
+        if seed == first:
+            run.score([*baselines(ALL, everything=True)], **tuned)
+    for tasks in SETS[1:]:
+        run.score([*baselines(tasks, everything=tasks == TRIPLE)], **tuned)
+    for seed in seeds:
         run.score([*our_candidates(run, "layer", seed)])
-    for granularity in [name for name in GRANULARITIES if name not in ROWS_STUDIED]:
-        for seed in run.sizes.seeds:
-            run.score([*our_candidates(run, granularity, seed)])
-    for seed in run.sizes.seeds:
-        run.score([*merged_inputs(run, seed)])
+    for granularity in ("model", "head_mlp", "linear"):
+        for seed in seeds:  # the paper's levels are compared on pairs and the triple
+            run.score([*our_candidates(run, granularity, seed, TRIPLE)])
+    run.score([*merged_inputs(run, first)])
+    for name in ("base", *ALL, *with_answers(run)):
+        add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
+
+
+def with_answers(run: Run) -> list[str]:
+    """Merges of all experts whose greedy answers are counted: ours, and task arithmetic tuned on the test rows."""
+    results = read_results(run.workdir)
+    mine = [{"granularity": "attn_mlp"}, {"granularity": "attn_mlp", "objective": "joint"}]
+    ours = [
+        name
+        for name, result in results.items()
+        if result.get("tasks") == list(ALL) and result["settings"] in mine and result["seed"] == run.sizes.seeds[0]
+    ]
+    rivals = [name for name in results if name.startswith("all/task arithmetic/")]
+    return [*ours, *sorted(rivals, key=lambda name: sum(part["loss"] for part in results[name]["test"].values()))[:1]]
 
 
 @click.command()
