@@ -9,6 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
+from conftest import make_config, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -25,9 +28,10 @@ def example():
         import costs
         import gaps
         import methods
+        import run
         import tables
 
-        yield SimpleNamespace(claims=claims, costs=costs, gaps=gaps, methods=methods, tables=tables)
+        yield SimpleNamespace(claims=claims, costs=costs, gaps=gaps, methods=methods, run=run, tables=tables)
     finally:
         sys.path[:] = path
         for name in names & sys.modules.keys():
@@ -270,3 +274,30 @@ def test_costs_measure_every_method_once_and_ours_twice(example):
     assert methods[-2:] == [example.methods.OURS] * 2
     assert "dataset" in jobs[-2].recipe["models"][0]["parameters"]
     assert jobs[-1].recipe["parameters"]["alphas"] == "costs/slta_alphas.json"
+
+
+def test_quick_run(example, tmp_path, monkeypatch):
+    """The whole path on a tiny base: real text, five trained experts, calibrations, merges by mergekit, tables. What a
+    stopped run has left is taken up: a second run computes nothing."""
+    base = tmp_path / "tiny"
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.save_pretrained(base)
+    config = make_config("llama", tied=True, hidden_size=16, intermediate_size=24, max_position_embeddings=2048)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    monkeypatch.chdir(tmp_path)
+    command = [str(tmp_path / "work"), "--quick", "--base", str(base), "--processes", "1", "--threads", "1"]
+    first = CliRunner().invoke(example.run.main, command, catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    written = json.loads((tmp_path / "work" / "results.json").read_text())
+    names = list(written["results"])
+    assert {"base", *example.methods.ALL} <= set(names)
+    assert any("objective=joint" in name for name in names)
+    assert any(name.startswith("all/task arithmetic/") for name in names)
+    losses = [part["loss"] for result in written["results"].values() for part in result["test"].values()]
+    assert all(0 < loss < 20 for loss in losses)
+    table = (tmp_path / "work" / "RESULTS.md").read_bytes()
+    assert b"submodule_linear" in table
+    second = CliRunner().invoke(example.run.main, command, catch_exceptions=False)
+    assert second.output.splitlines()[:-1] == []
+    assert (tmp_path / "work" / "RESULTS.md").read_bytes() == table

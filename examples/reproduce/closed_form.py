@@ -47,19 +47,17 @@ TOKENS_AT_ONCE = 1024
 """Products of activations are float32 over so many tokens, and summed in float64."""
 
 Solver = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
-"""(second moments of every expert's inputs, weights of every expert, weights of the base) -> merged weights."""
+"""(second moments of every expert's inputs, weights of every expert, weights of the base) -> merged weights.
+
+For a linear map Gram matrices [in, in] and weights [out, in]; for a norm's scale sums of squares of what it multiplies,
+and scales, all [width]. Moments are float64.
+"""
 
 
 def regmean_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Tensor, alpha: float = ALPHA) -> Tensor:
     """RegMean: W = (sum of G_t)^-1 (sum of G_t W_t), the off-diagonals of every G_t multiplied by `alpha`.
 
     With `alpha` below 1 the sum can be inverted unless an input is 0 on all rows; torch raises an error where it is.
-
-    Args:
-        grams: [in, in] float64, an expert each.
-        weights: [out, in], an expert each.
-        base: not used.
-        alpha: 1 leaves the Gram matrices as they are.
     """
     shrunk = [alpha * gram + (1 - alpha) * torch.diag(gram.diagonal()) for gram in grams]
     wanted = sum(gram @ weight.double().T for gram, weight in zip(shrunk, weights, strict=True))
@@ -68,27 +66,14 @@ def regmean_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Ten
 
 
 def lot_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Tensor, cutoff: float = LOT_CUTOFF) -> Tensor:
-    """LOT merging, Eq. 9 and 15: W = base + (sum of G_t)^+ (sum of G_t T_t), with the task vectors T_t.
-
-    Args:
-        grams: [in, in] float64, an expert each.
-        weights: [out, in], an expert each.
-        base: [out, in].
-        cutoff: see `LOT_CUTOFF`.
-    """
+    """LOT merging, Eq. 9 and 15: W = base + (sum of G_t)^+ (sum of G_t T_t), with the task vectors T_t."""
     wanted = sum(gram @ (weight - base).double().T for gram, weight in zip(grams, weights, strict=True))
     inverse = torch.linalg.pinv(sum(grams), rtol=cutoff * len(wanted), hermitian=True)
     return base + (inverse @ wanted).T
 
 
 def lot_scale(squares: Sequence[Tensor], weights: Sequence[Tensor], base: Tensor) -> Tensor:
-    """LOT merging, Eq. 12: per dimension, the mean of the task vectors, weighted by the squares of what they scale.
-
-    Args:
-        squares: [width] float64, an expert each: sums of squares of the normalised input.
-        weights: [width], an expert each.
-        base: [width].
-    """
+    """LOT merging, Eq. 12: per dimension, the mean of the task vectors, weighted by the squares of what they scale."""
     wanted = sum(square * (weight - base) for square, weight in zip(squares, weights, strict=True))
     return base + wanted / sum(squares).clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -30,7 +30,7 @@ SEED = 20251
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: rows per task, steps of training, calibration rows and seeds."""
+    """How much of everything; of every grid, each `grid_step`-th setting."""
 
     train_rows: int = 500
     test_rows: int = 40
@@ -42,6 +42,7 @@ class Sizes:
     seeds: tuple[int, ...] = (42, 43, 44)
     row_counts: tuple[int, ...] = (1, 3, 10, 30, 50)
     generated_tokens: int = 80
+    grid_step: int = 1
 
 
 QUICK = Sizes(
@@ -51,9 +52,10 @@ QUICK = Sizes(
     steps=3,
     batch_tokens=300,
     calibration_rows=3,
-    seeds=(42, 43),
+    seeds=(42,),
     row_counts=(1, 3),
     generated_tokens=4,
+    grid_step=9,
 )
 """Everything once, too small to mean anything: for trying the command and for the project's own tests."""
 

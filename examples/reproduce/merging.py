@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,7 +101,9 @@ def run_candidates(
 ) -> None:
     """Do what is not done yet, several at a time."""
     missing = [candidate for candidate in candidates if not result_path(workdir, candidate.name).exists()]
-    if not missing:
+    if processes == 1:
+        for number, candidate in enumerate(missing, 1):
+            click.echo(f"[{number}/{len(missing)}] {run_candidate(workdir, candidate, threads, settings)}")
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(run_candidate, workdir, candidate, threads, settings) for candidate in missing]
@@ -140,6 +141,24 @@ def add_answers(workdir: Path, name: str, tokens: int, precision: str, device: s
     click.echo(f"answered: {name}")
 
 
+def calibrate(workdir: Path, name: str, recipe: dict[str, Any], device: str) -> Path:
+    """Do what `mergekit-slta calibrate` does in WORKDIR/calibrations/`name`, unless it has been; return its statistics.
+
+    The recipe's paths start at the current folder, which is WORKDIR.
+    """
+    from mergekit_slta.cli import main
+
+    folder = workdir / "calibrations" / name
+    statistics = folder / "slta_stats.safetensors"
+    if not statistics.exists():
+        click.echo(f"calibrating {name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        arguments = [folder / "recipe.yml", "-o", folder / "slta_alphas.json", "--quiet", "--device", device]
+        main(["calibrate", *map(str, arguments)], standalone_mode=False)
+    return statistics
+
+
 def command(name: str) -> str:
     """An installed command, the one beside this Python first."""
     beside = Path(sys.executable).parent / name
@@ -147,21 +166,6 @@ def command(name: str) -> str:
     if not found:
         raise click.ClickException(f"the command {name} is not installed: pip install mergekit-slta")
     return found
-
-
-def calibrate(workdir: Path, name: str, recipe: dict[str, Any], device: str, log: Callable[[str], None]) -> Path:
-    """Run `mergekit-slta calibrate` in WORKDIR/calibrations/`name` unless it has been; return its statistics."""
-    folder = workdir / "calibrations" / name
-    statistics = folder / "slta_stats.safetensors"
-    if not statistics.exists():
-        log(f"calibrating {name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        arguments = [folder / "recipe.yml", "-o", folder / "slta_alphas.json", "--quiet", "--device", device]
-        done = subprocess.run([command("mergekit-slta"), "calibrate", *map(str, arguments)], cwd=workdir)
-        if done.returncode:
-            raise click.ClickException(f"calibrating {name} ended with exit code {done.returncode}: see above")
-    return statistics
 
 
 def read_results(workdir: Path) -> dict[str, dict[str, Any]]:

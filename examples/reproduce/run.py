@@ -83,7 +83,7 @@ def our_candidates(
     counts = run.sizes.row_counts if studied else (usual,)
     recipe = calibration_recipe(experts, seed, max(usual, *counts), granularity=granularity, **shared)
     name = "-".join([granularity, *map(str, shared.values()), str(seed)])
-    statistics = calibrate(run.workdir, name, recipe, run.device, click.echo)
+    statistics = calibrate(run.workdir, name, recipe, run.device)
     ways: list[dict[str, Any]] = [{}, {"balance": False}] if granularity in BOTH_BALANCES and not shared else [{}]
     for way in ways:
         for tasks, alphas in solved(run, statistics, name, experts, rows=usual, **way):
@@ -104,7 +104,7 @@ def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
     for tasks in (ALL, TRIPLE):
         name = f"merged-inputs-{'+'.join(tasks)}-{seed}"
         recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, granularity="attn_mlp", inputs="merged")
-        statistics = calibrate(run.workdir, name, recipe, run.device, click.echo)
+        statistics = calibrate(run.workdir, name, recipe, run.device)
         path = run.workdir / "alphas" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
 
 
 def run_all(run: Run) -> None:
-    """Every experiment, the most telling ones first."""
+    """Every experiment, the most telling ones first; a quick run ends behind these."""
     first, seeds = run.sizes.seeds[0], run.sizes.seeds
     tuned = {"calibration": (first, run.sizes.calibration_rows)}
     evaluate_references(run.workdir, ALL, run.scoring(**tuned))
@@ -124,7 +124,9 @@ def run_all(run: Run) -> None:
         run.score([*our_candidates(run, "attn_mlp", seed, objective="joint")])
         run.score([*our_candidates(run, "attn_mlp", seed)])
         if seed == first:
-            run.score([*baselines(ALL, everything=True)], **tuned)
+            run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
+    if run.sizes.grid_step > 1:
+        return
     for tasks in SETS[1:]:
         run.score([*baselines(tasks, everything=tasks == TRIPLE)], **tuned)
     for seed in seeds:
@@ -153,7 +155,8 @@ def with_answers(run: Run) -> list[str]:
 @click.command()
 @click.argument("workdir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--quick", is_flag=True, help="Everything once and tiny: shows that it runs, not what is better.")
-@click.option("--base", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Another base checkpoint.")
+@click.option("--base", type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+              help="Another base checkpoint, with a chat template.")  # fmt: skip
 @click.option("--processes", type=click.IntRange(min=1), default=2, show_default=True, help="Merges at a time.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each merge  [default: cores / processes].")
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True,
@@ -165,6 +168,7 @@ def main(
     """Do the whole evidence run in WORKDIR, and print where its tables are."""
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
+    os.chdir(workdir)
     sizes = QUICK if quick else Sizes()
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     run = Run(workdir, sizes, processes, threads, precision, device)
