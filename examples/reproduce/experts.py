@@ -30,7 +30,7 @@ SEED = 20251
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; of every grid, each `grid_step`-th setting."""
+    """How much of everything; of every grid each `grid_step`-th setting, of the sets of experts the first `sets`."""
 
     train_rows: int = 500
     test_rows: int = 40
@@ -43,11 +43,12 @@ class Sizes:
     row_counts: tuple[int, ...] = (1, 3, 10, 30, 50)
     generated_tokens: int = 80
     grid_step: int = 1
+    sets: int = 6
 
 
 QUICK = Sizes(
-    train_rows=16,
-    test_rows=4,
+    train_rows=8,
+    test_rows=2,
     general_passages=2,
     steps=3,
     batch_tokens=300,
@@ -55,7 +56,8 @@ QUICK = Sizes(
     seeds=(42,),
     row_counts=(1, 3),
     generated_tokens=4,
-    grid_step=9,
+    grid_step=20,
+    sets=1,
 )
 """Everything once, too small to mean anything: for trying the command and for the project's own tests."""
 

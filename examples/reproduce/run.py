@@ -15,7 +15,7 @@ import click
 from experts import QUICK, Sizes, prepare
 from five_tasks import TASKS
 from merging import add_answers, calibrate, evaluate_references, read_results, run_candidates
-from methods import ALL, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, with_alphas
+from methods import ALL, FOUR, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, set_name, with_alphas
 from shared import write_json
 
 from mergekit_slta import Alphas
@@ -58,7 +58,7 @@ def solved(
         (tasks, path of the alphas file).
     """
     whole = Statistics.load(statistics)
-    for tasks in [tasks for tasks in SETS if set(tasks) <= set(experts)]:
+    for tasks in [tasks for tasks in SETS[: run.sizes.sets] if set(tasks) <= set(experts)]:
         name = f"{label}-{'+'.join(tasks)}-{','.join(f'{key}={value}' for key, value in changes.items())}.json"
         path = run.workdir / "alphas" / name
         if not path.exists():
@@ -81,8 +81,10 @@ def our_candidates(
     studied = granularity == ROWS_STUDIED and not shared
     usual = run.sizes.calibration_rows
     counts = run.sizes.row_counts if studied else (usual,)
+    if seed != run.sizes.seeds[0]:  # more rows than usual are tried once
+        counts = tuple(count for count in counts if count <= usual)
     recipe = calibration_recipe(experts, seed, max(usual, *counts), granularity=granularity, **shared)
-    name = "-".join([granularity, *map(str, shared.values()), str(seed)])
+    name = "-".join([granularity, *map(str, shared.values()), set_name(experts), str(seed)])
     statistics = calibrate(run.workdir, name, recipe, run.device)
     ways: list[dict[str, Any]] = [{}, {"balance": False}] if granularity in BOTH_BALANCES and not shared else [{}]
     for way in ways:
@@ -128,9 +130,12 @@ def run_all(run: Run) -> None:
     if run.sizes.grid_step > 1:
         return
     for tasks in SETS[1:]:
-        run.score([*baselines(tasks, everything=tasks == TRIPLE)], **tuned)
+        wanted = [*baselines(tasks, everything=tasks == TRIPLE)]
+        if tasks == FOUR:  # for the number of experts alone
+            wanted = [candidate for candidate in wanted if candidate.method == "task arithmetic"]
+        run.score(wanted, **tuned)
     for seed in seeds:
-        run.score([*our_candidates(run, "layer", seed)])
+        run.score([*our_candidates(run, "layer", seed, ALL if seed == first else TRIPLE)])
     for granularity in ("model", "head_mlp", "linear"):
         for seed in seeds:  # the paper's levels are compared on pairs and the triple
             run.score([*our_candidates(run, granularity, seed, TRIPLE)])
