@@ -96,7 +96,7 @@ def our_candidates(
     for count in counts:
         if count != usual:
             for tasks, alphas in solved(run, statistics, name, experts, rows=count):
-                if tasks in (ALL, TRIPLE):
+                if tasks == TRIPLE or (tasks == ALL and seed == run.sizes.seeds[0]):
                     shown = {"granularity": granularity, "rows": count}
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
 
@@ -129,19 +129,23 @@ def run_all(run: Run) -> None:
             run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
     if run.sizes.grid_step > 1:
         return
+    levels(run, first)
     for tasks in SETS[1:]:
         wanted = [*baselines(tasks, everything=tasks == TRIPLE)]
         if tasks == FOUR:  # for the number of experts alone
             wanted = [candidate for candidate in wanted if candidate.method == "task arithmetic"]
         run.score(wanted, **tuned)
-    for seed in seeds:
-        run.score([*our_candidates(run, "layer", seed, ALL if seed == first else TRIPLE)])
-    for granularity in ("model", "head_mlp", "linear"):
-        for seed in seeds:  # the paper's levels are compared on pairs and the triple
-            run.score([*our_candidates(run, granularity, seed, TRIPLE)])
+    for seed in seeds[1:]:
+        levels(run, seed)
     run.score([*merged_inputs(run, first)])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
+
+
+def levels(run: Run, seed: int) -> None:
+    """The paper's levels, compared on pairs and the triple as there."""
+    for granularity in ("layer", "model", "head_mlp", "linear"):
+        run.score([*our_candidates(run, granularity, seed, TRIPLE)])
 
 
 def with_answers(run: Run) -> list[str]:
