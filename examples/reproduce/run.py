@@ -122,24 +122,31 @@ def run_all(run: Run) -> None:
     first, seeds = run.sizes.seeds[0], run.sizes.seeds
     tuned = {"calibration": (first, run.sizes.calibration_rows)}
     evaluate_references(run.workdir, ALL, run.scoring(**tuned))
-    for seed in seeds:
-        run.score([*our_candidates(run, "attn_mlp", seed, objective="joint")])
-        run.score([*our_candidates(run, "attn_mlp", seed)])
-        if seed == first:
-            run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
+    blocks(run, first)
+    run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
     if run.sizes.grid_step > 1:
         return
+    for seed in seeds[1:2]:
+        blocks(run, seed)
     levels(run, first)
     for tasks in SETS[1:]:
         wanted = [*baselines(tasks, everything=tasks == TRIPLE)]
         if tasks == FOUR:  # for the number of experts alone
             wanted = [candidate for candidate in wanted if candidate.method == "task arithmetic"]
         run.score(wanted, **tuned)
+    for seed in seeds[2:]:
+        blocks(run, seed)
     for seed in seeds[1:]:
         levels(run, seed)
     run.score([*merged_inputs(run, first)])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
+
+
+def blocks(run: Run, seed: int) -> None:
+    """Attention and MLP blocks, under both objectives, of every set of experts."""
+    run.score([*our_candidates(run, "attn_mlp", seed, objective="joint")])
+    run.score([*our_candidates(run, "attn_mlp", seed)])
 
 
 def levels(run: Run, seed: int) -> None:
