@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import mergekit_yaml, slta, tensors
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from zoo import ZOO
 
-from mergekit_slta import gradients
+from mergekit_slta import gathering, gradients
+from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.gathering import examples_of
+from mergekit_slta.distributed import ALONE
+from mergekit_slta.gathering import examples_of, gather_slopes
 from mergekit_slta.records import Records
 from mergekit_slta.submodules import split
 
@@ -184,3 +188,85 @@ def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
     assert alphas.calibration["ridge_used"] > 0
     alphas.save(tmp_path / "alphas.json")
     assert json.loads((tmp_path / "alphas.json").read_text())["calibration"]["label_samples"] == 2
+
+
+class Share:
+    """One of two processes, without the other: what it adds up is looked at instead."""
+
+    is_first = False
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def own(self, sizes):
+        return [place for place in range(len(sizes)) if place % 2 == self.rank]
+
+    def sum(self, tensor) -> None:
+        pass
+
+
+def test_processes_share_the_rows(specimen):  # noqa: F811
+    """Two halves add up to the whole: labels and slopes of a row do not depend on who computes it."""
+    job = job_of(specimen("llama"), objective="joint")
+    whole = gather_slopes(job, records=None, ranks=ALONE).grams
+    halves = [gather_slopes(job, records=None, ranks=Share(rank)).grams for rank in (0, 1)]
+    for name, slopes in whole.items():
+        torch.testing.assert_close(halves[0][name] + halves[1][name], slopes, rtol=1e-10, atol=1e-10)
+
+
+def test_features_go_to_a_temporary_file_beyond_a_bound(specimen, monkeypatch):  # noqa: F811
+    """With nothing to keep unfinished work in, memory still ends at a bound; nothing is left behind."""
+    job = job_of(specimen("llama"), objective="joint")
+    whole = gather_statistics(job).grams
+    made: list[str] = []
+    original = gathering.TemporaryDirectory
+
+    def spy(**arguments):
+        made.append(original(**arguments))
+        return made[-1]
+
+    monkeypatch.setattr(gathering, "TAPE_IN_MEMORY", 0)
+    monkeypatch.setattr(gathering, "TemporaryDirectory", spy)
+    found = gather_statistics(job).grams
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert len(made) == 1
+    assert not Path(made[0].name).exists()
+
+
+def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
+    """mergekit-yaml, then `solve` on what it left: the ridge it chose by itself gives the same weights, and an expert
+    less those of a recipe without it."""
+    recipe = tiny.recipe(objective="joint", text="{question} ")
+    for entry in recipe["models"]:
+        entry["parameters"]["completion"] = "{answer}"
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
+    base, *experts = [tensors(path) for path in (tiny.base, *tiny.experts)]
+    merged = tensors(tmp_path / "out")
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            changes = [alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, experts, strict=True)]
+            torch.testing.assert_close(merged[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
+    statistics = tmp_path / "out" / "slta_stats.safetensors"
+    used = alphas.calibration["ridge_used"]
+    assert slta("solve", statistics, "--ridge", used, "-o", tmp_path / "same.json").exit_code == 0
+    same = Alphas.load(tmp_path / "same.json")
+    for entry, other in zip(alphas.submodules, same.submodules, strict=True):
+        assert entry.alpha == pytest.approx(other.alpha, rel=1e-9)
+    assert slta("solve", statistics, "--without", "expert2", "-o", tmp_path / "fewer.json").exit_code == 0
+    recipe["models"].pop(1)
+    assert slta("calibrate", write_recipe(recipe), "-o", tmp_path / "fresh.json", "--quiet").exit_code == 0
+    fewer, fresh = Alphas.load(tmp_path / "fewer.json"), Alphas.load(tmp_path / "fresh.json")
+    assert fewer.provenance == fresh.provenance
+    for entry, other in zip(fewer.submodules, fresh.submodules, strict=True):
+        assert entry.alpha == pytest.approx(other.alpha, rel=1e-5, abs=1e-7)
+
+
+def test_measured_residuals_are_refused(tiny, tmp_path, write_recipe):
+    path = write_recipe(tiny.recipe(objective="joint"))
+    result = slta("calibrate", path, "--verify", "-o", tmp_path / "alphas.json", "--quiet")
+    assert result.exit_code == 2
+    assert "drop --verify" in result.output
+    assert not (tmp_path / "alphas.json").exists()
