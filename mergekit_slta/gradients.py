@@ -342,6 +342,7 @@ class Backward:
         for row, example in enumerate(self._examples):
             weights, ids = rows_of(row, example.task + 1)
             every = [rows_of(row, model)[0] for model in range(self._num_experts + 1)]
+            changes = {name: _changes([other[name] for other in every]) for name in weights}
             own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             with torch.enable_grad():
                 output = self._skeleton.embed(ids, own)[0]
@@ -352,8 +353,7 @@ class Backward:
                 )
                 for name, gradient in zip(own, gradients, strict=True):
                     if gradient is not None:
-                        change = _changes([weights[name] for weights in every])
-                        self._add(name, row, draw, gradient, change, whole=name == table)
+                        self._add(name, row, draw, gradient, changes[name], whole=name == table)
 
     @property
     def _block(self) -> int:
@@ -385,14 +385,15 @@ class Backward:
             if into is None:
                 shape = (len(self._examples), self._draws, self._num_experts)
                 into = self._found[piece.submodule] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-            into[row, draw] += product.double().cpu()
+            into[row, draw] += product.cpu().double()
 
 
 def _drawn(chances: Tensor, heights: Tensor) -> Tensor:
     """[n] tokens, each from its own distribution [n, v], where its uniform number [n] falls."""
-    below = chances.double().cumsum(-1)
+    source = chances.cpu() if chances.device.type == "mps" else chances  # the one backend without float64
+    below = source.double().cumsum(-1)
     places = torch.searchsorted(below, heights[:, None].to(below.device) * below[:, -1:])
-    return places.flatten().clamp(max=chances.shape[1] - 1)
+    return places.flatten().clamp(max=chances.shape[1] - 1).to(chances.device)
 
 
 def _changes(tensors: Sequence[Tensor]) -> Tensor:
