@@ -293,7 +293,7 @@ def test_quick_run(example, tmp_path, monkeypatch):
     names = list(written["results"])
     assert {"base", *example.methods.ALL} <= set(names)
     assert any("objective=joint" in name for name in names)
-    assert any(name.startswith("all/task arithmetic/") for name in names)
+    assert any(name.startswith("all/weight average/") for name in names)
     losses = [part["loss"] for result in written["results"].values() for part in result["test"].values()]
     assert all(0 < loss < 20 for loss in losses)
     table = (tmp_path / "work" / "RESULTS.md").read_bytes()
