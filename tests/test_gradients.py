@@ -81,7 +81,9 @@ def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
 
 @pytest.mark.parametrize("granularity", ["model", "layer", "head_mlp"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"])
-def test_other_granularities(specimen, name, granularity):  # noqa: F811
+def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa: F811
+    """In blocks that are smaller than the tensors, and that heads' slices begin and end within."""
+    monkeypatch.setitem(gradients._BLOCK, "cpu", 100)
     models = specimen(name)
     job = job_of(models, granularity=granularity, objective="joint", label_samples=0)
     found = gather_statistics(job).grams

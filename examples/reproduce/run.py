@@ -17,6 +17,7 @@ from five_tasks import TASKS
 from merging import add_answers, calibrate, evaluate_references, read_results, run_candidates
 from methods import ALL, FOUR, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, set_name, with_alphas
 from shared import write_json
+from tables import write_tables
 
 from mergekit_slta import Alphas
 from mergekit_slta.gram import Statistics
@@ -189,13 +190,18 @@ def main(
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     run = Run(workdir, sizes, processes, threads, precision, device)
     prepare(workdir, sizes, base, precision, device)
-    run_all(run)
-    settings = {"sizes": dataclasses.asdict(sizes), "precision": precision, "tasks": list(TASKS)}
-    write_json(workdir / "results.json", {"settings": settings, "results": read_results(workdir)})
-    from tables import write_tables
+    try:
+        run_all(run)
+    finally:  # a run that is stopped has tables, too, of what it got to
+        write_results(run)
 
-    write_tables(workdir / "results.json", workdir / "RESULTS.md")
-    click.echo(f"Written: {workdir / 'RESULTS.md'}")
+
+def write_results(run: Run) -> None:
+    """All scores that are there in one file, and their tables."""
+    settings = {"sizes": dataclasses.asdict(run.sizes), "precision": run.precision, "tasks": list(TASKS)}
+    write_json(run.workdir / "results.json", {"settings": settings, "results": read_results(run.workdir)})
+    write_tables(run.workdir / "results.json", run.workdir / "RESULTS.md")
+    click.echo(f"Written: {run.workdir / 'RESULTS.md'}")
 
 
 if __name__ == "__main__":
