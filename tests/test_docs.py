@@ -168,3 +168,12 @@ def test_stock_recipes_are_over_the_same_models(path):
     assert stock.merge_method == "task_arithmetic"
     assert [entry.model for entry in stock.models] == [entry.model for entry in ours.models]
     assert stock.base_model == ours.base_model
+
+
+def test_the_readmes_evidence_is_a_table_of_the_results():
+    """Every row of it is a row of the evidence run's tables."""
+    section = (ROOT / "README.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 8
+    results = (ROOT / "examples" / "reproduce" / "RESULTS.md").read_text().splitlines()
+    assert not [row for row in rows if row not in results]
