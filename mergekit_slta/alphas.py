@@ -179,6 +179,14 @@ class Alphas(BaseModel):
         return read_document(path, cls, KIND)
 
 
+def describe_ridge(calibration: Mapping[str, Any]) -> str:
+    """The ridge of an alphas file's settings: as given, or as it was chosen."""
+    given, chosen = calibration.get("ridge"), calibration.get("ridge_used")
+    if given is None and chosen is not None:
+        return f"{chosen:.3g}, chosen by leaving out rows" if isinstance(chosen, float) else show(chosen)
+    return show(given)
+
+
 def is_alphas_file(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a sound alphas file."""
     try:

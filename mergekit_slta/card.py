@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mergekit_slta.alphas import Alphas, SubmoduleAlphas
+from mergekit_slta.alphas import Alphas, SubmoduleAlphas, describe_ridge
 from mergekit_slta.errors import show
 
 TAG = "submodule_linear"
@@ -64,7 +64,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         "### Weights",
         _weights(alphas, measured),
         *(f"![{description}]({name})" for description, name in figures),
-        _residual_note(measured),
+        _residual_note(measured, str(alphas.calibration.get("objective"))),
         "### Flagged",
         _flagged(alphas),
         "### Reproduce",
@@ -102,7 +102,7 @@ def _calibration(alphas: Alphas) -> str:
             [code(task["model"]), code(data), str(len(task["rows"])), str(task["tokens"]), code(task["sha256"][:16])]
         )
     settings = [
-        f"{key} {code(used[key])}"
+        f"{key} {code(describe_ridge(used) if key == 'ridge' else used[key])}"
         for key in ("seed", "max_seq_length", "balance", "ridge", "inputs", "objective", "compute_dtype")
         if key in used
     ]
@@ -147,7 +147,12 @@ def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
     return [(label, members) for label, members in ordered if members]
 
 
-def _residual_note(measured: bool) -> str:
+def _residual_note(measured: bool, objective: str) -> str:
+    if objective == "joint":
+        return (
+            "Weights are means over the submodules, with their range. All were solved together; the residual is the "
+            "share of the squared change of the rows' losses that remains, each row predicted by the others."
+        )
     text = (
         "Weights are means over the submodules, with their range. The residual is the share of the experts' own change "
         "of the features that the merged submodule misses: 0 keeps every expert whole, 1 is no better than the base."

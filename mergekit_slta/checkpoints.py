@@ -75,6 +75,28 @@ class Checkpoints:
                 into[name] = self.place(raw, name, model)
         return weights
 
+    def table_rows(self, table: str, used: Tensor, models: Sequence[int] | None = None) -> list[Tensor]:
+        """Rows of the embedding table of every model (or of those with the given numbers), cast and placed.
+
+        Args:
+            table: its name.
+            used: [U] the rows' numbers, in ascending order.
+            models: their numbers.
+
+        Raises:
+            ModelError: the table of a model ends before the last, or holds NaN or Inf there.
+        """
+        numbers = list(range(len(self.plan.models)) if models is None else models)
+        found = []
+        for model, raw in zip(numbers, self.raw(table, numbers), strict=True):
+            if int(used[-1]) >= raw.shape[0]:
+                raise ModelError(
+                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
+                    f"{show(table)}: the tokenizer and the embeddings do not fit"
+                )
+            found.append(self.place(raw[used], table, model))  # [U, d]
+        return found
+
     def place(self, tensor: Tensor, name: str, model: int) -> Tensor:
         """A raw tensor (or some of its rows) of model number `model`, cast, placed and checked for NaN and Inf."""
         if (

@@ -82,7 +82,7 @@ def solve(
     without: tuple[str, ...],
 ) -> None:
     """Solve the statistics in STATS (slta_stats.safetensors) again, with other settings; touches no model."""
-    from mergekit_slta.alphas import is_alphas_file
+    from mergekit_slta.alphas import describe_ridge, is_alphas_file
     from mergekit_slta.errors import OutputError
     from mergekit_slta.gram import Statistics
     from mergekit_slta.outfolder import ALPHAS_NAME, weight_files
@@ -106,12 +106,16 @@ def solve(
     alphas.save(path)
     click.echo(describe_alphas(alphas))
     used = alphas.calibration
-    click.echo(f"Solved with ridge {used['ridge']}, balance {used['balance']}, {used['num_samples']} rows", err=True)
+    click.echo(
+        f"Solved with ridge {describe_ridge(used)}; balance {used['balance']}, {used['num_samples']} rows", err=True
+    )
     click.echo(f"Written: {show(path)}", err=True)
     if beside_model:
         click.echo(
             "The model there was merged with other alphas; for one with these give its recipe `alphas` (this file) and "
-            f"ridge {used['ridge']}, balance {str(used['balance']).lower()}" + (", and no dataset" if rows else ""),
+            + (f"ridge {used['ridge']}, " if used["ridge"] is not None else "")
+            + f"balance {str(used['balance']).lower()}"
+            + (", and no dataset" if rows else ""),
             err=True,
         )
 

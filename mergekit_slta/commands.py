@@ -33,7 +33,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     if named:
         check_target(named)
     job = prepare(read, merge_options, need_rows=not (named and named.exists()))
-    check_room(job, Path.cwd())
+    check_room(job, Path.cwd(), [named] if named else [])
     if named:
         stored(job, named, must_match=True)
     click.echo(describe_job(job, estimate(job)))

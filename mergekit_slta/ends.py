@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints import Weights
-from mergekit_slta.errors import ModelError, show
 from mergekit_slta.streams import Streams
 from mergekit_slta.submodules import Submodule
 from mergekit_slta.walk import Evaluation, Mixed, Point, Walk
@@ -41,13 +40,8 @@ def _embedding_rows(walk: Walk, submodule: Submodule, names: Sequence[str]) -> t
 
     def load(models: Sequence[int]) -> list[Weights]:
         weights = walk.checkpoints.load(others, models)
-        for into, model, raw in zip(weights, models, walk.checkpoints.raw(table, models), strict=True):
-            if int(used[-1]) >= raw.shape[0]:
-                raise ModelError(
-                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
-                    f"{show(table)}: the tokenizer and the embeddings do not fit"
-                )
-            into[table] = walk.checkpoints.place(raw[used], table, model)  # [U, d]
+        for into, rows in zip(weights, walk.checkpoints.table_rows(table, used, models), strict=True):
+            into[table] = rows
         return weights
 
     ids = [torch.searchsorted(used, batch.ids).to(walk.skeleton.device) for batch in walk.batches]

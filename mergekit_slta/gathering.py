@@ -176,6 +176,9 @@ def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
             for name, part in found.items():
                 slopes[name][own] += part
 
+        kept = records.steps if records is not None else frozenset()
+        if not kept.issuperset(stages[: tape.stages_done]):
+            tape.rewind()  # a record was damaged: from the loss again, the features are there
         for stage in stages[: tape.stages_done]:
             add(records.get(stage) if records is not None else {})
         with Progress("Calibrating", len(stages), quiet=quiet) as progress:

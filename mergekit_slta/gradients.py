@@ -6,30 +6,27 @@ Knows no solve; a step's slopes are handed out as soon as all rows have passed i
     u[s, t] = <d loss_s / d theta^m at theta_a, theta_t^m - theta_0^m>      row of task a, loss summed over its answer
 
 The loss is the next-token cross-entropy with labels drawn from expert a itself (the true Fisher information), or with
-the row's own tokens. Gradients of a linear map W x are never kept whole: blocks of (d loss / d y)^T x are made and
-multiplied with every expert's change while they are in the cache. All else goes through autograd as it is.
+the row's own tokens. Gradients of a linear map are never kept whole (`slopes.py`); all else goes through autograd as it
+is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_slta.checkpoints import Checkpoints, Weights
-from mergekit_slta.errors import ModelError, RunError, show
-from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.skeleton import Skeleton, finite
+from mergekit_slta.slopes import Slopes, changes_of, rows_at_once
 from mergekit_slta.submodules import Submodule
 from mergekit_slta.tape import Tape
+from mergekit_slta.watch import watched
 
 LOGITS = 2**24
 """Gradients by logits that are held at a time, over rows and label samples."""
-_BLOCK = {"cpu": 2**17}
-"""Elements of a weight's gradient that are made at a time: they should stay in the cache."""
-_BLOCK_ELSEWHERE = 2**24
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,6 @@ class Example:
     completion: int
     task: int
     number: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a tensor that belongs to a submodule: `axis` None is all of it."""
-
-    submodule: str
-    axis: int | None
-    start: int
-    stop: int
 
 
 class Backward:
@@ -92,13 +79,7 @@ class Backward:
             task: [row for row, example in enumerate(examples) if example.task == task]
             for task in sorted({example.task for example in examples})
         }
-        self._pieces: dict[str, list[_Piece]] = {}
-        for submodule in submodules:
-            for tensor in submodule.tensors:
-                own = [part for part in submodule.slices if part.tensor == tensor]
-                parts = [_Piece(submodule.name, *part[1:]) for part in own] or [_Piece(submodule.name, None, 0, 0)]
-                self._pieces.setdefault(tensor, []).extend(parts)
-        self._found: dict[str, Tensor] = {}
+        self._slopes = Slopes(submodules, (len(examples), self._draws, self._num_experts))
         self._linears: dict[int, dict[str, nn.Linear]] = {}
 
     @property
@@ -119,7 +100,6 @@ class Backward:
             if number < self._tape.stages_done:
                 continue
             self.announce(stage)
-            self._found = {}
             if stage == "head":
                 self._head()
             elif stage == "embed":
@@ -127,7 +107,7 @@ class Backward:
             else:
                 self._layer(self._skeleton.num_layers - number)
             self._checkpoints.flush()
-            yield stage, self._found
+            yield stage, self._slopes.take()
             self._tape.stage_done()
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -139,7 +119,7 @@ class Backward:
             weights, ids = rows_of(row, example.task + 1)
             entered = self._skeleton.embed(ids, weights)[0]
             if self._tape.levels_done == 0:
-                self._tape.put_features(0, row, self._finite(entered, "embed"))
+                self._tape.put_features(0, row, finite(entered, "embed"))
         if self._tape.levels_done == 0:
             self._tape.level_done()
         for index in range(self._tape.levels_done - 1, self._skeleton.num_layers):
@@ -150,7 +130,7 @@ class Backward:
                 for row in rows:
                     hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
                     output = self._skeleton.layer(index, hidden, weights)[0]
-                    self._tape.put_features(index + 1, row, self._finite(output, f"layer {index}"))
+                    self._tape.put_features(index + 1, row, finite(output, f"layer {index}"))
             self._tape.level_done()
             self._checkpoints.flush()
 
@@ -172,14 +152,7 @@ class Backward:
         table = self._skeleton.embedding_weight
         used = torch.unique(torch.cat([torch.as_tensor(list(example.ids)) for example in self._examples]))
         others = self._checkpoints.load(self._outside()[0])
-        rows = []
-        for model, raw in enumerate(self._checkpoints.raw(table)):
-            if int(used[-1]) >= raw.shape[0]:
-                raise ModelError(
-                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
-                    f"{show(table)}: the tokenizer and the embeddings do not fit"
-                )
-            rows.append(self._checkpoints.place(raw[used], table, model))
+        rows = self._checkpoints.table_rows(table, used)
 
         def of(row: int, model: int) -> tuple[Weights, Tensor]:
             own, places = torch.unique(torch.as_tensor(list(self._examples[row].ids)), return_inverse=True)
@@ -187,14 +160,6 @@ class Backward:
             return {**others[model], table: rows[model][where]}, places[None].to(self._skeleton.device)
 
         return of
-
-    def _finite(self, features: Tensor, where: str) -> Tensor:
-        if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
-            raise RunError(
-                f"the features or gradients behind {show(where)} hold NaN or Inf in "
-                f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models"
-            )
-        return features
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +172,7 @@ class Backward:
         raw = checkpoints.raw(source)
         vocabulary = min(tensor.shape[0] for tensor in raw)
         whole = checkpoints.load(names)
-        changes = {name: _changes([weights[name] for weights in whole]) for name in names}
+        changes = {name: changes_of([weights[name] for weights in whole]) for name in names}
         for task, rows in self._by_task.items():
             projection = checkpoints.place(raw[task + 1][:vocabulary], source, task + 1)
             weights = {**whole[task + 1], skeleton.head_weight: projection}
@@ -236,10 +201,10 @@ class Backward:
             asked = slice(start, min(start + most, len(example.ids) - 1))
             hidden = features[asked].detach().requires_grad_()
             own = {name: weights[name].detach().requires_grad_() for name in changes}
-            with torch.enable_grad(), _watched({"head": skeleton.model.get_output_embeddings()}) as seen:
+            with torch.enable_grad(), watched({"head": skeleton.model.get_output_embeddings()}) as seen:
                 logits = skeleton.head(hidden[None], {**weights, **own})[0]
             chances = torch.softmax(logits.detach().float(), dim=-1)  # [n, v]
-            given, collected = seen["head"][0][0], []
+            call, collected = seen["head"][0], []
             for draw in range(self._draws):
                 if heights is None:
                     labels = torch.as_tensor(list(example.ids[asked.start + 1 : asked.stop + 1]), device=chances.device)
@@ -252,12 +217,12 @@ class Backward:
                     logits, [hidden, *own.values()], slope.to(logits.dtype), retain_graph=draw < self._draws - 1,
                     allow_unused=True,
                 )  # fmt: skip
-                back[draw, asked] = self._finite(gradients[0], "head")
+                back[draw, asked] = finite(gradients[0], "head")
                 for name, gradient in zip(own, gradients[1:], strict=True):
                     if gradient is not None:
-                        self._add(name, row, draw, gradient, changes[name])
-                collected.append(seen["head"][0][1].flatten(0, -2))
-            yield given.flatten(0, -2), torch.stack(collected)
+                        self._slopes.add(name, row, draw, gradient, changes[name])
+                collected.append(call.gradient.flatten(0, -2))
+            yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
         self._tape.put_gradients(row, back)
 
     def _heights(self, example: Example) -> Tensor | None:
@@ -272,21 +237,20 @@ class Backward:
         self, waiting: Sequence[tuple[int, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
     ) -> None:
         """The output projection's slopes, in parts of the vocabulary."""
-        width = raw[0].shape[1]
-        step = max(1, self._block // width)
+        step = rows_at_once(raw[0])
         for start in range(0, vocabulary, step):
             part = slice(start, min(start + step, vocabulary))
             placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
-            changes = _changes(placed)
+            changes = changes_of(placed)
             for row, inputs, gradients in waiting:
                 for draw in range(self._draws):
-                    self._add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
+                    self._slopes.add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
 
     def _layer(self, index: int) -> None:
         """One decoder layer: its slopes, and the gradients by its input."""
         names = self._names_of(index)
         loaded = self._checkpoints.load(names)
-        changes = {name: _changes([weights.pop(name) for weights in loaded]) for name in names}  # one tensor twice
+        changes = {name: changes_of([weights.pop(name) for weights in loaded]) for name in names}  # one tensor twice
         prefix = f"{self._skeleton.layers_path}.{index}."
         for task, rows in self._by_task.items():
             weights = self._checkpoints.load(names, [task + 1])[0]
@@ -295,7 +259,7 @@ class Backward:
             for row in rows:
                 hidden = self._tape.features(index, row).to(self._skeleton.device).detach().requires_grad_()
                 own = {name: weights[name].detach().requires_grad_() for name in rest}
-                with torch.enable_grad(), _watched(linears) as seen:
+                with torch.enable_grad(), watched(linears) as seen:
                     output = self._skeleton.layer(index, hidden[None], {**weights, **own})[0]
                 arriving = self._tape.gradients(row).to(hidden.device)
                 leaving = torch.empty_like(arriving)
@@ -304,13 +268,14 @@ class Backward:
                         output, [hidden, *own.values()], arriving[draw], retain_graph=draw < self._draws - 1,
                         allow_unused=True,
                     )  # fmt: skip
-                    leaving[draw] = self._finite(gradients[0], prefix[:-1])
+                    leaving[draw] = finite(gradients[0], prefix[:-1])
                     for name, gradient in zip(own, gradients[1:], strict=True):
                         if gradient is not None:
-                            self._add(name, row, draw, gradient, changes[name])
+                            self._slopes.add(name, row, draw, gradient, changes[name])
                     for path, calls in seen.items():
-                        for inputs, slope in calls:
-                            self._linear(f"{path}.weight", row, draw, inputs, slope, changes[f"{path}.weight"])
+                        name = f"{path}.weight"
+                        for call in calls:
+                            self._slopes.add_linear(name, row, draw, call.inputs[0], call.gradient, changes[name])
                 self._tape.put_gradients(row, leaving)
 
     def _linear_maps(self, index: int, names: Sequence[str], weights: Weights, row: int) -> dict[str, nn.Linear]:
@@ -322,18 +287,10 @@ class Backward:
             found = {path: layer.get_submodule(path.removeprefix(prefix)) for path in paths}
             exact = {path: module for path, module in found.items() if type(module) is nn.Linear}
             hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
-            with _watched(exact) as seen:
+            with watched(exact) as seen:
                 self._skeleton.layer(index, hidden, weights)
             self._linears = {index: {path: module for path, module in exact.items() if seen[path]}}
         return self._linears[index]
-
-    def _linear(self, name: str, row: int, draw: int, inputs: Tensor, slope: Tensor, changes: Tensor) -> None:
-        """A linear map's slopes from what it was given [.., in] and the gradient by what it made [.., out]."""
-        inputs, slope = inputs.flatten(0, -2), slope.flatten(0, -2)
-        step = max(1, self._block // inputs.shape[1])
-        for start in range(0, slope.shape[1], step):
-            part = slice(start, start + step)
-            self._add(name, row, draw, slope[:, part].T @ inputs, changes[:, part], start)
 
     def _embed(self) -> None:
         """Everything before the layers."""
@@ -342,7 +299,7 @@ class Backward:
         for row, example in enumerate(self._examples):
             weights, ids = rows_of(row, example.task + 1)
             every = [rows_of(row, model)[0] for model in range(self._num_experts + 1)]
-            changes = {name: _changes([other[name] for other in every]) for name in weights}
+            changes = {name: changes_of([other[name] for other in every]) for name in weights}
             own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             with torch.enable_grad():
                 output = self._skeleton.embed(ids, own)[0]
@@ -353,39 +310,7 @@ class Backward:
                 )
                 for name, gradient in zip(own, gradients, strict=True):
                     if gradient is not None:
-                        self._add(name, row, draw, gradient, changes[name], whole=name == table)
-
-    @property
-    def _block(self) -> int:
-        return _BLOCK.get(self._skeleton.device.type, _BLOCK_ELSEWHERE)
-
-    def _add(
-        self, name: str, row: int, draw: int, gradient: Tensor, changes: Tensor, start: int = 0, *, whole: bool = False
-    ) -> None:
-        """Add <gradient, change> to the slopes of the submodules that a tensor belongs to.
-
-        Args:
-            name: the tensor.
-            row, draw: whose gradient.
-            gradient: [...] by the tensor's rows from `start` on.
-            changes: [T, ...] the experts' changes of the same rows.
-            whole: the rows given stand for the whole tensor (a table's rows that occur).
-        """
-        for piece in self._pieces.get(name, ()):
-            mine, theirs = gradient, changes
-            if piece.axis == 0 and not whole:
-                low, high = max(piece.start - start, 0), min(piece.stop - start, len(gradient))
-                if low >= high:
-                    continue
-                mine, theirs = gradient[low:high], changes[:, low:high]
-            elif piece.axis == 1:
-                mine, theirs = gradient[:, piece.start : piece.stop], changes[:, :, piece.start : piece.stop]
-            product = theirs.reshape(self._num_experts, -1).float() @ mine.reshape(-1).float()
-            into = self._found.get(piece.submodule)
-            if into is None:
-                shape = (len(self._examples), self._draws, self._num_experts)
-                into = self._found[piece.submodule] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-            into[row, draw] += product.cpu().double()
+                        self._slopes.add(name, row, draw, gradient, changes[name], whole=name == table)
 
 
 def _drawn(chances: Tensor, heights: Tensor) -> Tensor:
@@ -394,34 +319,3 @@ def _drawn(chances: Tensor, heights: Tensor) -> Tensor:
     below = source.double().cumsum(-1)
     places = torch.searchsorted(below, heights[:, None].to(below.device) * below[:, -1:])
     return places.flatten().clamp(max=chances.shape[1] - 1).to(chances.device)
-
-
-def _changes(tensors: Sequence[Tensor]) -> Tensor:
-    """[T, ...]: every expert's tensor less the base's, which comes first."""
-    return torch.stack([tensor - tensors[0] for tensor in tensors[1:]])
-
-
-@contextmanager
-def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[list[Tensor]]]]:
-    """Keep what modules are given, and from the next backward pass the gradient by what they made.
-
-    Yields:
-        path -> calls of [inputs, gradient]; the gradient is replaced by every further backward pass.
-    """
-    seen: dict[str, list[list[Tensor]]] = {path: [] for path in modules}
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            call = [args[0].detach()]
-            seen[path].append(call)
-            if output.requires_grad:
-                output.register_hook(lambda gradient: call.__setitem__(slice(1, None), [gradient]))
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -105,8 +105,8 @@ def _run(
     path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
     check_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
-    check_room(job, out)
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
+    check_room(job, out, places)
     own = places[0] if named else places[1]
     with unfinished(job, own) as records:
         alphas, statistics = obtain(
@@ -292,14 +292,20 @@ def _say(job: Job, text: str) -> None:
         click.echo(text, err=True)
 
 
-def check_room(job: Job, out: Path) -> None:
+def check_room(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
     """Refuse a disk that the merged model does not fit on.
+
+    Args:
+        job: what is to be merged.
+        out: a path on the disk.
+        places: where alphas may have been left. If there are any, no room for a calibration's features is asked for.
 
     Raises:
         OutputError: with both figures.
     """
     costs = estimate(job)
-    needed = costs.written_bytes + costs.scratch_bytes
+    calibrated = any(path.exists() or path.with_name(STATISTICS_NAME).exists() for path in places)
+    needed = costs.written_bytes + (0 if calibrated else costs.scratch_bytes)
     free = free_bytes(out)
     if needed > free:
         raise OutputError(

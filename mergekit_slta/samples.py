@@ -96,7 +96,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
             "%s has %d rows, fewer than num_samples = %d: using all", show(task.dataset), len(dataset),
             settings.num_samples,
         )  # fmt: skip
-    rows = []
+    rows, unmarked = [], 0
     for number in sample_numbers(len(dataset), settings.num_samples, settings.seed):
         where = f"row {number} of {show(task.dataset)}"
         text, is_chat, answer = render(dataset[number], where)
@@ -109,14 +109,35 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
         first = 1
         if settings.objective != "features" and answer:
             first = completion_start(text, answer, ids, tokenizer, add_special_tokens=not is_chat)
+        unmarked += is_chat and not answer
         rows.append(Row(number, text, tuple(ids), first))
+    if settings.objective != "features":
+        _check_answers(task.dataset, rows, unmarked)
+    return TaskRows(name, task.dataset, tuple(rows))
+
+
+def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
+    """Say which rows have no answer whose loss could count; `unmarked` chats count whole.
+
+    Raises:
+        DataError: none has.
+    """
     cut = sum(row.completion >= len(row.ids) for row in rows)
+    if cut == len(rows):
+        raise DataError(
+            f"all {cut} rows of {show(dataset)} end before their answer begins: raise `max_seq_length`, or choose "
+            "shorter rows"
+        )
     if cut:
         LOG.warning(
             "%d of %d rows of %s end before their answer begins, and tell nothing: raise `max_seq_length`",
-            cut, len(rows), show(task.dataset),
+            cut, len(rows), show(dataset),
         )  # fmt: skip
-    return TaskRows(name, task.dataset, tuple(rows))
+    if unmarked:
+        LOG.warning(
+            "%d of %d chats of %s do not end with an assistant's answer that can be told from the prompt: the loss of "
+            "the whole chat counts there", unmarked, len(rows), show(dataset),
+        )  # fmt: skip
 
 
 def sample_numbers(num_rows: int, num_samples: int, seed: int) -> list[int]:

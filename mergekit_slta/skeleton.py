@@ -19,8 +19,9 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mergekit_slta.architectures import Architecture, Block, architecture
-from mergekit_slta.errors import ModelError, show
+from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.submodules import Anatomy
+from mergekit_slta.watch import watched
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
@@ -195,17 +196,16 @@ class Skeleton:
         self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], modules: Sequence[str]
     ) -> tuple[Tensor, dict[str, tuple[Any, ...]]]:
         """A decoder layer's output, and what each of the named modules in it was given."""
-        inputs: dict[str, tuple[Any, ...]] = {}
-        with _watched({path: self.model.get_submodule(path) for path in modules}, inputs):
-            return self.layer(index, hidden, weights), inputs
+        with watched({path: self.model.get_submodule(path) for path in modules}) as seen:
+            output = self.layer(index, hidden, weights)
+        return output, {path: calls[-1].inputs for path, calls in seen.items() if calls}
 
     def attention_with_heads(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The attention block's output, [b, s, d], and the heads' own before the output projection, [b, s, heads]."""
         path = f"{self.layers_path}.{index}.{self.arch.attention}.{self.arch.projections.output}"
-        inputs: dict[str, tuple[Any, ...]] = {}
-        with _watched({path: self.model.get_submodule(path)}, inputs):
+        with watched({path: self.model.get_submodule(path)}) as seen:
             output = self.block(index, "attention", hidden, weights)
-        return output, inputs[path][0]
+        return output, seen[path][-1].inputs[0]
 
 
 def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
@@ -244,19 +244,16 @@ def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iter
             module.__dict__.pop("forward", None)
 
 
-@contextmanager
-def _watched(modules: Mapping[str, nn.Module], inputs: dict[str, tuple[Any, ...]]) -> Iterator[None]:
-    """Keep the positional inputs of modules' next forward."""
+def finite(features: Tensor, where: str) -> Tensor:
+    """The features (or gradients) themselves.
 
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[path] = args
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(path)) for path, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    Raises:
+        RunError: they hold NaN or Inf.
+    """
+    # A sum is finite only if every element is, and costs no mask; a sum that overflows is looked at twice.
+    if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+        raise RunError(
+            f"the features behind {show(where)} hold NaN or Inf in {str(features.dtype).removeprefix('torch.')}: "
+            "use `compute_dtype: float32`, or check the models"
+        )
+    return features

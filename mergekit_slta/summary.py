@@ -28,10 +28,11 @@ def describe_job(job: Job, costs: Costs) -> str:
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
+    shown = {key: getattr(settings, key) for key in _SETTINGS}  # no ridge: it is chosen from the rows
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
         f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
-        f"settings    {', '.join(f'{key} {getattr(settings, key)}' for key in _SETTINGS)}",
+        f"settings    {', '.join(f'{key} {value}' for key, value in shown.items() if value is not None)}",
     ]
     if job.plan.is_tied:
         lines.append("tied        the output projection is the embedding table: its alpha serves both ends")

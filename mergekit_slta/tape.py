@@ -106,6 +106,11 @@ class Tape:
         self.stages_done += 1
         self._mark()
 
+    def rewind(self) -> None:
+        """Take the backward pass as not begun; features stay."""
+        self.stages_done = 0
+        self._mark()
+
     def _mark(self) -> None:
         if self._folder is not None:
             self._file.flush()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mergekit_slta.batches import Batch
 from mergekit_slta.checkpoints import Checkpoints, Weights
-from mergekit_slta.errors import ModelError, RunError, show
-from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.errors import ModelError, show
+from mergekit_slta.skeleton import Skeleton, finite
 from mergekit_slta.submodules import Submodule
 
 Point = tuple[float, ...] | Literal["merged"]
@@ -179,12 +179,7 @@ class Walk:
         Raises:
             RunError: the base's hold NaN or Inf.
         """
-        if point == self.origin and not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
-            raise RunError(
-                f"the features behind {show(submodule.name)} hold NaN or Inf in "
-                f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models"
-            )
-        return features
+        return finite(features, submodule.name) if point == self.origin else features
 
 
 class Mixed:

@@ -22,6 +22,7 @@ FLOORS = [
         "scores",
         "alphas",
         "identity",
+        "watch",
         "outfolder",
         "distributed",
         "drawing",
@@ -29,7 +30,7 @@ FLOORS = [
     {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
     {"adapters", "depth"},
     {"submodules", "figures"},
-    {"samples", "plan", "skeleton", "export"},
+    {"samples", "plan", "skeleton", "export", "slopes"},
     {"checkpoints", "fingerprint", "streams"},
     {"walk", "tape"},
     {"ends", "layers", "observation", "gradients"},
@@ -103,7 +104,7 @@ def test_maths_knows_neither_mergekit_nor_transformers(room):
 
 def test_runner_knows_no_statistics():
     """The runner hands outputs out; what is made of them is not its business."""
-    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints", "gradients", "tape"):
+    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints", "gradients", "slopes", "tape"):
         assert not imports_of(PACKAGE / f"{room}.py") & {
             f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
         }

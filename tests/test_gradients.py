@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ from zoo import ZOO
 from mergekit_slta import gathering, gradients
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.card import section
+from mergekit_slta.costs import estimate
 from mergekit_slta.distributed import ALONE
 from mergekit_slta.gathering import examples_of, gather_slopes
 from mergekit_slta.records import Records
+from mergekit_slta.slopes import _BLOCK
 from mergekit_slta.submodules import split
+from mergekit_slta.summary import describe_job
 
 
 def whole_model(path) -> torch.nn.Module:
@@ -83,7 +88,7 @@ def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"])
 def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa: F811
     """In blocks that are smaller than the tensors, and that heads' slices begin and end within."""
-    monkeypatch.setitem(gradients._BLOCK, "cpu", 100)
+    monkeypatch.setitem(_BLOCK, "cpu", 100)
     models = specimen(name)
     job = job_of(models, granularity=granularity, objective="joint", label_samples=0)
     found = gather_statistics(job).grams
@@ -180,6 +185,39 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
     assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 
+def test_a_damaged_record_is_computed_again(specimen, tmp_path):  # noqa: F811
+    """Its step and all others behind the forward pass; the features are still there."""
+    job = job_of(specimen("qwen3"), objective="joint")
+    whole = gather_statistics(job).grams
+    with Records(tmp_path / ".partial", "same") as records:
+        records.open()
+        gather_statistics(job, records)
+    damaged = sorted((tmp_path / ".partial").glob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with Records(tmp_path / ".partial", "same") as records:
+        records.open()
+        assert len(records.steps) == 3
+        found = gather_statistics(job, records).grams
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
+    """The bytes on disk are the file's, and the operations those of the linear maps."""
+    job = job_of(specimen("qwen3"), objective="joint", label_samples=3)
+    costs = estimate(job)
+    with Records(tmp_path / ".partial", "same") as records:
+        records.open()
+        gather_statistics(job, records)
+        assert (tmp_path / ".partial/streams/tape.bin").stat().st_size == costs.scratch_bytes
+    skeleton = job.skeleton
+    sizes = {name: math.prod(shape) for name, shape in skeleton.shapes.items()}
+    inner = sum(size for name, size in sizes.items() if name.startswith(skeleton.layers_path + "."))
+    assert costs.flops == job.num_tokens * 2 * (inner + sizes[skeleton.head_weight]) * (1 + 1 + 3 * 2)
+    told = describe_job(job, costs)
+    assert f"keeps       {costs.scratch_bytes / 2**10:.3g} KiB of features" in told
+    assert "None" not in told
+
+
 def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
     """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
     job = job_of(specimen("llama"), objective="joint", num_samples=6, max_seq_length=24)
@@ -253,6 +291,11 @@ def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe)
             torch.testing.assert_close(merged[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
     statistics = tmp_path / "out" / "slta_stats.safetensors"
     used = alphas.calibration["ridge_used"]
+    assert "None" not in section(alphas, [])
+    assert f"{used:.3g}, chosen by leaving out rows" in section(alphas, [])
+    result = slta("solve", statistics, "-o", tmp_path / "again.json")
+    assert f"ridge {used:.3g}, chosen by leaving out rows" in result.output
+    assert "None" not in result.output
     assert slta("solve", statistics, "--ridge", used, "-o", tmp_path / "same.json").exit_code == 0
     same = Alphas.load(tmp_path / "same.json")
     for entry, other in zip(alphas.submodules, same.submodules, strict=True):

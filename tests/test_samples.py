@@ -292,10 +292,32 @@ def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
 def test_answers_that_were_cut_off_are_said(folder, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         keys = {"text": "{question} and a very long introduction: ", "completion": "{answer}"}
-        drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=4, max_seq_length=5)
-    assert "4 of 4 rows" in caplog.text
+        with pytest.raises(DataError, match="all 4 rows of .* raise `max_seq_length`"):
+            draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=4, max_seq_length=5)
+        keys["text"] = "{question}"
+        path = folder / "uneven.jsonl"
+        rows = [{"question": "one two " * (1 + 40 * (number == 2)), "answer": "three"} for number in range(4)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        drawn = draw(tokenizer, path, **keys, objective="joint", num_samples=4, max_seq_length=30)
+    assert "1 of 4 rows" in caplog.text
     assert "raise `max_seq_length`" in caplog.text
-    assert all(row.completion == len(row.ids) for row in drawn.rows)
+    assert sum(row.completion == len(row.ids) for row in drawn.rows) == 1
+
+
+def test_chats_whose_answer_cannot_be_told_are_said(tmp_path, tokenizer, caplog):
+    path = tmp_path / "chat.jsonl"
+    chats = [
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    with caplog.at_level(logging.WARNING):
+        drawn = draw(tokenizer, path, objective="joint", num_samples=2)
+        assert "1 of 2 chats" in caplog.text
+        assert sorted(row.completion > 1 for row in drawn.rows) == [False, True]
+        caplog.clear()
+        draw(tokenizer, path, num_samples=2)  # features count whole rows anyway
+    assert not caplog.text
 
 
 def test_completion_beside_messages_is_refused(tmp_path, tokenizer):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,13 @@ import click
 from ways import LEARNING_RATES_NAME, TRAINING_NAME, WAYS, align, evaluate, expert_name, read_json, write_json
 
 # isort: split
-from common import TASKS, Losses, recovered_shares, set_threads  # of the SmolLM2 example, by way of `ways`
+from common import (
+    TASKS,
+    Losses,
+    installed_command,
+    recovered_shares,
+    set_threads,
+)  # of the SmolLM2 example, by way of `ways`
 
 WEIGHTS = (0.3, 0.4, 0.5, 1.0)
 """Weights of stock task arithmetic, the same for both task vectors."""
@@ -55,15 +60,6 @@ dtype: float32
 # Written in float32: many changes are one unit in the last place of bfloat16, which a weight of 0.3 would round away.
 
 
-def script(name: str) -> str:
-    """Return the path of an installed command, the one beside this Python first."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
-        raise click.ClickException(f"the command {name} is not installed: pip install mergekit-slta")
-    return found
-
-
 def call(command: list[str], workdir: Path, threads: int | None) -> None:
     """Run a command in the work directory, or fail in one line."""
     click.echo(f"$ {' '.join([Path(command[0]).name, *command[1:]])}")
@@ -85,13 +81,13 @@ def merge(workdir: Path, recipe: str, name: str, threads: int | None) -> None:
     """Merge a recipe of the work directory into WORKDIR/``name``, which is there only when it is complete."""
     temporary = workdir / f"{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    call([script("mergekit-yaml"), recipe, temporary.name, "--quiet"], workdir, threads)
+    call([installed_command("mergekit-yaml"), recipe, temporary.name, "--quiet"], workdir, threads)
     os.replace(temporary, workdir / name)
 
 
 def measure_linearity(workdir: Path, recipe: str, name: str, rows: int, threads: int | None) -> None:
     """Let `mergekit-slta linearity` measure the experts of a recipe."""
-    command = [script("mergekit-slta"), "linearity"]
+    command = [installed_command("mergekit-slta"), "linearity"]
     if subprocess.run([*command, "--help"], capture_output=True).returncode:
         raise click.ClickException("this mergekit-slta has no command `linearity`: install a version that has it")
     call([*command, recipe, "-o", name, "--rows", str(rows)], workdir, threads)

@@ -20,9 +20,9 @@ import click
 import yaml
 from experts import QUICK, Sizes
 from gaps import settings_label
-from merging import RANDOM_SEED, command
+from merging import RANDOM_SEED
 from methods import ALL, OURS, Candidate, baselines, calibration_recipe, set_name, with_alphas
-from shared import read_json, write_json
+from shared import installed_command, read_json, write_json
 
 from measure import watch  # isort: skip  # of the SmolLM2 example, which `shared` has put on the path
 
@@ -81,7 +81,9 @@ def measure(workdir: Path, job: Job, repeat: int) -> dict[str, Any]:
     found = []
     for _ in range(repeat):
         shutil.rmtree(folder / "merged", ignore_errors=True)
-        found.append(watch([command("mergekit-yaml"), *arguments, "--random-seed", str(RANDOM_SEED)], workdir))
+        found.append(
+            watch([installed_command("mergekit-yaml"), *arguments, "--random-seed", str(RANDOM_SEED)], workdir)
+        )
         if job.title == CALIBRATED:
             shutil.copy(folder / "merged" / "slta_alphas.json", folder / "slta_alphas.json")
     shutil.rmtree(folder / "merged")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -157,15 +156,6 @@ def calibrate(workdir: Path, name: str, recipe: dict[str, Any], device: str) -> 
         arguments = [folder / "recipe.yml", "-o", folder / "slta_alphas.json", "--quiet", "--device", device]
         main(["calibrate", *map(str, arguments)], standalone_mode=False)
     return statistics
-
-
-def command(name: str) -> str:
-    """An installed command, the one beside this Python first."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
-        raise click.ClickException(f"the command {name} is not installed: pip install mergekit-slta")
-    return found
 
 
 def read_results(workdir: Path) -> dict[str, dict[str, Any]]:

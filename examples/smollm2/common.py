@@ -6,11 +6,13 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,15 @@ class EncodedRow:
 
     ids: list[int]
     prompt_length: int
+
+
+def installed_command(name: str) -> str:
+    """Return the path of an installed command, the one beside this Python first."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise click.ClickException(f"the command {name} is not installed: pip install mergekit-slta")
+    return found
 
 
 def set_threads(threads: int | None) -> None:
