@@ -40,7 +40,7 @@ _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _LEVELS = ("layer", "head_mlp", "model")
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
 """From the outside in: the order of the table and of the figures."""
-_NOT_OURS = ("granularity", "inputs", "objective", "label_samples", "num_samples", "alphas", *SOLVE_ONLY)
+_NOT_OURS = ("granularity", "inputs", "objective", "label_samples", "steps", "num_samples", "alphas", *SOLVE_ONLY)
 """Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
 
 

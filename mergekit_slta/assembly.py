@@ -17,12 +17,14 @@ from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint
 from mergekit_slta.joint import solve_joint
+from mergekit_slta.newton import solve_step
 from mergekit_slta.solve import Solution, solve
 
 if TYPE_CHECKING:  # saved statistics are solved again without transformers or mergekit
     from mergekit_slta.preflight import Job
     from mergekit_slta.submodules import Submodule
 
+_JOINT_SETTINGS = ("label_samples", "steps")
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 
 
@@ -86,8 +88,8 @@ def _calibration(job: Job) -> dict[str, Any]:
                 }
             )
     settings = job.recipe.settings
-    drawn_labels = {} if settings.objective == "features" else {"label_samples": settings.label_samples}
-    return {**{key: getattr(settings, key) for key in _SETTINGS}, **drawn_labels, "tasks": tasks}
+    keys = (*_SETTINGS, *(_JOINT_SETTINGS if settings.objective == "joint" else ()))
+    return {**{key: getattr(settings, key) for key in keys}, "tasks": tasks}
 
 
 def assemble(
@@ -106,8 +108,8 @@ def assemble(
     """
     names: list[str] = layout["models"]
     chosen: dict[str, float] = {}
-    if statistics.form == "slope":
-        entries, used = _solve_together(statistics, layout, importance=importance, balance=balance, ridge=ridge)
+    if statistics.form != "gram":
+        entries, used = solve_together(statistics, layout, importance=importance, balance=balance, ridge=ridge)
         chosen = {"ridge_used": used}
     else:
         entries = [
@@ -168,16 +170,21 @@ def _parts(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
     return [statistics.grams[name] for name in names]
 
 
-def _solve_together(
+def solve_together(
     statistics: Statistics, layout: dict[str, Any], *, importance: Sequence[float], balance: bool, ridge: float | None
 ) -> tuple[list[SubmoduleAlphas], float]:
-    """Every submodule's entry, and the ridge that was used. Rank, condition and residual are those of the one system.
+    """Every submodule's entry from slopes, and the ridge that was used. Rank, condition and residual are those of the
+    one system.
 
     A shared table's slopes at both ends are gathered under its own name already: a derivative adds up by itself.
     """
     order, weights = _canonical(layout, importance)
     slopes = {submodule["name"]: _parts(statistics, [submodule["name"]])[0] for submodule in layout["submodules"]}
-    found = solve_joint(slopes, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
+    how: dict[str, Any] = {"importance": weights, "balance": balance, "ridge": ridge}
+    if statistics.divergences is None:
+        found = solve_joint(slopes, statistics.row_task, **how)
+    else:
+        found = solve_step(slopes, statistics.row_task, statistics.point, statistics.divergences, **how)
     entries = []
     for submodule in layout["submodules"]:
         name = submodule["name"]

@@ -23,9 +23,10 @@ from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble, layout_of
 from mergekit_slta.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.distributed import ALONE, Ranks
-from mergekit_slta.gathering import canonical_rows, gather, gather_slopes
+from mergekit_slta.gathering import canonical_rows, gather
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
+from mergekit_slta.passes import gather_slopes
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.records import Records

@@ -151,7 +151,7 @@ def _residual_note(measured: bool, objective: str) -> str:
     if objective == "joint":
         return (
             "Weights are means over the submodules, with their range. All were solved together; the residual is the "
-            "share of the squared change of the rows' losses that remains, each row predicted by the others."
+            "share of what the base loses against the experts that remains, each row predicted by the others."
         )
     text = (
         "Weights are means over the submodules, with their range. The residual is the share of the experts' own change "

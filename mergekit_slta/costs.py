@@ -91,9 +91,14 @@ def estimate(job: Job) -> Costs:
 
 
 def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
-    """Every row forward, forward again and back (twice the work) through its own expert; the features of all layers on
-    disk. In memory are one layer of every model and a row's activations, or the output projection and its gradients."""
-    models, draws = len(job.plan.models), max(1, job.recipe.settings.label_samples)
+    """Every row forward, forward again and back (twice the work) through its own expert; with steps, once forward
+    through the base, and in each through the merged model as through the expert, with one slope more.
+
+    The features of all layers are on disk, of one pass at a time. In memory are one layer of every model and a row's
+    activations, or the output projection and its gradients.
+    """
+    settings, models = job.recipe.settings, len(job.plan.models)
+    draws, steps = max(1, settings.label_samples), settings.steps
     item, width = torch.finfo(job.dtype).bits // 8, int(job.skeleton.config.hidden_size)
     prefix = job.skeleton.layers_path + "."
     layers: dict[str, int] = {}
@@ -101,15 +106,18 @@ def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest:
         if name.startswith(prefix):
             index = name[len(prefix) :].partition(".")[0]
             layers[index] = layers.get(index, 0) + size
-    flops = job.num_tokens * 2.0 * (sum(layers.values()) + sizes[head]) * (2 + 2 * draws)
+    flops = job.num_tokens * 2.0 * (sum(layers.values()) + sizes[head])
+    flops *= (2 + 2 * draws) + (steps > 0) + steps * (2 + 2 * (draws + 1))
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
-    in_layer = (models + 1) * max(layers.values(), default=0) * item + longest * (6 * wide + 12 * width) * item
-    in_head = sizes[head] * item * (_copies(job, head) > 0) + 4 * LOGITS * item
+    in_layer = (models + 1 + (steps > 0)) * max(layers.values(), default=0) * item
+    in_layer += longest * (6 * wide + 12 * width) * item
+    in_head = sizes[head] * item * ((_copies(job, head) > 0) + (steps > 0)) + 4 * LOGITS * item
     largest = max(largest, LOGITS * item)
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
-    scratch = tape_bytes(job.num_tokens, job.skeleton.num_layers + 1, draws, width, job.dtype)
+    scratch = tape_bytes(job.num_tokens, job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
     peak = int(max(in_layer, in_head) * kept)
-    return Costs(flops, 2 * total_bytes(job.plan), peak, largest, written, scratch)
+    read = 2 * total_bytes(job.plan) * (1 + steps) + (steps > 0) * total_bytes(job.plan, [job.recipe.base])
+    return Costs(flops, read, peak, largest, written, scratch)
 
 
 def _copies(job: Job, name: str) -> int:

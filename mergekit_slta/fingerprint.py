@@ -83,7 +83,8 @@ def identity(
         key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
     }
     if recipe.settings.objective == "features":
-        record.pop("label_samples", None)
+        for key in ("label_samples", "steps"):
+            record.pop(key, None)
     record["dtype"] = str(recipe.config.dtype)
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
     record["tokenizer"] = str(tokenizer)

@@ -5,10 +5,7 @@ Scope: one walk; which rows, and what is made of the matrices, is `calibration.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -18,7 +15,6 @@ from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.distributed import Ranks
 from mergekit_slta.errors import RunError, show
-from mergekit_slta.gradients import Backward, Example
 from mergekit_slta.gram import Statistics
 from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows
@@ -26,11 +22,7 @@ from mergekit_slta.progress import Progress, advice_on_memory
 from mergekit_slta.records import Records
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
-from mergekit_slta.tape import Tape, tape_bytes
 from mergekit_slta.walk import Evaluation, Merge, Walk
-
-TAPE_IN_MEMORY = 2**28
-"""Bytes of features that a backward pass keeps in memory; more go to a temporary file where no other is at hand."""
 
 
 def canonical_rows(job: Job, start: int = 0, stop: int | None = None) -> tuple[list[Sequence[int]], list[int]]:
@@ -127,86 +119,6 @@ def gather(
         for step in by_step:
             finish(step)
     return statistics
-
-
-def examples_of(job: Job) -> list[Example]:
-    """The calibration rows with their answers marked, in the canonical order of the experts.
-
-    Raises:
-        DataError: an expert without rows.
-    """
-    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
-    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
-    return [
-        Example(row.ids, row.completion, index, row.number)
-        for index, model in enumerate(job.plan.models[1:])
-        for row in by_model[model].rows  # type: ignore[union-attr] - check_rows
-    ]
-
-
-@torch.no_grad()
-def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statistics:
-    """Feed every row forward and back through its own expert, and keep what each submodule's change does to its loss.
-
-    Args:
-        job, records, ranks: as in `gather`.
-
-    Raises:
-        DataError, ModelError, RunError: as in `gather`.
-        OutputError: no room for the features of all layers.
-    """
-    examples = examples_of(job)
-    settings = job.recipe.settings
-    draws = max(1, settings.label_samples)
-    own = ranks.own([len(example.ids) for example in examples])
-    mine = [examples[row] for row in own]
-    names = [submodule.name for submodule in job.submodules]
-    shape = (len(examples), draws, len(job.plan.models) - 1)
-    slopes = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
-    with advice_on_memory(job), _tape(job, mine, draws, records, ranks) as tape:
-        quiet = job.options.quiet or not ranks.is_first
-        checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
-        backward = Backward(
-            job.skeleton, checkpoints, job.submodules, mine,
-            samples=settings.label_samples, seed=settings.seed, tape=tape,
-        )  # fmt: skip
-        stages = backward.stages
-
-        def add(found: Mapping[str, torch.Tensor]) -> None:
-            for name, part in found.items():
-                slopes[name][own] += part
-
-        kept = records.steps if records is not None else frozenset()
-        if not kept.issuperset(stages[: tape.stages_done]):
-            tape.rewind()  # a record was damaged: from the loss again, the features are there
-        for stage in stages[: tape.stages_done]:
-            add(records.get(stage) if records is not None else {})
-        with Progress("Calibrating", len(stages), quiet=quiet) as progress:
-            backward.announce = progress.announce
-            progress.advance(tape.stages_done)
-            for stage, found in backward.run() if mine else ():
-                add(found)
-                if records is not None and ranks.size == 1:
-                    records.put(stage, found)
-                progress.advance(1)
-    for name in names:
-        ranks.sum(slopes[name])
-    row_task = torch.tensor([example.task for example in examples], dtype=torch.int64, device="cpu")
-    return Statistics(row_task, shape[2], slopes, form="slope")
-
-
-@contextmanager
-def _tape(job: Job, examples: Sequence[Example], draws: int, records: Records | None, ranks: Ranks) -> Iterator[Tape]:
-    """Where the rows' features are kept: with the records of unfinished work, else in memory while they are few."""
-    lengths = [len(example.ids) for example in examples]
-    levels, width = job.skeleton.num_layers + 1, int(job.skeleton.config.hidden_size)
-    with ExitStack() as stack:
-        folder = None
-        if records is not None and ranks.size == 1:
-            folder = records.subfolder("streams")
-        elif tape_bytes(sum(lengths), levels, draws, width, job.dtype) > TAPE_IN_MEMORY:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="mergekit-slta-")))
-        yield Tape(lengths, levels, draws, width, job.dtype, folder)
 
 
 def _renumbered(packs: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -1,9 +1,10 @@
 """The statistics: a small tensor per submodule and calibration row, and nothing else.
 
-Scope: accumulate them, save and load them. What is made of them is `solve.py` and `joint.py`. They come in two forms:
+Scope: accumulate them, save and load them. What is made of them is `solve.py`, `joint.py` and `newton.py`. Forms:
 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
     slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
+    step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mergekit_slta.files import write_atomically
 FORMAT = "mergekit-slta/statistics"
 VERSION = 1
 _ROW_TASK = "row_task"
-_FORMS = ("gram", "slope")
+_POINT, _DIVERGENCES = "point", "divergences"
+_FORMS = ("gram", "slope", "step")
 
 
 def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
@@ -64,7 +66,9 @@ class Statistics:
         num_models: T.
         grams: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are [rows, S, T].
         metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
-        form: "gram" or "slope".
+        form: "gram", "slope" or "step".
+        point: of a step, the alphas of the model that slopes were taken at: the names of `grams` -> [T] float64.
+        divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
     """
 
     row_task: Tensor
@@ -72,6 +76,8 @@ class Statistics:
     grams: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     form: str = "gram"
+    point: dict[str, Tensor] = field(default_factory=dict)
+    divergences: Tensor | None = None
 
     def add(
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
@@ -100,6 +106,9 @@ class Statistics:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
         tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.grams.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
+        tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
+        if self.divergences is not None:
+            tensors[_DIVERGENCES] = self.divergences.contiguous()
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -120,11 +129,17 @@ class Statistics:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
         row_task = tensors.pop(_ROW_TASK, None)
+        divergences = tensors.pop(_DIVERGENCES, None)
+        start = f"{_POINT}."
+        point = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
         form = next(iter(tensors), "").partition(".")[0]
         grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
         _check(path, row_task, grams, metadata, form)
         num_models = next(iter(grams.values())).shape[-1]
-        return cls(row_task, num_models, grams, metadata, form)
+        found = cls(row_task, num_models, grams, metadata, form, point, divergences)
+        if not _fits(found):
+            raise _unfit(path)
+        return found
 
 
 def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object, form: str) -> None:
@@ -136,14 +151,34 @@ def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metada
         and row_task.dim() == 1
         and len(shapes) == 1
         and all(len(shape) == 3 and shape[0] == len(row_task) for shape in shapes)
-        and all(form == "slope" or shape[1] == shape[2] for shape in shapes)
+        and all(form != "gram" or shape[1] == shape[2] for shape in shapes)
         and all(gram.dtype == torch.float64 and bool(torch.isfinite(gram).all()) for gram in grams.values())
         and isinstance(metadata, dict)
         and all(isinstance(value, str) for value in metadata.values())
         and bool(((row_task >= 0) & (row_task < next(iter(shapes))[2])).all())
     )
     if not sound:
-        raise AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")
+        raise _unfit(path)
+
+
+def _fits(statistics: Statistics) -> bool:
+    """Whether a step has its point and its divergences, and nothing else has."""
+    point, divergences = statistics.point, statistics.divergences
+    if statistics.form != "step":
+        return not point and divergences is None
+    parts = [*point.values(), *([] if divergences is None else [divergences])]
+    return (
+        divergences is not None
+        and point.keys() == statistics.grams.keys()
+        and all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts)
+        and all(part.shape == (statistics.num_models,) for part in point.values())
+        and divergences.shape == (len(statistics.row_task), 2)
+        and all(gram.shape[1] > 1 for gram in statistics.grams.values())
+    )
+
+
+def _unfit(path: Path) -> AlphasError:
+    return AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")
 
 
 def is_statistics_file(path: Path) -> bool:

@@ -18,8 +18,8 @@ def fingerprint(record: Mapping[str, str]) -> str:
 
 
 def statistics_identity(record: Mapping[str, str]) -> dict[str, str]:
-    """The part of an identity that statistics depend on; with merged inputs they depend on the solves, too."""
-    if record.get("inputs") == "merged":
+    """The part of an identity that statistics depend on; taken at merged models they depend on the solves, too."""
+    if record.get("inputs") == "merged" or record.get("steps", "0") != "0":
         return dict(record)
     return {label: value for label, value in record.items() if not label.startswith(SOLVE_ONLY)}
 

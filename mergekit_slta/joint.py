@@ -109,11 +109,7 @@ def solve_joint(
         residual, fitted = _left_out(kernel, system, ridge, prior)
         solution[changed] = prior + system.z.T @ fitted[0]
         error[changed] = _jackknife(system, fitted, num_models)
-        values = torch.linalg.eigvalsh(kernel)
-        rank = int((values > 1e-12 * values.max()).sum())
-        shift = ridge * system.unit
-        smallest = values.min().clamp(min=0) + shift
-        condition = float((values.max() + shift) / smallest) if smallest > 0 else float("inf")
+        condition, rank = condition_and_rank(kernel, ridge * system.unit)
     counts = torch.bincount(row_task, minlength=num_models)
     return JointSolution(
         alpha={name: solution[:, place] for place, name in enumerate(names)},
@@ -124,6 +120,14 @@ def solve_joint(
         rank=rank,
         residual=residual,
     )
+
+
+def condition_and_rank(kernel: Tensor, shift: float) -> tuple[float, int]:
+    """Condition of kernel + shift I, and rank of the kernel [N, N], which is symmetric and positive semidefinite."""
+    values = torch.linalg.eigvalsh(kernel)
+    smallest = values.min().clamp(min=0) + shift
+    condition = float((values.max() + shift) / smallest) if smallest > 0 else float("inf")
+    return condition, int((values > 1e-12 * values.max()).sum())
 
 
 def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, changed: Tensor) -> _System:

@@ -17,6 +17,7 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_slta.errors import RecipeError, listing, show
+from mergekit_slta.newton import SMALLEST_RIDGE
 
 METHOD = "submodule_linear"
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
@@ -70,6 +71,7 @@ class Settings(BaseModel):
     inputs: Literal["base", "merged"] = "base"
     objective: Literal["features", "joint"] = "features"
     label_samples: Annotated[Count, Field(ge=0)] = 2
+    steps: Annotated[Count, Field(ge=0)] = 2
     ridge: Annotated[Number, Field(ge=0)] | None = None
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
@@ -234,9 +236,19 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
         for key, value, usual in (("tolerance", settings.tolerance, 0), ("inputs", settings.inputs, "base")):
             if value != usual:
                 raise RecipeError(
-                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: gradients are taken at the experts, "
-                    f"for all weights together; drop `{key}`, or choose `objective: features`"
+                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: it takes gradients, of "
+                    f"all rows, where it needs them; drop `{key}`, or choose `objective: features`"
                 )
+        if settings.steps and not settings.label_samples:
+            raise RecipeError(
+                f"`label_samples` is 0 and `steps` is {settings.steps}: steps learn from the experts, not from "
+                "the rows' own tokens; set `steps: 0`, or draw labels"
+            )
+        if settings.steps and settings.ridge is not None and settings.ridge < SMALLEST_RIDGE:
+            raise RecipeError(
+                f"`ridge` is {settings.ridge:g} and `steps` is {settings.steps}: a step needs {SMALLEST_RIDGE:g} or "
+                "more; drop `ridge` to have it chosen, or set `steps: 0`"
+            )
     return settings
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,11 +157,13 @@ def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_merged_inputs(layout: Mapping[str, Any], changed: Sequence[str]) -> None:
-    if changed and layout["calibration"].get("inputs", "base") != "base":
-        raise RecipeError(
-            f"with `inputs: {show(layout['calibration']['inputs'])}` the features themselves depend on "
-            f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
-        )
+    calibration = layout["calibration"]
+    for key, usual, what in (("inputs", "base", "features"), ("steps", 0, "gradients")):
+        if changed and calibration.get(key, usual) != usual:
+            raise RecipeError(
+                f"with `{key}: {show(calibration[key])}` the {what} themselves depend on "
+                f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
+            )
 
 
 def _other_models(
@@ -231,7 +234,8 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
         rank[own] = torch.arange(int(own.sum()))
     kept = (rank < count).nonzero().flatten()
     grams = {name: gram[kept] for name, gram in statistics.grams.items()}
-    return Statistics(statistics.row_task[kept], statistics.num_models, grams, form=statistics.form)
+    divergences = None if statistics.divergences is None else statistics.divergences[kept]
+    return replace(statistics, row_task=statistics.row_task[kept], grams=grams, metadata={}, divergences=divergences)
 
 
 def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Tape:
 
     Args:
         lengths: tokens of each row.
-        levels: places between layers: one more than there are layers.
+        levels: places between layers: one more than there are layers; 2 are enough to go forward, in turn.
         samples: S gradients per row.
         width: d.
         dtype: of features and gradients.
@@ -82,11 +82,11 @@ class Tape:
 
     def features(self, level: int, row: int) -> Tensor:
         """[tokens, d] of a row at a level; 0 is behind the embeddings."""
-        return self._features[level, self._places[row]]
+        return self._features[level % len(self._features), self._places[row]]
 
     def put_features(self, level: int, row: int, features: Tensor) -> None:
         """Keep a row's features at a level."""
-        self._features[level, self._places[row]] = features.cpu()
+        self._features[level % len(self._features), self._places[row]] = features.cpu()
 
     def level_done(self) -> None:
         """All rows have reached one level more."""

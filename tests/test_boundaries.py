@@ -27,6 +27,7 @@ FLOORS = [
         "distributed",
         "drawing",
     },
+    {"newton"},
     {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
     {"adapters", "depth"},
     {"submodules", "figures"},
@@ -40,6 +41,7 @@ FLOORS = [
     {"summary"},
     {"progress"},
     {"gathering"},
+    {"passes"},
     {"calibration", "resolve", "analysis"},
     {"verification", "report"},
     {"host"},
@@ -94,7 +96,7 @@ def test_arrows_point_down():
 
 
 @pytest.mark.parametrize(
-    "room", ["gram", "solve", "joint", "files", "errors", "alphas", "identity", "assembly", "resolve"]
+    "room", ["gram", "solve", "joint", "newton", "files", "errors", "alphas", "identity", "assembly", "resolve"]
 )
 def test_maths_knows_neither_mergekit_nor_transformers(room):
     """Statistics and solves are tensors in, tensors out."""

@@ -27,7 +27,7 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.settings.model_dump() == {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "label_samples": 2, "ridge": 0.0, "tolerance": 0.0,
+        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 2, "ridge": 0.0, "tolerance": 0.0,
         "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
     assert recipe.tasks[0].split == "train"
@@ -99,6 +99,10 @@ REFUSALS = [
     ({}, {"objective": "joint", "inputs": "merged"}, r"`objective` is 'joint' and `inputs` is 'merged'"),
     ({}, {"objective": "joint", "tolerance": 0.1}, r"`objective` is 'joint' and `tolerance` is '0.1'"),
     ({}, {"objective": "joint", "label_samples": -1}, r"`label_samples`.*-1"),
+    ({}, {"objective": "joint", "label_samples": 0}, r"`label_samples` is 0 and `steps` is 2.*`steps: 0`"),
+    ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 2.*0.001 or more"),
+    ({}, {"objective": "joint", "steps": -1}, r"`steps`.*-1"),
+    ({}, {"steps": 1.5}, r"`steps`.*valid integer"),
     ({}, {"ridge": -0.1}, r"`ridge`.*greater than or equal to 0"),
     ({}, {"ridge": float("nan")}, r"`ridge`.*finite"),
     ({}, {"compute_dtype": "int8"}, r"`compute_dtype`.*'int8'"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,21 @@ def our_candidates(
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
 
 
-def merged_inputs(run: Run, seed: int) -> Iterator[Candidate]:
-    """`inputs: merged` (A.5.3): the statistics depend on which experts there are."""
-    for tasks in (ALL, TRIPLE):
-        name = f"merged-inputs-{'+'.join(tasks)}-{seed}"
-        recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, granularity="attn_mlp", inputs="merged")
+def at_merged(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **settings: Any) -> Iterator[Candidate]:
+    """Merges whose statistics are taken at merged models, and so depend on which experts there are: `inputs: merged`
+    (A.5.3), and the steps of the joint objective."""
+    for tasks in sets[: run.sizes.sets]:
+        name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
+        recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, granularity="attn_mlp", **settings)
         statistics = calibrate(run.workdir, name, recipe, run.device)
         path = run.workdir / "alphas" / f"{name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             Alphas.load(statistics.with_name("slta_alphas.json")).save(path)
-        # Such weights are bound to the setting, which the recipe must state.
         merge = with_alphas(tasks, f"alphas/{path.name}")
-        merge["parameters"] |= {"granularity": "attn_mlp", "inputs": "merged"}
-        yield Candidate(tasks, OURS, {"granularity": "attn_mlp", "inputs": "merged"}, merge, seed)
+        if "inputs" in settings:  # such weights are bound to the setting, which the recipe must state
+            merge["parameters"] |= {"granularity": "attn_mlp", **settings}
+        yield Candidate(tasks, OURS, {"granularity": "attn_mlp", **settings}, merge, seed)
 
 
 def run_all(run: Run) -> None:
@@ -139,14 +140,19 @@ def run_all(run: Run) -> None:
         blocks(run, seed)
     for seed in seeds[1:]:
         levels(run, seed)
-    run.score([*merged_inputs(run, first)])
+    run.score([*at_merged(run, first, (ALL, TRIPLE), inputs="merged")])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
 
 
 def blocks(run: Run, seed: int) -> None:
-    """Attention and MLP blocks, under both objectives, of every set of experts."""
-    run.score([*our_candidates(run, "attn_mlp", seed, objective="joint")])
+    """Attention and MLP blocks, under both objectives, of every set of experts.
+
+    The joint objective at the merged models is calibrated set by set, and with the first rows alone for them all.
+    """
+    sets = SETS if seed == run.sizes.seeds[0] else (ALL, TRIPLE)
+    run.score([*at_merged(run, seed, sets, objective="joint")])
+    run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
 

@@ -1,0 +1,174 @@
+"""The Gauss-Newton step against its sums written out with numpy, and leaving rows out by really leaving them out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_slta.joint import RIDGES
+from mergekit_slta.newton import solve_step
+
+
+def make(seed: int, rows: int, draws: int, experts: int, submodules: int) -> dict:
+    """Gradients, a point and divergences; `rows` of each task."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    names = [f"part{number}" for number in range(submodules)]
+    return {
+        "slopes": {name: normal(rows * experts, 1 + draws, experts) * (1 + place) for place, name in enumerate(names)},
+        "row_task": torch.arange(experts).repeat_interleave(rows),
+        "point": {name: normal(experts) for name in names},
+        "divergences": normal(rows * experts, 2).abs() + 0.5,
+    }
+
+
+def weights_of(case: dict, importance, balance) -> np.ndarray:
+    task, base = case["row_task"].numpy(), case["divergences"][:, 0].numpy()
+    found = np.zeros(len(task))
+    for number in range(task.max() + 1):
+        mine = task == number
+        found[mine] = importance[number] / mine.sum() / (base[mine].mean() if balance else 1.0)
+    return found
+
+
+def reference(case: dict, importance, balance, ridge, left_out=None) -> tuple[np.ndarray, np.ndarray]:
+    """(step [M * T], every row's part of the objective after it); d and c_a are those of all rows."""
+    whole = np.stack([part.numpy() for part in case["slopes"].values()])  # [M, R, 1 + S, T]
+    size = whole.shape[0] * whole.shape[3]
+    row_weight = weights_of(case, importance, balance)
+    matrix, all_rows, gradient = np.zeros((size, size)), np.zeros((size, size)), np.zeros(size)
+    draws = whole.shape[2] - 1
+    for row, weight in enumerate(row_weight):
+        mine = sum(np.outer(u, u) for u in (whole[:, row, 1 + s].reshape(-1) for s in range(draws)))
+        all_rows += weight * mine / draws
+        if row != left_out:
+            matrix += weight * mine / draws
+            gradient += weight * whole[:, row, 0].reshape(-1)
+    matrix += ridge * np.trace(all_rows) / size * np.eye(size)
+    step = np.linalg.solve(matrix, -gradient)
+    parts = []
+    for row, weight in enumerate(row_weight):
+        curved = np.mean([(whole[:, row, 1 + s].reshape(-1) @ step) ** 2 for s in range(draws)])
+        parts.append(weight * (whole[:, row, 0].reshape(-1) @ step + curved / 2))
+    return step, np.array(parts)
+
+
+def as_array(alpha: dict) -> np.ndarray:
+    return np.stack([part.numpy() for part in alpha.values()])
+
+
+def shape_of(case: dict, step: np.ndarray) -> np.ndarray:
+    return step.reshape(len(case["slopes"]), -1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 6),
+    draws=st.integers(1, 3),
+    experts=st.integers(1, 4),
+    submodules=st.integers(1, 5),
+    balance=st.booleans(),
+    ridge=st.floats(0.01, 10),
+)
+def test_equals_the_normal_equations(seed, rows, draws, experts, submodules, balance, ridge):
+    case = make(seed, rows, draws, experts, submodules)
+    importance = [1.0 + number for number in range(experts)]
+    found = solve_step(**case, importance=importance, balance=balance, ridge=ridge)
+    step, _ = reference(case, importance, balance, ridge)
+    expected = as_array(case["point"]) + shape_of(case, step)
+    np.testing.assert_allclose(as_array(found.alpha), expected, rtol=1e-6, atol=1e-8)
+    assert found.ridge == ridge
+
+
+def test_left_out_rows_are_predicted_by_the_others():
+    """Residual and standard errors equal those of really solving without each row."""
+    case = make(5, 4, 2, 3, 4)
+    found = solve_step(**case, ridge=0.3)
+    full, _ = reference(case, [1.0] * 3, True, 0.3)
+    steps, change = [], 0.0
+    for row in range(len(case["row_task"])):
+        step, parts = reference(case, [1.0] * 3, True, 0.3, left_out=row)
+        steps.append(step)
+        change += parts[row]
+    row_weight = weights_of(case, [1.0] * 3, True)
+    before, now = (case["divergences"].numpy() * row_weight[:, None]).sum(0)
+    assert found.residual == pytest.approx((now + change) / before, rel=1e-8)
+    variance = np.zeros_like(full)
+    for task in range(3):
+        own = np.stack([step - full for step, other in zip(steps, case["row_task"], strict=True) if other == task])
+        variance += (len(own) - 1) / len(own) * ((own - own.mean(0)) ** 2).sum(0)
+    np.testing.assert_allclose(as_array(found.stderr), shape_of(case, np.sqrt(variance)), rtol=1e-8)
+
+
+def test_the_ridge_is_the_largest_within_one_standard_error():
+    case = make(1, 6, 2, 2, 6)
+    # Gradients that rows have in common: there is something to be predicted.
+    for part in case["slopes"].values():
+        part[:, 0] = part[:, 0] * 0.3 + torch.tensor([1.0, -1.0])
+    changes = {}
+    for ridge in RIDGES:
+        parts = [reference(case, [1.0] * 2, True, ridge, left_out=row)[1][row] for row in range(12)]
+        changes[ridge] = np.array(parts)
+    best = min(changes, key=lambda ridge: changes[ridge].sum())
+    task = case["row_task"].numpy()
+    error = np.sqrt(sum((task == a).sum() * changes[best][task == a].var(ddof=1) for a in (0, 1)))
+    expected = max(ridge for ridge, parts in changes.items() if parts.sum() <= changes[best].sum() + error)
+    assert solve_step(**case).ridge == expected
+    assert expected > best
+
+
+def test_an_idle_expert_gets_nothing_and_is_marked():
+    case = make(2, 4, 2, 3, 3)
+    case["slopes"]["part1"][..., 2] = 0
+    found = solve_step(**case, ridge=0.1)
+    assert found.alpha["part1"][2] == 0
+    assert found.unchanged["part1"].tolist() == [False, False, True]
+
+
+def test_rows_without_an_answer_do_not_count():
+    case = make(3, 4, 2, 2, 3)
+    for part in case["slopes"].values():
+        part[0] = 0
+    case["divergences"][0] = 0
+    fewer = {
+        "slopes": {name: part[1:] for name, part in case["slopes"].items()},
+        "row_task": case["row_task"][1:],
+        "point": case["point"],
+        "divergences": case["divergences"][1:],
+    }
+    one, other = solve_step(**case, ridge=0.1), solve_step(**fewer, ridge=0.1)
+    np.testing.assert_allclose(as_array(one.alpha), as_array(other.alpha), rtol=1e-10)
+    nothing = {**case, "slopes": {name: torch.zeros_like(part) for name, part in case["slopes"].items()}}
+    assert not any(part.any() for part in solve_step(**nothing).alpha.values())
+
+
+def test_an_expert_that_is_the_base_does_not_take_over():
+    """Its divergence is 0 everywhere: balancing must not divide by that."""
+    case = make(4, 4, 2, 2, 3)
+    case["divergences"][4:, 0] = 0
+    found = solve_step(**case, ridge=1.0)
+    assert all(torch.isfinite(part).all() for part in found.alpha.values())
+    same = {**case, "divergences": case["divergences"].clone()}
+    same["divergences"][4:, 0] = case["divergences"][:4, 0].mean()
+    np.testing.assert_allclose(as_array(found.alpha), as_array(solve_step(**same, ridge=1.0).alpha), rtol=1e-10)
+
+
+def test_a_quadratic_is_minimised_in_one_step():
+    """With gradients that are those of a quadratic around an optimum, a small ridge leaves little of the way to it."""
+    case = make(6, 8, 3, 2, 2)
+    whole = torch.stack(list(case["slopes"].values()), dim=-1)[:, 1:]  # [R, S, T, M]
+    optimum = torch.tensor([[0.3, 0.9], [1.2, -0.1]], dtype=torch.float64)  # [T, M]
+    start = torch.stack(list(case["point"].values()), dim=-1)
+    missed = torch.einsum("rstm,tm->rs", whole, start - optimum)
+    gradient = torch.einsum("rs,rstm->rtm", missed, whole) / whole.shape[1]
+    for place, part in enumerate(case["slopes"].values()):
+        part[:, 0] = gradient[..., place]
+    found = solve_step(**case, ridge=1e-3)
+    assert np.abs(as_array(found.alpha) - optimum.T.numpy()).max() < 0.005 * float((start - optimum).abs().max())

@@ -1,0 +1,281 @@
+"""Steps at merged models: divergences, slopes, points and alphas against whole models and autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+
+import pytest
+import torch
+from conftest import mergekit_yaml, slta, tensors
+from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_gradients import assert_close, whole_model
+from zoo import ZOO
+
+from mergekit_slta import gradients
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.assembly import assemble, layout_of, solve_together
+from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.costs import estimate
+from mergekit_slta.distributed import ALONE
+from mergekit_slta.gram import Statistics
+from mergekit_slta.passes import examples_of, gather_slopes
+from mergekit_slta.records import Records
+
+
+def merged_model(models, job, point) -> torch.nn.Module:
+    """The base, with every submodule moved by `point`, submodule -> [T]."""
+    rename = dict(job.skeleton.arch.renamed)
+    states = [dict(whole_model(path).named_parameters()) for path in (models.base, *models.experts)]
+    merged = whole_model(models.base)
+    parameters = dict(merged.named_parameters())
+    with torch.no_grad():
+        for submodule in job.submodules:
+            for tensor in submodule.tensors:
+                name = rename.get(tensor, tensor)
+                parts = [part for part in submodule.slices if part.tensor == tensor]
+                for expert, alpha in enumerate(point[submodule.name].tolist()):
+                    change = alpha * (states[expert + 1][name] - states[0][name])
+                    if not parts:
+                        parameters[name].add_(change)
+                    for part in parts:
+                        where = (part.axis, part.start, part.stop - part.start)
+                        parameters[name].narrow(*where).add_(change.narrow(*where))
+    return merged
+
+
+def answer_log_probabilities(model, example) -> torch.Tensor:
+    logits = model(torch.tensor([list(example.ids)]), use_cache=False).logits[0]
+    return torch.log_softmax(logits[example.completion - 1 : -1].float(), dim=-1)
+
+
+def divergence(expert, model, example) -> torch.Tensor:
+    """KL(expert || model), summed over the answer."""
+    wanted, known = answer_log_probabilities(expert, example).detach(), answer_log_probabilities(model, example)
+    return (wanted.exp() * (wanted - known)).sum()
+
+
+def slopes_of(loss, merged, models, job) -> dict[str, torch.Tensor]:
+    """submodule -> [T]: <d loss, change> from whole gradients of whole models."""
+    rename = dict(job.skeleton.arch.renamed)
+    states = [dict(whole_model(path).named_parameters()) for path in (models.base, *models.experts)]
+    merged.zero_grad()
+    loss.backward()
+    parameters = dict(merged.named_parameters())
+    found = {submodule.name: torch.zeros(len(states) - 1) for submodule in job.submodules}
+    for submodule in job.submodules:
+        for tensor in submodule.tensors:
+            name = rename.get(tensor, tensor)
+            gradient = parameters[name].grad
+            for expert in range(len(states) - 1) if gradient is not None else ():
+                product = gradient * (states[expert + 1][name] - states[0][name]).detach()
+                own = [part for part in submodule.slices if part.tensor == tensor]
+                parts = [product.narrow(part.axis, part.start, part.stop - part.start) for part in own] or [product]
+                found[submodule.name][expert] += sum(part.sum() for part in parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [*((name, "attn_mlp") for name in ZOO), ("qwen3", "head_mlp"), ("llama", "model")]
+)
+def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # noqa: F811
+    """Divergences of base and point, their slopes, and those of a loss with known labels."""
+    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    models = specimen(name)
+    job = job_of(models, granularity=granularity, objective="joint", label_samples=1, steps=1)
+    found = gather_statistics(job)
+    assert found.form == "step"
+    experts = [whole_model(path) for path in models.experts]
+    base, merged = whole_model(models.base), merged_model(models, job, found.point)
+    expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.grams}
+    for row, example in enumerate(examples_of(job)):
+        teacher = experts[example.task]
+        felt = divergence(teacher, merged, example)
+        for place, model in enumerate((base, merged)):
+            assert found.divergences[row, place] == pytest.approx(
+                divergence(teacher, model, example).item(), rel=1e-4, abs=1e-5
+            )
+        wanted = torch.tensor(list(example.ids[example.completion :]))
+        loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
+        both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
+        for key, parts in expected.items():
+            parts.append(torch.stack([part[key] for part in both]))
+    assert_close(found.grams, {key: torch.stack(parts) for key, parts in expected.items()})
+
+
+def test_points_follow_from_the_solves_before(specimen):  # noqa: F811
+    """Step by step as by hand: solve at the experts, merge, solve there, merge, and solve once more."""
+    models = specimen("qwen3")
+    found = [gather_statistics(job_of(models, objective="joint", steps=steps)) for steps in range(3)]
+    job = job_of(models, objective="joint", steps=2)
+    layout = layout_of(job)
+    assert [each.form for each in found] == ["slope", "step", "step"]
+    for before, after in itertools.pairwise(found):
+        entries, _ = solve_together(before, layout, importance=[1.0, 1.0], balance=True, ridge=None)
+        names = [layout["models"].index(name) for name in layout["canonical"]]
+        for entry in entries:
+            assert after.point[entry.name].tolist() == [entry.alpha[place] for place in names]
+    alphas = solve_job(job, found[2])
+    assert alphas.calibration["steps"] == 2
+    assert 0 <= alphas.submodules[0].residual < 1
+
+
+def test_steps_lead_to_the_experts(specimen):  # noqa: F811
+    """Each lowers the divergence that is measured at the next point."""
+    models = specimen("llama")
+    left = []
+    for steps in (1, 2, 3):
+        found = gather_statistics(job_of(models, objective="joint", steps=steps, num_samples=12, label_samples=8))
+        base, here = found.divergences.sum(0).tolist()
+        left.append(here / base)
+    assert left[2] < left[1] < left[0] < 1
+
+
+@pytest.mark.parametrize("stop", range(14))
+def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
+    """Stopped behind any step of any pass, the rest gives the same bits."""
+    job = job_of(specimen("qwen3"), objective="joint")
+    whole = gather_statistics(job)
+    folder = tmp_path / ".partial"
+    kept = []
+
+    class Stopped(Exception):  # noqa: N818 - no error
+        pass
+
+    class Stopping(Records):
+        def put(self, step, tensors):
+            super().put(step, tensors)
+            kept.append(step)
+            if len(kept) > stop:
+                raise Stopped
+
+    with Stopping(folder, "same") as records:
+        records.open()
+        with contextlib.suppress(Stopped):
+            gather_statistics(job, records)
+    with Records(folder, "same") as records:
+        records.open()
+        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base
+        found = gather_statistics(job, records)
+    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
+    assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
+    assert torch.equal(found.divergences, whole.divergences)
+    assert not list(folder.glob("*streams"))
+
+
+def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F811
+    """One row per task is enough; nothing is divided by what is missing."""
+    job = job_of(specimen("llama"), objective="joint", num_samples=1)
+    found = gather_slopes(job, records=None, ranks=ALONE)
+    alphas = solve_job(job, found)
+    assert all(entry.stderr is None for entry in alphas.submodules)
+    found.save(tmp_path / "stats.safetensors")
+    again = Statistics.load(tmp_path / "stats.safetensors")
+    assert again.form == "step"
+    assert torch.equal(again.divergences, found.divergences)
+    assert all(torch.equal(again.point[key], found.point[key]) for key in found.point)
+
+
+def test_a_step_that_leads_away_is_said(specimen, caplog):  # noqa: F811
+    """With the smallest ridge the first step trusts the quadratic form far too much on a single short row."""
+    job = job_of(specimen("llama"), objective="joint", num_samples=1, max_seq_length=4, ridge=0.001)
+    with caplog.at_level(logging.WARNING):
+        found = gather_statistics(job)
+    away = found.divergences[:, 1].sum() > found.divergences[:, 0].sum()
+    assert bool(away) <= ("led away" in caplog.text)
+
+
+def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
+    job = job_of(specimen("qwen3"), objective="joint", label_samples=3, steps=2)
+    expert_only = estimate(job_of(specimen("qwen3"), objective="joint", label_samples=3, steps=0))
+    costs = estimate(job)
+    assert costs.flops / expert_only.flops == pytest.approx((8 + 1 + 2 * 10) / 8)
+    largest = 0
+
+    class Watching(Records):
+        def put(self, step, tensors):
+            nonlocal largest
+            super().put(step, tensors)
+            largest = max([largest, *(path.stat().st_size for path in self.folder.glob("*streams/tape.bin"))])
+
+    with Watching(tmp_path / ".partial", "same") as records:
+        records.open()
+        gather_statistics(job, records)
+    assert largest == costs.scratch_bytes
+
+
+def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
+    """The default: two steps. What depends on the earlier solves cannot be solved again with other settings."""
+    recipe = tiny.recipe(objective="joint", text="{question} ")
+    for entry in recipe["models"]:
+        entry["parameters"]["completion"] = "{answer}"
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
+    assert alphas.calibration["steps"] == 2
+    base, *experts = [tensors(path) for path in (tiny.base, *tiny.experts)]
+    merged = tensors(tmp_path / "out")
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            changes = [alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, experts, strict=True)]
+            torch.testing.assert_close(merged[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
+    statistics = tmp_path / "out" / "slta_stats.safetensors"
+    assert slta("solve", statistics, "-o", tmp_path / "same.json").exit_code == 0
+    assert Alphas.load(tmp_path / "same.json").submodules == alphas.submodules
+    for option in (("--without", "expert2"), ("--ridge", "3"), ("--rows", "2"), ("--no-balance",)):
+        result = slta("solve", statistics, *option, "-o", tmp_path / "other.json")
+        assert result.exit_code == 2, option
+        assert "with `steps: 2` the gradients themselves depend on" in result.output
+    assert slta("report", tmp_path / "out").exit_code == 0
+    assert slta("report", statistics, "-o", tmp_path / "figures").exit_code == 0
+
+
+def test_the_order_of_the_models_does_not_matter(tiny, tmp_path, write_recipe):
+    recipe = tiny.recipe(objective="joint", steps=1)
+    found = []
+    for number in range(2):
+        path = tmp_path / f"alphas{number}.json"
+        assert slta("calibrate", write_recipe(recipe), "-o", path, "--quiet").exit_code == 0
+        found.append(Alphas.load(path))
+        recipe["models"].reverse()
+    for entry, other in zip(found[0].submodules, found[1].submodules, strict=True):
+        assert entry.alpha == tuple(reversed(other.alpha))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found.point.pop("embed"),
+        lambda found: found.point.update(embed=torch.zeros(1, dtype=torch.float64)),
+        lambda found: found.point.update(embed=torch.full((2,), float("nan"), dtype=torch.float64)),
+        lambda found: setattr(found, "divergences", None),
+        lambda found: setattr(found, "divergences", found.divergences[:, :1]),
+        lambda found: setattr(found, "form", "slope"),
+        lambda found: found.grams.update({key: part[:, :1] for key, part in found.grams.items()}),
+    ],
+)
+def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F811
+    from mergekit_slta.errors import AlphasError
+
+    found = gather_statistics(job_of(specimen("llama"), objective="joint", steps=1, num_samples=2))
+    damage(found)
+    found.save(tmp_path / "stats.safetensors")
+    with pytest.raises(AlphasError, match="do not fit together"):
+        Statistics.load(tmp_path / "stats.safetensors")
+
+
+def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
+    """An important task moves its expert's weights; a huge ridge leaves the point."""
+    job = job_of(specimen("llama"), objective="joint", steps=1)
+    found = gather_statistics(job)
+    layout = layout_of(job)
+
+    def alphas(importance, ridge):
+        solved = assemble(found, layout, importance=importance, balance=True, ridge=ridge)
+        return torch.tensor([entry.alpha for entry in solved.submodules])
+
+    assert not torch.allclose(alphas([1.0, 1.0], 1.0), alphas([1.0, 9.0], 1.0), atol=1e-3)
+    columns = [layout["canonical"].index(name) for name in layout["models"]]
+    point = torch.stack([found.point[entry["name"]][columns] for entry in layout["submodules"]])
+    torch.testing.assert_close(alphas([1.0, 1.0], 1e9).double(), point, rtol=1e-5, atol=1e-6)
