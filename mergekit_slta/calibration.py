@@ -26,7 +26,7 @@ from mergekit_slta.distributed import ALONE, Ranks
 from mergekit_slta.gathering import canonical_rows, gather
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
-from mergekit_slta.passes import gather_slopes
+from mergekit_slta.passes import gather_fisher, gather_slopes
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.records import Records
@@ -82,6 +82,8 @@ def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = A
     """
     if job.recipe.settings.objective == "joint":
         statistics = gather_slopes(job, records=records, ranks=ranks)
+    elif job.recipe.settings.objective == "fisher":
+        statistics = gather_fisher(job, records=records, ranks=ranks)
     elif not job.recipe.settings.tolerance:
         statistics = gather(job, *canonical_rows(job), records=records, ranks=ranks)
     else:

@@ -83,14 +83,14 @@ def estimate(job: Job) -> Costs:
     if out and written:
         bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
         written = sum(sizes.values()) * bits // 8
-    if job.recipe.settings.objective == "joint":
-        return _of_joint(job, sizes, head, longest, largest, written)
+    if job.recipe.settings.objective != "features":
+        return _of_gradients(job, sizes, head, longest, largest, written)
     kept = _KEPT.get(job.recipe.settings.granularity, _KEPT_OTHERWISE) if largest < LARGE_BLOCK else _KEPT_LARGE
     peak = int((hidden + max(in_layer, in_head, in_embed)) * kept)
     return Costs(flops, total_bytes(job.plan), peak, largest, written)
 
 
-def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
+def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
     """Every row forward, forward again and back (twice the work) through its own expert; with steps, once forward
     through the base, and in each through the merged model as through the expert, with one slope more.
 
@@ -98,7 +98,7 @@ def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest:
     activations, or the output projection and its gradients.
     """
     settings, models = job.recipe.settings, len(job.plan.models)
-    draws, steps = max(1, settings.label_samples), settings.steps
+    draws, steps = max(1, settings.label_samples), settings.steps if settings.objective == "joint" else 0
     item, width = torch.finfo(job.dtype).bits // 8, int(job.skeleton.config.hidden_size)
     prefix = job.skeleton.layers_path + "."
     layers: dict[str, int] = {}
@@ -107,7 +107,10 @@ def _of_joint(job: Job, sizes: dict[str, int], head: str, longest: int, largest:
             index = name[len(prefix) :].partition(".")[0]
             layers[index] = layers.get(index, 0) + size
     flops = job.num_tokens * 2.0 * (sum(layers.values()) + sizes[head])
-    flops *= (2 + 2 * draws) + (steps > 0) + steps * (2 + 2 * (draws + 1))
+    factor = (2 + 2 * draws) + (steps > 0) + steps * (2 + 2 * (draws + 1))
+    if settings.objective == "fisher":  # outputs by every model, in the place of products with their changes
+        factor += models
+    flops *= factor
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
     in_layer = (models + 1 + (steps > 0)) * max(layers.values(), default=0) * item
     in_layer += longest * (6 * wide + 12 * width) * item

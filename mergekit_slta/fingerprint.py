@@ -82,8 +82,8 @@ def identity(
     record = {
         key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
     }
-    if recipe.settings.objective == "features":
-        for key in ("label_samples", "steps"):
+    for key, users in (("label_samples", ("fisher", "joint")), ("steps", ("joint",))):
+        if recipe.settings.objective not in users:
             record.pop(key, None)
     record["dtype"] = str(recipe.config.dtype)
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source

@@ -121,11 +121,15 @@ class Backward:
             else:
                 self._layer(self._skeleton.num_layers - number)
             self._checkpoints.flush()
-            found = self._slopes.take()
+            found = self._take()
             if stage == "head" and self._teachers is not None:
                 found[DIVERGENCE] = self._divergence
             yield stage, found
             self._tape.stage_done()
+
+    def _take(self) -> dict[str, Tensor]:
+        """What a step has found."""
+        return self._slopes.take()
 
     def answers(self) -> list[Tensor]:
         """What has left the last layer where answers are predicted, [answer, d] of every row; behind a forward pass."""
@@ -236,11 +240,11 @@ class Backward:
         for task, rows in self._by_task.items():
             projection = checkpoints.place(raw[task + 1][:vocabulary], source, task + 1)
             expert = {**whole[task + 1], skeleton.head_weight: projection}
-            waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [S, n, v])
+            waiting: list[tuple[int, slice, Tensor, Tensor]] = []  # (row, where, inputs [n, d], gradients [S, n, v])
             for row in rows:
                 parts = self._loss(row, shared or expert, expert, changes, max(1, LOGITS // vocabulary), backward)
-                for inputs, gradients in parts:
-                    waiting.append((row, inputs, gradients))
+                for asked, inputs, gradients in parts:
+                    waiting.append((row, asked, inputs, gradients))
                     if sum(kept.numel() for *_, kept in waiting) >= LOGITS:
                         self._project(waiting, raw, source, vocabulary)
                         waiting = []
@@ -258,9 +262,9 @@ class Backward:
 
     def _loss(
         self, row: int, weights: Weights, expert: Weights, changes: Mapping[str, Tensor], most: int, backward: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One row's loss, `most` positions at a time: what enters the output projection [n, d], and the gradients by
-        what leaves it [S, n, v].
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """One row's loss, `most` positions at a time: which, what enters the output projection there [n, d], and the
+        gradients by what leaves it [S, n, v].
 
         Keeps the gradients by the last layer's output, and the slopes of everything here but the projection.
         """
@@ -288,7 +292,7 @@ class Backward:
                     if gradient is not None:
                         self._slopes.add(name, row, draw, gradient, changes[name])
                 collected.append(call.gradient.flatten(0, -2))
-            yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
+            yield asked, call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
         if back is not None:
             self._tape.put_gradients(row, back)
 
@@ -321,7 +325,7 @@ class Backward:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     def _project(
-        self, waiting: Sequence[tuple[int, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
+        self, waiting: Sequence[tuple[int, slice, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
     ) -> None:
         """The output projection's slopes, in parts of the vocabulary."""
         step = rows_at_once(raw[0])
@@ -329,7 +333,7 @@ class Backward:
             part = slice(start, min(start + step, vocabulary))
             placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
             changes = changes_of(placed)
-            for row, inputs, gradients in waiting:
+            for row, _, inputs, gradients in waiting:
                 for draw in range(self._draws):
                     self._slopes.add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
 

@@ -184,8 +184,11 @@ def obtain(
         DataError: residuals have to be measured, and an expert has no rows.
         RecipeError: residuals are asked for, and the objective has none.
     """
-    if verified and job.recipe.settings.objective == "joint":
-        raise RecipeError("--verify compares features, and `objective: joint` uses none: drop --verify")
+    objective = job.recipe.settings.objective
+    if verified and objective != "features":
+        raise RecipeError(
+            f"--verify compares the base's features, and `objective: {objective}` has none: drop --verify"
+        )
 
     def gather() -> Statistics:
         if records is not None:

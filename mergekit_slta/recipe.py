@@ -20,6 +20,8 @@ from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.newton import SMALLEST_RIDGE
 
 METHOD = "submodule_linear"
+FISHER_GRANULARITIES = ("layer", "attn_mlp")
+"""What `fisher.py` is written for: matrices and heads have outputs of their own, which it does not look at."""
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
 ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -69,7 +71,7 @@ class Settings(BaseModel):
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
     inputs: Literal["base", "merged"] = "base"
-    objective: Literal["features", "joint"] = "features"
+    objective: Literal["features", "fisher", "joint"] = "features"
     label_samples: Annotated[Count, Field(ge=0)] = 2
     steps: Annotated[Count, Field(ge=0)] = 2
     ridge: Annotated[Number, Field(ge=0)] | None = None
@@ -232,13 +234,19 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
             f"`tolerance` is {settings.tolerance:g} and `inputs` is 'merged': rows that are added later cannot enter "
             "what has been merged before; drop one of the two"
         )
-    if settings.objective == "joint":
+    if settings.objective != "features":
         for key, value, usual in (("tolerance", settings.tolerance, 0), ("inputs", settings.inputs, "base")):
             if value != usual:
                 raise RecipeError(
-                    f"`objective` is 'joint' and `{key}` is {show(value)!r}: it takes gradients, of "
-                    f"all rows, where it needs them; drop `{key}`, or choose `objective: features`"
+                    f"`objective` is {settings.objective!r} and `{key}` is {show(value)!r}: it takes gradients, of all "
+                    f"rows, where it needs them; drop `{key}`, or choose `objective: features`"
                 )
+    if settings.objective == "fisher" and settings.granularity not in FISHER_GRANULARITIES:
+        raise RecipeError(
+            f"`objective` is 'fisher' and `granularity` is {settings.granularity!r}: it is there for "
+            f"{listing(FISHER_GRANULARITIES)}; choose one of these, or `objective: joint`"
+        )
+    if settings.objective == "joint":
         if settings.steps and not settings.label_samples:
             raise RecipeError(
                 f"`label_samples` is 0 and `steps` is {settings.steps}: steps learn from the experts, not from "

@@ -162,6 +162,25 @@ class Skeleton:
         with _replaced_forwards({layer.get_submodule(self.arch.attention): _no_attention}):
             return self._run_layer(index, hidden, weights, call)
 
+    def has_parallel_blocks(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> bool:
+        """Which wiring reproduces a layer on its input [b, s, d]: the MLP behind attention, or both on that input.
+
+        Raises:
+            ModelError: neither does, so that the blocks would not be what the model computes.
+        """
+        whole = self.layer(index, hidden, weights)
+        attended = self.block(index, "attention", hidden, weights)
+        sequential = self.block(index, "mlp", attended, weights)
+        parallel = attended + (self.block(index, "mlp", hidden, weights) - hidden)
+        tolerance = 1e-3 * (whole - hidden).norm() + 64 * torch.finfo(whole.dtype).eps * whole.norm()
+        errors = [(whole - sequential).norm(), (whole - parallel).norm()]
+        if min(errors) > tolerance:
+            raise ModelError(
+                f"the attention and MLP blocks of {show(f'{self.layers_path}.{index}')} do not add up to the layer: "
+                "use `granularity: layer`, and please report the model"
+            )
+        return bool(errors[1] < errors[0])
+
     def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: _Call) -> Tensor:
         prefix = f"{self.layers_path}.{index}."
         local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mergekit_slta.batches import Batch
 from mergekit_slta.checkpoints import Checkpoints, Weights
-from mergekit_slta.errors import ModelError, show
 from mergekit_slta.skeleton import Skeleton, finite
 from mergekit_slta.submodules import Submodule
 
@@ -158,20 +157,8 @@ class Walk:
         prefix = f"{skeleton.layers_path}.{index}."
         names = [name for name in self.checkpoints.plan.tensors if name.startswith(prefix)]
         weights = self.checkpoints.load(names, models=[0])[0]
-        batch = self.batches[0]
-        packed = self.hidden[0].to(skeleton.device)
-        whole = batch.pack(skeleton.layer(index, batch.pad(packed), weights))
-        attended = batch.pack(skeleton.block(index, "attention", batch.pad(packed), weights))
-        sequential = skeleton.block(index, "mlp", attended[None], weights)[0]
-        parallel = attended + (skeleton.block(index, "mlp", packed[None], weights)[0] - packed)
-        tolerance = 1e-3 * (whole - packed).norm() + 64 * torch.finfo(whole.dtype).eps * whole.norm()
-        errors = [(whole - sequential).norm(), (whole - parallel).norm()]
-        if min(errors) > tolerance:
-            raise ModelError(
-                f"the attention and MLP blocks of {show(prefix[:-1])} do not add up to the layer: "
-                "use `granularity: layer`, and please report the model"
-            )
-        return bool(errors[1] < errors[0])
+        hidden = self.batches[0].pad(self.hidden[0].to(skeleton.device))
+        return skeleton.has_parallel_blocks(index, hidden, weights)
 
     def finite(self, features: Tensor, submodule: Submodule, point: Point) -> Tensor:
         """The features themselves. Those of other points than the base's are the caller's to look at.

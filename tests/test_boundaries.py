@@ -35,7 +35,7 @@ FLOORS = [
     {"checkpoints", "fingerprint", "streams"},
     {"walk", "tape"},
     {"ends", "layers", "observation", "gradients"},
-    {"stream"},
+    {"stream", "fisher"},
     {"preflight"},
     {"assembly", "costs", "results"},
     {"summary"},

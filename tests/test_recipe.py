@@ -99,6 +99,8 @@ REFUSALS = [
     ({}, {"objective": "joint", "inputs": "merged"}, r"`objective` is 'joint' and `inputs` is 'merged'"),
     ({}, {"objective": "joint", "tolerance": 0.1}, r"`objective` is 'joint' and `tolerance` is '0.1'"),
     ({}, {"objective": "joint", "label_samples": -1}, r"`label_samples`.*-1"),
+    ({}, {"objective": "fisher", "granularity": "linear"}, r"`granularity` is 'linear'.*choose one of these"),
+    ({}, {"objective": "fisher", "inputs": "merged"}, r"`objective` is 'fisher' and `inputs` is 'merged'"),
     ({}, {"objective": "joint", "label_samples": 0}, r"`label_samples` is 0 and `steps` is 2.*`steps: 0`"),
     ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 2.*0.001 or more"),
     ({}, {"objective": "joint", "steps": -1}, r"`steps`.*-1"),

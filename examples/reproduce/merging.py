@@ -67,7 +67,10 @@ def evaluate(
 
 
 def merge(out: Path, recipe: dict[str, Any], device: str) -> None:
-    """Run a recipe with mergekit; its paths start at the current folder."""
+    """Run a recipe with mergekit, or a closed form of ours; its paths start at the current folder."""
+    if "closed_form" in recipe:
+        merge_closed_form(out, **recipe)
+        return
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -77,6 +80,21 @@ def merge(out: Path, recipe: dict[str, Any], device: str) -> None:
         quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=RANDOM_SEED, device=device
     )
     run_merge(MergeConfiguration.model_validate(recipe), str(out), options, yaml.safe_dump(recipe))
+
+
+def merge_closed_form(out: Path, closed_form: str, tasks: Sequence[str], seed: int, num_samples: int) -> None:
+    """RegMean and its kin, with the very rows that a calibration draws; they compute in float32 on the CPU."""
+    from closed_form import merge
+
+    tokenizer = load_tokenizer(Path("base"))
+    rows = []
+    for task in tasks:
+        all_rows = task_rows(Path(), task, "train")
+        drawn = [all_rows[number] for number in sample_numbers(len(all_rows), num_samples, seed)]
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in drawn]
+        rows.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    shutil.rmtree(out, ignore_errors=True)
+    merge(closed_form, Path("base"), [Path(task) for task in tasks], rows, out)
 
 
 def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:

@@ -112,6 +112,13 @@ def baselines(tasks: Sequence[str], everything: bool) -> Iterator[Candidate]:
         yield one("model stock", "model_stock", {}, {}, {})
 
 
+def closed_forms(tasks: Sequence[str], seed: int, rows: int) -> Iterator[Candidate]:
+    """RegMean, RegMean++ and LOT merging, as their papers recommend them, on the rows of a calibration."""
+    for method in ("RegMean", "RegMean++", "LOT merging"):
+        own = {"closed_form": method, "tasks": list(tasks), "seed": seed, "num_samples": rows}
+        yield Candidate(tuple(tasks), method, {}, own, seed)
+
+
 def calibration_recipe(tasks: Sequence[str], seed: int, rows: int, **shared: Any) -> dict[str, Any]:
     """A `submodule_linear` recipe with the tasks' training rows as calibration data."""
     content = recipe(OURS, tasks, num_samples=rows, seed=seed, **shared)

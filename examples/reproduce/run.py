@@ -15,7 +15,19 @@ import click
 from experts import QUICK, Sizes, prepare
 from five_tasks import TASKS
 from merging import add_answers, calibrate, evaluate_references, read_results, run_candidates
-from methods import ALL, FOUR, OURS, SETS, TRIPLE, Candidate, baselines, calibration_recipe, set_name, with_alphas
+from methods import (
+    ALL,
+    FOUR,
+    OURS,
+    SETS,
+    TRIPLE,
+    Candidate,
+    baselines,
+    calibration_recipe,
+    closed_forms,
+    set_name,
+    with_alphas,
+)
 from shared import write_json
 from tables import write_tables
 
@@ -128,6 +140,9 @@ def run_all(run: Run) -> None:
     run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
     if run.sizes.grid_step > 1:
         return
+    for seed in seeds:
+        for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
+            run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
     for seed in seeds[1:2]:
         blocks(run, seed)
     levels(run, first)
@@ -146,12 +161,9 @@ def run_all(run: Run) -> None:
 
 
 def blocks(run: Run, seed: int) -> None:
-    """Attention and MLP blocks, under both objectives, of every set of experts.
-
-    The joint objective at the merged models is calibrated set by set, and with the first rows alone for them all.
-    """
-    sets = SETS if seed == run.sizes.seeds[0] else (ALL, TRIPLE)
-    run.score([*at_merged(run, seed, sets, objective="joint")])
+    """Attention and MLP blocks, under both objectives, of every set of experts; the joint one with its steps, which
+    every set has to be calibrated for, of two sets."""
+    run.score([*at_merged(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
