@@ -28,6 +28,10 @@ _GRADIENT_SETTINGS = {"features": (), "fisher": ("label_samples",), "joint": ("l
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 
 
+USUAL = (-0.5, 1.5)
+"""A weight outside is flagged `extreme`: linearity was measured between base and expert, and little beyond."""
+
+
 def layout_of(job: Job) -> dict[str, Any]:
     """Everything of a job's alphas file that is no result: plain JSON, kept with the statistics.
 
@@ -205,17 +209,19 @@ def solve_together(
 def _entry(
     submodule: dict[str, Any], solution: Solution, order: Sequence[int], names: Sequence[str]
 ) -> SubmoduleAlphas:
+    alpha = tuple(solution.alpha[place] for place in order)
+    extreme = any(not USUAL[0] <= value <= USUAL[1] for value in alpha)
     return SubmoduleAlphas(
         name=submodule["name"],
         kind=submodule["kind"],
         layer=submodule["layer"],
         tensors=tuple(submodule["tensors"]),
         slices=submodule["slices"],
-        alpha=tuple(solution.alpha[place] for place in order),
+        alpha=alpha,
         stderr=None if solution.stderr is None else tuple(solution.stderr[place] for place in order),
         condition=finite_or_none(solution.condition),
         rank=solution.rank,
         residual=solution.residual,
-        flags=solution.flags,
+        flags=(*solution.flags, *["extreme"] * extreme),
         unchanged=tuple(name for place, name in zip(order, names, strict=True) if solution.unchanged[place]),
     )

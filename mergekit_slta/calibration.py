@@ -23,7 +23,7 @@ from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble, layout_of
 from mergekit_slta.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.distributed import ALONE, Ranks
-from mergekit_slta.gathering import canonical_rows, gather
+from mergekit_slta.gathering import canonical_rows, gather, warn_of_distance
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
 from mergekit_slta.passes import gather_fisher, gather_slopes
@@ -80,6 +80,8 @@ def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = A
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
     """
+    if ranks.is_first:
+        warn_of_distance(job)
     if job.recipe.settings.objective == "joint":
         statistics = gather_slopes(job, records=records, ranks=ranks)
     elif job.recipe.settings.objective == "fisher":

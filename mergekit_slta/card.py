@@ -28,6 +28,7 @@ _MEANINGS = {
     "unchanged": "an expert equals the base here; its weight is 0",
     "rank_deficient": "experts say the same here; the weights of smallest norm were taken",
     "ill_conditioned": "experts are hard to tell apart here; the weights may be far off (`ridge` helps)",
+    "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)",
     "nonlinear": "the merged features depart from the linear prediction",
 }
 

@@ -5,9 +5,11 @@ Scope: one walk; which rows, and what is made of the matrices, is `calibration.p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from mergekit_slta.alphas import Piece, pieces_of
 from mergekit_slta.assembly import layout_of, solve_submodule
@@ -23,6 +25,39 @@ from mergekit_slta.records import Records
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
 from mergekit_slta.walk import Evaluation, Merge, Walk
+
+LOG = logging.getLogger(__name__)
+FAR = 0.7
+"""An expert's change of a layer over the layer, as Frobenius norms: two models that were trained apart have about 1.4,
+full fine-tuning rarely passes 0.1."""
+
+
+def warn_of_distance(job: Job) -> None:
+    """Say which experts lie so far from the base that they were hardly fine-tuned from it, by the middle layer.
+
+    Raises:
+        ModelError: a tensor there is missing, or holds NaN or Inf.
+    """
+    prefix = f"{job.skeleton.layers_path}.{job.skeleton.num_layers // 2}."
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+
+    def measured(name: str) -> Tensor:
+        """Squared norms: of the base's tensor, and of every expert's change."""
+        base, *experts = (weights[name] for weights in checkpoints.load([name]))
+        parts = [base, *(expert - base for expert in experts)]
+        return torch.tensor([float(part.float().square().sum()) for part in parts], dtype=torch.float64)
+
+    squares = torch.zeros(len(job.plan.models), dtype=torch.float64)
+    for name in job.plan.tensors:
+        if name.startswith(prefix) and len(job.skeleton.shapes.get(name, ())) > 1:
+            squares += measured(name)
+    for model, square in zip(job.plan.models[1:], squares[1:].tolist(), strict=True):
+        share = (square / max(float(squares[0]), 1e-30)) ** 0.5
+        if share > FAR:
+            LOG.warning(
+                "%s differs from the base by %.0f%% of the weights in %s: was it fine-tuned from this very base?",
+                show(job.recipe.names[model]), 100 * share, prefix[:-1],
+            )  # fmt: skip
 
 
 def canonical_rows(job: Job, start: int = 0, stop: int | None = None) -> tuple[list[Sequence[int]], list[int]]:

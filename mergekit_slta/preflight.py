@@ -121,6 +121,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
     submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
     record = identity(recipe, plan, config, rows)
+    _warn_of_same_weights(recipe, record)
     reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
     copies = {name: reason for name, reason in reasons.items() if reason}
     return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, _ties(config), copies)
@@ -139,6 +140,16 @@ def _check_device(options: MergeOptions) -> None:
         raise RunError(
             f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device"
         ) from error
+
+
+def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
+    """An expert that is the base, or another expert, under a name of its own: a wrong path, most likely."""
+    names: dict[str, str] = {}
+    for model in recipe.models:
+        name = show(recipe.names[model])
+        earlier = names.setdefault(record[f"weights of {recipe.label(model)}"], name)
+        if earlier != name:
+            LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
 
 
 def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:

@@ -111,6 +111,11 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
             first = completion_start(text, answer, ids, tokenizer, add_special_tokens=not is_chat)
         unmarked += is_chat and not answer
         rows.append(Row(number, text, tuple(ids), first))
+    if len(rows) > 1 and len({row.ids for row in rows}) == 1:
+        LOG.warning(
+            "all %d rows of %s are the same %d tokens: raise `max_seq_length` if they are cut, or choose another "
+            "`text`", len(rows), show(task.dataset), len(rows[0].ids),
+        )  # fmt: skip
     if settings.objective != "features":
         _check_answers(task.dataset, rows, unmarked)
     return TaskRows(name, task.dataset, tuple(rows))
