@@ -1,0 +1,212 @@
+"""Faults in every phase of a merge: a line says what, no model is left that is not whole, a second run ends well."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mergekit.io.tensor_writer
+import pytest
+import torch
+from conftest import mergekit_yaml, run, tensors
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mergekit_slta import gram, method, outfolder, records, tape
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.skeleton import Skeleton
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+NO_MEMORY = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to allo"
+)
+
+
+def failing(function: Callable, error: BaseException | Callable[[], None], call: int = 1, only: str = "") -> Callable:
+    """A function whose n-th call fails (of those that have `only` in an argument), or does something else before."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += not only or any(only in str(part) for part in args)
+        if count == call and (not only or any(only in str(part) for part in args)):
+            if isinstance(error, BaseException):
+                raise error
+            error()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+# where it strikes, what it does, which call of it, what the run says, objective
+FAULTS = {
+    "disk full at a record": (records, "save_file", FULL, 2, "No space left on device; choose a folder"),
+    "disk full at the statistics": (gram, "save_file", FULL, 1, "No space left on device; choose a folder"),
+    "disk full at a shard": (mergekit.io.tensor_writer.safetensors.torch, "save_file", FULL, 1, "No space left"),
+    "disk full at the config": (PretrainedConfig, "save_pretrained", FULL, 1, "No space left on device"),
+    "disk full at the features": (tape, "mapped", FULL, 1, "free some room, or use fewer rows"),
+    "no memory in a block": (Skeleton, "block", NO_MEMORY, 5, "lower `max_seq_length`|`num_samples`"),
+    "no memory in a merge": (method, "combine", MemoryError(), 4, "the merge failed (MemoryError)"),
+    "interrupted in a block": (Skeleton, "block", KeyboardInterrupt(), 5, "Aborted"),
+    "interrupted in a backward pass": (torch.autograd, "grad", KeyboardInterrupt(), 20, "Aborted"),
+    "interrupted in a merge": (method, "combine", KeyboardInterrupt(), 4, "Aborted"),
+    "interrupted at a shard": (
+        mergekit.io.tensor_writer.safetensors.torch, "save_file", KeyboardInterrupt(), 1, "Aborted"),
+    "an input/output error in a merge": (method, "combine", OSError(errno.EIO, os.strerror(errno.EIO)), 2,
+                                         "the merge failed (OSError): [Errno 5] Input/output error"),
+}  # fmt: skip
+GRADIENTS = ("disk full at the features", "interrupted in a backward pass")
+
+
+def assert_no_half_model(out: Path, before: dict | None) -> None:
+    """OUT holds no model, or what was there before."""
+    if before is None:
+        assert not (out / "config.json").exists()
+        assert not outfolder.weight_files(out) if out.is_dir() else True
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    else:
+        found = tensors(out)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[name], part) for name, part in before.items())
+
+
+@pytest.fixture(scope="module")
+def sound(tiny, tmp_path_factory):
+    """(objective) -> (recipe, alphas, tensors) of a merge that nothing happens to."""
+    known = {}
+
+    def make(objective: str):
+        if objective not in known:
+            import yaml
+
+            folder = tmp_path_factory.mktemp(objective)
+            recipe = tiny.recipe(objective=objective, **({"steps": 1} if objective == "joint" else {}))
+            (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+            result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet")
+            assert result.exit_code == 0, result.output
+            alphas = Alphas.load(folder / "out" / "slta_alphas.json").submodules
+            known[objective] = folder / "recipe.yml", alphas, tensors(folder / "out")
+        return known[objective]
+
+    return make
+
+
+def assert_runs_again(recipe: Path, out: Path, alphas, merged) -> None:
+    result = mergekit_yaml(recipe, out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert Alphas.load(out / "slta_alphas.json").submodules == alphas
+    found = tensors(out)
+    assert all(torch.equal(found[name], part) for name, part in merged.items())
+    left = [path.name for folder in (out, out.parent) for path in folder.iterdir() if path.name.startswith(".")]
+    assert not left
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_said_and_leaves_nothing_half_done(sound, tmp_path, monkeypatch, fault):
+    place, name, error, call, message = FAULTS[fault]
+    recipe, alphas, merged = sound("joint" if fault in GRADIENTS else "features")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, failing(getattr(place, name), error, call))
+        result = mergekit_yaml(recipe, out, "--quiet")
+    assert result.exit_code != 0
+    assert any(part in result.output for part in message.split("|")), result.output
+    assert "Traceback" not in result.output
+    assert_no_half_model(out, None)
+    assert_runs_again(recipe, out, alphas, merged)
+
+
+def test_a_shard_that_goes_missing_meanwhile(make_models, tmp_path, write_recipe, monkeypatch):
+    """Somebody moves a model while it is read: its name is said; when it is back, the run goes on."""
+    models = make_models("llama", num_experts=1)
+    recipe = write_recipe(models.recipe())
+    shard = sorted(models.experts[0].glob("*.safetensors"))[-1]
+    away = tmp_path / "away"
+    with monkeypatch.context() as patch:
+        patch.setattr(Skeleton, "block", failing(Skeleton.block, lambda: shard.rename(away), 2))
+        result = mergekit_yaml(recipe, tmp_path / "out", "--quiet")
+    away.rename(shard)
+    assert result.exit_code != 0
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert shard.name in line
+    assert_no_half_model(tmp_path / "out", None)
+    assert mergekit_yaml(recipe, tmp_path / "out", "--quiet").exit_code == 0
+
+
+def test_clocks_that_jump_change_nothing(sound, tmp_path, monkeypatch):
+    """Backwards, forwards and to the same second: nothing but the progress bar looks at them."""
+    recipe, alphas, merged = sound("features")
+    readings = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: float(next(readings)))
+    assert_runs_again(recipe, tmp_path / "out", alphas, merged)
+
+
+SIGNALS = {
+    "SIGTERM in a block": ("SIGTERM", "from mergekit_slta.skeleton import Skeleton as place", "block", 5),
+    "SIGKILL in a backward pass": ("SIGKILL", "from torch import autograd as place", "grad", 20),
+    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta import method as place", "combine", 4),
+    "SIGTERM while moving in": ("SIGTERM", "import os as place", "replace", -1),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_a_signal_leaves_nothing_half_done(sound, tmp_path, case):
+    """The stock command in a process of its own, that sends itself the signal at a certain moment."""
+    name, place, function, call = SIGNALS[case]
+    recipe, alphas, merged = sound("joint" if "backward" in case else "features")
+    count = "'model' in str(args[-1])" if call < 0 else "1"
+    code = (
+        "import os, signal, sys, mergekit_slta.method\n"
+        f"{place}\n"
+        f"original, seen = place.{function}, 0\n"
+        "def struck(*args, **kwargs):\n"
+        "    global seen\n"
+        f"    seen += {count}\n"
+        f"    if seen == {abs(call)}:\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "    return original(*args, **kwargs)\n"
+        f"place.{function} = struck\n"
+        "from mergekit.scripts.run_yaml import main\n"
+        "main(sys.argv[1:])"
+    )
+    out = tmp_path / "out"
+    result = run(sys.executable, "-c", code, recipe, out, "--quiet", cwd=tmp_path)
+    assert result.returncode == -getattr(signal, name), result.stderr
+    with contextlib.suppress(OSError, ValueError):
+        AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+        found = tensors(out)  # it loads: then it is whole
+        assert all(torch.equal(found[key], part) for key, part in merged.items())
+    assert_runs_again(recipe, out, alphas, merged)
+
+
+def test_too_little_memory_is_said(tiny, tmp_path, write_recipe):
+    """An address space that ends (`prlimit --as`, `ulimit -v`): one line with the knobs, or with the cause."""
+    resource = pytest.importorskip("resource")
+    del resource
+    code = (
+        "import resource, sys, torch, mergekit_slta.commands, mergekit_slta.host\n"
+        "from mergekit.scripts.run_yaml import main\n"
+        "import mergekit_slta.skeleton as skeleton\n"
+        "original = skeleton.Skeleton.block\n"
+        "def hungry(*args, **kwargs):\n"
+        "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))\n"
+        "    torch.empty(2**24)\n"
+        "    return original(*args, **kwargs)\n"
+        "skeleton.Skeleton.block = hungry\n"
+        "main(sys.argv[1:])"
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc here")
+    path = write_recipe(tiny.recipe())
+    result = run(sys.executable, "-c", code, path, tmp_path / "out", "--quiet", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "max_seq_length" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
