@@ -1,0 +1,306 @@
+"""Files from strangers: recipes, alphas, statistics and adapters that mean harm, or are broken as if they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import mergekit_yaml, run, script, slta
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from mergekit_slta import alphas as alphas_module
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.errors import SltaError
+from mergekit_slta.gram import Statistics
+from mergekit_slta.recipe import load_config, read_recipe
+from mergekit_slta.resolve import solve_again
+
+
+def bomb() -> str:
+    """Ten aliases of ten aliases, ten levels deep."""
+    lines = ["a0: &a0 [" + ", ".join(["1"] * 10) + "]"]
+    lines += [f"a{level}: &a{level} [" + ", ".join([f"*a{level - 1}"] * 10) + "]" for level in range(1, 10)]
+    return "\n".join(lines) + "\nmerge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
+
+
+RECIPES = {
+    "python object": (b"merge_method: !!python/object/apply:os.system ['touch owned']\n", "not valid YAML"),
+    "python name": (b"merge_method: !!python/name:os.system\n", "not valid YAML"),
+    "deep list": (b"models: " + b"[" * 5000 + b"]" * 5000, "recursion"),
+    "deep mapping": (b"a: " + b"{a: " * 3000 + b"1" + b"}" * 3000, "recursion"),
+    "alias bomb in a value": (bomb().encode() + b"parameters: {granularity: *a9}\n", "not a merge recipe"),
+    "alias bomb in a model": (bomb().encode() + b"parameters: {text: *a9}\n", "not a merge recipe|unknown key"),
+    "itself": (b"&a {merge_method: submodule_linear, base_model: b, models: *a}\n", "not a merge recipe"),
+    "no text": (bytes(range(128, 256)), "not a UTF-8 text file"),
+    "zeros": (b"\0" * 4096, "not valid YAML"),
+    "escapes": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
+                b'parameters: {"\\e[2J\\e]0;owned\\a": 1}\n', "unknown key"),
+    "a number": (b"42", "not a mapping"),
+    "two documents": (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+    "an unhashable key": (b"{[a]: 1}", "not valid YAML"),
+    "infinity": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\nparameters: {ridge: .inf}\n",
+                 "`ridge`"),
+    "a huge number": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
+                      b"parameters: {num_samples: 1e999}\n", "`num_samples`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_recipes(tmp_path, monkeypatch, case):
+    content, message = RECIPES[case]
+    (tmp_path / "recipe.yml").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    result = slta("check", "recipe.yml")
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert any(part in line for part in message.split("|")), line
+    assert all(character.isprintable() for character in line)
+    assert len(line) < 2100
+    assert os.listdir(tmp_path) == ["recipe.yml"]
+
+
+def sound_alphas() -> dict:
+    return {
+        "format": "mergekit-slta/alphas", "version": 1, "granularity": "layer", "base_model": "b", "models": ["x"],
+        "submodules": [{"name": "m", "kind": "layer", "layer": 0, "tensors": ["t"], "slices": {}, "alpha": [1.0],
+                        "stderr": None, "condition": 1.0, "rank": 1, "residual": 0.0, "flags": [], "unchanged": []}],
+        "copied": [], "calibration": {}, "provenance": {},
+    }  # fmt: skip
+
+
+def changed(**top) -> bytes:
+    return json.dumps({**sound_alphas(), **top}).encode()
+
+
+def entry(**own) -> bytes:
+    content = sound_alphas()
+    content["submodules"][0].update(own)
+    return json.dumps(content).encode()
+
+
+DEEP = b'{"a":' * 900 + b"1" + b"}" * 900
+ALPHAS = {
+    "deep list": b"[" * 100_000 + b"]" * 100_000,
+    "deep object": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "deep calibration": changed().replace(
+        b'"calibration": {}', b'"calibration": ' + b'{"a":' * 900 + b"1" + b"}" * 900
+    ),
+    "a list": b"[1, 2]",
+    "a pickle": b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+    "another format": changed(format="mergekit-slta/linearity"),
+    "a later version": changed(version=2),
+    "a version that is no number": changed(version="1; rm -rf /"),
+    "an unknown key": changed(run="import os"),
+    "two experts of one name": changed(models=["x", "x"]),
+    "NaN": entry(alpha=[float("nan")]),
+    "infinity": entry(alpha=[float("inf")]),
+    "too few weights": entry(alpha=[]),
+    "too many weights": entry(alpha=[1.0, 2.0]),
+    "a weight that is text": entry(alpha=["1; import os"]),
+    "a huge integer": entry(rank=10**400) if hasattr(sys, "set_int_max_str_digits") else b"{",
+    "a tensor twice": entry(tensors=["t", "t"]),
+    "a slice that runs backwards": entry(slices={"t": [0, 5, 2]}),
+    "a slice of another tensor": entry(slices={"u": [0, 0, 1]}),
+    "a negative slice": entry(slices={"t": [0, -1, 2]}),
+    "no submodules": changed(submodules=[]),
+    "latin-1": '{"format": "é"}'.encode("latin-1"),
+    "cut short": changed()[:-20],
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", ALPHAS)
+def test_alphas_files(tmp_path, case):
+    """Refused, or what they say is harmless; never another exception, never a weight that is not finite."""
+    path = tmp_path / "slta_alphas.json"
+    path.write_bytes(ALPHAS[case])
+    try:
+        found = Alphas.load(path)
+    except SltaError as error:
+        assert error.exit_code == 2
+        assert error.message.isprintable()
+    else:
+        assert case in ("deep calibration", "no submodules", "a huge integer"), case
+        assert all(abs(alpha) < float("inf") for each in found.submodules for alpha in each.alpha)
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
+    """A sparse file of 10 GB is refused by its size."""
+    path = tmp_path / "slta_alphas.json"
+    with open(path, "wb") as file:
+        file.truncate(10 * 2**30)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(SltaError, match="larger than 256 MiB"):
+        Alphas.load(path)
+    assert alphas_module.LARGEST_BYTES == 256 * 2**20
+
+
+def with_header(path: Path, header: bytes, content: bytes = b"") -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content)
+    return path
+
+
+HEADERS = {
+    "rows without end": b'{"slope.m":{"dtype":"F64","shape":[1000000000,2,2],"data_offsets":[0,32000000000]}}',
+    "a header without end": None,
+    "offsets that overlap": b'{"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},'
+                            b'"b":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}',
+    "a negative shape": b'{"a":{"dtype":"F64","shape":[-1],"data_offsets":[0,8]}}',
+    "no JSON": b"\x80\x04pickle",
+    "deep": b'{"a":' * 2000 + b"1" + b"}" * 2000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_statistics_headers(tmp_path, case):
+    path = tmp_path / "slta_stats.safetensors"
+    if HEADERS[case] is None:
+        path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    else:
+        with_header(path, HEADERS[case], b"\0" * 8)
+    with pytest.raises(SltaError, match="cannot read statistics"):
+        Statistics.load(path)
+
+
+def test_statistics_of_another_form(tmp_path):
+    """Tensors under names that no form has, and metadata that is no mapping of texts."""
+    header = {"format": "mergekit-slta/statistics", "version": "1", "metadata": "{}"}
+    row_task = torch.zeros(2, dtype=torch.int64)
+    for number, (tensors, more) in enumerate(
+        [
+            ({"code.m": torch.zeros(2, 1, 1, dtype=torch.float64), "row_task": row_task}, {}),
+            ({"gram.m": torch.zeros(2, 1, 1), "row_task": row_task}, {}),
+            ({"gram.m": torch.zeros(2, 1, 1, dtype=torch.float64)}, {}),
+            ({"gram.m": torch.zeros(2, 1, 1, dtype=torch.float64), "row_task": row_task + 1}, {}),
+            ({"gram.m": torch.zeros(2, 1, 1, dtype=torch.float64), "row_task": row_task}, {"metadata": "[1]"}),
+            ({"gram.m": torch.zeros(2, 1, 1, dtype=torch.float64), "row_task": row_task}, {"metadata": '{"a": 1}'}),
+            ({"gram.m": torch.zeros(2, 1, 1, dtype=torch.float64), "row_task": row_task}, {"metadata": "{"}),
+        ]
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, metadata={**header, **more})
+        with pytest.raises(SltaError):
+            Statistics.load(path)
+
+
+def test_a_checkpoint_that_is_a_pickle_runs_nothing(tiny, tmp_path, write_recipe):
+    """A `.bin` whose unpickling would call `os.system` is refused, and nothing was called."""
+    import pickle
+    import shutil
+
+    class Harm:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    evil = tmp_path / "evil"
+    shutil.copytree(tiny.experts[1], evil, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (evil / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Harm()}))
+    recipe = tiny.recipe()
+    recipe["models"][1]["model"] = str(evil)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code != 0
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_remote_code_needs_the_users_own_flag(tiny, tmp_path, write_recipe):
+    """A config that names code of its own: nothing of it is imported."""
+    import shutil
+
+    evil = tmp_path / "evil"
+    shutil.copytree(tiny.experts[1], evil)
+    config = json.loads((evil / "config.json").read_text())
+    config |= {"model_type": "owned", "auto_map": {"AutoConfig": "owned.Config", "AutoModelForCausalLM": "owned.Model"}}
+    (evil / "config.json").write_text(json.dumps(config))
+    (evil / "owned.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
+    recipe = tiny.recipe()
+    recipe["models"][1]["model"] = str(evil)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code == 2
+    assert not (tmp_path / "owned").exists()
+
+
+OFFLINE = """
+import socket, sys
+
+def closed(*_, **__):
+    raise SystemExit("the network was asked for")
+
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, closed)
+socket.getaddrinfo = socket.create_connection = closed
+from mergekit.scripts.run_yaml import main
+main(sys.argv[1:])
+"""
+
+
+def test_local_files_need_no_network(tiny, tmp_path, write_recipe):
+    """A whole merge, dataset and tokenizer and card included, in a process whose sockets are closed."""
+    path = write_recipe(tiny.recipe())
+    result = run(sys.executable, "-c", OFFLINE, path, tmp_path / "out", "--quiet", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_hashes_and_the_environment_change_no_byte(tiny, tmp_path, write_recipe):
+    """The same alphas, byte by byte, and the same statistics, whatever `PYTHONHASHSEED` is."""
+    path = write_recipe(tiny.recipe())
+    made = []
+    for seed in ("0", "4242"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        result = run(
+            script("mergekit-slta"), "calibrate", path, "-o", folder / "slta_alphas.json", "--quiet",
+            cwd=tmp_path, PYTHONHASHSEED=seed,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        made.append(folder)
+    first, second = made
+    assert (first / "slta_alphas.json").read_bytes() == (second / "slta_alphas.json").read_bytes()
+    one, other = (Statistics.load(folder / "slta_stats.safetensors") for folder in made)  # whose header has no order
+    assert one.metadata == other.metadata
+    assert all(torch.equal(gram, other.grams[name]) for name, gram in one.grams.items())
+
+
+YAMLISH = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    "granularity num_samples max_seq_length seed balance inputs objective label_samples steps ridge tolerance lambda "
+    "compute_dtype alphas dataset weight".split()
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parameters=st.dictionaries(KEYS, YAMLISH, max_size=3), models=YAMLISH, base=st.text(max_size=5) | YAMLISH)
+def test_any_recipe_is_read_or_refused(tmp_path, parameters, models, base):
+    """Whatever stands where: a recipe, or one of the project's own errors in one printable line."""
+    sound = [{"model": "x", "parameters": {"dataset": "d"}}]
+    for content in (
+        {"merge_method": "submodule_linear", "base_model": "b", "models": sound, "parameters": parameters},
+        {"merge_method": "submodule_linear", "base_model": base, "models": models},
+    ):
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        try:
+            read_recipe(load_config(path)[0])
+        except SltaError as error:
+            assert error.message.isprintable()
+
+
+def test_solving_sound_statistics_with_a_strange_layout(tmp_path):
+    statistics = Statistics(torch.zeros(1, dtype=torch.int64), 1, {"m": torch.ones(1, 1, 1, dtype=torch.float64)})
+    for layout in ("", "[]", "{}", '{"models": 3}', "null", '{"a":' * 500 + "1" + "}" * 500):
+        statistics.metadata = {"layout": layout}
+        with pytest.raises(SltaError, match="layout is damaged"):
+            solve_again(statistics)
