@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # saved statistics are solved again without transformers or m
     from mergekit_slta.preflight import Job
     from mergekit_slta.submodules import Submodule
 
-_GRADIENT_SETTINGS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps")}
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 
 
@@ -92,7 +91,7 @@ def _calibration(job: Job) -> dict[str, Any]:
                 }
             )
     settings = job.recipe.settings
-    keys = (*_SETTINGS, *_GRADIENT_SETTINGS[settings.objective])
+    keys = (*_SETTINGS, *settings.gradient_keys)
     return {**{key: getattr(settings, key) for key in keys}, "tasks": tasks}
 
 

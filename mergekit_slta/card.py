@@ -104,7 +104,17 @@ def _calibration(alphas: Alphas) -> str:
         )
     settings = [
         f"{key} {code(describe_ridge(used) if key == 'ridge' else used[key])}"
-        for key in ("seed", "max_seq_length", "balance", "ridge", "inputs", "objective", "compute_dtype")
+        for key in (
+            "seed",
+            "max_seq_length",
+            "balance",
+            "ridge",
+            "inputs",
+            "objective",
+            "label_samples",
+            "steps",
+            "compute_dtype",
+        )
         if key in used
     ]
     table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from mergekit_slta.headers import TensorHeader
 from mergekit_slta.identity import hash_text
 from mergekit_slta.plan import Plan
-from mergekit_slta.recipe import Recipe
+from mergekit_slta.recipe import GRADIENT_KEYS, Recipe
 from mergekit_slta.samples import TaskRows
 
 _SAMPLES = 4
@@ -82,8 +82,8 @@ def identity(
     record = {
         key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
     }
-    for key, users in (("label_samples", ("fisher", "joint")), ("steps", ("joint",))):
-        if recipe.settings.objective not in users:
+    for key in GRADIENT_KEYS["joint"]:
+        if key not in recipe.settings.gradient_keys:
             record.pop(key, None)
     record["dtype"] = str(recipe.config.dtype)
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source

@@ -23,6 +23,8 @@ METHOD = "submodule_linear"
 FISHER_GRANULARITIES = ("layer", "attn_mlp")
 """What `fisher.py` is written for: matrices and heads have outputs of their own, which it does not look at."""
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
+GRADIENT_KEYS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps")}
+"""Keys that matter to some objectives only; elsewhere they are no part of what alphas are valid for."""
 ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -78,6 +80,11 @@ class Settings(BaseModel):
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def gradient_keys(self) -> tuple[str, ...]:
+        """Those of the gradient objectives' keys that this objective reads."""
+        return GRADIENT_KEYS[self.objective]
 
     @model_validator(mode="after")
     def _default_ridge(self) -> Settings:

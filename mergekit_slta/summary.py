@@ -28,7 +28,8 @@ def describe_job(job: Job, costs: Costs) -> str:
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
-    shown = {key: getattr(settings, key) for key in _SETTINGS}  # no ridge: it is chosen from the rows
+    keys = (*_SETTINGS, *settings.gradient_keys)
+    shown = {key: getattr(settings, key) for key in keys}  # no ridge: it is chosen from the rows
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
         f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
