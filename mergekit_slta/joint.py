@@ -110,12 +110,22 @@ def solve_joint(
         solution[changed] = prior + system.z.T @ fitted[0]
         error[changed] = _jackknife(system, fitted, num_models)
         condition, rank = condition_and_rank(kernel, ridge * system.unit)
-    counts = torch.bincount(row_task, minlength=num_models)
+    ridge = 0.0 if ridge is None else ridge
+    return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
+
+
+def named_solution(
+    names: Sequence[str], row_task: Tensor, changed: Tensor, solution: Tensor, error: Tensor, ridge: float,
+    condition: float, rank: int, residual: float,
+) -> JointSolution:  # fmt: skip
+    """What was solved for [T, M], by submodule; without errors where a task has fewer than two rows."""
+    columns = dict(zip(names, range(len(names)), strict=True))
+    few = torch.bincount(row_task, minlength=len(solution)).min() < 2
     return JointSolution(
-        alpha={name: solution[:, place] for place, name in enumerate(names)},
-        stderr=None if counts.min() < 2 else {name: error[:, place] for place, name in enumerate(names)},
-        unchanged={name: ~changed[:, place] for place, name in enumerate(names)},
-        ridge=0.0 if ridge is None else ridge,
+        alpha={name: solution[:, place] for name, place in columns.items()},
+        stderr=None if few else {name: error[:, place] for name, place in columns.items()},
+        unchanged={name: ~changed[:, place] for name, place in columns.items()},
+        ridge=ridge,
         condition=condition,
         rank=rank,
         residual=residual,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_slta.joint import RIDGES, JointSolution, condition_and_rank
+from mergekit_slta.joint import RIDGES, JointSolution, condition_and_rank, named_solution
 
 SMALLEST_RIDGE = RIDGES[0]
 
@@ -111,16 +111,9 @@ def solve_step(
         condition, rank = condition_and_rank(system.zz, shift)
         change = float(left.change.sum())
     before, now = (divergences * weight[:, None]).sum(0).tolist()
-    counts = torch.bincount(row_task, minlength=num_models)
-    return JointSolution(
-        alpha={name: solution[:, place] for place, name in enumerate(names)},
-        stderr=None if counts.min() < 2 else {name: error[:, place] for place, name in enumerate(names)},
-        unchanged={name: ~changed[:, place] for place, name in enumerate(names)},
-        ridge=0.0 if ridge is None else ridge,
-        condition=condition,
-        rank=rank,
-        residual=max(0.0, now + change) / before if before > 0 else 0.0,
-    )
+    residual = max(0.0, now + change) / before if before > 0 else 0.0
+    ridge = 0.0 if ridge is None else ridge
+    return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
 
 
 def _row_weights(

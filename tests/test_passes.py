@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import mergekit_yaml, slta, tensors
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
-from test_gradients import assert_close, whole_model
+from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
 from mergekit_slta import gradients
@@ -138,22 +137,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
     job = job_of(specimen("qwen3"), objective="joint")
     whole = gather_statistics(job)
     folder = tmp_path / ".partial"
-    kept = []
-
-    class Stopped(Exception):  # noqa: N818 - no error
-        pass
-
-    class Stopping(Records):
-        def put(self, step, tensors):
-            super().put(step, tensors)
-            kept.append(step)
-            if len(kept) > stop:
-                raise Stopped
-
-    with Stopping(folder, "same") as records:
-        records.open()
-        with contextlib.suppress(Stopped):
-            gather_statistics(job, records)
+    stop_after(job, folder, stop)
     with Records(folder, "same") as records:
         records.open()
         assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base
