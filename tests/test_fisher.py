@@ -128,6 +128,32 @@ def test_blocks_equal_autograd(specimen, monkeypatch, name):  # noqa: F811
                 )
 
 
+@pytest.mark.parametrize("name", ["cohere_plain", "falcon_7b"])
+def test_shared_norms_equal_autograd(specimen, monkeypatch, name):  # noqa: F811
+    """A norm that feeds both blocks is a submodule of its own."""
+    monkeypatch.setattr(Backward, "_heights", lambda *_: None)
+    models = specimen(name)
+    job = job_of(models, granularity="attn_mlp", objective="fisher", label_samples=1)
+    found = gather_statistics(job)
+    every = [whole_model(path) for path in (models.base, *models.experts)]
+    rename = dict(job.skeleton.arch.renamed)
+    norms = [entry.name for entry in job.submodules if entry.kind == "norm"]
+    paths = {path: rename.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight") for path in norms}
+    assert paths
+    for row, example in enumerate(examples_of(job)):
+        expert = every[example.task + 1]
+        modules = {path: expert.get_submodule(theirs) for path, theirs in paths.items()}
+        seen = outputs_and_gradients(expert, modules, example.ids, example.completion)
+        for path, theirs in paths.items():
+            args, _, gradient = seen[path]
+            made = [model.get_submodule(theirs)(*args).detach() for model in every]
+            felt = torch.stack([((output - made[0]) * gradient).sum(-1).flatten() for output in made[1:]]).double()
+            expected = felt @ felt.T
+            torch.testing.assert_close(
+                found.grams[path][row], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+            )
+
+
 BEHIND = {"gemma2": {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}}
 """Norms behind a branch: what is added to the residual stream is theirs."""
 
