@@ -219,12 +219,26 @@ def test_the_order_of_the_models_does_not_matter(tiny, tmp_path, write_recipe):
     recipe = tiny.recipe(objective="joint", steps=1)
     found = []
     for number in range(2):
-        path = tmp_path / f"alphas{number}.json"
+        path = tmp_path / str(number) / "slta_alphas.json"  # no statistics are beside it to begin with
         assert slta("calibrate", write_recipe(recipe), "-o", path, "--quiet").exit_code == 0
         found.append(Alphas.load(path))
         recipe["models"].reverse()
     for entry, other in zip(found[0].submodules, found[1].submodules, strict=True):
         assert entry.alpha == tuple(reversed(other.alpha))
+
+
+def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F811
+    seeds = []
+    original = gradients.Backward.__init__
+
+    def spy(self, *args, seed, **kwargs):
+        seeds.append(seed)
+        original(self, *args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(gradients.Backward, "__init__", spy)
+    gather_statistics(job_of(specimen("llama"), objective="joint", seed=7))
+    experts, _, first, second = seeds  # the base's pass draws none
+    assert len({experts, first, second}) == 3
 
 
 @pytest.mark.parametrize(
