@@ -176,7 +176,7 @@ def test_a_signal_leaves_nothing_half_done(sound, tmp_path, case):
         "main(sys.argv[1:])"
     )
     out = tmp_path / "out"
-    result = run(sys.executable, "-c", code, recipe, out, "--quiet", cwd=tmp_path)
+    result = run(sys.executable, "-c", code, recipe, out, "--quiet", cwd=tmp_path, OMP_NUM_THREADS="1")  # as here
     assert result.returncode == -getattr(signal, name), result.stderr
     with contextlib.suppress(OSError, ValueError):
         AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
