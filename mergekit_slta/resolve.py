@@ -110,6 +110,8 @@ def solve_again(
         return assemble(statistics, layout, **chosen)
     except ValidationError as error:
         raise _unfit(error.errors()[0]["msg"]) from error
+    except torch.linalg.LinAlgError as error:  # matrices that no features have
+        raise AlphasError(f"the statistics cannot be solved ({show(error)}): calibrate again") from error
 
 
 def read_layout(statistics: Statistics) -> dict[str, Any]:

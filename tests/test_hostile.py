@@ -298,6 +298,22 @@ def test_any_recipe_is_read_or_refused(tmp_path, parameters, models, base):
             assert error.message.isprintable()
 
 
+@pytest.mark.parametrize("value", [1e300, -1.0, 1e-320])
+def test_matrices_that_no_features_have(tiny, tmp_path, write_recipe, value):
+    """Found by fuzzing: finite numbers whose products are not. Solved, or refused in one line."""
+    assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+    statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
+    for gram in statistics.grams.values():
+        gram[:, 0, 0] = value
+        gram[:, 0, 1] = value
+    try:
+        found = solve_again(statistics)
+    except SltaError as error:
+        assert error.message.isprintable()
+    else:
+        assert all(abs(alpha) < float("inf") for entry in found.submodules for alpha in entry.alpha)
+
+
 def test_solving_sound_statistics_with_a_strange_layout(tmp_path):
     statistics = Statistics(torch.zeros(1, dtype=torch.int64), 1, {"m": torch.ones(1, 1, 1, dtype=torch.float64)})
     for layout in ("", "[]", "{}", '{"models": 3}', "null", '{"a":' * 500 + "1" + "}" * 500):
