@@ -175,7 +175,7 @@ def _choose(system: _System) -> float:
     found = {ridge: _left_out(system, ridge * system.unit)[0].change for ridge in RIDGES}
     best = min(found, key=lambda ridge: float(found[ridge].sum()))
     bound = float(found[best].sum()) + _standard_error(found[best], system.task)
-    return max(ridge for ridge, change in found.items() if float(change.sum()) <= bound)
+    return max((ridge for ridge, change in found.items() if float(change.sum()) <= bound), default=best)
 
 
 def _standard_error(parts: Tensor, task: Tensor) -> float:
