@@ -52,6 +52,12 @@ class Example:
     number: int
 
 
+def stages_of(skeleton: Skeleton) -> list[str]:
+    """Names of the steps, in the order of a backward pass."""
+    layers = [f"{skeleton.layers_path}.{index}" for index in range(skeleton.num_layers)]
+    return ["head", *reversed(layers), "embed"]
+
+
 class Backward:
     """One backward pass of all rows.
 
@@ -94,12 +100,6 @@ class Backward:
         self._slopes = Slopes(submodules, (len(examples), self._draws, self._num_experts))
         self._linears: dict[int, dict[str, nn.Linear]] = {}
 
-    @property
-    def stages(self) -> list[str]:
-        """Names of the steps, in the order of the pass."""
-        layers = [f"{self._skeleton.layers_path}.{index}" for index in range(self._skeleton.num_layers)]
-        return ["head", *reversed(layers), "embed"]
-
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every step's slopes: (name, submodule -> [rows, S, T] float64). Steps that the tape has done are left out.
 
@@ -110,7 +110,7 @@ class Backward:
             RunError: a feature or a gradient does.
         """
         self._forward()
-        for number, stage in enumerate(self.stages):
+        for number, stage in enumerate(stages_of(self._skeleton)):
             if number < self._tape.stages_done:
                 continue
             self.announce(stage)

@@ -1,4 +1,4 @@
-"""The passes behind `objective: joint`: first at every expert, then at what has been merged so far.
+"""The passes behind the gradient objectives: at every expert, then, under `joint`, at what has been merged so far.
 
 Scope: which passes there are, and what each begins with; one pass is `gradients.py`'s, one solve `assembly.py`'s. Only
 the last pass's slopes are kept as the statistics: those before it are what its point was solved from.
@@ -23,7 +23,7 @@ from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.distributed import Ranks
 from mergekit_slta.fisher import FisherBackward
 from mergekit_slta.gathering import merge_with
-from mergekit_slta.gradients import DIVERGENCE, Backward, Example
+from mergekit_slta.gradients import DIVERGENCE, Backward, Example, stages_of
 from mergekit_slta.gram import Statistics
 from mergekit_slta.preflight import Job, check_rows
 from mergekit_slta.progress import Progress, advice_on_memory
@@ -110,8 +110,7 @@ class _Passes:
     @property
     def stages(self) -> list[str]:
         """Names of a pass's steps."""
-        layers = [f"{self._job.skeleton.layers_path}.{index}" for index in range(self._job.skeleton.num_layers)]
-        return ["head", *reversed(layers), "embed"]
+        return stages_of(self._job.skeleton)
 
     def at_experts(self) -> Statistics:
         """Every row at its own expert, whose answers are kept as the later passes' teacher."""

@@ -19,7 +19,7 @@ from mergekit_slta.calibration import gather_statistics, solve_job
 from mergekit_slta.costs import estimate
 from mergekit_slta.distributed import ALONE
 from mergekit_slta.gram import Statistics
-from mergekit_slta.passes import examples_of, gather_slopes
+from mergekit_slta.passes import _Passes, examples_of, gather_slopes
 from mergekit_slta.records import Records
 
 
@@ -161,13 +161,14 @@ def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F
     assert all(torch.equal(again.point[key], found.point[key]) for key in found.point)
 
 
-def test_a_step_that_leads_away_is_said(specimen, caplog):  # noqa: F811
-    """With the smallest ridge the first step trusts the quadratic form far too much on a single short row."""
-    job = job_of(specimen("llama"), objective="joint", num_samples=1, max_seq_length=4, ridge=0.001)
+@pytest.mark.parametrize(("earlier", "left", "said"), [(0.2, 0.3, True), (0.3, 0.2, False)])
+def test_a_step_that_leads_away_is_said(caplog, earlier, left, said):
+    """Divergences at two points, as shares of the base's."""
+    row_task = torch.zeros(2, dtype=torch.int64)
+    before = Statistics(row_task, 1, form="step", divergences=torch.tensor([[1.0, earlier], [1.0, earlier]]))
     with caplog.at_level(logging.WARNING):
-        found = gather_statistics(job)
-    away = found.divergences[:, 1].sum() > found.divergences[:, 0].sum()
-    assert bool(away) <= ("led away" in caplog.text)
+        _Passes._say(None, 2, before, torch.tensor([[1.0, left], [1.0, left]]))
+    assert ("step 1 has led away from the experts: 20.0%" in caplog.text) == said
 
 
 def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
