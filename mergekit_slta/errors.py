@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import click
 
-_CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
-_CONTROL |= {ord("\n"): " ", ord("\t"): " "}
 _LONGEST = 200
 
 
 def show(value: object, longest: int = _LONGEST) -> str:
-    """`value` for a terminal: one line, no control characters (recipes come from strangers), cut to `longest`."""
-    text = str(value).translate(_CONTROL)
+    """`value` for a terminal: one line of printable characters (recipes come from strangers), cut to `longest`.
+
+    Left out are control characters, those that turn the direction of text, and halves of surrogate pairs, which no
+    terminal can encode; whatever separates becomes a space.
+    """
+    text = "".join(character if character.isprintable() else " " * character.isspace() for character in str(value))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

@@ -167,7 +167,7 @@ def _left_out(system: _System, shift: float) -> tuple[_LeftOut, Tensor]:
     moved = system.zz @ coefficients - (system.zs.sum(1, keepdim=True) - system.zs)  # [N, R]
     felt = moved[system.groups.flatten(), torch.arange(num_rows).repeat_interleave(system.groups.shape[1])]
     quadratic = felt.view(num_rows, -1).square().sum(1) / 2
-    return _LeftOut(linear / shift + quadratic / shift**2, coefficients), whole
+    return _LeftOut(linear / shift + quadratic / shift / shift, coefficients), whole
 
 
 def _choose(system: _System) -> float:

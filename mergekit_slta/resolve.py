@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble
@@ -32,7 +32,8 @@ class _Submodule(_Part):
     kind: str
     layer: int | None
     tensors: list[str]
-    objectives: list[str]
+    slices: dict[str, Any]
+    objectives: list[str] = Field(min_length=1)
 
 
 class _Task(_Part):
@@ -42,6 +43,9 @@ class _Task(_Part):
 
 class _Calibration(_Part):
     tasks: list[_Task]
+    num_samples: int | None = None
+    inputs: str = "base"
+    steps: int = 0
 
 
 class _Layout(_Part):
@@ -52,6 +56,7 @@ class _Layout(_Part):
     models: list[str]
     canonical: list[str]
     submodules: list[_Submodule]
+    copied: list[str] = []
     calibration: _Calibration
     identity: dict[str, str]
     versions: dict[str, Any]

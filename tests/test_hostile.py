@@ -20,6 +20,7 @@ from mergekit_slta import alphas as alphas_module
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.errors import SltaError
 from mergekit_slta.gram import Statistics
+from mergekit_slta.newton import solve_step
 from mergekit_slta.recipe import load_config, read_recipe
 from mergekit_slta.resolve import solve_again
 
@@ -43,6 +44,10 @@ RECIPES = {
     "zeros": (b"\0" * 4096, "not valid YAML"),
     "escapes": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
                 b'parameters: {"\\e[2J\\e]0;owned\\a": 1}\n', "unknown key"),
+    "text that turns around": (b'merge_method: submodule_linear\nbase_model: b\nmodels: [{model: "\\u202e"}, '
+                               b'{model: "\\u202e"}]\n', "listed twice"),
+    "half a character": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
+                         b'parameters: {"\\ud800": 1}\n', "unknown key|not valid YAML"),
     "a number": (b"42", "not a mapping"),
     "two documents": (b"a: 1\n---\nb: 2\n", "not valid YAML"),
     "an unhashable key": (b"{[a]: 1}", "not valid YAML"),
@@ -105,6 +110,8 @@ ALPHAS = {
     "too few weights": entry(alpha=[]),
     "too many weights": entry(alpha=[1.0, 2.0]),
     "a weight that is text": entry(alpha=["1; import os"]),
+    "text that turns around": entry(name="\u202etxt.exe", alpha=[]),
+    "half a character": entry(name="\ud800", alpha=[]),
     "a huge integer": entry(rank=10**400) if hasattr(sys, "set_int_max_str_digits") else b"{",
     "a tensor twice": entry(tensors=["t", "t"]),
     "a slice that runs backwards": entry(slices={"t": [0, 5, 2]}),
@@ -320,3 +327,48 @@ def test_solving_sound_statistics_with_a_strange_layout(tmp_path):
         statistics.metadata = {"layout": layout}
         with pytest.raises(SltaError, match="layout is damaged"):
             solve_again(statistics)
+
+
+def damaged_layouts(layout: dict):
+    """Every key of a layout, of its submodules and of its tasks, left out or of another type."""
+    for part in ([layout], layout["submodules"][:1], [layout["calibration"]], layout["calibration"]["tasks"][:1]):
+        for own in part:
+            for key, value in list(own.items()):
+                del own[key]
+                yield layout
+                for other in (None, 7, [], {}, "x", [[]], {"a": {}}):
+                    own[key] = other
+                    yield layout
+                own[key] = value
+
+
+def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe):
+    """Found by fuzzing: whatever is missing, the statistics are solved, or refused in one line."""
+    assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+    statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
+    refused = 0
+    for layout in damaged_layouts(json.loads(statistics.metadata["layout"])):
+        statistics.metadata = {"layout": json.dumps(layout)}
+        for rows in (None, 1):
+            try:
+                solve_again(statistics, rows=rows)
+            except SltaError as error:
+                refused += 1
+                assert error.message.isprintable()
+                assert "calibrate again" in error.message, error.message
+    assert refused > 100
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1e80, 1e150, 1e300])
+def test_slopes_that_no_features_have(size):
+    """Found by fuzzing: a step whose numbers have no squares is taken, or not solved; never another exception."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = {"m": torch.randn(4, 3, 2, generator=generator, dtype=torch.float64) * size}
+    try:
+        found = solve_step(
+            slopes, torch.tensor([0, 0, 1, 1]), {"m": torch.ones(2, dtype=torch.float64)},
+            torch.full((4, 2), 1.0, dtype=torch.float64),
+        )  # fmt: skip
+    except torch.linalg.LinAlgError:  # refused in one line by `solve_again`
+        return
+    assert found.alpha["m"].shape == (2,)

@@ -114,12 +114,15 @@ def our_candidates(
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
 
 
-def at_merged(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **settings: Any) -> Iterator[Candidate]:
+def at_merged(
+    run: Run, seed: int, sets: Sequence[tuple[str, ...]], granularity: str = "attn_mlp", **settings: Any
+) -> Iterator[Candidate]:
     """Merges whose statistics are taken at merged models, and so depend on which experts there are: `inputs: merged`
     (A.5.3), and the steps of the joint objective."""
+    settings = {"granularity": granularity, **settings}
     for tasks in sets[: run.sizes.sets]:
         name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
-        recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, granularity="attn_mlp", **settings)
+        recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, **settings)
         statistics = calibrate(run.workdir, name, recipe, run.device)
         path = run.workdir / "alphas" / f"{name}.json"
         if not path.exists():
@@ -127,8 +130,8 @@ def at_merged(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **settings: 
             Alphas.load(statistics.with_name("slta_alphas.json")).save(path)
         merge = with_alphas(tasks, f"alphas/{path.name}")
         if "inputs" in settings:  # such weights are bound to the setting, which the recipe must state
-            merge["parameters"] |= {"granularity": "attn_mlp", **settings}
-        yield Candidate(tasks, OURS, {"granularity": "attn_mlp", **settings}, merge, seed)
+            merge["parameters"] |= settings
+        yield Candidate(tasks, OURS, settings, merge, seed)
 
 
 def run_all(run: Run) -> None:
