@@ -24,7 +24,7 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mergekit_slta import cli
+from mergekit_slta import Alphas, cli
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 
@@ -76,6 +76,13 @@ class Models:
     base: Path
     experts: tuple[Path, ...]
     datasets: tuple[Path, ...]
+
+    def recipe_with_answers(self, **parameters: object) -> dict:
+        """A recipe whose rows are a question and its answer."""
+        recipe = self.recipe(text="{question} ", **parameters)
+        for entry in recipe["models"]:
+            entry["parameters"]["completion"] = "{answer}"
+        return recipe
 
     def recipe(self, num_experts: int | None = None, *, text: str | None = None, **parameters: object) -> dict:
         """A recipe over absolute paths, as a mapping."""
@@ -194,6 +201,18 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("model*.safetensors")):
         found |= load_file(path)
     return found
+
+
+def assert_applied(models: Models, out: Path) -> Alphas:
+    """OUT is the base plus every expert's changes times the weights of its alphas file, which is returned."""
+    alphas = Alphas.load(out / "slta_alphas.json")
+    base, *experts = [tensors(path) for path in (models.base, *models.experts)]
+    merged = tensors(out)
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            changes = [alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, experts, strict=True)]
+            torch.testing.assert_close(merged[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
+    return alphas
 
 
 def mergekit_yaml(*arguments: object) -> Result:

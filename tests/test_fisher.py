@@ -191,9 +191,7 @@ def branch_output(expert, path, model, owned, example, skeleton) -> torch.Tensor
 
 def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
     """All that follows a calibration works as for features: solve again, leave an expert out, figures."""
-    recipe = tiny.recipe(objective="fisher", text="{question} ")
-    for entry in recipe["models"]:
-        entry["parameters"]["completion"] = "{answer}"
+    recipe = tiny.recipe_with_answers(objective="fisher")
     assert mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet").exit_code == 0
     alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
     assert alphas.calibration["objective"] == "fisher"

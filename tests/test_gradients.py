@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import mergekit_yaml, slta, tensors
+from conftest import assert_applied, mergekit_yaml, slta
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -277,18 +277,10 @@ def test_features_go_to_a_temporary_file_beyond_a_bound(specimen, monkeypatch): 
 def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
     """mergekit-yaml, then `solve` on what it left: the ridge it chose by itself gives the same weights, and an expert
     less those of a recipe without it."""
-    recipe = tiny.recipe(objective="joint", steps=0, text="{question} ")
-    for entry in recipe["models"]:
-        entry["parameters"]["completion"] = "{answer}"
+    recipe = tiny.recipe_with_answers(objective="joint", steps=0)
     result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
-    alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
-    base, *experts = [tensors(path) for path in (tiny.base, *tiny.experts)]
-    merged = tensors(tmp_path / "out")
-    for entry in alphas.submodules:
-        for name in entry.tensors:
-            changes = [alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, experts, strict=True)]
-            torch.testing.assert_close(merged[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
+    alphas = assert_applied(tiny, tmp_path / "out")
     statistics = tmp_path / "out" / "slta_stats.safetensors"
     used = alphas.calibration["ridge_used"]
     assert "None" not in section(alphas, [])
