@@ -14,6 +14,7 @@ metric is where features come from: gradients belong to expert a's own forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,10 @@ class FisherBackward(Backward):
     What `run` yields is submodule -> [rows, T, T] float64. `embed` and `head` are objectives of their own, tied or not.
     """
 
-    def __init__(self, *args: object, submodules_at: Sequence[Submodule], **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._in_layer: dict[int, list[Submodule]] = {}
-        for submodule in submodules_at:
+        for submodule in self._submodules:
             if submodule.layer is not None:
                 self._in_layer.setdefault(submodule.layer, []).append(submodule)
         self._grams: dict[str, Tensor] = {}

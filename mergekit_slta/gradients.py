@@ -88,7 +88,7 @@ class Backward:
         announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._skeleton, self._checkpoints, self._tape, self.announce = skeleton, checkpoints, tape, announce
-        self._examples, self._samples, self._seed = examples, samples, seed
+        self._submodules, self._examples, self._samples, self._seed = submodules, examples, samples, seed
         self._at, self._teachers = at, teachers
         self._draws = max(1, samples) + (teachers is not None)
         self._divergence = torch.zeros(len(examples), dtype=torch.float64)

@@ -135,9 +135,7 @@ class _Passes:
     def of_outputs(self) -> Statistics:
         """Gram matrices of submodules' outputs, every row at its own expert."""
         settings = self._job.recipe.settings
-        grams, _ = self._pass(
-            "", max(1, settings.label_samples), settings.seed, kind=FisherBackward, submodules_at=self._job.submodules
-        )
+        grams, _ = self._pass("", max(1, settings.label_samples), settings.seed, kind=FisherBackward)
         return Statistics(self._row_task, len(self._job.plan.models) - 1, grams)
 
     def at_base(self) -> Tensor:
