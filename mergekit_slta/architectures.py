@@ -41,7 +41,7 @@ class Architecture:
             follows. Where no norm of the MLP's is there, attention's feeds both blocks and is a submodule of its own.
         final_norm: the norm before the output projection, under the base model.
         projections: the attention branch's heads.
-        renamed: names of mergekit's plan that differ from transformers'.
+        renamed: names of mergekit's plan that differ from transformers', in some of its versions (`Skeleton.renamed`).
     """
 
     attention: str = "self_attn"

@@ -86,12 +86,12 @@ class Skeleton:
         self.config = config
         self.layers, self.layers_path = _find_layers(self.model, name)
         self.num_layers = len(self.layers)
-        self._renamed = dict(self.arch.renamed)
-        planned = {ours: theirs for theirs, ours in self.arch.renamed}
-        self.shapes = {
-            planned.get(key, key): tuple(parameter.shape) for key, parameter in self.model.named_parameters()
-        }
-        names = {id(parameter): planned.get(key, key) for key, parameter in self.model.named_parameters()}
+        built = dict(self.model.named_parameters())
+        # Plan's name -> transformers', where its version has another.
+        self.renamed = {theirs: ours for theirs, ours in self.arch.renamed if ours in built}
+        planned = {ours: theirs for theirs, ours in self.renamed.items()}
+        self.shapes = {planned.get(key, key): tuple(parameter.shape) for key, parameter in built.items()}
+        names = {id(parameter): planned.get(key, key) for key, parameter in built.items()}
         self.head_weight = names[id(self.model.get_output_embeddings().weight)]
         self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
         self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
@@ -201,7 +201,7 @@ class Skeleton:
             return self._call_model(weights, inputs_embeds=hidden).logits
 
     def _call_model(self, weights: Mapping[str, Tensor], **inputs: Tensor) -> Any:
-        named = {self._renamed.get(key, key): tensor for key, tensor in weights.items()}
+        named = {self.renamed.get(key, key): tensor for key, tensor in weights.items()}
         # Tied parameters of the skeleton's own (none are left) must not be tied again here.
         return functional_call(self.model, named, (), {**inputs, "use_cache": False}, tie_weights=False)
 

@@ -118,7 +118,7 @@ class Reference:
     def output(self, submodule, job, ids: list[int], model: int) -> torch.Tensor:
         """f(x; theta_t) of a submodule, up to what cancels in df."""
         anatomy = job.skeleton.anatomy
-        rename = dict(anatomy.arch.renamed)
+        rename = job.skeleton.renamed
         names = [rename.get(tensor, tensor) for tensor in submodule.tensors]
         tied = anatomy.head_weight not in job.plan.tensors
         head = rename.get(anatomy.head_weight, anatomy.head_weight)
@@ -298,7 +298,7 @@ def test_zeroed_heads_difference_moves_its_own_alpha_alone(specimen, tmp_path, n
     base = AutoModelForCausalLM.from_pretrained(models.base).state_dict()
     model = AutoModelForCausalLM.from_pretrained(models.experts[0])
     state = model.state_dict()
-    rename = dict(job.skeleton.arch.renamed)
+    rename = job.skeleton.renamed
     for tensor, axis, start, stop in heads[0].slices:
         key = rename.get(tensor, tensor)
         state[key].narrow(axis, start, stop - start).copy_(base[key].narrow(axis, start, stop - start))

@@ -136,7 +136,7 @@ def test_shared_norms_equal_autograd(specimen, monkeypatch, name):  # noqa: F811
     job = job_of(models, granularity="attn_mlp", objective="fisher", label_samples=1)
     found = gather_statistics(job)
     every = [whole_model(path) for path in (models.base, *models.experts)]
-    rename = dict(job.skeleton.arch.renamed)
+    rename = job.skeleton.renamed
     norms = [entry.name for entry in job.submodules if entry.kind == "norm"]
     paths = {path: rename.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight") for path in norms}
     assert paths
@@ -177,7 +177,7 @@ def branch_gradient(model, after, example) -> torch.Tensor:
 
 def branch_output(expert, path, model, owned, example, skeleton) -> torch.Tensor:
     """What the branch adds in expert a's forward pass, with the tensors of the block taken from `model`."""
-    rename = dict(skeleton.arch.renamed)
+    rename = skeleton.renamed
     theirs = dict(model.named_parameters())
     changed = {rename.get(name, name): theirs[rename.get(name, name)] for name in owned}
     made = []

@@ -41,7 +41,7 @@ def row_loss(model: torch.nn.Module, ids, first: int, labels=None) -> torch.Tens
 
 def reference_slopes(models, job, labels=None) -> dict[str, torch.Tensor]:
     """submodule -> [rows, T], from whole gradients of whole models."""
-    rename = dict(job.skeleton.arch.renamed)
+    rename = job.skeleton.renamed
     every = [whole_model(path) for path in (models.base, *models.experts)]
     states = [dict(model.named_parameters()) for model in every]
     examples = examples_of(job)

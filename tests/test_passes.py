@@ -25,7 +25,7 @@ from mergekit_slta.records import Records
 
 def merged_model(models, job, point) -> torch.nn.Module:
     """The base, with every submodule moved by `point`, submodule -> [T]."""
-    rename = dict(job.skeleton.arch.renamed)
+    rename = job.skeleton.renamed
     states = [dict(whole_model(path).named_parameters()) for path in (models.base, *models.experts)]
     merged = whole_model(models.base)
     parameters = dict(merged.named_parameters())
@@ -57,7 +57,7 @@ def divergence(expert, model, example) -> torch.Tensor:
 
 def slopes_of(loss, merged, models, job) -> dict[str, torch.Tensor]:
     """submodule -> [T]: <d loss, change> from whole gradients of whole models."""
-    rename = dict(job.skeleton.arch.renamed)
+    rename = job.skeleton.renamed
     states = [dict(whole_model(path).named_parameters()) for path in (models.base, *models.experts)]
     merged.zero_grad()
     loss.backward()
