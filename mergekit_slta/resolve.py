@@ -55,7 +55,7 @@ class _Layout(_Part):
     base_model: str
     models: list[str]
     canonical: list[str]
-    submodules: list[_Submodule]
+    submodules: list[_Submodule] = Field(min_length=1)
     copied: list[str] = []
     calibration: _Calibration
     identity: dict[str, str]

@@ -256,7 +256,7 @@ def test_weights_changed_after_calibration_are_noticed(tiny, write_recipe, tmp_p
     recipe["models"][1]["model"] = str(expert)
     saved = tmp_path / "saved.json"
     assert slta("calibrate", write_recipe(recipe), "-o", saved, *QUIET).exit_code == 0
-    model = AutoModelForCausalLM.from_pretrained(expert)
+    model = AutoModelForCausalLM.from_pretrained(tiny.experts[1])
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
     model.save_pretrained(expert, max_shard_size="60KB")

@@ -342,9 +342,11 @@ def damaged_layouts(layout: dict):
                 own[key] = value
 
 
-def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe):
+@pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 0}], ids=["features", "joint"])
+def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe, settings):
     """Found by fuzzing: whatever is missing, the statistics are solved, or refused in one line."""
-    assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+    recipe = write_recipe(tiny.recipe(**settings))
+    assert slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
     statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
     refused = 0
     for layout in damaged_layouts(json.loads(statistics.metadata["layout"])):
