@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.documents import Kind, read_document
-from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.errors import show
 from mergekit_slta.files import write_text_atomically
 
 FORMAT = "mergekit-slta/alphas"
@@ -185,15 +185,6 @@ def describe_ridge(calibration: Mapping[str, Any]) -> str:
     if given is None and chosen is not None:
         return f"{chosen:.3g}, chosen by leaving out rows" if isinstance(chosen, float) else show(chosen)
     return show(given)
-
-
-def is_alphas_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a sound alphas file."""
-    try:
-        Alphas.load(path)
-    except AlphasError:
-        return False
-    return True
 
 
 def pieces_of(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[Piece, ...]]:

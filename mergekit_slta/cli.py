@@ -82,8 +82,7 @@ def solve(
     without: tuple[str, ...],
 ) -> None:
     """Solve the statistics in STATS (slta_stats.safetensors) again, with other settings; touches no model."""
-    from mergekit_slta.alphas import describe_ridge, is_alphas_file
-    from mergekit_slta.errors import OutputError
+    from mergekit_slta.alphas import describe_ridge
     from mergekit_slta.gram import Statistics
     from mergekit_slta.outfolder import ALPHAS_NAME, weight_files
     from mergekit_slta.resolve import parse_importance, solve_again
@@ -93,8 +92,6 @@ def solve(
     beside_model = bool(weight_files(stats.parent))  # the file of the usual name says what that was merged with
     path = (output or stats.with_name(SOLVED_NAME if beside_model else ALPHAS_NAME)).absolute()
     check_target(path)
-    if path.exists() and not is_alphas_file(path):
-        raise OutputError(f"{show(path)} is not an alphas file, and would be overwritten: name another file with -o")
     alphas = solve_again(
         Statistics.load(stats),
         ridge=ridge,

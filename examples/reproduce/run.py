@@ -165,8 +165,9 @@ def run_all(run: Run) -> None:
 
 def blocks(run: Run, seed: int) -> None:
     """Attention and MLP blocks, under both objectives, of every set of experts; the joint one with its steps, which
-    every set has to be calibrated for, of two sets."""
+    every set has to be calibrated for, of two sets, and with more steps and a weight for every matrix."""
     run.score([*at_merged(run, seed, (ALL, TRIPLE), objective="joint")])
+    run.score([*at_merged(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
