@@ -298,11 +298,14 @@ def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
         )
 
     def render(row: Mapping[str, Any], where: str) -> tuple[str, bool, int]:
+        messages = row[column]
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise DataError(f"the chat template refuses {where}: `{column}` is no list of messages; mend the row")
         try:
-            text = tokenizer.apply_chat_template(row[column], tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # whatever Jinja, or the template's own raise_exception, says
             raise DataError(f"the chat template refuses {where}: {show(error)}; mend the row") from error
-        return text, True, _answer_in_chat(row[column], text, tokenizer)
+        return text, True, _answer_in_chat(messages, text, tokenizer)
 
     return render
 
