@@ -144,7 +144,7 @@ def test_fewer_rows_than_asked_is_a_warning(folder, tokenizer, caplog):
         ([{"text": None}], None, "column 'text' in row 0 .* is missing"),
         ([{"text": ["a", "b"]}], None, "column 'text' in row 0 .* is list, not text"),
         ([{"text": True}], None, "is bool, not text"),
-        ([{"messages": "no list"}], None, "the chat template refuses row 0: `messages` is no list of messages"),
+        ([{"messages": "no list"}], None, "the chat template refuses row 0 .*: `messages` is no list of messages"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, tokenizer, rows, text, message):
