@@ -153,9 +153,9 @@ def test_a_second_merge_is_refused_while_one_runs(out: Path, monkeypatch):
 def test_output_that_is_a_file_or_not_writable(tmp_path: Path):
     """Named before anything is computed."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(OutputError, match="the output .* is a file: name a folder"):
         check_output(tmp_path / "file", [])
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(OutputError, match="cannot make .* is a file; name another folder"):
         check_output(tmp_path / "file" / "out", [])
     locked = tmp_path / "locked"
     locked.mkdir()
