@@ -213,6 +213,26 @@ def test_buffers_that_differ():
         del method._ACTIVE["here"]
 
 
+def test_narrow_precision_is_warned_of(tiny, options, caplog):
+    with caplog.at_level("WARNING"):
+        prepare(read(tiny.recipe()), options, for_merge=False)
+    assert "cancel badly" not in caplog.text
+    with caplog.at_level("WARNING"):
+        prepare(read(tiny.recipe(compute_dtype="bfloat16")), options, for_merge=False)
+    assert "compute_dtype bfloat16: differences of outputs cancel badly" in caplog.text
+
+
+def test_what_only_a_merge_would_refuse_is_warned_of(tiny, options, monkeypatch, caplog):
+    import mergekit_slta.preflight as preflight_module
+
+    monkeypatch.setattr(preflight_module, "reconcile", lambda *_: ["mergekit drops a tensor"])
+    with caplog.at_level("WARNING"):
+        prepare(read(tiny.recipe()), options, for_merge=False)
+    assert "the alphas can be computed, but not merged: mergekit drops a tensor" in caplog.text
+    with pytest.raises(ModelError, match="mergekit drops a tensor"):
+        prepare(read(tiny.recipe()), options)
+
+
 # --- files and folders ----------------------------------------------------------------------------------------------
 
 
