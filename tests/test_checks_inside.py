@@ -213,6 +213,18 @@ def test_buffers_that_differ():
         del method._ACTIVE["here"]
 
 
+def test_configs_that_differ_are_warned_of(tiny, options, tmp_path, caplog):
+    """The merged model runs with the base's settings, whatever an expert was trained with."""
+    shutil.copytree(tiny.experts[0], tmp_path / "expert")
+    path = tmp_path / "expert" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.125}))
+    recipe = tiny.recipe()
+    recipe["models"][0]["model"] = str(tmp_path / "expert")
+    with caplog.at_level("WARNING"):
+        prepare(read(recipe), options, for_merge=False)
+    assert "has other rms_norm_eps; the base's is used" in caplog.text
+
+
 def test_narrow_precision_is_warned_of(tiny, options, caplog):
     with caplog.at_level("WARNING"):
         prepare(read(tiny.recipe()), options, for_merge=False)
