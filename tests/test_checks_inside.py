@@ -40,7 +40,7 @@ from mergekit_slta.plan import make_plan
 from mergekit_slta.preflight import _check_chat_template, prepare
 from mergekit_slta.recipe import read_recipe
 from mergekit_slta.records import _locked
-from mergekit_slta.report import _write_section
+from mergekit_slta.report import _write_section, add_section
 from mergekit_slta.resolve import read_layout, solve_again
 from mergekit_slta.samples import load_rows
 from mergekit_slta.skeleton import Skeleton, _find_layers
@@ -275,6 +275,13 @@ def test_folders_where_files_belong(tmp_path):
         _write_section(tmp_path)
 
 
+def test_a_card_that_cannot_be_written_costs_no_merge(tmp_path, caplog):
+    (tmp_path / "README.md").mkdir()
+    with caplog.at_level("WARNING"):
+        add_section(tmp_path)
+    assert "the model card lacks its section on the merge" in caplog.text
+
+
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     from mergekit_slta.outfolder import check_writable
 
@@ -363,6 +370,14 @@ def test_clicks_own_errors_pass_a_merge(tiny, options, tmp_path):
     config = MergeConfiguration.model_validate(tiny.recipe())
     with pytest.raises(click.UsageError, match="no such option"):
         host_module.run(fail, config, str(tmp_path / "out"), options, None)
+
+
+@pytest.mark.parametrize(("key", "on"), [("ridge", "shared"), ("lambda", "shared"), ("importance", "model")])
+def test_truth_values_are_no_numbers(tiny, key, on):
+    recipe = tiny.recipe()
+    (recipe["parameters"] if on == "shared" else recipe["models"][0]["parameters"])[key] = True
+    with pytest.raises(RecipeError, match=f"`{key}`.*must be a number|{key}.*number"):
+        read(recipe)
 
 
 @pytest.mark.parametrize("template", ["no-such-template", "short {"])

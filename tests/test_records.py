@@ -82,6 +82,12 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "work")
     with pytest.raises(OutputError, match="in the way"):
         opened(tmp_path / "link", "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    for name in ("elsewhere", "file"):
+        with pytest.raises(OutputError, match="in the way"):
+            opened(tmp_path / name, "a")
     (tmp_path / "x.lock").symlink_to(tmp_path / "work" / "thesis.txt")
     with pytest.raises(OutputError, match="cannot write"):
         opened(tmp_path / "x", "a")
