@@ -279,16 +279,20 @@ def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path
     assert (tmp_path / "there" / "slta_stats.safetensors").read_text() == "mine"
 
 
-@pytest.mark.parametrize("target", ["folder", "link", "text"])
+@pytest.mark.parametrize("target", ["folder", "link", "dangling", "text"])
 def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
     """A recipe cannot make `alphas` overwrite another file, a folder, or follow a link."""
     victim = tmp_path / "victim.json"
     victim.write_text("precious")
-    path = {"folder": tmp_path, "link": tmp_path / "link.json", "text": victim}[target]
-    (tmp_path / "link.json").symlink_to(victim)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere.json")
+    path = victim if target == "text" else tmp_path / target
     result = mergekit_yaml(write_recipe(tiny.recipe(2, alphas=str(path))), tmp_path / "out", *QUIET)
     assert result.exit_code == 2, result.output
+    assert ("cannot read the alphas file" if target == "text" else "is no plain file") in result.output
     assert victim.read_text() == "precious"
+    assert not (tmp_path / "nowhere.json").exists()
     assert not (tmp_path / "out").exists()
 
 
