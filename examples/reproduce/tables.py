@@ -432,9 +432,9 @@ def cost(run: Run) -> str | None:
         f"process of its own, libraries included ({run.costs['machine']}). A tuned method costs its grid: a merge "
         "and a score for every setting. The paper gives no numbers."
     )
-    return section(
-        "Cost in time and memory", about, table(header, lines), command="python examples/reproduce/costs.py WORK"
-    )
+    repeat = min(len(each.get("all_seconds", [0])) for each in runs)
+    command = f"python examples/reproduce/costs.py WORK --repeat {repeat}"
+    return section("Cost in time and memory", about, table(header, lines), command=command)
 
 
 def claim_tables(run: Run) -> str:
