@@ -68,6 +68,18 @@ def test_a_token_beyond_a_table(job):
         checkpoints.table_rows(table, torch.tensor([0, rows]))
 
 
+def test_a_tensor_that_one_model_lacks(job, monkeypatch):
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    table = job.skeleton.embedding_weight
+    run, last = checkpoints._run, job.plan.models[-1]
+    monkeypatch.setattr(
+        checkpoints, "_run", lambda task: {model: found for model, found in run(task).items() if model != last}
+    )
+    assert len(checkpoints.raw(table, [0])) == 1
+    with pytest.raises(ModelError, match=f"lacks the tensor {table}"):
+        checkpoints.raw(table)
+
+
 def broken_copy(tiny, folder, change) -> LazyTensorLoader:
     """A checkpoint in shards whose first was changed behind the index."""
     shutil.copytree(tiny.experts[0], folder)
