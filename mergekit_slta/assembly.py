@@ -187,7 +187,8 @@ def solve_together(
     if statistics.divergences is None:
         found = solve_joint(slopes, statistics.row_task, **how)
     else:
-        found = solve_step(slopes, statistics.row_task, statistics.point, statistics.divergences, **how)
+        how |= {"divergences": statistics.divergences, "row_step": statistics.row_step}
+        found = solve_step(slopes, statistics.row_task, statistics.point, **how)
     entries = []
     for submodule in layout["submodules"]:
         name = submodule["name"]

@@ -109,7 +109,7 @@ class Backward:
             ModelError: a weight holds NaN or Inf.
             RunError: a feature or a gradient does.
         """
-        self._forward()
+        self.forward()
         for number, stage in enumerate(stages_of(self._skeleton)):
             if number < self._tape.stages_done:
                 continue
@@ -145,14 +145,14 @@ class Backward:
         Raises:
             ModelError, RunError: as in `run`.
         """
-        self._forward()
+        self.forward()
         self._head(backward=False)
         self._checkpoints.flush()
         return self._divergence
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _forward(self) -> None:
+    def forward(self) -> None:
         """Every row through its own expert, with every layer's input kept."""
         rows_of = self._embedding_rows()
         for row in range(len(self._examples)):  # again in a run that goes on: positions and masks are made here

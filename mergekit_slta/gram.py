@@ -10,8 +10,8 @@ Scope: accumulate them, save and load them. What is made of them is `solve.py`, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from mergekit_slta.files import write_atomically
 FORMAT = "mergekit-slta/statistics"
 VERSION = 1
 _ROW_TASK = "row_task"
-_POINT, _DIVERGENCES = "point", "divergences"
+_POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
 _FORMS = ("gram", "slope", "step")
 
 
@@ -69,6 +69,7 @@ class Statistics:
         form: "gram", "slope" or "step".
         point: of a step, the alphas of the model that slopes were taken at: the names of `grams` -> [T] float64.
         divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
+        row_step: where every step has rows of its own, [rows] int64, the step that brought each row; else None.
     """
 
     row_task: Tensor
@@ -78,6 +79,7 @@ class Statistics:
     form: str = "gram"
     point: dict[str, Tensor] = field(default_factory=dict)
     divergences: Tensor | None = None
+    row_step: Tensor | None = None
 
     def add(
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
@@ -97,18 +99,30 @@ class Statistics:
     @classmethod
     def join(cls, parts: Sequence[Statistics]) -> Statistics:
         """Statistics of different rows of the same tasks: task by task, within a task in the order of the parts."""
-        row_task = torch.cat([part.row_task for part in parts])
-        order = torch.argsort(row_task, stable=True)
-        grams = {name: torch.cat([part.grams[name] for part in parts])[order] for name in parts[0].grams}
-        return cls(row_task[order], parts[0].num_models, grams, form=parts[0].form)
+        order = torch.argsort(torch.cat([part.row_task for part in parts]), stable=True)
+
+        def joined(each: Callable[[Statistics], Tensor | None]) -> Tensor | None:
+            found = [each(part) for part in parts]
+            whole = [tensor for tensor in found if tensor is not None]
+            return torch.cat(whole)[order] if len(whole) == len(found) else None
+
+        return replace(
+            parts[-1],
+            row_task=joined(lambda part: part.row_task),
+            grams={name: joined(lambda part, name=name: part.grams[name]) for name in parts[0].grams},
+            metadata={},
+            divergences=joined(lambda part: part.divergences),
+            row_step=joined(lambda part: part.row_step),
+        )
 
     def save(self, path: Path) -> None:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
         tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.grams.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
         tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
-        if self.divergences is not None:
-            tensors[_DIVERGENCES] = self.divergences.contiguous()
+        for name, tensor in ((_DIVERGENCES, self.divergences), (_ROW_STEP, self.row_step)):
+            if tensor is not None:
+                tensors[name] = tensor.contiguous()
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -129,14 +143,14 @@ class Statistics:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
         row_task = tensors.pop(_ROW_TASK, None)
-        divergences = tensors.pop(_DIVERGENCES, None)
+        divergences, row_step = (tensors.pop(name, None) for name in (_DIVERGENCES, _ROW_STEP))
         start = f"{_POINT}."
         point = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
         form = next(iter(tensors), "").partition(".")[0]
         grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
         _check(path, row_task, grams, metadata, form)
         num_models = next(iter(grams.values())).shape[-1]
-        found = cls(row_task, num_models, grams, metadata, form, point, divergences)
+        found = cls(row_task, num_models, grams, metadata, form, point, divergences, row_step)
         if not _fits(found):
             raise _unfit(path)
         return found
@@ -164,8 +178,11 @@ def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metada
 def _fits(statistics: Statistics) -> bool:
     """Whether a step has its point and its divergences, and nothing else has."""
     point, divergences = statistics.point, statistics.divergences
+    row_step = statistics.row_step
     if statistics.form != "step":
-        return not point and divergences is None
+        return not point and divergences is None and row_step is None
+    if row_step is not None and (row_step.dtype != torch.int64 or row_step.shape != statistics.row_task.shape):
+        return False
     parts = [*point.values(), *([] if divergences is None else [divergences])]
     return (
         divergences is not None

@@ -16,6 +16,10 @@ Decisions: where the recipe gives no rho, it is the largest that predicts left-o
 best (the one-standard-error rule of Breiman et al., 1984): the prediction trusts the quadratic form, which holds near
 the point only. For the same reason, and because there are directions in which no row says anything, rho is at least
 `SMALLEST_RIDGE`. A task whose expert is the base has c_a 0, and is weighed by the mean of the others'.
+
+Where every step has rows of its own, the quadratic forms of earlier steps' rows stay in the sum: `moved_to` writes them
+down at the new point, and each step takes a part of their weight (`FADING`), since a form is worth less the farther its
+is. rho is chosen, and what remains is measured, by the newest rows alone: no step has fitted them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from torch import Tensor
 from mergekit_slta.joint import RIDGES, JointSolution, condition_and_rank, named_solution
 
 SMALLEST_RIDGE = RIDGES[0]
+FADING = 0.7
+"""What a step leaves of the weight of the rows before it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class _System:
         zz, zs, ss: products of the two with each other.
         groups: [R, S] places of the rows' draws in z.
         task: [R].
+        newest: [R] marks of the rows that no step before has seen.
         unit: d.
     """
 
@@ -51,6 +58,7 @@ class _System:
     ss: Tensor
     groups: Tensor
     task: Tensor
+    newest: Tensor
     unit: float
 
 
@@ -73,6 +81,7 @@ def solve_step(
     point: Mapping[str, Tensor],
     divergences: Tensor,
     *,
+    row_step: Tensor | None = None,
     importance: Sequence[float] | None = None,
     balance: bool = True,
     ridge: float | None = None,
@@ -84,23 +93,25 @@ def solve_step(
         row_task: [rows] int64, the task of each row.
         point: submodule -> [T] alpha'.
         divergences: [rows, 2] D_x at the base, and at the point.
+        row_step: [rows] int64, the step that brought each row; None where all are of this one.
         importance: T weights w_a of the tasks; all 1 by default.
         balance: divide each task by its c_a.
         ridge: rho >= `SMALLEST_RIDGE`; None chooses one of `RIDGES`.
 
     Returns:
         The new alphas. `residual` is the share of the base's divergence that remains: what is measured at the point,
-        and the change of it that every row is predicted by the others.
+        and the change of it that every row is predicted by the others; of the newest rows.
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, T, M]
     num_models = whole.shape[2]
     changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
     start = torch.stack([point[name] for name in names], dim=-1) * changed  # [T, M]
-    weight = _row_weights(row_task, divergences, importance, balance, num_models)
+    age = torch.zeros_like(row_task) if row_step is None else row_step.max() - row_step
+    weight = _row_weights(row_task, divergences, importance, balance, num_models, FADING ** age.double())
     solution, error = start.clone(), torch.zeros_like(start)
     condition, rank, change = 1.0, 0, 0.0
-    system = _system(whole, row_task, weight, changed)
+    system = _system(whole, row_task, weight, changed, age == 0)
     if system.unit > 0:
         if ridge is None:
             ridge = _choose(system)
@@ -109,38 +120,70 @@ def solve_step(
         solution[changed] += _step(system, coefficients, torch.ones(len(row_task), dtype=torch.float64), shift)
         error[changed] = _jackknife(system, left, solution[changed] - start[changed], shift)
         condition, rank = condition_and_rank(system.zz, shift)
-        change = float(left.change.sum())
-    before, now = (divergences * weight[:, None]).sum(0).tolist()
+        change = float(left.change[system.newest].sum())
+    before, now = (divergences * weight[:, None])[system.newest].sum(0).tolist()
     residual = max(0.0, now + change) / before if before > 0 else 0.0
     ridge = 0.0 if ridge is None else ridge
     return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
 
 
+def moved_to(
+    point: Mapping[str, Tensor], slopes: Mapping[str, Tensor], before: Mapping[str, Tensor], divergences: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same quadratic forms, written down at another point.
+
+        g' = g + H (point - before),   D' = D + g (point - before) + 1/2 (point - before) H (point - before)
+
+    with H = mean_s u_s u_s^T of each row.
+
+    Args:
+        point: submodule -> [T] the new point.
+        slopes: submodule -> [rows, 1 + S, T] at the old one.
+        before: submodule -> [T] the old point.
+        divergences: [rows, 2] D_x at the base, and at the old point.
+
+    Returns:
+        Slopes and divergences at the new point, as they came.
+    """
+    along = sum(part @ (point[name] - before[name]) for name, part in slopes.items())  # [rows, 1 + S]
+    felt = torch.as_tensor(along)[:, 1:]
+    moved = {}
+    for name, part in slopes.items():
+        moved[name] = part.clone()
+        moved[name][:, 0] += (part[:, 1:] * felt[..., None]).mean(1)
+    found = divergences.clone()
+    found[:, 1] += torch.as_tensor(along)[:, 0] + felt.square().mean(1) / 2
+    return moved, found
+
+
 def _row_weights(
-    row_task: Tensor, divergences: Tensor, importance: Sequence[float] | None, balance: bool, num_models: int
-) -> Tensor:
-    """[R]: w_a / c_a / rows of the task; 0 where a row has no answer."""
+    row_task: Tensor, divergences: Tensor, importance: Sequence[float] | None, balance: bool, num_models: int,
+    share: Tensor,
+) -> Tensor:  # fmt: skip
+    """[R]: w_a / c_a and a row's share of its task; 0 where a row has no answer."""
     given = torch.ones(num_models, dtype=torch.float64)
     if importance is not None:
         given = torch.as_tensor(list(importance), dtype=torch.float64)
     used = (divergences > 0).any(1)
-    counts = torch.bincount(row_task[used], minlength=num_models).clamp(min=1)
+    share = share * used
+    total = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, share)
+    share = share / total.where(total > 0, torch.ones_like(total))[row_task]
     scale = torch.ones(num_models, dtype=torch.float64)
     if balance:
-        scale = torch.zeros_like(scale).index_add_(0, row_task[used], divergences[used, 0]) / counts
+        scale = torch.zeros_like(scale).index_add_(0, row_task, divergences[:, 0] * share)
         moved = scale > 0
         scale[~moved] = scale[moved].mean() if moved.any() else 1.0
-    return (given / scale / counts)[row_task] * used
+    return (given / scale)[row_task] * share
 
 
-def _system(whole: Tensor, row_task: Tensor, weight: Tensor, changed: Tensor) -> _System:
+def _system(whole: Tensor, row_task: Tensor, weight: Tensor, changed: Tensor, newest: Tensor) -> _System:
     num_rows, draws = whole.shape[0], whole.shape[1] - 1
     flat = whole[:, :, changed]  # [R, 1 + S, K]
     z = (flat[:, 1:] * (weight / draws).sqrt()[:, None, None]).flatten(0, 1)
     slopes = flat[:, 0] * weight[:, None]
     unit = float(z.square().sum() / max(1, z.shape[1]))
     places = torch.arange(num_rows * draws).view(num_rows, draws)
-    return _System(z, slopes, z @ z.T, z @ slopes.T, slopes @ slopes.T, places, row_task, unit)
+    return _System(z, slopes, z @ z.T, z @ slopes.T, slopes @ slopes.T, places, row_task, newest, unit)
 
 
 def _step(system: _System, coefficients: Tensor, rows: Tensor, shift: float) -> Tensor:
@@ -172,9 +215,10 @@ def _left_out(system: _System, shift: float) -> tuple[_LeftOut, Tensor]:
 
 def _choose(system: _System) -> float:
     """The largest ridge within one standard error of the one that predicts left-out rows best."""
-    found = {ridge: _left_out(system, ridge * system.unit)[0].change for ridge in RIDGES}
+    newest = system.newest
+    found = {ridge: _left_out(system, ridge * system.unit)[0].change[newest] for ridge in RIDGES}
     best = min(found, key=lambda ridge: float(found[ridge].sum()))
-    bound = float(found[best].sum()) + _standard_error(found[best], system.task)
+    bound = float(found[best].sum()) + _standard_error(found[best], system.task[newest])
     return max((ridge for ridge, change in found.items() if float(change.sum()) <= bound), default=best)
 
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from mergekit_slta.fisher import FisherBackward
 from mergekit_slta.gathering import merge_with
 from mergekit_slta.gradients import DIVERGENCE, Backward, Example, stages_of
 from mergekit_slta.gram import Statistics
+from mergekit_slta.newton import moved_to
 from mergekit_slta.preflight import Job, check_rows
 from mergekit_slta.progress import Progress, advice_on_memory
 from mergekit_slta.records import Records
@@ -33,22 +35,30 @@ from mergekit_slta.tape import Tape, tape_bytes
 LOG = logging.getLogger(__name__)
 TAPE_IN_MEMORY = 2**28
 """Bytes of features that a backward pass keeps in memory; more go to a temporary file where no other is at hand."""
+_OTHER_ROWS = 1.25
+"""How much more of the divergence other rows may show before it is put down to the step."""
 _TEACHERS, _BASE = "teachers", "base"
 
 
-def examples_of(job: Job) -> list[Example]:
+def examples_of(job: Job, group: int = 0) -> list[Example]:
     """The calibration rows with their answers marked, in the canonical order of the experts.
+
+    Args:
+        job: the recipe, prepared.
+        group: which of the `row_groups` of each task's rows, which are even parts of them in the order they were drawn.
 
     Raises:
         DataError: an expert without rows.
     """
     check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
     by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
-    return [
-        Example(row.ids, row.completion, index, row.number)
-        for index, model in enumerate(job.plan.models[1:])
-        for row in by_model[model].rows  # type: ignore[union-attr] - check_rows
-    ]
+    groups = job.recipe.settings.row_groups
+    found = []
+    for index, model in enumerate(job.plan.models[1:]):
+        rows = by_model[model].rows  # type: ignore[union-attr] - check_rows
+        own = rows[len(rows) * group // groups : len(rows) * (group + 1) // groups]
+        found += [Example(row.ids, row.completion, index, row.number) for row in own]
+    return found
 
 
 @torch.no_grad()
@@ -59,23 +69,27 @@ def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
         job, records, ranks: as in `gathering.gather`.
 
     Returns:
-        Slopes at the experts; with `steps`, those of the last step, its point and the divergences there.
+        Slopes at the experts; with `steps`, those of the last step, its point and the divergences there. Where every
+        step has rows of its own, also those of the steps before it, moved to that point.
 
     Raises:
         DataError, ModelError, RunError: as in `gathering.gather`.
         OutputError: no room for the features of all layers.
     """
-    steps = job.recipe.settings.steps
+    settings = job.recipe.settings
+    steps, groups = settings.steps, settings.row_groups
     passes = _Passes(job, records, ranks)
-    stages = len(passes.stages)
+    total = len(passes.stages) * (1 + steps) + groups * (steps > 0) + (groups - 1)
     quiet = job.options.quiet or not ranks.is_first
-    with advice_on_memory(job), Progress("Calibrating", stages * (1 + steps) + (steps > 0), quiet=quiet) as progress:
+    with advice_on_memory(job), Progress("Calibrating", total, quiet=quiet) as progress:
         passes.progress = progress
         statistics = passes.at_experts()
-        if steps:
-            base = passes.at_base()
-            for number in range(1, steps + 1):
-                statistics = passes.at_merged(number, statistics, base)
+        for number in range(1, steps + 1):
+            if number == 1 or groups > 1:
+                if number > 1:
+                    passes.take_rows(number - 1)
+                base = passes.at_base()
+            statistics = passes.at_merged(number, statistics, base)
     return statistics
 
 
@@ -93,19 +107,23 @@ def gather_fisher(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
 
 
 class _Passes:
-    """The passes of one job, each from its records where these are whole."""
+    """The passes of one job, each from its records where these are whole, over the group of rows that it is at."""
 
     def __init__(self, job: Job, records: Records | None, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
         self._records = records if ranks.size == 1 else None
-        self._examples = examples_of(job)
-        self._own = ranks.own([len(example.ids) for example in self._examples])
-        self._mine = [self._examples[row] for row in self._own]
         self._checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
         self._layout = layout_of(job)
-        self._teachers: list[Tensor] = []
-        self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
         self.progress: Progress
+        self._begin(0)
+
+    def _begin(self, group: int) -> None:
+        self._examples = examples_of(self._job, group)
+        self._own = self._ranks.own([len(example.ids) for example in self._examples])
+        self._mine = [self._examples[row] for row in self._own]
+        self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
+        self._teachers: list[Tensor] = []
+        self._mark = f"{group}-" if group else ""  # of what is recorded of these rows before the step itself
 
     @property
     def stages(self) -> list[str]:
@@ -115,22 +133,44 @@ class _Passes:
     def at_experts(self) -> Statistics:
         """Every row at its own expert, whose answers are kept as the later passes' teacher."""
         settings = self._job.recipe.settings
-
-        def keep(backward: Backward) -> None:
-            self._teachers = backward.answers()
-            if self._records is not None:
-                flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
-                self._records.put(_TEACHERS, {_TEACHERS: flat})
-
-        known = self._records is not None and _TEACHERS in self._records.steps
+        known = self._know(_TEACHERS)
         slopes, _ = self._pass(
-            "", max(1, settings.label_samples), settings.seed, keep if settings.steps else None,
+            "", max(1, settings.label_samples), settings.seed, self._teach if settings.steps else None,
             done=known or not settings.steps,
         )  # fmt: skip
-        if known and self._records is not None and settings.steps:
-            lengths = [len(example.ids) - example.completion for example in self._mine]
-            self._teachers = list(self._records.get(_TEACHERS)[_TEACHERS].split(lengths))
+        if known and settings.steps:
+            self._remember_teachers()
         return Statistics(self._row_task, len(self._job.plan.models) - 1, slopes, form="slope")
+
+    def take_rows(self, group: int) -> None:
+        """Go over to other rows; their answers at their experts are the teacher from now on."""
+        self._begin(group)
+        if self._know(_TEACHERS):
+            self._remember_teachers()
+            self._forget(f"{self._mark}experts-")
+        elif self._mine:
+            self.progress.announce("experts")
+            with self._tape(f"{self._mark}experts-", self._job.skeleton.num_layers + 1, 0) as tape:
+                backward = self._backward(tape, self._job.recipe.settings.seed)
+                backward.forward()
+                self._teach(backward)
+        self.progress.advance(1)
+
+    def _teach(self, backward: Backward) -> None:
+        """Keep what a pass at the experts has brought."""
+        self._teachers = backward.answers()
+        if self._records is not None:
+            flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
+            self._records.put(self._mark + _TEACHERS, {_TEACHERS: flat})
+
+    def _remember_teachers(self) -> None:
+        lengths = [len(example.ids) - example.completion for example in self._mine]
+        if self._records is not None:
+            self._teachers = list(self._records.get(self._mark + _TEACHERS)[_TEACHERS].split(lengths))
+
+    def _know(self, what: str) -> bool:
+        """Whether there is a record of it for these rows."""
+        return self._records is not None and self._mark + what in self._records.steps
 
     def of_outputs(self) -> Statistics:
         """Gram matrices of submodules' outputs, every row at its own expert."""
@@ -141,21 +181,22 @@ class _Passes:
     def at_base(self) -> Tensor:
         """[rows] every row's KL(expert || base), the measure of what there is to keep."""
         found = torch.zeros(len(self._examples), dtype=torch.float64)
-        if self._records is not None and _BASE in self._records.steps:
-            found[self._own] = self._records.get(_BASE)[DIVERGENCE]
-            self._forget("base-")
+        label = f"{self._mark}{_BASE}-"
+        if self._records is not None and self._know(_BASE):
+            found[self._own] = self._records.get(self._mark + _BASE)[DIVERGENCE]
+            self._forget(label)
         elif self._mine:
             self.progress.announce("base")
-            with self._tape("base-", 2, 0) as tape:
+            with self._tape(label, 2, 0) as tape:
                 backward = self._backward(tape, self._job.recipe.settings.seed, at="base", teachers=self._teachers)
                 found[self._own] = backward.divergences()
-            self._put(_BASE, {DIVERGENCE: found[self._own]})
+            self._put(self._mark + _BASE, {DIVERGENCE: found[self._own]})
         self.progress.advance(1)
         self._ranks.sum(found)
         return found
 
     def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
-        """All rows at the model that the statistics `before` say to merge."""
+        """All rows at the model that the statistics `before` say to merge; other rows' are kept, moved there."""
         settings = self._job.recipe.settings
         entries, _ = solve_together(
             before, self._layout, importance=[task.importance for task in self._job.recipe.tasks],
@@ -177,21 +218,31 @@ class _Passes:
             entry.name: torch.tensor([entry.alpha[column] for column in columns], dtype=torch.float64)
             for entry in entries
         }
-        return Statistics(
+        found = Statistics(
             self._row_task, before.num_models, slopes, form="step", point=point, divergences=divergences
         )  # fmt: skip
+        if settings.row_groups == 1:
+            return found
+        found.row_step = torch.full_like(self._row_task, number)
+        if before.divergences is None:
+            return found
+        moved, other = moved_to(point, before.grams, before.point, before.divergences)
+        return Statistics.join([replace(before, grams=moved, point=point, divergences=other), found])
 
     def _say(self, number: int, before: Statistics, divergences: Tensor) -> None:
         """How far the point of a step is from the experts; a warning where the step before has led away from them."""
         left = (divergences[:, 1].sum() / divergences[:, 0].sum()).item()
         LOG.info("before step %d, %.1f%% of the base's divergence from the experts is left", number, 100 * left)
-        if before.divergences is not None:
-            earlier = (before.divergences[:, 1].sum() / before.divergences[:, 0].sum()).item()
-            if left > earlier:
-                LOG.warning(
-                    "step %d has led away from the experts: %.1f%% of the base's divergence was left, then %.1f%%; "
-                    "set a larger `ridge`, or fewer `steps`", number - 1, 100 * earlier, 100 * left,
-                )  # fmt: skip
+        if before.divergences is None:
+            return
+        of_others = before.row_step is not None
+        seen = before.divergences[before.row_step == before.row_step.max()] if of_others else before.divergences
+        earlier = (seen[:, 1].sum() / seen[:, 0].sum()).item()
+        if left > earlier * (_OTHER_ROWS if of_others else 1):
+            LOG.warning(
+                "step %d has led away from the experts: %.1f%% of the base's divergence was left, then %.1f%%; "
+                "set a larger `ridge`, or fewer `steps`", number - 1, 100 * earlier, 100 * left,
+            )  # fmt: skip
 
     def _pass(
         self, label: str, draws: int, seed: int, behind: Callable[[Backward], None] | None = None, *, done: bool = True,

@@ -23,7 +23,7 @@ METHOD = "submodule_linear"
 FISHER_GRANULARITIES = ("layer", "attn_mlp")
 """What `fisher.py` is written for: matrices and heads have outputs of their own, which it does not look at."""
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
-GRADIENT_KEYS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps")}
+GRADIENT_KEYS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps", "fresh_rows")}
 """Keys that matter to some objectives only; elsewhere they are no part of what alphas are valid for."""
 ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -76,6 +76,7 @@ class Settings(BaseModel):
     objective: Literal["features", "fisher", "joint"] = "features"
     label_samples: Annotated[Count, Field(ge=0)] = 2
     steps: Annotated[Count, Field(ge=0)] = 2
+    fresh_rows: Annotated[bool, Field(strict=True)] = False
     ridge: Annotated[Number, Field(ge=0)] | None = None
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
@@ -85,6 +86,11 @@ class Settings(BaseModel):
     def gradient_keys(self) -> tuple[str, ...]:
         """Those of the gradient objectives' keys that this objective reads."""
         return GRADIENT_KEYS[self.objective]
+
+    @property
+    def row_groups(self) -> int:
+        """How often `num_samples` rows of each task are drawn: once, or for every step."""
+        return self.steps if self.objective == "joint" and self.fresh_rows and self.steps else 1
 
     @model_validator(mode="after")
     def _default_ridge(self) -> Settings:

@@ -241,8 +241,9 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
         rank[own] = torch.arange(int(own.sum()))
     kept = (rank < count).nonzero().flatten()
     grams = {name: gram[kept] for name, gram in statistics.grams.items()}
-    divergences = None if statistics.divergences is None else statistics.divergences[kept]
-    return replace(statistics, row_task=statistics.row_task[kept], grams=grams, metadata={}, divergences=divergences)
+    rest = {"divergences": statistics.divergences, "row_step": statistics.row_step}
+    own = {name: None if tensor is None else tensor[kept] for name, tensor in rest.items()}
+    return replace(statistics, row_task=statistics.row_task[kept], grams=grams, metadata={}, **own)
 
 
 def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -91,13 +91,19 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
         raise DataError(f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`")
     dataset = load_rows(task.dataset, task.dataset_config, task.split)
     render = renderer(task.text, dataset.column_names, tokenizer, task.dataset, task.completion)
-    if len(dataset) < settings.num_samples:
+    wanted, groups = settings.num_samples * settings.row_groups, settings.row_groups
+    if len(dataset) < groups:
+        raise DataError(
+            f"{show(task.dataset)} has {len(dataset)} rows for {groups} steps with rows of their own: "
+            "add rows, lower `steps`, or drop `fresh_rows`"
+        )
+    if len(dataset) < wanted:
         LOG.warning(
-            "%s has %d rows, fewer than num_samples = %d: using all", show(task.dataset), len(dataset),
-            settings.num_samples,
+            "%s has %d rows, fewer than num_samples = %d%s: using all", show(task.dataset), len(dataset),
+            settings.num_samples, f" for each of {groups} steps" if groups > 1 else "",
         )  # fmt: skip
     rows, unmarked = [], 0
-    for number in sample_numbers(len(dataset), settings.num_samples, settings.seed):
+    for number in sample_numbers(len(dataset), wanted, settings.seed):
         where = f"row {number} of {show(task.dataset)}"
         text, is_chat, answer = render(dataset[number], where)
         ids = encode(text, tokenizer, settings.max_seq_length, add_special_tokens=not is_chat)

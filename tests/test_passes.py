@@ -270,3 +270,52 @@ def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
     columns = [layout["canonical"].index(name) for name in layout["models"]]
     point = torch.stack([found.point[entry["name"]][columns] for entry in layout["submodules"]])
     torch.testing.assert_close(alphas([1.0, 1.0], 1e9).double(), point, rtol=1e-5, atol=1e-6)
+
+
+def fresh(models, steps: int, **settings):
+    """A joint job whose steps have rows of their own."""
+    return job_of(models, objective="joint", steps=steps, fresh_rows=True, num_samples=3, label_samples=1, **settings)
+
+
+def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
+    """The last step's rows against autograd at the point; the first step's as that step found them, moved there."""
+    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    models = specimen("qwen3")
+    job, layout = fresh(models, 2), layout_of(fresh(models, 2))
+    found = gather_statistics(job)
+    assert found.row_step.tolist() == [1, 1, 1, 2, 2, 2] * 2
+    assert found.row_task.tolist() == [0] * 6 + [1] * 6
+    drawn = {job.recipe.label(task.model): rows.rows for task, rows in zip(job.recipe.tasks, job.rows, strict=True)}
+    numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
+    groups = [examples_of(job, group) for group in (0, 1)]
+    assert [
+        example.number for task in (0, 1) for group in groups for example in group if example.task == task
+    ] == numbers
+    assert len(set(numbers[:6])) == len(set(numbers[6:])) == 6
+
+    experts = [whole_model(path) for path in models.experts]
+    base, merged = whole_model(models.base), merged_model(models, job, found.point)
+    for row, example in zip((found.row_step == 2).nonzero().flatten().tolist(), groups[1], strict=True):
+        felt = divergence(experts[example.task], merged, example)
+        at_base = divergence(experts[example.task], base, example)
+        assert found.divergences[row].tolist() == pytest.approx([at_base.item(), felt.item()], rel=1e-4, abs=1e-5)
+        wanted = torch.tensor(list(example.ids[example.completion :]))
+        loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
+        both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
+        own = {key: gram[row] for key, gram in found.grams.items()}
+        assert_close(own, {key: torch.stack([part[key] for part in both]) for key in own})
+
+    first = gather_statistics(fresh(models, 1))
+    assert first.row_step is None  # nothing to tell apart
+    old = found.row_step == 1
+    for name, gram in first.grams.items():
+        torch.testing.assert_close(found.grams[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(found.divergences[old][:, 0], first.divergences[:, 0], rtol=0, atol=0)
+    names = list(first.grams)
+    whole = torch.cat([first.grams[name] for name in names], dim=-1)  # [R, 1 + S, K]
+    way = torch.cat([found.point[name] - first.point[name] for name in names])
+    curved = torch.einsum("rsk,rsl,l->rk", whole[:, 1:], whole[:, 1:], way)  # one draw
+    expected = whole[:, 0] + curved
+    torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
+    told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
+    torch.testing.assert_close(found.divergences[old][:, 1], told)

@@ -168,6 +168,7 @@ def blocks(run: Run, seed: int) -> None:
     every set has to be calibrated for, of two sets, and with more steps and a weight for every matrix."""
     run.score([*at_merged(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*at_merged(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
+    run.score([*at_merged(run, seed, (ALL,), "linear", objective="joint", steps=6, fresh_rows=True)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
