@@ -113,6 +113,7 @@ def _calibration(alphas: Alphas) -> str:
             "objective",
             "label_samples",
             "steps",
+            "fresh_rows",
             "compute_dtype",
         )
         if key in used

@@ -92,7 +92,8 @@ def estimate(job: Job) -> Costs:
 
 def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
     """Every row forward, forward again and back (twice the work) through its own expert; with steps, once forward
-    through the base, and in each through the merged model as through the expert, with one slope more.
+    through the base, and in each through the merged model as through the expert, with one slope more. Where steps have
+    rows of their own, each row is part of one, and those of later ones go through their experts forward alone.
 
     The features of all layers are on disk, of one pass at a time. In memory are one layer of every model and a row's
     activations, or the output projection and its gradients.
@@ -106,20 +107,27 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
         if name.startswith(prefix):
             index = name[len(prefix) :].partition(".")[0]
             layers[index] = layers.get(index, 0) + size
-    flops = job.num_tokens * 2.0 * (sum(layers.values()) + sizes[head])
-    factor = (2 + 2 * draws) + (steps > 0) + steps * (2 + 2 * (draws + 1))
+    drawn = [rows for rows in job.rows if rows is not None]
+    parts = [
+        sum(len(row.ids) for rows in drawn for row in rows.part(number, settings.row_groups))
+        for number in range(settings.row_groups)
+    ]
+    tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
+    tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
     if settings.objective == "fisher":  # outputs by every model, in the place of products with their changes
-        factor += models
-    flops *= factor
+        tokens += job.num_tokens * models
+    flops = tokens * 2.0 * (sum(layers.values()) + sizes[head])
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
     in_layer = (models + 1 + (steps > 0)) * max(layers.values(), default=0) * item
     in_layer += longest * (6 * wide + 12 * width) * item
     in_head = sizes[head] * item * ((_copies(job, head) > 0) + (steps > 0)) + 4 * LOGITS * item
     largest = max(largest, LOGITS * item)
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
-    scratch = tape_bytes(job.num_tokens, job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
+    scratch = tape_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
     peak = int(max(in_layer, in_head) * kept)
-    read = 2 * total_bytes(job.plan) * (1 + steps) + (steps > 0) * total_bytes(job.plan, [job.recipe.base])
+    read = 2 * total_bytes(job.plan) * (1 + steps)
+    read += len(parts) * (steps > 0) * total_bytes(job.plan, [job.recipe.base])
+    read += (len(parts) - 1) * (total_bytes(job.plan) - total_bytes(job.plan, [job.recipe.base]))
     return Costs(flops, read, peak, largest, written, scratch)
 
 

@@ -45,7 +45,7 @@ def examples_of(job: Job, group: int = 0) -> list[Example]:
 
     Args:
         job: the recipe, prepared.
-        group: which of the `row_groups` of each task's rows, which are even parts of them in the order they were drawn.
+        group: which of the `row_groups` parts of each task's rows.
 
     Raises:
         DataError: an expert without rows.
@@ -55,9 +55,8 @@ def examples_of(job: Job, group: int = 0) -> list[Example]:
     groups = job.recipe.settings.row_groups
     found = []
     for index, model in enumerate(job.plan.models[1:]):
-        rows = by_model[model].rows  # type: ignore[union-attr] - check_rows
-        own = rows[len(rows) * group // groups : len(rows) * (group + 1) // groups]
-        found += [Example(row.ids, row.completion, index, row.number) for row in own]
+        rows = by_model[model].part(group, groups)  # type: ignore[union-attr] - check_rows
+        found += [Example(row.ids, row.completion, index, row.number) for row in rows]
     return found
 
 

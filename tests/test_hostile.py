@@ -283,8 +283,8 @@ YAMLISH = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    "granularity num_samples max_seq_length seed balance inputs objective label_samples steps ridge tolerance lambda "
-    "compute_dtype alphas dataset weight".split()
+    "granularity num_samples max_seq_length seed balance inputs objective label_samples steps fresh_rows ridge "
+    "tolerance lambda compute_dtype alphas dataset weight".split()
 )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_slta.joint import RIDGES
-from mergekit_slta.newton import solve_step
+from mergekit_slta.newton import FADING, moved_to, solve_step
 
 
 def make(seed: int, rows: int, draws: int, experts: int, submodules: int) -> dict:
@@ -30,10 +30,13 @@ def make(seed: int, rows: int, draws: int, experts: int, submodules: int) -> dic
 
 def weights_of(case: dict, importance, balance) -> np.ndarray:
     task, base = case["row_task"].numpy(), case["divergences"][:, 0].numpy()
+    step = case.get("row_step", torch.zeros(len(task))).numpy()
     found = np.zeros(len(task))
     for number in range(task.max() + 1):
         mine = task == number
-        found[mine] = importance[number] / mine.sum() / (base[mine].mean() if balance else 1.0)
+        share = FADING ** (step.max() - step[mine])
+        scale = np.average(base[mine], weights=share) if balance else 1.0
+        found[mine] = importance[number] * share / share.sum() / scale
     return found
 
 
@@ -172,3 +175,61 @@ def test_a_quadratic_is_minimised_in_one_step():
         part[:, 0] = gradient[..., place]
     found = solve_step(**case, ridge=1e-3)
     assert np.abs(as_array(found.alpha) - optimum.T.numpy()).max() < 0.005 * float((start - optimum).abs().max())
+
+
+def with_steps(case: dict, *steps: int) -> dict:
+    """The case with each task's rows from such steps."""
+    return {**case, "row_step": torch.tensor(steps).repeat(int(case["row_task"].max()) + 1)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), steps=st.lists(st.integers(1, 4), min_size=1, max_size=6), balance=st.booleans())
+def test_rows_of_earlier_steps_fade(seed, steps, balance):
+    """The same sums, weighed; a step number that nothing has leaves its place."""
+    case = with_steps(make(seed, len(steps), 2, 2, 3), *steps)
+    found = solve_step(**case, balance=balance, ridge=0.2)
+    step, _ = reference(case, [1.0] * 2, balance, 0.2)
+    np.testing.assert_allclose(
+        as_array(found.alpha), as_array(case["point"]) + shape_of(case, step), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_the_newest_rows_choose_the_ridge_and_say_what_remains():
+    case = with_steps(make(1, 6, 2, 2, 6), 1, 1, 1, 2, 2, 2)
+    for part in case["slopes"].values():
+        part[:, 0] = part[:, 0] * 0.3 + torch.tensor([1.0, -1.0])
+    task, newest = case["row_task"].numpy(), case["row_step"].numpy() == 2
+    row_weight = weights_of(case, [1.0] * 2, True)
+    changes = {}
+    for ridge in RIDGES:
+        parts = [reference(case, [1.0] * 2, True, ridge, left_out=row)[1][row] for row in range(12)]
+        changes[ridge] = np.array(parts)[newest]
+    best = min(changes, key=lambda ridge: changes[ridge].sum())
+    error = np.sqrt(sum(3 * changes[best][task[newest] == a].var(ddof=1) for a in (0, 1)))
+    expected = max(ridge for ridge, parts in changes.items() if parts.sum() <= changes[best].sum() + error)
+    found = solve_step(**case)
+    assert found.ridge == expected
+    before, now = (case["divergences"].numpy() * row_weight[:, None])[newest].sum(0)
+    assert found.residual == pytest.approx(max(0, now + changes[expected].sum()) / before, rel=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), draws=st.integers(1, 3), experts=st.integers(1, 3), submodules=st.integers(1, 4))
+def test_a_form_is_the_same_from_another_point(seed, draws, experts, submodules):
+    case = make(seed, 2, draws, experts, submodules)
+    generator = torch.Generator().manual_seed(seed + 1)
+    other, somewhere = (
+        {name: torch.randn(experts, generator=generator, dtype=torch.float64) for name in case["point"]} for _ in "ab"
+    )
+    slopes, divergences = moved_to(other, case["slopes"], case["point"], case["divergences"])
+
+    def form(point, slopes, divergences):
+        way = np.concatenate([(somewhere[name] - point[name]).numpy() for name in point])
+        whole = np.concatenate([part.numpy() for part in slopes.values()], axis=-1)  # [R, 1 + S, K]
+        along = whole @ way
+        return divergences[:, 1].numpy() + along[:, 0] + (along[:, 1:] ** 2).mean(1) / 2
+
+    np.testing.assert_allclose(
+        form(other, slopes, divergences), form(case["point"], case["slopes"], case["divergences"]), rtol=1e-9, atol=1e-9
+    )
+    assert torch.equal(divergences[:, 0], case["divergences"][:, 0])

@@ -161,11 +161,16 @@ def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F
     assert all(torch.equal(again.point[key], found.point[key]) for key in found.point)
 
 
-@pytest.mark.parametrize(("earlier", "left", "said"), [(0.2, 0.3, True), (0.3, 0.2, False)])
-def test_a_step_that_leads_away_is_said(caplog, earlier, left, said):
-    """Divergences at two points, as shares of the base's."""
+@pytest.mark.parametrize(
+    ("earlier", "left", "row_step", "said"),
+    [(0.2, 0.3, None, True), (0.3, 0.2, None, False), (0.2, 0.3, [1, 2], True), (0.2, 0.22, [1, 2], False)],
+)
+def test_a_step_that_leads_away_is_said(caplog, earlier, left, row_step, said):
+    """Divergences at two points, as shares of the base's; of other rows, a little more is put down to these."""
     row_task = torch.zeros(2, dtype=torch.int64)
-    before = Statistics(row_task, 1, form="step", divergences=torch.tensor([[1.0, earlier], [1.0, earlier]]))
+    older = earlier if row_step is None else 0.9
+    before = Statistics(row_task, 1, form="step", divergences=torch.tensor([[1.0, older], [1.0, earlier]]))
+    before.row_step = None if row_step is None else torch.tensor(row_step)
     with caplog.at_level(logging.WARNING):
         _Passes._say(None, 2, before, torch.tensor([[1.0, left], [1.0, left]]))
     assert ("step 1 has led away from the experts: 20.0%" in caplog.text) == said
@@ -244,6 +249,8 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
         lambda found: setattr(found, "divergences", found.divergences[:, :1]),
         lambda found: setattr(found, "form", "slope"),
         lambda found: found.grams.update({key: part[:, :1] for key, part in found.grams.items()}),
+        lambda found: setattr(found, "row_step", torch.ones(len(found.row_task))),
+        lambda found: setattr(found, "row_step", torch.ones(len(found.row_task) - 1, dtype=torch.int64)),
     ],
 )
 def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F811
@@ -319,3 +326,62 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
     told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
     torch.testing.assert_close(found.divergences[old][:, 1], told)
+
+
+@pytest.mark.parametrize("stop", range(12))
+def test_steps_with_rows_of_their_own_go_on_where_they_were_stopped(specimen, tmp_path, stop):  # noqa: F811
+    job = fresh(specimen("qwen3"), 2)
+    whole = gather_statistics(job)
+    folder = tmp_path / ".partial"
+    stop_after(job, folder, stop)
+    with Records(folder, "same") as records:
+        records.open()
+        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base of each step's rows
+        found = gather_statistics(job, records)
+    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
+    assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
+    assert torch.equal(found.divergences, whole.divergences)
+    assert torch.equal(found.row_step, whole.row_step)
+    assert not list(folder.glob("*streams"))
+
+
+def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
+    """By the stock command; the file lists every row, and the statistics hold them with their steps."""
+    recipe = tiny.recipe_with_answers(objective="joint", fresh_rows=True, steps=3, num_samples=2)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    alphas = assert_applied(tiny, tmp_path / "out")
+    assert alphas.calibration["fresh_rows"] is True
+    assert [len(task["rows"]) for task in alphas.calibration["tasks"]] == [6, 6, 6]
+    statistics = Statistics.load(tmp_path / "out" / "slta_stats.safetensors")
+    assert statistics.row_step.tolist() == [1, 1, 2, 2, 3, 3] * 3
+    assert slta("solve", tmp_path / "out" / "slta_stats.safetensors", "-o", tmp_path / "same.json").exit_code == 0
+    assert Alphas.load(tmp_path / "same.json").submodules == alphas.submodules
+
+
+def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, caplog):  # noqa: F811
+    """A dataset's rows in as many parts as there are steps; fewer rows than steps are refused."""
+    from mergekit_slta.errors import DataError
+
+    models = specimen("qwen3")
+    every = job_of(models, num_samples=1000)
+    count = len(every.rows[0].rows)
+    with caplog.at_level(logging.WARNING):
+        job = job_of(models, objective="joint", fresh_rows=True, steps=3, num_samples=count)
+    assert f"fewer than num_samples = {count} for each of 3 steps: using all" in caplog.text
+    sizes = [sum(example.task == 0 for example in examples_of(job, group)) for group in range(3)]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
+        job_of(models, objective="joint", fresh_rows=True, steps=count + 1)
+
+
+def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
+    """As many passes as without, but each row in one step alone: forward through base and expert, and there."""
+    models = specimen("qwen3")
+    job = fresh(models, 3)
+    costs = estimate(job)
+    tokens = [sum(len(example.ids) for example in examples_of(job, group)) for group in range(3)]
+    once = estimate(job_of(models, objective="joint", steps=0, label_samples=1, num_samples=9))
+    expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
+    assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))

@@ -27,8 +27,8 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.settings.model_dump() == {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 2, "ridge": 0.0, "tolerance": 0.0,
-        "compute_dtype": "float32", "alphas": None,
+        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 2, "fresh_rows": False, "ridge": 0.0,
+        "tolerance": 0.0, "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
@@ -105,6 +105,7 @@ REFUSALS = [
     ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 2.*0.001 or more"),
     ({}, {"objective": "joint", "steps": -1}, r"`steps`.*-1"),
     ({}, {"steps": 1.5}, r"`steps`.*valid integer"),
+    ({}, {"fresh_rows": "often"}, r"`fresh_rows`.*valid boolean"),
     ({}, {"ridge": -0.1}, r"`ridge`.*greater than or equal to 0"),
     ({}, {"ridge": float("nan")}, r"`ridge`.*finite"),
     ({}, {"compute_dtype": "int8"}, r"`compute_dtype`.*'int8'"),
