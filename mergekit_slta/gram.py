@@ -4,7 +4,8 @@ Scope: accumulate them, save and load them. What is made of them is `solve.py`, 
 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
     slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
-    step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model
+    step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model; of rows that
+           an earlier step brought, moved there (see `newton.moved_to`)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The passes behind the gradient objectives: at every expert, then, under `joint`, at what has been merged so far.
 
 Scope: which passes there are, and what each begins with; one pass is `gradients.py`'s, one solve `assembly.py`'s. Only
-the last pass's slopes are kept as the statistics: those before it are what its point was solved from.
+the last pass's slopes are kept as the statistics: those before it are what its point was solved from. Where every step
+has rows of its own, they stay, moved to the last point, since they are of other rows.
 """
 
 from __future__ import annotations

@@ -407,21 +407,27 @@ def check(bench: Bench) -> dict[str, Any]:
     """What `mergekit-slta check` predicts against what is measured."""
     made = bench.workload(bench.small_shape)
     few = min(5, bench.num_rows)
-    jobs = {"attn_mlp": bench.num_rows, "layer": few, "head_mlp": few, "linear": few, "model": few}
-    recipes = {name: made.recipe(num_samples=rows, granularity=name) for name, rows in jobs.items()}
+    jobs: dict[str, dict[str, Any]] = {"attn_mlp": {"num_samples": bench.num_rows}}
+    jobs |= {name: {"granularity": name, "num_samples": few} for name in ("layer", "head_mlp", "linear", "model")}
+    gradients: dict[str, dict[str, Any]] = {
+        "fisher": {}, "joint, steps 0": {"steps": 0}, "joint": {}, "joint, fresh rows": {"fresh_rows": True},
+    }  # fmt: skip
+    for name, settings in gradients.items():
+        jobs[name] = {"objective": name.partition(",")[0], "num_samples": few, **settings}
     lines = []
-    for name, recipe in recipes.items():
-        bench.log(f"granularity {name}: counted")
+    for name, settings in jobs.items():
+        recipe = made.recipe(**settings)
+        bench.log(f"{name}: counted")
         counted = bench.run("count", recipe=recipe)["values"]
-        bench.log(f"granularity {name}: measured")
+        bench.log(f"{name}: measured")
         run = bench.run("calibrate", recipe=recipe)
         predicted = run["values"]
         products = counted["flops"].get("float32", 0.0)
         peak = above_imports(run["phases"]["work"])
         lines.append(
             {
-                "granularity": name,
-                "num_rows": jobs[name] * NUM_EXPERTS,
+                "job": name,
+                "num_rows": predicted["num_rows"],
                 "num_tokens": predicted["num_tokens"],
                 "predicted_flops": predicted["predicted_flops"],
                 "counted_flops": counted["flops"],

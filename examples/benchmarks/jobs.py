@@ -54,6 +54,7 @@ def calibrate(clock: Clock, recipe: dict[str, Any], save: str | None = None) -> 
         alphas.save(save)
     costs = estimate(job)
     return {
+        "num_rows": sum(len(drawn.rows) for drawn in job.rows if drawn is not None),
         "num_tokens": job.num_tokens, "predicted_flops": costs.flops, "predicted_read_bytes": costs.read_bytes,
         "predicted_peak_bytes": costs.peak_bytes,
     }  # fmt: skip

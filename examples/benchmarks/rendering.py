@@ -166,7 +166,7 @@ def check(found: Mapping[str, Any]) -> str:
               "predicted: TFLOP", "read: MiB", "peak: MiB", "measured peak: MiB"]  # fmt: skip
     rows = [
         [
-            line["granularity"], f"{line['num_rows']}, {line['num_tokens']}", f"{line['flops_ratio']:.2f}",
+            line["job"], f"{line['num_rows']}, {line['num_tokens']}", f"{line['flops_ratio']:.2f}",
             f"{line['read_ratio']:.2f}", f"{line['distinct_ratio']:.2f}", f"{line['peak_ratio']:.2f}",
             f"{line['predicted_flops'] / 1e12:.3g}", _mib(line["predicted_read_bytes"]),
             _mib(line["predicted_peak_bytes"]), _mib(line["peak_above_imports"]),
