@@ -21,6 +21,9 @@ SETS: tuple[tuple[str, ...], ...] = (ALL, TRIPLE, *PAIRS, FOUR)
 Settings = dict[str, Any]
 
 OURS = "submodule_linear"
+CLOSED_FORMS = ("RegMean", "RegMean++", "LOT merging")
+FRESH_STEPS = 6
+"""Steps of the joint objective where each has rows of its own: so many times the rows of a calibration are seen."""
 GRANULARITIES = ("layer", "attn_mlp", "head_mlp", "linear", "model")
 
 
@@ -112,11 +115,21 @@ def baselines(tasks: Sequence[str], everything: bool) -> Iterator[Candidate]:
         yield one("model stock", "model_stock", {}, {}, {})
 
 
-def closed_forms(tasks: Sequence[str], seed: int, rows: int) -> Iterator[Candidate]:
-    """RegMean, RegMean++ and LOT merging, as their papers recommend them, on the rows of a calibration."""
-    for method in ("RegMean", "RegMean++", "LOT merging"):
+def closed_forms(
+    tasks: Sequence[str], seed: int, rows: int, methods: Sequence[str] = CLOSED_FORMS, **shown: Any
+) -> Iterator[Candidate]:
+    """RegMean, RegMean++ and LOT merging, as their papers recommend them, on the rows of a calibration.
+
+    Args:
+        tasks: the experts.
+        seed: of the calibration.
+        rows: its rows per task.
+        methods: which of them.
+        shown: what a table says of them.
+    """
+    for method in methods:
         own = {"closed_form": method, "tasks": list(tasks), "seed": seed, "num_samples": rows}
-        yield Candidate(tuple(tasks), method, {}, own, seed)
+        yield Candidate(tuple(tasks), method, shown, own, seed)
 
 
 def calibration_recipe(tasks: Sequence[str], seed: int, rows: int, **shared: Any) -> dict[str, Any]:

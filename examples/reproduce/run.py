@@ -18,6 +18,7 @@ from merging import add_answers, calibrate, evaluate_references, read_results, r
 from methods import (
     ALL,
     FOUR,
+    FRESH_STEPS,
     OURS,
     SETS,
     TRIPLE,
@@ -146,6 +147,8 @@ def run_all(run: Run) -> None:
     for seed in seeds:
         for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
             run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
+    rows = FRESH_STEPS * run.sizes.calibration_rows  # as many as ours see where every step has rows of its own
+    run.score([*closed_forms(ALL, first, rows, ["RegMean++"], rows_per_task=rows)])
     for seed in seeds[1:2]:
         blocks(run, seed)
     levels(run, first)
@@ -168,7 +171,7 @@ def blocks(run: Run, seed: int) -> None:
     every set has to be calibrated for, of two sets, and with more steps and a weight for every matrix."""
     run.score([*at_merged(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*at_merged(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
-    run.score([*at_merged(run, seed, (ALL,), "linear", objective="joint", steps=6, fresh_rows=True)])
+    run.score([*at_merged(run, seed, (ALL,), "linear", objective="joint", steps=FRESH_STEPS, fresh_rows=True)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
