@@ -85,9 +85,9 @@ def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
         passes.progress = progress
         statistics = passes.at_experts()
         for number in range(1, steps + 1):
+            if number > 1 and groups > 1:
+                passes.take_rows(number - 1)
             if number == 1 or groups > 1:
-                if number > 1:
-                    passes.take_rows(number - 1)
                 base = passes.at_base()
             statistics = passes.at_merged(number, statistics, base)
     return statistics
@@ -150,7 +150,7 @@ class _Passes:
             self._forget(f"{self._mark}experts-")
         elif self._mine:
             self.progress.announce("experts")
-            with self._tape(f"{self._mark}experts-", self._job.skeleton.num_layers + 1, 0) as tape:
+            with self._tape(f"{self._mark}experts-", 2, 0) as tape:
                 backward = self._backward(tape, self._job.recipe.settings.seed)
                 backward.forward()
                 self._teach(backward)
