@@ -44,7 +44,11 @@ def alphas_of(path: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize(
     ("count", "settings"),
-    [(2, {"granularity": "attn_mlp"}), (3, {"granularity": "layer", "inputs": "merged"})],
+    [
+        (2, {"granularity": "attn_mlp"}),
+        (3, {"granularity": "layer", "inputs": "merged"}),
+        (2, {"objective": "joint", "steps": 2, "fresh_rows": True}),
+    ],
 )
 def test_processes_equal_one(make_models, tmp_path, count, settings):
     """To 1e-10, at one thread each; only the first process writes and speaks."""
