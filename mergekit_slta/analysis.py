@@ -40,7 +40,9 @@ _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _LEVELS = ("layer", "head_mlp", "model")
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
 """From the outside in: the order of the table and of the figures."""
-_NOT_OURS = ("granularity", "inputs", "objective", "label_samples", "steps", "num_samples", "alphas", *SOLVE_ONLY)
+_NOT_OURS = (
+    "granularity", "inputs", "objective", "label_samples", "steps", "fresh_rows", "num_samples", "alphas", *SOLVE_ONLY,
+)  # fmt: skip
 """Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
 
 
@@ -52,7 +54,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     Args:
         job: the recipe, prepared.
         path: the linearity file; checked by `check_linearity_target`.
-        num_rows: of each task, in the order in which they were drawn; all of them by default.
+        num_rows: of each task, in the order in which they were drawn; `num_samples` of them by default.
 
     Returns:
         The measures, and whether they were there already.
@@ -117,7 +119,7 @@ def _rows(job: Job, num_rows: int | None) -> _Rows:
     by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
     tokens, task, numbers = [], [], []
     for index, model in enumerate(job.plan.models[1:]):
-        drawn = by_model[model].rows[:num_rows]  # type: ignore[union-attr] - check_rows
+        drawn = by_model[model].rows[: num_rows or job.recipe.settings.num_samples]  # type: ignore[union-attr] - check_rows
         tokens += [row.ids for row in drawn]
         task += [index] * len(drawn)
         numbers.append([row.number for row in drawn])

@@ -104,7 +104,9 @@ def solve(
     click.echo(describe_alphas(alphas))
     used = alphas.calibration
     click.echo(
-        f"Solved with ridge {describe_ridge(used)}; balance {used['balance']}, {used['num_samples']} rows", err=True
+        f"Solved with ridge {describe_ridge(used)}; balance {used['balance']}, {used['num_samples']} rows"
+        + " for each step" * bool(used.get("fresh_rows")),
+        err=True,
     )
     click.echo(f"Written: {show(path)}", err=True)
     if beside_model:

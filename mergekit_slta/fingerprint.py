@@ -85,6 +85,8 @@ def identity(
     for key in GRADIENT_KEYS["joint"]:
         if key not in recipe.settings.gradient_keys:
             record.pop(key, None)
+    if recipe.settings.row_groups == 1:  # says nothing then
+        record.pop("fresh_rows", None)
     record["dtype"] = str(recipe.config.dtype)
     tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
     record["tokenizer"] = str(tokenizer)

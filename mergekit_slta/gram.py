@@ -182,7 +182,7 @@ def _fits(statistics: Statistics) -> bool:
     row_step = statistics.row_step
     if statistics.form != "step":
         return not point and divergences is None and row_step is None
-    if row_step is not None and (row_step.dtype != torch.int64 or row_step.shape != statistics.row_task.shape):
+    if row_step is not None and not _is_row_step(row_step, statistics.row_task):
         return False
     parts = [*point.values(), *([] if divergences is None else [divergences])]
     return (
@@ -192,6 +192,16 @@ def _fits(statistics: Statistics) -> bool:
         and all(part.shape == (statistics.num_models,) for part in point.values())
         and divergences.shape == (len(statistics.row_task), 2)
         and all(gram.shape[1] > 1 for gram in statistics.grams.values())
+    )
+
+
+def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
+    """Whether it could be: every step, from 1, brings a row of each task."""
+    return (
+        row_step.dtype == torch.int64
+        and row_step.shape == row_task.shape
+        and bool(((row_step >= 1) & (row_step <= len(row_task))).all())
+        and len(row_step) > 0
     )
 
 

@@ -17,9 +17,10 @@ best (the one-standard-error rule of Breiman et al., 1984): the prediction trust
 the point only. For the same reason, and because there are directions in which no row says anything, rho is at least
 `SMALLEST_RIDGE`. A task whose expert is the base has c_a 0, and is weighed by the mean of the others'.
 
-Where every step has rows of its own, the quadratic forms of earlier steps' rows stay in the sum: `moved_to` writes them
-down at the new point, and each step takes a part of their weight (`FADING`), since a form is worth less the farther its
-is. rho is chosen, and what remains is measured, by the newest rows alone: no step has fitted them.
+Where every step has rows of its own, the quadratic forms of earlier steps' rows stay in the sum (and D_x(0) in c_a):
+`moved_to` writes them down at the new point, and each step takes a part of their weight (`FADING`), since a form is
+worth less the farther away its own point is; below `FADED` they are dropped. rho is chosen, and what remains is
+measured, by the newest rows alone: no step has fitted them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from mergekit_slta.joint import RIDGES, JointSolution, condition_and_rank, named
 SMALLEST_RIDGE = RIDGES[0]
 FADING = 0.7
 """What a step leaves of the weight of the rows before it."""
+FADED = 0.01
+"""Rows that weigh less than this share of a new one are left out."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class _System:
     Attributes:
         z: [N, K] draws' gradients, scaled so that z^T z is the objective's matrix.
         slopes: [R, K] gradients of the divergences, scaled so that their sum is the objective's gradient.
+        weight: [R] the factor that scaled them.
         zz, zs, ss: products of the two with each other.
         groups: [R, S] places of the rows' draws in z.
         task: [R].
@@ -53,6 +57,7 @@ class _System:
 
     z: Tensor
     slopes: Tensor
+    weight: Tensor
     zz: Tensor
     zs: Tensor
     ss: Tensor
@@ -104,14 +109,21 @@ def solve_step(
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, T, M]
-    num_models = whole.shape[2]
+    num_models, every_task = whole.shape[2], row_task
+    age = torch.zeros_like(row_task) if row_step is None else row_step.max() - row_step
+    share = FADING ** age.double()
+    whole, row_task, divergences, age, share = (
+        part[share >= FADED] for part in (whole, row_task, divergences, age, share)
+    )
     changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
     start = torch.stack([point[name] for name in names], dim=-1) * changed  # [T, M]
-    age = torch.zeros_like(row_task) if row_step is None else row_step.max() - row_step
-    weight = _row_weights(row_task, divergences, importance, balance, num_models, FADING ** age.double())
+    weight = _row_weights(row_task, divergences, importance, balance, num_models, share)
+    newest = (age == 0) & (weight > 0)
+    if not newest.any():  # none of them has an answer
+        newest = weight > 0
     solution, error = start.clone(), torch.zeros_like(start)
     condition, rank, change = 1.0, 0, 0.0
-    system = _system(whole, row_task, weight, changed, age == 0)
+    system = _system(whole, row_task, weight, changed, newest)
     if system.unit > 0:
         if ridge is None:
             ridge = _choose(system)
@@ -124,7 +136,7 @@ def solve_step(
     before, now = (divergences * weight[:, None])[system.newest].sum(0).tolist()
     residual = max(0.0, now + change) / before if before > 0 else 0.0
     ridge = 0.0 if ridge is None else ridge
-    return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
+    return named_solution(names, every_task, changed, solution, error, ridge, condition, rank, residual)
 
 
 def moved_to(
@@ -164,7 +176,7 @@ def _row_weights(
     given = torch.ones(num_models, dtype=torch.float64)
     if importance is not None:
         given = torch.as_tensor(list(importance), dtype=torch.float64)
-    used = (divergences > 0).any(1)
+    used = (divergences != 0).any(1)
     share = share * used
     total = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, share)
     share = share / total.where(total > 0, torch.ones_like(total))[row_task]
@@ -183,7 +195,7 @@ def _system(whole: Tensor, row_task: Tensor, weight: Tensor, changed: Tensor, ne
     slopes = flat[:, 0] * weight[:, None]
     unit = float(z.square().sum() / max(1, z.shape[1]))
     places = torch.arange(num_rows * draws).view(num_rows, draws)
-    return _System(z, slopes, z @ z.T, z @ slopes.T, slopes @ slopes.T, places, row_task, newest, unit)
+    return _System(z, slopes, weight, z @ z.T, z @ slopes.T, slopes @ slopes.T, places, row_task, newest, unit)
 
 
 def _step(system: _System, coefficients: Tensor, rows: Tensor, shift: float) -> Tensor:
@@ -233,7 +245,10 @@ def _standard_error(parts: Tensor, task: Tensor) -> float:
 
 
 def _jackknife(system: _System, left: _LeftOut, step: Tensor, shift: float) -> Tensor:
-    """[K] delete-one standard errors, rows stratified by task; d and c_a stay as they are."""
+    """[K] delete-one standard errors, rows stratified by task; d, c_a and the other rows' weights stay as they are.
+
+    A row that is left out takes its weight along: of all moves of a task's rows, that part is taken away from each.
+    """
     rows = torch.ones(len(system.task), dtype=torch.float64)
     variance = torch.zeros(system.z.shape[1], dtype=torch.float64)
     for number in torch.unique(system.task).tolist():
@@ -246,5 +261,6 @@ def _jackknife(system: _System, left: _LeftOut, step: Tensor, shift: float) -> T
             kept[row] = 0
             moves.append(_step(system, left.coefficients[:, row], kept, shift) - step)
         moved = torch.stack(moves)
-        variance += (len(mine) - 1) / len(mine) * (moved - moved.mean(0)).square().sum(0)
+        part = system.weight[mine] / system.weight[mine].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        variance += (len(mine) - 1) / len(mine) * (moved - part[:, None] * moved.sum(0)).square().sum(0)
     return variance.sqrt()

@@ -236,6 +236,8 @@ class _Passes:
         if before.divergences is None:
             return
         of_others = before.row_step is not None
+        if of_others and number == 2:  # the first rows are those that the solve at the experts has fitted
+            return
         seen = before.divergences[before.row_step == before.row_step.max()] if of_others else before.divergences
         earlier = (seen[:, 1].sum() / seen[:, 0].sum()).item()
         if left > earlier * (_OTHER_ROWS if of_others else 1):

@@ -106,9 +106,11 @@ def solve_again(
         "balance": recorded["balance"] if balance is None else balance,
     }
     changed = [key for key, value in chosen.items() if value != recorded[key]]
-    if rows is not None:
+    calibration = layout["calibration"]
+    if rows is not None and rows != calibration.get("num_samples"):
         fewer = first_rows_layout(layout, rows)
-        changed += ["num_samples"] * (_row_counts(fewer) != _row_counts(layout))
+        other = _row_counts(fewer) != _row_counts(layout) or calibration.get("fresh_rows")
+        changed += ["num_samples"] * bool(other)
         layout, statistics = fewer, first_rows(statistics, rows)
     _refuse_merged_inputs(layout, changed)
     try:

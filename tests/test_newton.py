@@ -233,3 +233,63 @@ def test_a_form_is_the_same_from_another_point(seed, draws, experts, submodules)
         form(other, slopes, divergences), form(case["point"], case["slopes"], case["divergences"]), rtol=1e-9, atol=1e-9
     )
     assert torch.equal(divergences[:, 0], case["divergences"][:, 0])
+
+
+def test_standard_errors_of_rows_that_fade():
+    """Those of really solving without each row; none where the rows of a task are all the same."""
+    case = with_steps(make(5, 4, 2, 3, 4), 1, 2, 2, 3)
+    found = solve_step(**case, ridge=0.3)
+    full, _ = reference(case, [1.0] * 3, True, 0.3)
+    moves = np.stack([reference(case, [1.0] * 3, True, 0.3, left_out=row)[0] - full for row in range(12)])
+    row_weight, variance = weights_of(case, [1.0] * 3, True), np.zeros_like(full)
+    for task in range(3):
+        mine = case["row_task"].numpy() == task
+        part = row_weight[mine] / row_weight[mine].sum()
+        variance += 3 / 4 * ((moves[mine] - part[:, None] * moves[mine].sum(0)) ** 2).sum(0)
+    np.testing.assert_allclose(as_array(found.stderr), shape_of(case, np.sqrt(variance)), rtol=1e-8)
+
+    alike = with_steps(make(7, 6, 2, 2, 3), 1, 1, 2, 2, 3, 3)
+    for part in (*alike["slopes"].values(), alike["divergences"]):
+        part[1:6], part[7:] = part[0], part[6]
+    errors = as_array(solve_step(**alike, ridge=0.5).stderr)
+    moved = as_array(solve_step(**alike, ridge=0.5).alpha) - as_array(alike["point"])
+    assert errors.max() < 0.02 * np.abs(moved).max()  # the moves are linear in a weight to first order
+
+
+def test_rows_that_have_faded_are_left_out():
+    case = with_steps(make(8, 4, 2, 2, 3), 1, 14, 14, 14)
+    newer = case["row_step"] == 14
+    fewer = {
+        "slopes": {name: part[newer] for name, part in case["slopes"].items()},
+        "row_task": case["row_task"][newer],
+        "point": case["point"],
+        "divergences": case["divergences"][newer],
+    }
+    one, other = solve_step(**case, ridge=0.1), solve_step(**fewer, ridge=0.1)
+    np.testing.assert_allclose(as_array(one.alpha), as_array(other.alpha), rtol=1e-12)
+
+
+def test_where_no_new_row_has_an_answer_the_others_are_asked():
+    case = with_steps(make(9, 4, 2, 2, 3), 1, 1, 2, 2)
+    newest = case["row_step"] == 2
+    for part in (*case["slopes"].values(), case["divergences"]):
+        part[newest] = 0
+    found = solve_step(**case)
+    older = {
+        "slopes": {name: part[~newest] for name, part in case["slopes"].items()},
+        "row_task": case["row_task"][~newest],
+        "point": case["point"],
+        "divergences": case["divergences"][~newest],
+    }
+    assert found.ridge == solve_step(**older).ridge
+    assert found.residual == pytest.approx(solve_step(**older).residual)
+
+
+def test_a_negative_divergence_is_an_answer():
+    """Moved to another point a form may say so, of an expert that is the base."""
+    case = make(10, 3, 2, 2, 3)
+    case["divergences"][0] = torch.tensor([0.0, -0.1])
+    counted = {**case, "divergences": case["divergences"].clone()}
+    counted["divergences"][0, 1] = 0.1
+    one, other = solve_step(**case, ridge=0.1), solve_step(**counted, ridge=0.1)
+    assert torch.equal(one.alpha["part0"], other.alpha["part0"])

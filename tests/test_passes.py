@@ -21,6 +21,7 @@ from mergekit_slta.distributed import ALONE
 from mergekit_slta.gram import Statistics
 from mergekit_slta.passes import _Passes, examples_of, gather_slopes
 from mergekit_slta.records import Records
+from mergekit_slta.scores import Linearity
 
 
 def merged_model(models, job, point) -> torch.nn.Module:
@@ -163,17 +164,25 @@ def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F
 
 @pytest.mark.parametrize(
     ("earlier", "left", "row_step", "said"),
-    [(0.2, 0.3, None, True), (0.3, 0.2, None, False), (0.2, 0.3, [1, 2], True), (0.2, 0.22, [1, 2], False)],
+    [
+        (0.2, 0.3, None, True),
+        (0.3, 0.2, None, False),
+        (0.2, 0.3, [1, 2], True),
+        (0.2, 0.22, [1, 2], False),
+        (0.2, 0.9, [1, 1], False),
+    ],
 )
 def test_a_step_that_leads_away_is_said(caplog, earlier, left, row_step, said):
-    """Divergences at two points, as shares of the base's; of other rows, a little more is put down to these."""
+    """Divergences at two points, as shares of the base's; of other rows, a little more is put down to these, and
+    nothing is said where the first were fitted already."""
     row_task = torch.zeros(2, dtype=torch.int64)
     older = earlier if row_step is None else 0.9
     before = Statistics(row_task, 1, form="step", divergences=torch.tensor([[1.0, older], [1.0, earlier]]))
     before.row_step = None if row_step is None else torch.tensor(row_step)
     with caplog.at_level(logging.WARNING):
-        _Passes._say(None, 2, before, torch.tensor([[1.0, left], [1.0, left]]))
-    assert ("step 1 has led away from the experts: 20.0%" in caplog.text) == said
+        number = 2 if row_step is None else 1 + max(row_step)
+        _Passes._say(None, number, before, torch.tensor([[1.0, left], [1.0, left]]))
+    assert (f"step {number - 1} has led away from the experts: 20.0%" in caplog.text) == said
 
 
 def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
@@ -251,6 +260,8 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
         lambda found: found.grams.update({key: part[:, :1] for key, part in found.grams.items()}),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task))),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task) - 1, dtype=torch.int64)),
+        lambda found: setattr(found, "row_step", torch.zeros_like(found.row_task)),
+        lambda found: setattr(found, "row_step", torch.ones_like(found.row_task) * 2**62),
     ],
 )
 def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F811
@@ -355,8 +366,19 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     assert [len(task["rows"]) for task in alphas.calibration["tasks"]] == [6, 6, 6]
     statistics = Statistics.load(tmp_path / "out" / "slta_stats.safetensors")
     assert statistics.row_step.tolist() == [1, 1, 2, 2, 3, 3] * 3
-    assert slta("solve", tmp_path / "out" / "slta_stats.safetensors", "-o", tmp_path / "same.json").exit_code == 0
-    assert Alphas.load(tmp_path / "same.json").submodules == alphas.submodules
+    stats = tmp_path / "out" / "slta_stats.safetensors"
+    for option in ((), ("--rows", "2")):
+        result = slta("solve", stats, *option, "-o", tmp_path / "same.json")
+        assert result.exit_code == 0, result.output
+        assert Alphas.load(tmp_path / "same.json").submodules == alphas.submodules
+        assert "2 rows for each step" in result.output
+    for rows in ("1", "6"):
+        result = slta("solve", stats, "--rows", rows, "-o", tmp_path / "other.json")
+        assert result.exit_code == 2
+        assert "with `steps: 3` the gradients themselves depend on `num_samples`" in result.output
+    result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]
 
 
 def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, caplog):  # noqa: F811
@@ -374,6 +396,13 @@ def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, ca
     assert max(sizes) - min(sizes) <= 1
     with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
         job_of(models, objective="joint", fresh_rows=True, steps=count + 1)
+
+
+def test_where_there_is_one_step_rows_of_its_own_say_nothing(specimen):  # noqa: F811
+    models = specimen("qwen3")
+    labels = [job_of(models, objective="joint", steps=1, fresh_rows=fresh).identity for fresh in (False, True)]
+    assert labels[0] == labels[1]
+    assert fresh(models, 2).identity["fresh_rows"] == "True"
 
 
 def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
