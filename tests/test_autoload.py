@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,17 +30,14 @@ def test_start_of_python_imports_nothing_heavy():
         assert heavy not in result.stdout.replace("mergekit_slta", "")
 
 
-def test_autoload_is_below_two_milliseconds():
-    """`-X importtime` charges the package and its hook less than 2 ms together (best of five: machines are noisy)."""
-    best = min(_import_microseconds() for _ in range(5))
-    assert best < 2000
-
-
-def _import_microseconds() -> int:
-    result = python("pass", "-X", "importtime")
-    own = re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(mergekit_slta\S*)", result.stderr)
-    assert {name for _, name in own} == {"mergekit_slta", "mergekit_slta._autoload"}
-    return sum(int(microseconds) for microseconds, _ in own)
+def test_the_hook_loads_no_module_but_its_own():
+    """What it costs in time is for the benchmark `startup`, and for what `.ci/run` prints; this is why it is little."""
+    result = python(
+        f"import os, sys; sys.path.insert(0, {str(PACKAGE)!r}); before = set(sys.modules); "
+        "import mergekit_slta._autoload; print(sorted(set(sys.modules) - before))",
+        "-S",
+    )
+    assert result.stdout.strip() == "['mergekit_slta', 'mergekit_slta._autoload']", result.stderr
 
 
 KNOWN = "from mergekit import merge_methods; print([m.spec.name for m in merge_methods.registered_methods()])"
