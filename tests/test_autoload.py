@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,40 @@ def test_stock_mergekit_knows_the_method():
         result = python(code)
         assert result.stdout.count("'submodule_linear'") == 1, result.stderr
         assert "mergekit-slta" not in result.stderr
+
+
+def test_isolated_interpreters_and_spawned_workers_know_it(tmp_path):
+    """Spawned processes, as Ray's workers are, and `python -I`: interpreters of their own that read .pth files."""
+    assert python(KNOWN, "-I").stdout.count("'submodule_linear'") == 1
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "def known():\n"
+        "    from mergekit import merge_methods\n"
+        "    return [method.spec.name for method in merge_methods.registered_methods()]\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(known).count('submodule_linear'))\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.stdout.strip() == "1", result.stderr
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_where_no_pth_is_read_an_import_does_it(tmp_path, zipped):
+    """Without `site`, or from an archive: importing the package, before mergekit or behind it, is enough."""
+    where = PACKAGE
+    if zipped:
+        where = tmp_path / "package.zip"
+        with zipfile.ZipFile(where, "w") as archive:
+            for path in (PACKAGE / "mergekit_slta").rglob("*.py"):
+                archive.write(path, path.relative_to(PACKAGE))
+    libraries = [path for path in sys.path if path.endswith("-packages")]
+    paths = f"import sys; sys.path[:0] = {[str(where), *libraries]!r}; "
+    assert "'submodule_linear'" not in python(paths + KNOWN, "-S").stdout
+    for code in ("import mergekit_slta; " + KNOWN, "import mergekit.merge_methods, mergekit_slta; " + KNOWN):
+        result = python(paths + code, "-S")
+        assert result.stdout.count("'submodule_linear'") == 1, result.stderr
 
 
 def test_run_merge_is_wrapped_by_every_door():
