@@ -122,8 +122,11 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
     wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
     in_layer = (models + 1 + (steps > 0)) * max(layers.values(), default=0) * item
     in_layer += longest * (6 * wide + 12 * width) * item
-    in_head = sizes[head] * item * ((_copies(job, head) > 0) + (steps > 0)) + 4 * LOGITS * item
-    largest = max(largest, LOGITS * item)
+    slopes = draws + (steps > 0)
+    logits = min(LOGITS, longest * sizes[head] // width) * item  # of a row, or of a part of it
+    in_head = sizes[head] * item * ((_copies(job, head) > 0) + (steps > 0))
+    in_head += (5 + 2 * slopes + 2 * (steps > 0)) * logits  # the teacher's beside the model's own; gradients twice
+    largest = max(largest, logits * slopes)
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
     scratch = tape_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
     unknowns = draws * sum(len(rows.rows) for rows in drawn)  # of a solve among rows
