@@ -153,7 +153,11 @@ class Backward:
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self) -> None:
-        """Every row through its own expert, with every layer's input kept."""
+        """Every row through the weights it is `at`, layer by layer; the tape keeps as many layers' inputs as it holds.
+
+        Raises:
+            ModelError, RunError: as in `run`.
+        """
         rows_of = self._embedding_rows()
         for row in range(len(self._examples)):  # again in a run that goes on: positions and masks are made here
             weights, ids = self._entering(rows_of, row)

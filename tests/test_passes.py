@@ -12,7 +12,7 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
-from mergekit_slta import gradients
+from mergekit_slta import costs, gradients
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.assembly import assemble, layout_of, solve_together
 from mergekit_slta.calibration import gather_statistics, solve_job
@@ -414,3 +414,17 @@ def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
     once = estimate(job_of(models, objective="joint", steps=0, label_samples=1, num_samples=9))
     expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
     assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))
+
+
+def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # noqa: F811
+    """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
+    models = specimen("qwen3")
+    jobs = [job_of(models, objective="joint", steps=0, label_samples=count) for count in (100, 300)]
+    head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
+    longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
+    monkeypatch.setattr(costs, "_SOLVE", 0)
+    few, many = (estimate(job).peak_bytes for job in jobs)
+    assert many - few == pytest.approx(200 * 2 * longest * head[0] * 4 * costs._KEPT_OTHERWISE, abs=2)
+    monkeypatch.setattr(costs, "_SOLVE", 1000)
+    draws = 300 * sum(len(rows.rows) for rows in jobs[1].rows)
+    assert estimate(jobs[1]).peak_bytes == 1000 * draws**2 * 8
