@@ -28,10 +28,13 @@ def example():
         import costs
         import gaps
         import methods
+        import repeat
         import run
         import tables
 
-        yield SimpleNamespace(claims=claims, costs=costs, gaps=gaps, methods=methods, run=run, tables=tables)
+        yield SimpleNamespace(
+            claims=claims, costs=costs, gaps=gaps, methods=methods, repeat=repeat, run=run, tables=tables
+        )
     finally:
         sys.path[:] = path
         for name in names & sys.modules.keys():
@@ -266,6 +269,34 @@ def test_what_lies_beside_the_results_is_shown(example, run, tmp_path):
     assert row_of(text, title, table_17)[-1] == "agrees"
 
 
+def test_a_repeated_run_is_held_against_the_first(example, run, tmp_path):
+    """Beside it by method, and how much of the methods' order came out again; what was not repeated is left out."""
+    methods = example.methods
+    again = references(methods.ALL)
+    for method, settings, seed, share in (
+        ("task arithmetic", {"weight": 0.6}, None, 0.57),
+        ("RegMean", {}, 42, 0.6),
+        (methods.OURS, {"granularity": "attn_mlp"}, 42, 0.5),
+    ):
+        again[method] = candidate(methods.ALL, method, settings, seed, shares(methods.ALL, *[share] * 5))
+    (tmp_path / "repeated.json").write_text(json.dumps({"settings": {}, "results": again}))
+    text = written(example, tmp_path, run)
+    title = "The main comparison with other experts"
+    assert row_of(text, title, "submodule_linear, attn_mlp")[1:] == ["61.0 ± 1.0 / 51.0 ± 1.0", "50.0 / 50.0"]
+    assert row_of(text, title, "task arithmetic")[1:] == ["55.0 / 55.0", "57.0 / 57.0"]
+    section = text.split(f"## {title}")[1].split("\n## ")[0]
+    assert "layer" not in section
+    assert (
+        "By the mean: 0 of 3 pairs of methods are in the same order both times; not task arithmetic and RegMean "
+        "(+15.0, then -3.0); task arithmetic and submodule_linear, attn_mlp (-6.0, then +7.0); RegMean and "
+        "submodule_linear, attn_mlp (-21.0, then +10.0)."
+    ) in section
+    assert "By the worst: 1 of 3 pairs" in section
+    same = {**again, "RegMean": candidate(methods.ALL, "RegMean", {}, 42, shares(methods.ALL, *[0.1] * 5))}
+    (tmp_path / "repeated.json").write_text(json.dumps({"settings": {}, "results": same}))
+    assert "2 of 3 pairs of methods are in the same order both times; not task" in written(example, tmp_path, run)
+
+
 def test_costs_measure_every_method_once_and_ours_twice(example):
     """One setting of each; the second job of ours uses the weights of the first."""
     jobs = list(example.costs.jobs(example.costs.QUICK))
@@ -301,3 +332,16 @@ def test_quick_run(example, tmp_path, monkeypatch):
     second = CliRunner().invoke(example.run.main, command, catch_exceptions=False)
     assert second.output.splitlines()[:-1] == []
     assert (tmp_path / "work" / "RESULTS.md").read_bytes() == table
+
+    arguments = [str(tmp_path / "work" / "results.json"), str(tmp_path / "again"), "--base", str(base)]
+    again = CliRunner().invoke(
+        example.repeat.main, [*arguments, "--processes", "1", "--threads", "1"], catch_exceptions=False
+    )
+    assert again.exit_code == 0, again.output
+    repeated = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert repeated["settings"]["sizes"] == {**written["settings"]["sizes"], "seed": 1}
+    ours = [each["settings"] for each in repeated["results"].values() if each.get("method") == example.methods.OURS]
+    assert sorted(map(str, ours)) == sorted(map(str, example.repeat.REPEATED))
+    grids = {each["method"] for each in written["results"].values() if "method" in each and each["seed"] is None}
+    assert grids <= {each.get("method") for each in repeated["results"].values()}
+    assert repeated["results"]["math"]["test"] != written["results"]["math"]["test"]

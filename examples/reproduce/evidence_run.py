@@ -26,6 +26,7 @@ class Run:
         linearity: what `mergekit-slta linearity` wrote; empty without.
         weights: set -> weights at the model level, in the order of its experts; of the first seed.
         costs: what `costs.py` wrote; empty without.
+        repeated: the scores of `repeat.py`, with other experts; None without.
     """
 
     evidence: Evidence
@@ -33,6 +34,7 @@ class Run:
     linearity: Mapping[str, Any]
     weights: Mapping[str, Sequence[float]]
     costs: Mapping[str, Any]
+    repeated: Evidence | None = None
 
     @property
     def rows(self) -> int | None:
@@ -55,7 +57,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load(results: Path, linearity: Path | None = None, costs: Path | None = None) -> Run:
+def load(results: Path, linearity: Path | None = None, costs: Path | None = None, repeated: Path | None = None) -> Run:
     """Read a run: its results.json, or its folder of results; and what lies beside them."""
     if results.is_dir():
         found = {str(path.relative_to(results).with_suffix("")): read_json(path) for path in results.rglob("*.json")}
@@ -67,12 +69,14 @@ def load(results: Path, linearity: Path | None = None, costs: Path | None = None
     beside = [folder / name for name in LINEARITY_NAMES if (folder / name).exists()]
     linearity = linearity or (beside[0] if beside else None)
     costs = costs or (folder / "costs.json" if (folder / "costs.json").exists() else None)
+    repeated = repeated or (folder / "repeated.json" if (folder / "repeated.json").exists() else None)
     return Run(
         evidence,
         content.get("settings", {}),
         read_json(linearity) if linearity else {},
         dict(model_weights(evidence, folder)),
         read_json(costs) if costs else {},
+        Evidence(read_json(repeated)["results"]) if repeated else None,
     )
 
 

@@ -25,8 +25,6 @@ from shared import (
     write_rows,
 )
 
-SEED = 20251
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,6 +42,8 @@ class Sizes:
     generated_tokens: int = 80
     grid_step: int = 1
     sets: int = 6
+    seed: int = 20251
+    """Of how rows are split, and of the order in which an expert sees its own: another one makes other experts."""
 
 
 QUICK = Sizes(
@@ -77,7 +77,7 @@ def make_data(workdir: Path, sizes: Sizes) -> None:
     """Write per task the rows to train and calibrate on, rows to choose settings by, and rows to report on."""
     with completed_directory(workdir / "data") as folder:
         for task, make in TASKS.items():
-            rows = make(random.Random(SEED))
+            rows = make(random.Random(sizes.seed))
             kept = {"test": sizes.test_rows, "choose": sizes.test_rows, "train": sizes.train_rows}
             for name, count in kept.items():
                 write_rows(folder / f"{task}_{name}.jsonl", rows[:count])
@@ -96,7 +96,7 @@ def make_expert(workdir: Path, task: str, sizes: Sizes, precision: str, device: 
             steps=sizes.steps,
             learning_rate=sizes.learning_rate,
             batch_tokens=sizes.batch_tokens,
-            seed=SEED,
+            seed=sizes.seed,
             log=click.echo,
         )
     with completed_directory(workdir / task) as folder:

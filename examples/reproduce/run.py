@@ -115,11 +115,11 @@ def our_candidates(
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
 
 
-def at_merged(
+def calibrated_for(
     run: Run, seed: int, sets: Sequence[tuple[str, ...]], granularity: str = "attn_mlp", **settings: Any
 ) -> Iterator[Candidate]:
-    """Merges whose statistics are taken at merged models, and so depend on which experts there are: `inputs: merged`
-    (A.5.3), and the steps of the joint objective."""
+    """Merges with a calibration for each set of experts: what statistics at merged models need (`inputs: merged`,
+    A.5.3, and the steps of the joint objective), since these depend on which experts there are."""
     settings = {"granularity": granularity, **settings}
     for tasks in sets[: run.sizes.sets]:
         name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
@@ -161,7 +161,7 @@ def run_all(run: Run) -> None:
         blocks(run, seed)
     for seed in seeds[1:]:
         levels(run, seed)
-    run.score([*at_merged(run, first, (ALL, TRIPLE), inputs="merged")])
+    run.score([*calibrated_for(run, first, (ALL, TRIPLE), inputs="merged")])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
 
@@ -169,9 +169,9 @@ def run_all(run: Run) -> None:
 def blocks(run: Run, seed: int) -> None:
     """Attention and MLP blocks, under both objectives, of every set of experts; the joint one with its steps, which
     every set has to be calibrated for, of two sets, and with more steps and a weight for every matrix."""
-    run.score([*at_merged(run, seed, (ALL, TRIPLE), objective="joint")])
-    run.score([*at_merged(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
-    run.score([*at_merged(run, seed, (ALL,), "linear", objective="joint", steps=FRESH_STEPS, fresh_rows=True)])
+    run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
+    run.score([*calibrated_for(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
+    run.score([*calibrated_for(run, seed, (ALL,), "linear", objective="joint", steps=FRESH_STEPS, fresh_rows=True)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 

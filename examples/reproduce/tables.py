@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from evidence_run import Run, load
 from methods import ALL, SETS
+from tables_of_repeat import other_experts
 from tables_of_scores import (
     accuracy,
     by_task,
@@ -24,8 +25,8 @@ from tables_of_scores import (
 from tables_of_studies import claim_tables, cost, non_linearity
 
 SECTIONS: tuple[Callable[[Run], str | None], ...] = (
-    experts, main_comparison, by_task, levels, number_of_rows, number_of_experts, non_linearity, cost, claim_tables,
-    accuracy,
+    experts, main_comparison, other_experts, by_task, levels, number_of_rows, number_of_experts, non_linearity,
+    cost, claim_tables, accuracy,
 )  # fmt: skip
 
 
@@ -46,7 +47,13 @@ def document(run: Run) -> str:
     return "\n\n".join(["# Results", head.strip(), definition, *parts]) + "\n"
 
 
-def write_tables(results: Path, target: Path, linearity: Path | None = None, costs: Path | None = None) -> None:
+def write_tables(
+    results: Path,
+    target: Path,
+    linearity: Path | None = None,
+    costs: Path | None = None,
+    repeated: Path | None = None,
+) -> None:
     """Write the tables of a run.
 
     Args:
@@ -54,8 +61,9 @@ def write_tables(results: Path, target: Path, linearity: Path | None = None, cos
         target: the Markdown file.
         linearity: what `mergekit-slta linearity` wrote; else slta_linearity.json beside the results, if there is one.
         costs: what `costs.py` wrote; else costs.json beside the results, if there is one.
+        repeated: the results.json of `repeat.py`; else repeated.json beside the results, if there is one.
     """
-    target.write_text(document(load(results, linearity, costs)), encoding="utf-8")
+    target.write_text(document(load(results, linearity, costs, repeated)), encoding="utf-8")
 
 
 _FILE = click.Path(exists=True, path_type=Path)
@@ -67,9 +75,10 @@ _FILE = click.Path(exists=True, path_type=Path)
               show_default=True, help="Markdown file to write.")  # fmt: skip
 @click.option("--linearity", type=_FILE, help="Linearity file  [default: slta_linearity.json beside RESULTS]")
 @click.option("--costs", type=_FILE, help="Measured costs  [default: costs.json beside RESULTS]")
-def main(results: Path, output: Path, linearity: Path | None, costs: Path | None) -> None:
+@click.option("--repeated", type=_FILE, help="Results with other experts  [default: repeated.json beside RESULTS]")
+def main(results: Path, output: Path, linearity: Path | None, costs: Path | None, repeated: Path | None) -> None:
     """Write the tables of RESULTS: a run's results.json, or its folder of results while it is going on."""
-    write_tables(results, output, linearity, costs)
+    write_tables(results, output, linearity, costs, repeated)
     click.echo(f"Written: {output}")
 
 
