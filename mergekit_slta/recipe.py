@@ -25,6 +25,8 @@ FISHER_GRANULARITIES = ("layer", "attn_mlp")
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
 GRADIENT_KEYS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps", "fresh_rows")}
 """Keys that matter to some objectives only; elsewhere they are no part of what alphas are valid for."""
+OWN_DEFAULTS = {"joint": {"granularity": "linear"}}
+"""Defaults that are others under an objective: what is solved together gains from finer units (examples/reproduce)."""
 ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -75,8 +77,8 @@ class Settings(BaseModel):
     inputs: Literal["base", "merged"] = "base"
     objective: Literal["features", "fisher", "joint"] = "features"
     label_samples: Annotated[Count, Field(ge=0)] = 2
-    steps: Annotated[Count, Field(ge=0)] = 2
-    fresh_rows: Annotated[bool, Field(strict=True)] = False
+    steps: Annotated[Count, Field(ge=0)] = 6
+    fresh_rows: Annotated[bool, Field(strict=True)] = True
     ridge: Annotated[Number, Field(ge=0)] | None = None
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
@@ -91,6 +93,11 @@ class Settings(BaseModel):
     def row_groups(self) -> int:
         """How often `num_samples` rows of each task are drawn: once, or for every step."""
         return self.steps if self.objective == "joint" and self.fresh_rows and self.steps else 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**OWN_DEFAULTS.get(str(values.get("objective")), {}), **values}
 
     @model_validator(mode="after")
     def _default_ridge(self) -> Settings:

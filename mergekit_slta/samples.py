@@ -100,7 +100,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
     if len(dataset) < groups:
         raise DataError(
             f"{show(task.dataset)} has {len(dataset)} rows for {groups} steps with rows of their own: "
-            "add rows, lower `steps`, or drop `fresh_rows`"
+            "add rows, lower `steps`, or set `fresh_rows: false`"
         )
     if len(dataset) < wanted:
         LOG.warning(

@@ -222,7 +222,7 @@ def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
     """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
     job = job_of(specimen("llama"), objective="joint", steps=0, num_samples=6, max_seq_length=24)
     alphas = solve_job(job, gather_statistics(job))
-    names = [entry.name for entry in split(job.plan.tensors, job.skeleton.anatomy, "attn_mlp")]
+    names = [entry.name for entry in split(job.plan.tensors, job.skeleton.anatomy, job.recipe.settings.granularity)]
     assert [entry.name for entry in alphas.submodules] == names
     assert alphas.calibration["ridge"] is None
     assert alphas.calibration["ridge_used"] > 0

@@ -21,7 +21,12 @@ from mergekit_slta.distributed import ALONE
 from mergekit_slta.gram import Statistics
 from mergekit_slta.passes import _Passes, examples_of, gather_slopes
 from mergekit_slta.records import Records
-from mergekit_slta.scores import Linearity
+
+
+def same(models, **settings):
+    """A joint job whose steps share their rows."""
+    usual = {"granularity": "attn_mlp", "steps": 2, "fresh_rows": False}
+    return job_of(models, objective="joint", **{**usual, **settings})
 
 
 def merged_model(models, job, point) -> torch.nn.Module:
@@ -83,7 +88,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
     """Divergences of base and point, their slopes, and those of a loss with known labels."""
     monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
     models = specimen(name)
-    job = job_of(models, granularity=granularity, objective="joint", label_samples=1, steps=1)
+    job = same(models, granularity=granularity, label_samples=1, steps=1)
     found = gather_statistics(job)
     assert found.form == "step"
     experts = [whole_model(path) for path in models.experts]
@@ -107,8 +112,8 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
 def test_points_follow_from_the_solves_before(specimen):  # noqa: F811
     """Step by step as by hand: solve at the experts, merge, solve there, merge, and solve once more."""
     models = specimen("qwen3")
-    found = [gather_statistics(job_of(models, objective="joint", steps=steps)) for steps in range(3)]
-    job = job_of(models, objective="joint", steps=2)
+    found = [gather_statistics(same(models, steps=steps)) for steps in range(3)]
+    job = same(models, steps=2)
     layout = layout_of(job)
     assert [each.form for each in found] == ["slope", "step", "step"]
     for before, after in itertools.pairwise(found):
@@ -126,7 +131,7 @@ def test_steps_lead_to_the_experts(specimen):  # noqa: F811
     models = specimen("llama")
     left = []
     for steps in (1, 2, 3):
-        found = gather_statistics(job_of(models, objective="joint", steps=steps, num_samples=12, label_samples=8))
+        found = gather_statistics(same(models, steps=steps, num_samples=12, label_samples=8))
         base, here = found.divergences.sum(0).tolist()
         left.append(here / base)
     assert left[2] < left[1] < left[0] < 1
@@ -135,7 +140,7 @@ def test_steps_lead_to_the_experts(specimen):  # noqa: F811
 @pytest.mark.parametrize("stop", range(14))
 def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
     """Stopped behind any step of any pass, the rest gives the same bits."""
-    job = job_of(specimen("qwen3"), objective="joint")
+    job = same(specimen("qwen3"))
     whole = gather_statistics(job)
     folder = tmp_path / ".partial"
     stop_after(job, folder, stop)
@@ -151,7 +156,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
 
 def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F811
     """One row per task is enough; nothing is divided by what is missing."""
-    job = job_of(specimen("llama"), objective="joint", num_samples=1)
+    job = same(specimen("llama"), num_samples=1)
     found = gather_slopes(job, records=None, ranks=ALONE)
     alphas = solve_job(job, found)
     assert all(entry.stderr is None for entry in alphas.submodules)
@@ -186,8 +191,8 @@ def test_a_step_that_leads_away_is_said(caplog, earlier, left, row_step, said):
 
 
 def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
-    job = job_of(specimen("qwen3"), objective="joint", label_samples=3, steps=2)
-    expert_only = estimate(job_of(specimen("qwen3"), objective="joint", label_samples=3, steps=0))
+    job = same(specimen("qwen3"), label_samples=3, steps=2)
+    expert_only = estimate(same(specimen("qwen3"), label_samples=3, steps=0))
     costs = estimate(job)
     assert costs.flops / expert_only.flops == pytest.approx((8 + 1 + 2 * 10) / 8)
     largest = 0
@@ -205,8 +210,8 @@ def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
 
 
 def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
-    """The default: two steps. What depends on the earlier solves cannot be solved again with other settings."""
-    recipe = tiny.recipe_with_answers(objective="joint")
+    """Two steps on the same rows. What depends on the earlier solves cannot be solved again with other settings."""
+    recipe = tiny.recipe_with_answers(objective="joint", steps=2, fresh_rows=False)
     result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
     alphas = assert_applied(tiny, tmp_path / "out")
@@ -243,7 +248,7 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
         original(self, *args, seed=seed, **kwargs)
 
     monkeypatch.setattr(gradients.Backward, "__init__", spy)
-    gather_statistics(job_of(specimen("llama"), objective="joint", seed=7))
+    gather_statistics(same(specimen("llama"), seed=7))
     experts, _, first, second = seeds  # the base's pass draws none
     assert len({experts, first, second}) == 3
 
@@ -267,7 +272,7 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
 def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F811
     from mergekit_slta.errors import AlphasError
 
-    found = gather_statistics(job_of(specimen("llama"), objective="joint", steps=1, num_samples=2))
+    found = gather_statistics(same(specimen("llama"), steps=1, num_samples=2))
     damage(found)
     found.save(tmp_path / "stats.safetensors")
     with pytest.raises(AlphasError, match="do not fit together"):
@@ -276,7 +281,7 @@ def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F8
 
 def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
     """An important task moves its expert's weights; a huge ridge leaves the point."""
-    job = job_of(specimen("llama"), objective="joint", steps=1)
+    job = same(specimen("llama"), steps=1)
     found = gather_statistics(job)
     layout = layout_of(job)
 
@@ -290,136 +295,10 @@ def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
     torch.testing.assert_close(alphas([1.0, 1.0], 1e9).double(), point, rtol=1e-5, atol=1e-6)
 
 
-def fresh(models, steps: int, **settings):
-    """A joint job whose steps have rows of their own."""
-    return job_of(models, objective="joint", steps=steps, fresh_rows=True, num_samples=3, label_samples=1, **settings)
-
-
-def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
-    """The last step's rows against autograd at the point; the first step's as that step found them, moved there."""
-    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
-    models = specimen("qwen3")
-    job, layout = fresh(models, 2), layout_of(fresh(models, 2))
-    found = gather_statistics(job)
-    assert found.row_step.tolist() == [1, 1, 1, 2, 2, 2] * 2
-    assert found.row_task.tolist() == [0] * 6 + [1] * 6
-    drawn = {job.recipe.label(task.model): rows.rows for task, rows in zip(job.recipe.tasks, job.rows, strict=True)}
-    numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
-    groups = [examples_of(job, group) for group in (0, 1)]
-    assert [
-        example.number for task in (0, 1) for group in groups for example in group if example.task == task
-    ] == numbers
-    assert len(set(numbers[:6])) == len(set(numbers[6:])) == 6
-
-    experts = [whole_model(path) for path in models.experts]
-    base, merged = whole_model(models.base), merged_model(models, job, found.point)
-    for row, example in zip((found.row_step == 2).nonzero().flatten().tolist(), groups[1], strict=True):
-        felt = divergence(experts[example.task], merged, example)
-        at_base = divergence(experts[example.task], base, example)
-        assert found.divergences[row].tolist() == pytest.approx([at_base.item(), felt.item()], rel=1e-4, abs=1e-5)
-        wanted = torch.tensor(list(example.ids[example.completion :]))
-        loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
-        both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
-        own = {key: gram[row] for key, gram in found.grams.items()}
-        assert_close(own, {key: torch.stack([part[key] for part in both]) for key in own})
-
-    first = gather_statistics(fresh(models, 1))
-    assert first.row_step is None  # nothing to tell apart
-    old = found.row_step == 1
-    for name, gram in first.grams.items():
-        torch.testing.assert_close(found.grams[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
-    torch.testing.assert_close(found.divergences[old][:, 0], first.divergences[:, 0], rtol=0, atol=0)
-    names = list(first.grams)
-    whole = torch.cat([first.grams[name] for name in names], dim=-1)  # [R, 1 + S, K]
-    way = torch.cat([found.point[name] - first.point[name] for name in names])
-    curved = torch.einsum("rsk,rsl,l->rk", whole[:, 1:], whole[:, 1:], way)  # one draw
-    expected = whole[:, 0] + curved
-    torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
-    told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
-    torch.testing.assert_close(found.divergences[old][:, 1], told)
-
-
-@pytest.mark.parametrize("stop", range(12))
-def test_steps_with_rows_of_their_own_go_on_where_they_were_stopped(specimen, tmp_path, stop):  # noqa: F811
-    job = fresh(specimen("qwen3"), 2)
-    whole = gather_statistics(job)
-    folder = tmp_path / ".partial"
-    stop_after(job, folder, stop)
-    with Records(folder, "same") as records:
-        records.open()
-        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base of each step's rows
-        found = gather_statistics(job, records)
-    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
-    assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
-    assert torch.equal(found.divergences, whole.divergences)
-    assert torch.equal(found.row_step, whole.row_step)
-    assert not list(folder.glob("*streams"))
-
-
-def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
-    """By the stock command; the file lists every row, and the statistics hold them with their steps."""
-    recipe = tiny.recipe_with_answers(objective="joint", fresh_rows=True, steps=3, num_samples=2)
-    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
-    assert result.exit_code == 0, result.output
-    alphas = assert_applied(tiny, tmp_path / "out")
-    assert alphas.calibration["fresh_rows"] is True
-    assert [len(task["rows"]) for task in alphas.calibration["tasks"]] == [6, 6, 6]
-    statistics = Statistics.load(tmp_path / "out" / "slta_stats.safetensors")
-    assert statistics.row_step.tolist() == [1, 1, 2, 2, 3, 3] * 3
-    stats = tmp_path / "out" / "slta_stats.safetensors"
-    for option in ((), ("--rows", "2")):
-        result = slta("solve", stats, *option, "-o", tmp_path / "same.json")
-        assert result.exit_code == 0, result.output
-        assert Alphas.load(tmp_path / "same.json").submodules == alphas.submodules
-        assert "2 rows for each step" in result.output
-    for rows in ("1", "6"):
-        result = slta("solve", stats, "--rows", rows, "-o", tmp_path / "other.json")
-        assert result.exit_code == 2
-        assert "with `steps: 3` the gradients themselves depend on `num_samples`" in result.output
-    result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
-    assert result.exit_code == 0, result.output
-    assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]
-
-
-def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, caplog):  # noqa: F811
-    """A dataset's rows in as many parts as there are steps; fewer rows than steps are refused."""
-    from mergekit_slta.errors import DataError
-
-    models = specimen("qwen3")
-    every = job_of(models, num_samples=1000)
-    count = len(every.rows[0].rows)
-    with caplog.at_level(logging.WARNING):
-        job = job_of(models, objective="joint", fresh_rows=True, steps=3, num_samples=count)
-    assert f"fewer than num_samples = {count} for each of 3 steps: using all" in caplog.text
-    sizes = [sum(example.task == 0 for example in examples_of(job, group)) for group in range(3)]
-    assert sum(sizes) == count
-    assert max(sizes) - min(sizes) <= 1
-    with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
-        job_of(models, objective="joint", fresh_rows=True, steps=count + 1)
-
-
-def test_where_there_is_one_step_rows_of_its_own_say_nothing(specimen):  # noqa: F811
-    models = specimen("qwen3")
-    labels = [job_of(models, objective="joint", steps=1, fresh_rows=fresh).identity for fresh in (False, True)]
-    assert labels[0] == labels[1]
-    assert fresh(models, 2).identity["fresh_rows"] == "True"
-
-
-def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
-    """As many passes as without, but each row in one step alone: forward through base and expert, and there."""
-    models = specimen("qwen3")
-    job = fresh(models, 3)
-    costs = estimate(job)
-    tokens = [sum(len(example.ids) for example in examples_of(job, group)) for group in range(3)]
-    once = estimate(job_of(models, objective="joint", steps=0, label_samples=1, num_samples=9))
-    expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
-    assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))
-
-
 def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # noqa: F811
     """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
     models = specimen("qwen3")
-    jobs = [job_of(models, objective="joint", steps=0, label_samples=count) for count in (100, 300)]
+    jobs = [same(models, steps=0, label_samples=count) for count in (100, 300)]
     head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
     longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
     monkeypatch.setattr(costs, "_SOLVE", 0)

@@ -27,9 +27,11 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.settings.model_dump() == {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 2, "fresh_rows": False, "ridge": 0.0,
+        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 6, "fresh_rows": True, "ridge": 0.0,
         "tolerance": 0.0, "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
+    assert read(objective="joint").settings.granularity == "linear"
+    assert read(objective="joint", granularity="layer").settings.granularity == "layer"
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
     assert TASK_KEYS == ("dataset", "dataset_config", "split", "text", "completion", "importance")
@@ -101,8 +103,8 @@ REFUSALS = [
     ({}, {"objective": "joint", "label_samples": -1}, r"`label_samples`.*-1"),
     ({}, {"objective": "fisher", "granularity": "linear"}, r"`granularity` is 'linear'.*choose one of these"),
     ({}, {"objective": "fisher", "inputs": "merged"}, r"`objective` is 'fisher' and `inputs` is 'merged'"),
-    ({}, {"objective": "joint", "label_samples": 0}, r"`label_samples` is 0 and `steps` is 2.*`steps: 0`"),
-    ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 2.*0.001 or more"),
+    ({}, {"objective": "joint", "label_samples": 0}, r"`label_samples` is 0 and `steps` is 6.*`steps: 0`"),
+    ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 6.*0.001 or more"),
     ({}, {"objective": "joint", "steps": -1}, r"`steps`.*-1"),
     ({}, {"steps": 1.5}, r"`steps`.*valid integer"),
     ({}, {"fresh_rows": "often"}, r"`fresh_rows`.*valid boolean"),

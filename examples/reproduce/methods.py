@@ -22,8 +22,8 @@ Settings = dict[str, Any]
 
 OURS = "submodule_linear"
 CLOSED_FORMS = ("RegMean", "RegMean++", "LOT merging")
-FRESH_STEPS = 6
-"""Steps of the joint objective where each has rows of its own: so many times the rows of a calibration are seen."""
+JOINT_STEPS = 6
+"""Default steps of the joint objective, each on rows of its own: so many times the rows of a calibration are seen."""
 GRANULARITIES = ("layer", "attn_mlp", "head_mlp", "linear", "model")
 
 

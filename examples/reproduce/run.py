@@ -18,7 +18,7 @@ from merging import add_answers, calibrate, evaluate_references, read_results, r
 from methods import (
     ALL,
     FOUR,
-    FRESH_STEPS,
+    JOINT_STEPS,
     OURS,
     SETS,
     TRIPLE,
@@ -36,8 +36,8 @@ from mergekit_slta import Alphas
 from mergekit_slta.gram import Statistics
 from mergekit_slta.resolve import solve_again
 
-ROWS_STUDIED = "attn_mlp"
-"""Granularity whose number of rows is varied, as in the paper's Table 11."""
+ROWS_STUDIED = ("layer", "attn_mlp")
+"""Granularities whose number of rows is varied, as in the paper's Table 11; the last also beyond the usual number."""
 BOTH_BALANCES = ("layer", "attn_mlp")
 """Granularities that are also solved without balancing."""
 
@@ -92,10 +92,10 @@ def our_candidates(
         experts: which are calibrated.
         shared: more keys of the recipe.
     """
-    studied = granularity == ROWS_STUDIED and not shared
+    studied = granularity in ROWS_STUDIED and not shared
     usual = run.sizes.calibration_rows
     counts = run.sizes.row_counts if studied else (usual,)
-    if seed != run.sizes.seeds[0]:  # more rows than usual are tried once
+    if seed != run.sizes.seeds[0] or granularity != ROWS_STUDIED[-1]:  # more rows than usual are tried once
         counts = tuple(count for count in counts if count <= usual)
     recipe = calibration_recipe(experts, seed, max(usual, *counts), granularity=granularity, **shared)
     name = "-".join([granularity, *map(str, shared.values()), set_name(experts), str(seed)])
@@ -115,12 +115,9 @@ def our_candidates(
                     yield Candidate(tasks, OURS, shown, with_alphas(tasks, alphas), seed)
 
 
-def calibrated_for(
-    run: Run, seed: int, sets: Sequence[tuple[str, ...]], granularity: str = "attn_mlp", **settings: Any
-) -> Iterator[Candidate]:
+def calibrated_for(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **settings: Any) -> Iterator[Candidate]:
     """Merges with a calibration for each set of experts: what statistics at merged models need (`inputs: merged`,
     A.5.3, and the steps of the joint objective), since these depend on which experts there are."""
-    settings = {"granularity": granularity, **settings}
     for tasks in sets[: run.sizes.sets]:
         name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
         recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, **settings)
@@ -147,7 +144,7 @@ def run_all(run: Run) -> None:
     for seed in seeds:
         for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
             run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
-    rows = FRESH_STEPS * run.sizes.calibration_rows  # as many as ours see where every step has rows of its own
+    rows = JOINT_STEPS * run.sizes.calibration_rows  # as many as ours sees under the joint objective
     run.score([*closed_forms(ALL, first, rows, ["RegMean++"], rows_per_task=rows)])
     for seed in seeds[1:2]:
         blocks(run, seed)
@@ -161,17 +158,18 @@ def run_all(run: Run) -> None:
         blocks(run, seed)
     for seed in seeds[1:]:
         levels(run, seed)
-    run.score([*calibrated_for(run, first, (ALL, TRIPLE), inputs="merged")])
+    run.score([*calibrated_for(run, first, (ALL, TRIPLE), granularity="attn_mlp", inputs="merged")])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
 
 
 def blocks(run: Run, seed: int) -> None:
-    """Attention and MLP blocks, under both objectives, of every set of experts; the joint one with its steps, which
-    every set has to be calibrated for, of two sets, and with more steps and a weight for every matrix."""
+    """The joint objective, whose steps every set of experts has to be calibrated for; and attention and MLP blocks of
+    every set under the paper's objective, and under the joint one at the experts."""
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
-    run.score([*calibrated_for(run, seed, (ALL, TRIPLE), "linear", objective="joint", steps=4)])
-    run.score([*calibrated_for(run, seed, (ALL,), "linear", objective="joint", steps=FRESH_STEPS, fresh_rows=True)])
+    for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
+        own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}
+        run.score([*calibrated_for(run, seed, sets, **own)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
@@ -185,7 +183,7 @@ def levels(run: Run, seed: int) -> None:
 def with_answers(run: Run) -> list[str]:
     """Merges of all experts whose greedy answers are counted: ours, and task arithmetic tuned on the test rows."""
     results = read_results(run.workdir)
-    mine = [{"granularity": "attn_mlp"}, {"granularity": "attn_mlp", "objective": "joint"}]
+    mine = [{"granularity": "attn_mlp"}, {"objective": "joint"}]
     ours = [
         name
         for name, result in results.items()

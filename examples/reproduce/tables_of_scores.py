@@ -127,7 +127,8 @@ def main_comparison(run: Run) -> str:
     parts = [
         "Share of the gap between base and expert that a merge recovers, in %: mean over the tasks / worst task. "
         f"{OURS} has nothing to tune: mean ± standard deviation over the draws of {run.rows or 'the'} calibration rows "
-        "per task. The settings of the others are chosen by the mean on those rows (of the first draw):"
+        "per task, and under the joint objective of as many for each of its six steps, unless fresh_rows is False. The "
+        "settings of the others are chosen by the mean on those rows (of the first draw):"
     ]
     for number_of_table, split in enumerate(("calibration", "test")):
         if number_of_table:
