@@ -27,6 +27,7 @@ from mergekit_slta.linearity import PAIR_GRID, STEPS, TRIPLE_GRID, Grid
 from mergekit_slta.observation import Observation
 from mergekit_slta.preflight import Job, check_rows
 from mergekit_slta.progress import Progress, advice_on_memory
+from mergekit_slta.recipe import Recipe
 from mergekit_slta.records import Records
 from mergekit_slta.scores import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
 from mergekit_slta.stream import stream
@@ -46,6 +47,11 @@ _NOT_OURS = (
 """Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
 
 
+def for_linearity(recipe: Recipe) -> Recipe:
+    """The recipe with the rows of one step where every step would have rows of its own: no step is taken here."""
+    return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"fresh_rows": False})})
+
+
 def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:
     """Measure the linearity of a recipe's experts, and write it to `path`.
 
@@ -54,7 +60,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     Args:
         job: the recipe, prepared.
         path: the linearity file; checked by `check_linearity_target`.
-        num_rows: of each task, in the order in which they were drawn; `num_samples` of them by default.
+        num_rows: of each task, in the order in which they were drawn; all by default.
 
     Returns:
         The measures, and whether they were there already.
@@ -119,7 +125,7 @@ def _rows(job: Job, num_rows: int | None) -> _Rows:
     by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
     tokens, task, numbers = [], [], []
     for index, model in enumerate(job.plan.models[1:]):
-        drawn = by_model[model].rows[: num_rows or job.recipe.settings.num_samples]  # type: ignore[union-attr] - check_rows
+        drawn = by_model[model].rows[:num_rows]  # type: ignore[union-attr] - check_rows
         tokens += [row.ids for row in drawn]
         task += [index] * len(drawn)
         numbers.append([row.number for row in drawn])

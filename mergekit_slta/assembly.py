@@ -28,7 +28,8 @@ _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "
 
 
 USUAL = (-0.5, 1.5)
-"""A weight outside is flagged `extreme`: linearity was measured between base and expert, and little beyond."""
+"""A weight outside is flagged `extreme`: linearity was measured between base and expert, and little beyond. Not so
+where Gauss-Newton steps have looked at the merged model itself."""
 
 
 def layout_of(job: Job) -> dict[str, Any]:
@@ -202,15 +203,16 @@ def solve_together(
             unchanged=tuple(found.unchanged[name].tolist()),
             flags=tuple(flags),
         )
-        entries.append(_entry(submodule, solution, order, layout["models"]))
+        entries.append(_entry(submodule, solution, order, layout["models"], seen=statistics.form == "step"))
     return entries, found.ridge
 
 
 def _entry(
-    submodule: dict[str, Any], solution: Solution, order: Sequence[int], names: Sequence[str]
+    submodule: dict[str, Any], solution: Solution, order: Sequence[int], names: Sequence[str], *, seen: bool = False
 ) -> SubmoduleAlphas:
+    """What is kept of a submodule; `seen` where the weights come from looking at the merged model."""
     alpha = tuple(solution.alpha[place] for place in order)
-    extreme = any(not USUAL[0] <= value <= USUAL[1] for value in alpha)
+    extreme = not seen and any(not USUAL[0] <= value <= USUAL[1] for value in alpha)
     return SubmoduleAlphas(
         name=submodule["name"],
         kind=submodule["kind"],

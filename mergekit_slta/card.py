@@ -53,7 +53,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         START,
         "## Submodule-wise merge (SLTA)",
         "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
-        "come in closed form from a few calibration rows per task, without training or tuning "
+        f"come in closed form from a few calibration rows per task{_solves(alphas)}, without training or tuning "
         "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
         "(https://arxiv.org/abs/2504.10902), ICLR 2025).",
         f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
@@ -120,6 +120,11 @@ def _calibration(alphas: Alphas) -> str:
     ]
     table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."
     return f"{table}\n\n{', '.join(settings)}." if settings else table
+
+
+def _solves(alphas: Alphas) -> str:
+    steps = int(alphas.calibration.get("steps") or 0)
+    return f", in {1 + steps} solves in turn" if steps else ""
 
 
 def _weights(alphas: Alphas, measured: bool) -> str:

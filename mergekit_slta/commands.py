@@ -106,7 +106,7 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
 @add_merge_options
 def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
     """Measure how linear the experts of RECIPE are: the whole model, its layers, attention and MLP blocks, heads."""
-    from mergekit_slta.analysis import analyse, check_linearity_target, num_forwards
+    from mergekit_slta.analysis import analyse, check_linearity_target, for_linearity, num_forwards
     from mergekit_slta.distributed import refuse_several
     from mergekit_slta.outfolder import check_writable
     from mergekit_slta.preflight import prepare
@@ -120,7 +120,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     path = Path(output or LINEARITY_NAME).absolute()
     check_writable(path.parent)
     check_linearity_target(path)
-    job = prepare(read, merge_options, for_merge=False)
+    job = prepare(for_linearity(read), merge_options, for_merge=False)
     if not merge_options.quiet:
         click.echo(
             f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N makes do with fewer rows", err=True

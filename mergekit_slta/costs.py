@@ -37,6 +37,8 @@ next tensors of their size. As measured by `examples/benchmarks`; outputs of man
 _KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.5
 _SOLVE = 5
 """Matrices that a solve among rows has at a time."""
+_SLOPE_COPIES = 6
+"""Copies of all slopes that moving, joining and solving them has at a time."""
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 
@@ -130,7 +132,9 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
     scratch = tape_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
     unknowns = draws * sum(len(rows.rows) for rows in drawn)  # of a solve among rows
-    peak = int(max(max(in_layer, in_head) * kept, _SOLVE * unknowns**2 * 8))
+    solve = _SOLVE * unknowns**2 * 8
+    solve += _SLOPE_COPIES * unknowns * slopes * (models - 1) * len(job.submodules) * 8 // draws
+    peak = int(max(max(in_layer, in_head) * kept, solve))
     read = 2 * total_bytes(job.plan) * (1 + steps)
     read += len(parts) * (steps > 0) * total_bytes(job.plan, [job.recipe.base])
     read += (len(parts) - 1) * (total_bytes(job.plan) - total_bytes(job.plan, [job.recipe.base]))

@@ -243,7 +243,8 @@ class _Passes:
         if left > earlier * (_OTHER_ROWS if of_others else 1):
             LOG.warning(
                 "step %d has led away from the experts: %.1f%% of the base's divergence was left, then %.1f%%; "
-                "set a larger `ridge`, or fewer `steps`", number - 1, 100 * earlier, 100 * left,
+                "set a larger `ridge`, more `num_samples`, a coarser `granularity`, or fewer `steps`",
+                number - 1, 100 * earlier, 100 * left,
             )  # fmt: skip
 
     def _pass(

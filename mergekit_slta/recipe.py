@@ -94,14 +94,12 @@ class Settings(BaseModel):
         """How often `num_samples` rows of each task are drawn: once, or for every step."""
         return self.steps if self.objective == "joint" and self.fresh_rows and self.steps else 1
 
-    @model_validator(mode="before")
-    @classmethod
-    def _usual(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**OWN_DEFAULTS.get(str(values.get("objective")), {}), **values}
-
     @model_validator(mode="after")
-    def _default_ridge(self) -> Settings:
-        """None stays only where the solve chooses one."""
+    def _defaults_of_the_objective(self) -> Settings:
+        """Not counted as stated; a ridge of None stays only where the solve chooses one."""
+        for key, value in OWN_DEFAULTS.get(self.objective, {}).items():
+            if key not in self.model_fields_set:
+                object.__setattr__(self, key, value)
         if self.ridge is None and self.objective != "joint":
             object.__setattr__(self, "ridge", 0.0)
         return self

@@ -105,8 +105,8 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
     if len(dataset) < wanted:
         LOG.warning(
             "%s has %d rows, fewer than num_samples = %d%s", show(task.dataset), len(dataset), settings.num_samples,
-            ": using all" if groups == 1 else f" for each of {groups} steps: using all, {len(dataset) // groups} or so "
-            "at a step; add rows, or lower `steps`",
+            ": using all" if groups == 1 else f" for each of {groups} steps, {wanted} in all: using all, "
+            f"{len(dataset) // groups} or so at a step; add rows, lower `steps`, or set `fresh_rows: false`",
         )  # fmt: skip
     rows, unmarked = [], 0
     for number in sample_numbers(len(dataset), wanted, settings.seed):

@@ -62,16 +62,25 @@ def _libraries() -> int:
 _SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
 
 
+_MOST_NAMES = 12
+"""Submodules that are named for a flag; the others are counted."""
+
+
 def describe_alphas(alphas: Alphas) -> str:
     """Mean alphas per kind of submodule and expert, and everything flagged."""
     kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
     header = ["submodules", "n", *alphas.models, "residual"]
     rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
     lines = table([header, *rows])
+    flagged: dict[str, list[str]] = {}
     for submodule in alphas.submodules:
         if submodule.flags:
             note = f" ({', '.join(show(name) for name in submodule.unchanged)})" if submodule.unchanged else ""
-            lines += f"\n{submodule.name}: {', '.join(submodule.flags)}{note}"
+            flagged.setdefault(f"{', '.join(submodule.flags)}{note}", []).append(submodule.name)
+    for what, names in flagged.items():
+        lines += "".join(f"\n{name}: {what}" for name in names[:_MOST_NAMES])
+        if len(names) > _MOST_NAMES:
+            lines += f"\nand {len(names) - _MOST_NAMES} more: {what}"
     return lines
 
 

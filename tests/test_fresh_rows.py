@@ -99,6 +99,8 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     alphas = assert_applied(tiny, tmp_path / "out")
     assert alphas.calibration["fresh_rows"] is True
     assert alphas.granularity == "linear"
+    assert not any("extreme" in entry.flags for entry in alphas.submodules)
+    assert "task, in 4 solves in turn, without training" in (tmp_path / "out" / "README.md").read_text()
     assert [len(task["rows"]) for task in alphas.calibration["tasks"]] == [6, 6, 6]
     statistics = Statistics.load(tmp_path / "out" / "slta_stats.safetensors")
     assert statistics.row_step.tolist() == [1, 1, 2, 2, 3, 3] * 3
@@ -115,6 +117,10 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
     assert result.exit_code == 0, result.output
     assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]
+    recipe["parameters"] |= {"steps": 100}  # more than there are rows: no step is taken
+    result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "Already" in result.output
 
 
 def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, caplog):  # noqa: F811
@@ -124,7 +130,7 @@ def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, ca
     count = len(every.rows[0].rows)
     with caplog.at_level(logging.WARNING):
         job = same(models, fresh_rows=True, steps=3, num_samples=count)
-    assert f"fewer than num_samples = {count} for each of 3 steps: using all" in caplog.text
+    assert f"fewer than num_samples = {count} for each of 3 steps, {3 * count} in all: using all" in caplog.text
     sizes = [sum(example.task == 0 for example in examples_of(job, group)) for group in range(3)]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1

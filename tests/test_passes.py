@@ -306,4 +306,5 @@ def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # n
     assert many - few == pytest.approx(200 * 2 * longest * head[0] * 4 * costs._KEPT_OTHERWISE, abs=2)
     monkeypatch.setattr(costs, "_SOLVE", 1000)
     draws = 300 * sum(len(rows.rows) for rows in jobs[1].rows)
-    assert estimate(jobs[1]).peak_bytes == 1000 * draws**2 * 8
+    slopes = 6 * draws * 2 * len(jobs[1].submodules) * 8
+    assert estimate(jobs[1]).peak_bytes == 1000 * draws**2 * 8 + slopes

@@ -345,3 +345,9 @@ def test_quick_run(example, tmp_path, monkeypatch):
     grids = {each["method"] for each in written["results"].values() if "method" in each and each["seed"] is None}
     assert grids <= {each.get("method") for each in repeated["results"].values()}
     assert repeated["results"]["math"]["test"] != written["results"]["math"]["test"]
+    assert "pairs of methods are in the same order" in (tmp_path / "again" / "RESULTS.md").read_text()
+    for folder, said in (("work", "is the first run's own folder"), ("again", "was made with seed 1, not 2")):
+        refused = CliRunner().invoke(example.repeat.main, [arguments[0], str(tmp_path / folder), "--seed", "2"])
+        assert refused.exit_code == 1
+        assert said in refused.output
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == repeated

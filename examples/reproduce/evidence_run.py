@@ -46,7 +46,8 @@ class Run:
         """The command of the run."""
         sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in self.settings.get("sizes", {}).items()}
         precision = self.settings.get("precision", "bfloat16")
-        quick = " --quick" if sizes == dataclasses.asdict(QUICK) else ""
+        known = {**dataclasses.asdict(QUICK), "seed": sizes.get("seed")}
+        quick = " --quick" if {"seed": None, **sizes} == known else ""
         return f"python examples/reproduce/run.py WORK{quick}" + (
             "" if precision == "bfloat16" else f" --precision {precision}"
         )

@@ -18,12 +18,16 @@ from shared import (
     load_model,
     load_tokenizer,
     make_base,
+    read_json,
     read_rows,
     save_checkpoint,
     train,
     write_json,
     write_rows,
 )
+
+SEED_NAME = "seed.json"
+"""Beside the data: what it was made with."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def make_data(workdir: Path, sizes: Sizes) -> None:
                 write_rows(folder / f"{task}_{name}.jsonl", rows[:count])
                 rows = rows[count:]
         write_json(folder / "general.json", general_text(sizes.general_passages))
+        write_json(folder / SEED_NAME, sizes.seed)
 
 
 def make_expert(workdir: Path, task: str, sizes: Sizes, precision: str, device: str) -> None:
@@ -103,8 +108,27 @@ def make_expert(workdir: Path, task: str, sizes: Sizes, precision: str, device: 
         save_checkpoint(model.cpu(), tokenizer, folder)
 
 
+def check_seed(workdir: Path, sizes: Sizes) -> None:
+    """Refuse a folder whose data, and hence experts, come from another seed.
+
+    Raises:
+        click.ClickException: they do.
+    """
+    path = workdir / "data" / SEED_NAME
+    made = read_json(path) if path.exists() else sizes.seed
+    if made != sizes.seed:
+        raise click.ClickException(
+            f"{workdir / 'data'} was made with seed {made}, not {sizes.seed}: choose another folder"
+        )
+
+
 def prepare(workdir: Path, sizes: Sizes, base: Path | None, precision: str, device: str) -> None:
-    """Make what is missing in the work directory of base, data and experts."""
+    """Make what is missing in the work directory of base, data and experts.
+
+    Raises:
+        click.ClickException: the data that is there comes from another seed.
+    """
+    check_seed(workdir, sizes)
     jobs = {"base": lambda: copy_base(base, workdir) if base else make_base(workdir)}
     jobs["data"] = lambda: make_data(workdir, sizes)
     jobs |= {task: lambda task=task: make_expert(workdir, task, sizes, precision, device) for task in TASKS}

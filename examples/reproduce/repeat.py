@@ -1,8 +1,9 @@
 """The main comparison again with other experts: does its order hold?
 
 `python examples/reproduce/repeat.py WORK/results.json AGAIN` splits the rows anew, trains five experts anew, and merges
-them by every method of the first run: ours with nothing chosen, the others at the settings that were best there on the
-test rows. Like the run itself it goes on where it was stopped.
+them by every other method of the first run, at the settings that were best there on the test rows, and by ours, as a
+recipe gets it that names an objective and nothing else. AGAIN/RESULTS.md is the first run's with the two side by side.
+Like the run itself it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gaps import Evidence
 from merging import evaluate_references
 from methods import ALL, CLOSED_FORMS, Candidate, Settings
 from run import Run, calibrated_for, write_results
+from tables import write_tables
 
 REPEATED: tuple[Settings, ...] = (
     {"granularity": "attn_mlp"},
@@ -28,7 +30,8 @@ REPEATED: tuple[Settings, ...] = (
 
 
 def others(evidence: Evidence) -> Iterator[Candidate]:
-    """The other methods: those with a grid at its best on the test rows, the closed forms as they are."""
+    """The other methods: those with a grid at its best on the test rows, the closed forms on the rows of a usual
+    calibration."""
     for method in (*evidence.grids(), *CLOSED_FORMS):
         found = [result for result in evidence.group(ALL, method, {}) if result.get("seed") is not None][:1]
         best = found[0] if found else evidence.tuned(ALL, method, "test")
@@ -57,10 +60,12 @@ def main(
     first: Path, workdir: Path, seed: int, base: Path | None, processes: int, threads: int | None, device: str
 ) -> None:
     """Repeat the comparison of FIRST, a run's results.json, in WORKDIR with other experts."""
+    workdir = workdir.resolve()
+    if first.parent == workdir:
+        raise click.ClickException(f"{workdir} is the first run's own folder: choose another one")
     settings = read_json(first)["settings"]
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["sizes"].items()}
     sizes = dataclasses.replace(Sizes(**known), seed=seed)
-    workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     os.chdir(workdir)
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
@@ -70,6 +75,7 @@ def main(
         repeat(run, load(first).evidence)
     finally:
         write_results(run)
+        write_tables(first, workdir / "RESULTS.md", repeated=workdir / "results.json")
 
 
 if __name__ == "__main__":

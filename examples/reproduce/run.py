@@ -38,6 +38,8 @@ from mergekit_slta.resolve import solve_again
 
 ROWS_STUDIED = ("layer", "attn_mlp")
 """Granularities whose number of rows is varied, as in the paper's Table 11; the last also beyond the usual number."""
+FEW_ROWS = 5
+"""Rows of each task at each step of the joint objective, to see what is left of it: 30 in all."""
 BOTH_BALANCES = ("layer", "attn_mlp")
 """Granularities that are also solved without balancing."""
 
@@ -120,7 +122,9 @@ def calibrated_for(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **setti
     A.5.3, and the steps of the joint objective), since these depend on which experts there are."""
     for tasks in sets[: run.sizes.sets]:
         name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
-        recipe = calibration_recipe(tasks, seed, run.sizes.calibration_rows, **settings)
+        shared = {key: value for key, value in settings.items() if key != "num_samples"}
+        rows = settings.get("num_samples", run.sizes.calibration_rows)
+        recipe = calibration_recipe(tasks, seed, rows, **shared)
         statistics = calibrate(run.workdir, name, recipe, run.device)
         path = run.workdir / "alphas" / f"{name}.json"
         if not path.exists():
@@ -145,7 +149,8 @@ def run_all(run: Run) -> None:
         for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
             run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
     rows = JOINT_STEPS * run.sizes.calibration_rows  # as many as ours sees under the joint objective
-    run.score([*closed_forms(ALL, first, rows, ["RegMean++"], rows_per_task=rows)])
+    for seed in seeds:
+        run.score([*closed_forms(ALL, seed, rows, ["RegMean++"], rows_per_task=rows)])
     for seed in seeds[1:2]:
         blocks(run, seed)
     levels(run, first)
@@ -167,6 +172,7 @@ def blocks(run: Run, seed: int) -> None:
     """The joint objective, whose steps every set of experts has to be calibrated for; and attention and MLP blocks of
     every set under the paper's objective, and under the joint one at the experts."""
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
+    run.score([*calibrated_for(run, seed, (ALL,), objective="joint", num_samples=FEW_ROWS)])
     for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
         own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}
         run.score([*calibrated_for(run, seed, sets, **own)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 
 from claims import percent
 from evidence_run import Run
 from formatting import section, table
-from gaps import Evidence, Result, Spread
+from gaps import Evidence, Result
 from methods import ALL
 from tables_of_scores import main_rows, mean_and_worst
 
@@ -23,7 +24,8 @@ def other_experts(run: Run) -> str | None:
     for row in main_rows(run.evidence, "test"):
         first = row.of(ALL)
         again = run.repeated.group(ALL, first[0]["method"], first[0]["settings"]) if first else []
-        if again:
+        values = [run.evidence.mean(result) for result in first] + [run.repeated.mean(result) for result in again]
+        if again and None not in values:
             known.append((row.title, first, again))
     lines = [
         [name, mean_and_worst(run.evidence, first), mean_and_worst(run.repeated, again)] for name, first, again in known
@@ -43,8 +45,7 @@ def other_experts(run: Run) -> str | None:
 
 
 def _mean(evidence: Evidence, label: str, results: Sequence[Result]) -> float:
-    spread = Spread.of(map(getattr(evidence, label), results))
-    return float("nan") if spread is None else spread.mean
+    return statistics.fmean(getattr(evidence, label)(result) for result in results)
 
 
 def order_kept(values: Sequence[tuple[str, float, float]]) -> str:

@@ -14,7 +14,7 @@ from claims import MISSING, NESTED, PAPER_SETS, difference, percent, row_of, sho
 from evidence_run import Run
 from formatting import number, section, table
 from gaps import Evidence, Result, Spread, loss, recovered, settings_label
-from methods import ALL, GRANULARITIES, OURS, SETS, TRIPLE, baselines, set_name
+from methods import ALL, GRANULARITIES, JOINT_STEPS, OURS, SETS, TRIPLE, baselines, set_name
 from paper import MAIN, MODEL_WEIGHTS, NUMBER_OF_EXPERTS, NUMBER_OF_ROWS
 
 GRID_ORDER = ("weight average", "task arithmetic", "DARE", "TIES", "Breadcrumbs", "DELLA", "SCE", "model stock")
@@ -55,6 +55,8 @@ def title(method: str, settings: Mapping[str, Any]) -> str:
     """How a table calls a method without a grid."""
     shown_settings = {"granularity": "", **settings}
     parts = [shown_settings.pop("granularity"), settings_label(shown_settings)]
+    if settings.get("objective") == "joint" and not {"granularity", "steps"} & settings.keys():
+        parts.append(f"by default linear, {JOINT_STEPS} steps, fresh_rows")
     return ", ".join(part for part in (method, *parts) if part)
 
 
@@ -127,7 +129,7 @@ def main_comparison(run: Run) -> str:
     parts = [
         "Share of the gap between base and expert that a merge recovers, in %: mean over the tasks / worst task. "
         f"{OURS} has nothing to tune: mean ± standard deviation over the draws of {run.rows or 'the'} calibration rows "
-        "per task, and under the joint objective of as many for each of its six steps, unless fresh_rows is False. The "
+        "per task; of the joint objective with fresh_rows, its default, as many for each of its six steps. The "
         "settings of the others are chosen by the mean on those rows (of the first draw):"
     ]
     for number_of_table, split in enumerate(("calibration", "test")):
