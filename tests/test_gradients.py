@@ -98,7 +98,7 @@ def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa:
 def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  # noqa: F811
     """Slopes of drawn labels are those of exactly these labels; over many draws their frequencies are the model's."""
     models = specimen("llama")
-    job = job_of(models, objective="joint", label_samples=3, steps=0)
+    job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=3, steps=0)
     drawn: list[torch.Tensor] = []
     original = gradients._drawn
 
@@ -131,7 +131,7 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  #
 def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
     """d loss along any mixture of the experts' changes of single submodules is what the slopes say."""
     models = specimen("qwen3")
-    job = job_of(models, objective="joint", label_samples=0, steps=0)
+    job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=0, steps=0)
     slopes = gather_statistics(job).grams
     examples = examples_of(job)
     generator = torch.Generator().manual_seed(3)
@@ -193,7 +193,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop, objective):  # n
 
 def test_a_damaged_record_is_computed_again(specimen, tmp_path):  # noqa: F811
     """Its step and all others behind the forward pass; the features are still there."""
-    job = job_of(specimen("qwen3"), objective="joint", steps=0)
+    job = job_of(specimen("qwen3"), granularity="attn_mlp", objective="joint", steps=0)
     whole = gather_statistics(job).grams
     stop_after(job, tmp_path / ".partial", 2)
     damaged = sorted((tmp_path / ".partial").glob("*.safetensors"))[1]

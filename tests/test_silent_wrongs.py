@@ -16,6 +16,7 @@ from mergekit_slta.assembly import USUAL, assemble
 from mergekit_slta.calibration import calibrate
 from mergekit_slta.card import section
 from mergekit_slta.gram import Statistics
+from mergekit_slta.summary import describe_alphas
 
 
 def warnings_of(caplog, recipe: dict) -> str:
@@ -81,6 +82,9 @@ def test_extreme_weights_are_flagged_with_what_helps(tiny, tmp_path, write_recip
     flagged = [entry.model_copy(update={"flags": ("extreme",)}) for entry in found.submodules]
     text = section(found.model_copy(update={"submodules": tuple(flagged)}), [])
     assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)" in text
+    lines = describe_alphas(found.model_copy(update={"submodules": tuple(flagged)})).splitlines()
+    assert sum(line.endswith(": extreme") for line in lines) == 13  # twelve by name
+    assert lines[-1] == f"and {len(flagged) - 12} more: extreme"
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(1.51, True), (1.49, False), (-0.49, False), (-0.51, True)])

@@ -170,13 +170,14 @@ def run_all(run: Run) -> None:
 
 def blocks(run: Run, seed: int) -> None:
     """The joint objective, whose steps every set of experts has to be calibrated for; and attention and MLP blocks of
-    every set under the paper's objective, and under the joint one at the experts."""
+    every set under the paper's objective, under Fisher's, and under the joint one at the experts."""
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*calibrated_for(run, seed, (ALL,), objective="joint", num_samples=FEW_ROWS)])
     for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
         own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}
         run.score([*calibrated_for(run, seed, sets, **own)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
+    run.score([*our_candidates(run, "attn_mlp", seed, objective="fisher")])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
 
