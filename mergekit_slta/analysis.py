@@ -58,7 +58,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     A run that was killed goes on from the records beside `path`; a finished one is not repeated.
 
     Args:
-        job: the recipe, prepared.
+        job: the recipe, prepared; `for_linearity` of it, where it is not to have rows for steps.
         path: the linearity file; checked by `check_linearity_target`.
         num_rows: of each task, in the order in which they were drawn; all by default.
 

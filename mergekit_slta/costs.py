@@ -38,7 +38,7 @@ _KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.5
 _SOLVE = 5
 """Matrices that a solve among rows has at a time."""
 _SLOPE_COPIES = 6
-"""Copies of all slopes that moving, joining and solving them has at a time."""
+"""Copies of all slopes that moving, joining and solving them has at a time; counted in the code, not measured."""
 _STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """The granularity whose steps hold the same tensors at a time."""
 
@@ -131,9 +131,9 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
     largest = max(largest, logits * slopes)
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
     scratch = tape_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
-    unknowns = draws * sum(len(rows.rows) for rows in drawn)  # of a solve among rows
-    solve = _SOLVE * unknowns**2 * 8
-    solve += _SLOPE_COPIES * unknowns * slopes * (models - 1) * len(job.submodules) * 8 // draws
+    num_rows = sum(len(rows.rows) for rows in drawn)
+    solve = _SOLVE * (draws * num_rows) ** 2 * 8  # among rows
+    solve += _SLOPE_COPIES * num_rows * slopes * (models - 1) * len(job.submodules) * 8
     peak = int(max(max(in_layer, in_head) * kept, solve))
     read = 2 * total_bytes(job.plan) * (1 + steps)
     read += len(parts) * (steps > 0) * total_bytes(job.plan, [job.recipe.base])

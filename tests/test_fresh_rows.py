@@ -99,7 +99,6 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     alphas = assert_applied(tiny, tmp_path / "out")
     assert alphas.calibration["fresh_rows"] is True
     assert alphas.granularity == "linear"
-    assert not any("extreme" in entry.flags for entry in alphas.submodules)
     assert "task, in 4 solves in turn, without training" in (tmp_path / "out" / "README.md").read_text()
     assert [len(task["rows"]) for task in alphas.calibration["tasks"]] == [6, 6, 6]
     statistics = Statistics.load(tmp_path / "out" / "slta_stats.safetensors")
@@ -121,6 +120,9 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
     assert result.exit_code == 0, result.output
     assert "Already" in result.output
+    result = slta("linearity", write_recipe(recipe), "--rows", "1", "-o", tmp_path / "one.json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert [len(task["rows"]) for task in Linearity.load(tmp_path / "one.json").settings["tasks"]] == [1, 1, 1]
 
 
 def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, caplog):  # noqa: F811

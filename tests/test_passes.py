@@ -295,6 +295,16 @@ def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
     torch.testing.assert_close(alphas([1.0, 1.0], 1e9).double(), point, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_step_has_looked_at_is_not_extreme(specimen):  # noqa: F811
+    """Weights far outside the usual are no news where they come from the merged model itself."""
+    job = same(specimen("llama"), steps=1)
+    found = gather_statistics(job)
+    found.point = {key: torch.full_like(part, 9.0) for key, part in found.point.items()}
+    entries, _ = solve_together(found, layout_of(job), importance=[1.0, 1.0], balance=True, ridge=1e9)
+    assert all(alpha == pytest.approx(9.0) for entry in entries for alpha in entry.alpha)
+    assert not any(entry.flags for entry in entries)
+
+
 def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # noqa: F811
     """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
     models = specimen("qwen3")

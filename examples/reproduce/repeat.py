@@ -19,7 +19,7 @@ from experts import Sizes, prepare
 from gaps import Evidence
 from merging import evaluate_references
 from methods import ALL, CLOSED_FORMS, Candidate, Settings
-from run import Run, calibrated_for, write_results
+from run import Run, calibrated_for, write_scores
 from tables import write_tables
 
 REPEATED: tuple[Settings, ...] = (
@@ -74,8 +74,8 @@ def main(
     try:
         repeat(run, load(first).evidence)
     finally:
-        write_results(run)
-        write_tables(first, workdir / "RESULTS.md", repeated=workdir / "results.json")
+        write_tables(first, workdir / "RESULTS.md", repeated=write_scores(run))
+        click.echo(f"Written: {workdir / 'RESULTS.md'}")
 
 
 if __name__ == "__main__":

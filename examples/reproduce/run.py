@@ -190,7 +190,8 @@ def levels(run: Run, seed: int) -> None:
 def with_answers(run: Run) -> list[str]:
     """Merges of all experts whose greedy answers are counted: ours, and task arithmetic tuned on the test rows."""
     results = read_results(run.workdir)
-    mine = [{"granularity": "attn_mlp"}, {"objective": "joint"}]
+    same = {"granularity": "attn_mlp", "objective": "joint", "steps": 2, "fresh_rows": False}
+    mine = [{"granularity": "attn_mlp"}, {"objective": "joint"}, same]
     ours = [
         name
         for name, result in results.items()
@@ -227,11 +228,17 @@ def main(
         write_results(run)
 
 
+def write_scores(run: Run) -> Path:
+    """All scores that are there in one file; returns its path."""
+    settings = {"sizes": dataclasses.asdict(run.sizes), "precision": run.precision, "tasks": list(TASKS)}
+    path = run.workdir / "results.json"
+    write_json(path, {"settings": settings, "results": read_results(run.workdir)})
+    return path
+
+
 def write_results(run: Run) -> None:
     """All scores that are there in one file, and their tables."""
-    settings = {"sizes": dataclasses.asdict(run.sizes), "precision": run.precision, "tasks": list(TASKS)}
-    write_json(run.workdir / "results.json", {"settings": settings, "results": read_results(run.workdir)})
-    write_tables(run.workdir / "results.json", run.workdir / "RESULTS.md")
+    write_tables(write_scores(run), run.workdir / "RESULTS.md")
     click.echo(f"Written: {run.workdir / 'RESULTS.md'}")
 
 

@@ -33,7 +33,8 @@ def other_experts(run: Run) -> str | None:
     about = (
         "Share of the gap recovered of all tasks, in %: mean / worst. Again: rows split anew, experts trained anew, "
         "one draw of calibration rows. The settings of the others are those that were best on the test rows of the "
-        "first run, and need not be best again; submodule_linear has nothing to choose."
+        "first run, and need not be best again; submodule_linear has nothing to choose. AGAIN/results.json lies "
+        "beside the first run's as repeated.json."
     )
     parts = [about, table(["method", "first", "again"], lines)]
     for label in ("mean", "worst"):
