@@ -284,7 +284,7 @@ YAMLISH = st.recursive(
 )
 KEYS = st.sampled_from(
     "granularity num_samples max_seq_length seed balance inputs objective label_samples steps fresh_rows ridge "
-    "tolerance lambda compute_dtype alphas dataset weight".split()
+    "lambda compute_dtype alphas dataset weight".split()
 )
 
 

@@ -37,7 +37,6 @@ SETTINGS = [
     {"granularity": "linear"},
     {"granularity": "model"},
     {"granularity": "layer", "inputs": "merged"},
-    {"granularity": "attn_mlp", "tolerance": 1e-9},
 ]
 
 
