@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +232,56 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
     )
+
+
+# Processes that share one start: a server imports everything once, and every process is a fork of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["conftest", "mergekit_slta.host", "mergekit_slta.commands", "datasets", "transformers.models.llama.modeling_llama"]
+)
+
+
+def _begin(function: Callable, arguments: tuple, output: str, cwd: str, environment: dict[str, str]) -> None:
+    """In the new process: what is printed goes to files, as through a pipe."""
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+    function(*arguments)
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A process that runs (its methods are multiprocessing's), and where its output goes."""
+
+    process: multiprocessing.process.BaseProcess
+    output: tempfile.TemporaryDirectory
+
+    def ended(self, timeout: float = 120) -> subprocess.CompletedProcess:
+        """Wait for its end; its exit code (less than 0: the signal) and what it printed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it hangs"
+        told = [Path(self.output.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([], self.process.exitcode, *told)
+
+
+def own_command(*arguments: str) -> None:
+    """The project's own command, for `fork`."""
+    cli.main(arguments)
+
+
+def stock_command(*arguments: str) -> None:
+    """The stock command, for `fork`."""
+    run_yaml.main(arguments)
+
+
+def fork(function: Callable, *arguments: object, cwd: Path, **environment: str) -> Forked:
+    """Start a function (of a module's top level) in a process of its own."""
+    output = tempfile.TemporaryDirectory()
+    process = FORKS.Process(target=_begin, args=(function, arguments, output.name, str(cwd), environment), daemon=True)
+    process.start()
+    return Forked(process, output)
 
 
 def script(name: str) -> Path:

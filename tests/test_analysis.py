@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from itertools import product
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import slta
+from conftest import fork, own_command, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
@@ -228,18 +225,19 @@ def test_killed_in_the_whole_model(measured, tmp_path, monkeypatch):
     assert target.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.process
 def test_sigkill_loses_nothing(measured, tmp_path):
     """A process of its own, killed as soon as it has a few records: the second run ends in the same bytes."""
     models, _, path, _ = measured
     recipe = models.recipe(num_samples=2, max_seq_length=12)
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "mergekit_slta", "linearity", "recipe.yml", "-o", "linearity.json", "--quiet"]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["linearity", "recipe.yml", "-o", "linearity.json", "--quiet"]
+    forked = fork(own_command, *command, cwd=tmp_path)
     records = tmp_path / ".linearity.json.partial"
-    while process.poll() is None and len(list(records.glob("*.safetensors"))) < 3:
+    while forked.process.is_alive() and len(list(records.glob("*.safetensors"))) < 3:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    forked.process.kill()
+    forked.process.join()
     assert records.is_dir()
     done = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "linearity.json", "--quiet")
     assert done.exit_code == 0, done.output

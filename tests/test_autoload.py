@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -45,20 +46,27 @@ KNOWN = "from mergekit import merge_methods; print([m.spec.name for m in merge_m
 
 
 def test_stock_mergekit_knows_the_method():
-    """Importing mergekit is enough, by any door."""
-    for code in (KNOWN, "import mergekit.plan; " + KNOWN, "import mergekit.scripts.run_yaml; " + KNOWN):
-        result = python(code)
-        assert result.stdout.count("'submodule_linear'") == 1, result.stderr
-        assert "mergekit-slta" not in result.stderr
+    """Importing mergekit's command is enough: the method is registered without a word, and `mergekit-yaml`,
+    `mergekit-multi` and `mergekit.merge` hold the same wrapped function."""
+    result = python(
+        "import mergekit.scripts.run_yaml as a, mergekit.scripts.multimerge as b, mergekit.merge as c\n"
+        "print(a.run_merge is b.run_merge is c.run_merge, hasattr(c.run_merge, '_mergekit_slta_original'))\n" + KNOWN
+    )
+    wrapped, known = result.stdout.splitlines()
+    assert wrapped.split() == ["True", "True"]
+    assert known.count("'submodule_linear'") == 1, result.stderr
+    assert "mergekit-slta" not in result.stderr
 
 
 def test_isolated_interpreters_and_spawned_workers_know_it(tmp_path):
-    """Spawned processes, as Ray's workers are, and `python -I`: interpreters of their own that read .pth files."""
+    """Spawned processes, as Ray's workers are, and `python -I`, by the doors of the methods and of the planner:
+    interpreters of their own that read .pth files."""
     assert python(KNOWN, "-I").stdout.count("'submodule_linear'") == 1
     script = tmp_path / "spawn.py"
     script.write_text(
         "import multiprocessing\n"
         "def known():\n"
+        "    import mergekit.plan\n"
         "    from mergekit import merge_methods\n"
         "    return [method.spec.name for method in merge_methods.registered_methods()]\n"
         "if __name__ == '__main__':\n"
@@ -71,7 +79,7 @@ def test_isolated_interpreters_and_spawned_workers_know_it(tmp_path):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_where_no_pth_is_read_an_import_does_it(tmp_path, zipped):
-    """Without `site`, or from an archive: importing the package, before mergekit or behind it, is enough."""
+    """Without `site`, importing the package is enough: before mergekit, or behind it and from an archive."""
     where = PACKAGE
     if zipped:
         where = tmp_path / "package.zip"
@@ -80,43 +88,31 @@ def test_where_no_pth_is_read_an_import_does_it(tmp_path, zipped):
                 archive.write(path, path.relative_to(PACKAGE))
     libraries = [path for path in sys.path if path.endswith("-packages")]
     paths = f"import sys; sys.path[:0] = {[str(where), *libraries]!r}; "
-    assert "'submodule_linear'" not in python(paths + KNOWN, "-S").stdout
-    for code in ("import mergekit_slta; " + KNOWN, "import mergekit.merge_methods, mergekit_slta; " + KNOWN):
-        result = python(paths + code, "-S")
-        assert result.stdout.count("'submodule_linear'") == 1, result.stderr
+    code = KNOWN + "; import mergekit_slta; " + KNOWN if zipped else "print(); import mergekit_slta; " + KNOWN
+    result = python(paths + code + f"; assert mergekit_slta.__file__.startswith({str(where)!r})", "-S")
+    assert result.returncode == 0, result.stderr
+    before, behind = result.stdout.splitlines()
+    assert "'submodule_linear'" not in before
+    assert behind.count("'submodule_linear'") == 1, result.stderr
 
 
-def test_run_merge_is_wrapped_by_every_door():
-    """`mergekit-yaml`, `mergekit-multi` and `mergekit.merge` hold the same wrapped function."""
-    result = python(
-        "import mergekit.scripts.run_yaml as a, mergekit.scripts.multimerge as b, mergekit.merge as c\n"
-        "print(a.run_merge is b.run_merge is c.run_merge, hasattr(c.run_merge, '_mergekit_slta_original'))"
-    )
-    assert result.stdout.split() == ["True", "True"], result.stderr
-
-
-def test_importing_late_catches_up():
-    """Without the .pth, `import mergekit_slta` after mergekit registers and wraps, also where the name was imported."""
+def test_switch_turns_it_off_and_importing_late_catches_up():
+    """MERGEKIT_SLTA_AUTOLOAD=0: mergekit is as it was. The hook that is installed behind it then registers and wraps,
+    once, also where the name was imported."""
     result = python(
         f"import sys; sys.path.append({str(PACKAGE)!r})\n"  # without site-packages' .pth files there is no finder yet
         "import os; os.environ.pop('MERGEKIT_SLTA_AUTOLOAD')\n"
-        "from mergekit.scripts import run_yaml\n"
-        "from mergekit import merge_methods\n"
-        "before = len(merge_methods.registered_methods())\n"
+        "from mergekit.scripts import run_yaml\n" + KNOWN + "\nbefore = len(merge_methods.registered_methods())\n"
         "import mergekit_slta._autoload as autoload\n"
         "autoload.install(); autoload.install()\n"
         "added = len(merge_methods.registered_methods()) - before\n"
         "print(added, hasattr(run_yaml.run_merge, '_mergekit_slta_original'))",
         MERGEKIT_SLTA_AUTOLOAD="0",
     )
-    assert result.stdout.split() == ["1", "True"], result.stderr
-
-
-def test_switch_turns_it_off():
-    """MERGEKIT_SLTA_AUTOLOAD=0: mergekit is as it was."""
-    result = python(KNOWN, MERGEKIT_SLTA_AUTOLOAD="0")
-    assert "submodule_linear" not in result.stdout
-    assert "'task_arithmetic'" in result.stdout
+    known, added = result.stdout.splitlines()
+    assert "submodule_linear" not in known
+    assert "'task_arithmetic'" in known
+    assert added.split() == ["1", "True"], result.stderr
 
 
 def test_harmless_without_mergekit(tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-pytestmark = on_linux
+pytestmark = [on_linux, pytest.mark.example]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +73,7 @@ def test_found_is_kept_and_other_settings_are_refused(in_process, workdir, capsy
     assert "--again" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_startup(workdir):
     """The command itself, on the benchmark that starts no job."""
     command = [sys.executable, str(FOLDER / "run.py"), str(workdir / "startup"), "--quick", "--only", "startup"]
@@ -81,6 +82,7 @@ def test_startup(workdir):
     assert "with the .pth less without" in done.stdout
 
 
+@pytest.mark.process
 def test_peaks_and_phases_come_from_a_process_of_its_own(workdir, monkeypatch):
     """The parent sees the memory of a phase that the job itself has let go of by its end."""
     import measure

@@ -118,6 +118,7 @@ def test_matplotlib_is_loaded_only_to_draw():
         assert not any(name.split(".")[0] == "matplotlib" for name in imports_of(path, top_level=True)), path
 
 
+@pytest.mark.process
 def test_solving_again_needs_neither_mergekit_nor_transformers():
     """`mergekit-slta solve` is a matter of seconds because it imports only what it needs."""
     code = (
@@ -132,6 +133,7 @@ def test_solving_again_needs_neither_mergekit_nor_transformers():
     assert result.stdout.strip() == "[]", result.stderr
 
 
+@pytest.mark.process
 def test_public_names_exist_and_come_lazily():
     """`mergekit_slta.calibrate` and the others are there, and importing the package alone loads no torch."""
     code = (

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import WORDS, slta
+from conftest import WORDS, fork, own_command, slta
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
@@ -30,27 +31,48 @@ from mergekit_slta.recipe import read_recipe
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def launch(folder: Path, count: int, *arguments: str, recipe: str = "recipe.yml") -> subprocess.Popen:
-    command = [*TORCHRUN, str(count), "-m", "mergekit_slta", "calibrate", recipe, *arguments]
+def launch(folder: Path, count: int, *arguments: str) -> subprocess.Popen:
+    command = [*TORCHRUN, str(count), "-m", "mergekit_slta", "calibrate", "recipe.yml", *arguments]
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
+def started_together(folder: Path, count: int, *arguments: str) -> tuple[list[int], str]:
+    """Exit codes and output of as many processes as torchrun would start, in its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = ["calibrate", "recipe.yml", *arguments]
+    processes = [
+        fork(own_command, *command, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)
+    ]
+    ended = [process.ended() for process in processes]
+    return [each.returncode for each in ended], "".join(each.stdout + each.stderr for each in ended)
+
+
+def launched(folder: Path, count: int, *arguments: str) -> tuple[list[int], str]:
+    process = launch(folder, count, *arguments)
+    output, _ = process.communicate(timeout=120)
+    return [process.returncode], output
+
+
 def alphas_of(path: Path) -> list[list[float]]:
     return [entry["alpha"] for entry in json.loads(path.read_text())["submodules"]]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
-    ("count", "settings"),
+    ("start", "count", "settings"),
     [
-        (2, {"granularity": "attn_mlp"}),
-        (3, {"granularity": "layer", "inputs": "merged"}),
-        (2, {"objective": "joint", "steps": 2, "fresh_rows": True}),
+        (launched, 2, {"granularity": "attn_mlp"}),
+        (started_together, 3, {"granularity": "layer", "inputs": "merged"}),
+        (started_together, 2, {"objective": "joint", "steps": 2, "fresh_rows": True}),
     ],
 )
-def test_processes_equal_one(make_models, tmp_path, count, settings):
+def test_processes_equal_one(make_models, tmp_path, start, count, settings):
     """To 1e-10, at one thread each; only the first process writes and speaks."""
     recipe = make_models("llama", num_experts=2).recipe(num_samples=8, max_seq_length=240, **settings)
     for number, model in enumerate(recipe["models"]):  # rows enough for every process to have several packs
@@ -62,9 +84,8 @@ def test_processes_equal_one(make_models, tmp_path, count, settings):
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     one = slta("calibrate", tmp_path / "recipe.yml", "-o", tmp_path / "one" / "slta_alphas.json", "--quiet")
     assert one.exit_code == 0, one.output
-    process = launch(tmp_path, count, "-o", "many/slta_alphas.json")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    codes, output = start(tmp_path, count, "-o", "many/slta_alphas.json")
+    assert not any(codes), output
     assert output.count("Written:") == 1
     calibration = json.loads((tmp_path / "one" / "slta_alphas.json").read_text())["calibration"]
     tokens = sum(task["tokens"] for task in calibration["tasks"])
@@ -74,6 +95,7 @@ def test_processes_equal_one(make_models, tmp_path, count, settings):
         assert mine == pytest.approx(theirs, abs=1e-10)
 
 
+@pytest.mark.process
 def test_a_dead_process_ends_the_job(make_models, tmp_path):
     """SIGKILL to one of two: within 30 s all is over, exit code 1, and a line says which."""
     models = make_models("llama", num_experts=2, num_layers=24)

@@ -34,15 +34,36 @@ def plugin_merge(*arguments: object) -> Result:
     return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *QUIET])
 
 
-def stock_merge(recipe: Path, out: Path) -> subprocess.CompletedProcess:
-    """The stock command in a process that knows no plugin."""
-    script = Path(sys.executable).parent / "mergekit-yaml"
-    return subprocess.run(
-        [str(script), str(recipe), str(out), *QUIET],
-        capture_output=True,
-        text=True,
+STOCK = """
+import json, sys, traceback
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main
+
+for line in sys.stdin:
+    result = CliRunner().invoke(main, json.loads(line))
+    told = result.output + "".join(traceback.format_exception(*result.exc_info)) * (result.exit_code != 0)
+    print(json.dumps([result.exit_code, told, [name for name in sys.modules if name.startswith("mergekit_slta.")]]))
+    sys.stdout.flush()
+"""
+
+
+@pytest.fixture(scope="module")
+def stock_merge():
+    """(recipe, OUT) -> (exit code, output) of the stock command, in a process that knows no plugin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
-    )
+    )  # fmt: skip
+
+    def merge(recipe: Path, out: Path) -> tuple[int, str]:
+        process.stdin.write(json.dumps([str(recipe), str(out), *QUIET]) + "\n")
+        process.stdin.flush()
+        code, output, ours = json.loads(process.stdout.readline())
+        assert ours in ([], ["mergekit_slta._autoload"])
+        return code, output
+
+    yield merge
+    process.communicate(timeout=30)
 
 
 def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -81,10 +102,11 @@ def merged(models, write_recipe, out: Path, recipe: dict | None = None, **parame
     return out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("granularity", "tied"), [*((granularity, False) for granularity in GRANULARITIES), ("attn_mlp", True)]
 )
-def test_stock_mergekit_gives_the_same_merge(make_models, write_recipe, tmp_path, granularity, tied):
+def test_stock_mergekit_gives_the_same_merge(make_models, write_recipe, tmp_path, stock_merge, granularity, tied):
     """Twelve layers, so that layers 1, 10 and 11 must not take each other's weights; `lambda` comes along."""
     models = make_models("llama", num_experts=3, num_layers=12, tied=tied, dtype=torch.bfloat16)
     scale = {"lambda": 0.8} if tied else {}
@@ -95,21 +117,23 @@ def test_stock_mergekit_gives_the_same_merge(make_models, write_recipe, tmp_path
     assert recipe["merge_method"] == "task_arithmetic"
     assert (recipe["dtype"], recipe["out_dtype"]) == ("float32", "bfloat16")
     assert recipe["parameters"] == {"normalize": False, **scale}
-    done = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
-    assert done.returncode == 0, done.stderr
+    code, output = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
+    assert code == 0, output
     assert not (tmp_path / "stock" / "slta_alphas.json").exists()
     assert_same_merge(out, tmp_path / "stock")
 
 
-def test_plugin_is_off_in_the_stock_process(make_models, write_recipe, tmp_path):
+@pytest.mark.process
+def test_plugin_is_off_in_the_stock_process(make_models, write_recipe, tmp_path, stock_merge):
     """The comparison means something: there, the plugin's own recipe is none."""
     models = make_models("llama", num_experts=2)
-    done = stock_merge(write_recipe(models.recipe()), tmp_path / "out")
-    assert done.returncode != 0
-    assert "submodule_linear" in done.stderr
+    code, output = stock_merge(write_recipe(models.recipe()), tmp_path / "out")
+    assert code != 0
+    assert "submodule_linear" in output
 
 
-def test_recipe_supplies_tokenizer_and_chat_template(make_models, write_recipe, tmp_path):
+@pytest.mark.process
+def test_recipe_supplies_tokenizer_and_chat_template(make_models, write_recipe, tmp_path, stock_merge):
     """Both are taken over as they stand, from --recipe, and shape the stock merge in the same way."""
     models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
     recipe = {
@@ -124,8 +148,8 @@ def test_recipe_supplies_tokenizer_and_chat_template(make_models, write_recipe, 
     assert result.exit_code == 0, result.output
     stock = yaml.safe_load((tmp_path / "stock.yml").read_text())
     assert (stock["tokenizer"], stock["chat_template"]) == (recipe["tokenizer"], "chatml")
-    done = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
-    assert done.returncode == 0, done.stderr
+    code, output = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
+    assert code == 0, output
     tokens = len(AutoTokenizer.from_pretrained(out))
     assert tensors(out)["lm_head.weight"].shape[0] > tokens  # padded
     assert_same_merge(out, tmp_path / "stock", tokens)
@@ -154,13 +178,14 @@ def test_output_dtype_without_one_in_the_recipe(make_models, write_recipe, tmp_p
     assert "Warning: the merged model will be float32" in result.stderr
 
 
-def test_float32_recipes_are_exported(make_models, write_recipe, tmp_path):
+@pytest.mark.process
+def test_float32_recipes_are_exported(make_models, write_recipe, tmp_path, stock_merge):
     """`dtype: float32` is what the stock recipe computes in: the output stays float32."""
     models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
     out = merged(models, write_recipe, tmp_path / "plugin", {**models.recipe(), "dtype": "float32"})
     result = slta("export", out / "slta_alphas.json", "-o", tmp_path / "stock.yml")
     assert result.exit_code == 0, result.output
-    assert stock_merge(tmp_path / "stock.yml", tmp_path / "stock").returncode == 0
+    assert stock_merge(tmp_path / "stock.yml", tmp_path / "stock")[0] == 0
     for name, tensor in tensors(tmp_path / "stock").items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, tensors(out)[name], rtol=1e-6, atol=1e-6)

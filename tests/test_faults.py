@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import mergekit.io.tensor_writer
 import pytest
 import torch
-from conftest import mergekit_yaml, run, tensors
+from conftest import fork, mergekit_yaml, tensors
+from mergekit.scripts import run_yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mergekit_slta import gram, method, outfolder, records, tape
@@ -148,36 +148,29 @@ def test_clocks_that_jump_change_nothing(sound, tmp_path, monkeypatch):
 
 
 SIGNALS = {
-    "SIGTERM in a block": ("SIGTERM", "from mergekit_slta.skeleton import Skeleton as place", "block", 5),
-    "SIGKILL in a backward pass": ("SIGKILL", "from torch import autograd as place", "grad", 20),
-    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta import method as place", "combine", 4),
-    "SIGTERM while moving in": ("SIGTERM", "import os as place", "replace", -1),
+    "SIGTERM in a block": ("SIGTERM", Skeleton, "block", 5, ""),
+    "SIGKILL in a backward pass": ("SIGKILL", torch.autograd, "grad", 20, ""),
+    "SIGKILL in a merge": ("SIGKILL", method, "combine", 4, ""),
+    "SIGTERM while moving in": ("SIGTERM", os, "replace", 1, "model"),
 }
 
 
+def merge_struck_by(case: str, *arguments: str) -> None:
+    """The stock command, that sends itself a signal at a certain moment."""
+    name, place, function, call, only = SIGNALS[case]
+    number = getattr(signal, name)
+    setattr(place, function, failing(getattr(place, function), lambda: os.kill(os.getpid(), number), call, only))
+    run_yaml.main(arguments)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("case", SIGNALS)
 def test_a_signal_leaves_nothing_half_done(sound, tmp_path, case):
-    """The stock command in a process of its own, that sends itself the signal at a certain moment."""
-    name, place, function, call = SIGNALS[case]
+    """A process that a signal ends leaves a model that is whole, or none, and the next run ends well."""
     recipe, alphas, merged = sound("joint" if "backward" in case else "features")
-    count = "'model' in str(args[-1])" if call < 0 else "1"
-    code = (
-        "import os, signal, sys, mergekit_slta.method\n"
-        f"{place}\n"
-        f"original, seen = place.{function}, 0\n"
-        "def struck(*args, **kwargs):\n"
-        "    global seen\n"
-        f"    seen += {count}\n"
-        f"    if seen == {abs(call)}:\n"
-        f"        os.kill(os.getpid(), signal.{name})\n"
-        "    return original(*args, **kwargs)\n"
-        f"place.{function} = struck\n"
-        "from mergekit.scripts.run_yaml import main\n"
-        "main(sys.argv[1:])"
-    )
     out = tmp_path / "out"
-    result = run(sys.executable, "-c", code, recipe, out, "--quiet", cwd=tmp_path, OMP_NUM_THREADS="1")  # as here
-    assert result.returncode == -getattr(signal, name), result.stderr
+    result = fork(merge_struck_by, case, str(recipe), str(out), "--quiet", cwd=tmp_path).ended()
+    assert result.returncode == -getattr(signal, SIGNALS[case][0]), result.stderr
     with contextlib.suppress(OSError, ValueError):
         AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
         found = tensors(out)  # it loads: then it is whole
@@ -185,27 +178,25 @@ def test_a_signal_leaves_nothing_half_done(sound, tmp_path, case):
     assert_runs_again(recipe, out, alphas, merged)
 
 
+def merge_with_little_memory(*arguments: str) -> None:
+    """The stock command in an address space that ends with the first block."""
+    import resource
+
+    def hungry() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+        torch.empty(2**24)
+
+    Skeleton.block = failing(Skeleton.block, hungry)
+    run_yaml.main(arguments)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the address space is read from /proc")
 def test_too_little_memory_is_said(tiny, tmp_path, write_recipe):
     """An address space that ends (`prlimit --as`, `ulimit -v`): one line with the knobs, or with the cause."""
-    resource = pytest.importorskip("resource")
-    del resource
-    code = (
-        "import resource, sys, torch, mergekit_slta.commands, mergekit_slta.host\n"
-        "from mergekit.scripts.run_yaml import main\n"
-        "import mergekit_slta.skeleton as skeleton\n"
-        "original = skeleton.Skeleton.block\n"
-        "def hungry(*args, **kwargs):\n"
-        "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))\n"
-        "    torch.empty(2**24)\n"
-        "    return original(*args, **kwargs)\n"
-        "skeleton.Skeleton.block = hungry\n"
-        "main(sys.argv[1:])"
-    )
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("no /proc here")
     path = write_recipe(tiny.recipe())
-    result = run(sys.executable, "-c", code, path, tmp_path / "out", "--quiet", cwd=tmp_path)
+    result = fork(merge_with_little_memory, str(path), str(tmp_path / "out"), "--quiet", cwd=tmp_path).ended()
     assert result.returncode == 1
     assert "max_seq_length" in result.stderr
     assert "Traceback" not in result.stderr

@@ -477,6 +477,7 @@ def test_files_that_cannot_be_drawn_are_errors_of_our_own(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.process
 def test_importing_the_figures_is_cheap():
     """Neither matplotlib nor torch before something is drawn."""
     code = "import sys, mergekit_slta.figures; print({'matplotlib', 'torch', 'numpy'} & set(sys.modules))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import mergekit_yaml, run, script, slta, tensors
+from conftest import fork, mergekit_yaml, run, script, slta, stock_command, tensors
 from mergekit.config import MergeConfiguration
-from mergekit.scripts import multimerge
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.scripts import multimerge, run_yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_slta.host as host
@@ -83,8 +85,9 @@ def test_output_dtype_follows_the_recipe(tiny, make_models, write_recipe, tmp_pa
         torch.testing.assert_close(tensor.double(), values[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.process
 def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
-    """`mergekit-yaml`, `mergekit-slta merge`, and `calibrate` followed by `alphas:`, each a process of its own."""
+    """`mergekit-yaml`, `mergekit-slta merge` and `calibrate`, each a process of its own, and `alphas:` of the last."""
     recipe = {**tiny.recipe(2), "out_dtype": "bfloat16"}
     path = write_recipe(recipe)
     first = run(script("mergekit-yaml"), path, "one", cwd=tmp_path)
@@ -95,12 +98,12 @@ def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
     assert second.returncode == 0, second.stderr
     third = run(sys.executable, "-m", "mergekit_slta", "calibrate", path, "-o", "saved.json", "--quiet", cwd=tmp_path)
     assert third.returncode == 0, third.stderr
-    named = {**recipe, "parameters": {**recipe["parameters"], "alphas": "saved.json"}}
+    named = {**recipe, "parameters": {**recipe["parameters"], "alphas": str(tmp_path / "saved.json")}}
     for entry in named["models"]:
         entry["parameters"] = {}
-    fourth = run(script("mergekit-yaml"), write_recipe(named, "named.yml"), "three", cwd=tmp_path)
-    assert fourth.returncode == 0, fourth.stderr
-    assert "Reusing the alphas" in fourth.stderr
+    fourth = mergekit_yaml(write_recipe(named, "named.yml"), tmp_path / "three")
+    assert fourth.exit_code == 0, fourth.output
+    assert "Reusing the alphas" in fourth.output
     one, two, three = (tensors(tmp_path / name) for name in ("one", "two", "three"))
     assert one.keys() == two.keys() == three.keys()
     for name in one:
@@ -109,10 +112,10 @@ def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
     alphas = (tmp_path / "one" / "slta_alphas.json").read_bytes()
     assert alphas == (tmp_path / "two" / "slta_alphas.json").read_bytes() == (tmp_path / "saved.json").read_bytes()
     assert alphas == (tmp_path / "three" / "slta_alphas.json").read_bytes()  # OUT explains itself
-    again = run(script("mergekit-yaml"), path, "one", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "Reusing the alphas" in again.stderr
-    assert "Calibrating" not in again.stderr
+    again = mergekit_yaml(path, tmp_path / "one")
+    assert again.exit_code == 0, again.output
+    assert "Reusing the alphas" in again.output
+    assert "Calibrating" not in again.output
     assert (tmp_path / "one" / "slta_alphas.json").read_bytes() == alphas
 
 
@@ -298,8 +301,6 @@ def test_weights_of_others_are_refused(tiny, write_recipe, tmp_path):
 
 def test_failed_merge_puts_the_earlier_weights_back(tiny, write_recipe, tmp_path, monkeypatch):
     """Where mergekit fails half-way, OUT holds the earlier merge, not half of the new one."""
-    from mergekit.io.tensor_writer import TensorWriter
-
     out = tmp_path / "out"
     assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 0
     before = tensors(out)
@@ -321,8 +322,6 @@ def test_failed_merge_puts_the_earlier_weights_back(tiny, write_recipe, tmp_path
 
 def test_failed_merge_keeps_what_was_calibrated(tiny, write_recipe, tmp_path, monkeypatch):
     """After a failure the next run need not calibrate again; nothing of the failed one can be loaded meanwhile."""
-    from mergekit.io.tensor_writer import TensorWriter
-
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(TensorWriter, "finalize", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -351,22 +350,22 @@ def test_stock_merge_into_the_same_folder_is_noticed(tiny, write_recipe, tmp_pat
     assert (out / "model.safetensors").read_bytes() == before
 
 
+def merge_until_written(*arguments: str) -> None:
+    """The stock command, killed while mergekit writes."""
+    TensorWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+    run_yaml.main(arguments)
+
+
+@pytest.mark.process
 def test_killed_merge_is_taken_up(tiny, write_recipe, tmp_path):
     """SIGKILL while mergekit writes: OUT loads as before or not at all, and the next run ends well."""
     out = tmp_path / "out"
-    code = (
-        "import os, signal, sys\n"
-        "from mergekit.io.tensor_writer import TensorWriter\n"
-        "TensorWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from mergekit.scripts.run_yaml import main\n"
-        "main(sys.argv[1:])"
-    )
     path = write_recipe(tiny.recipe(2))
     assert mergekit_yaml(path, out, *QUIET).exit_code == 0
     before = tensors(out)
     other = write_recipe(tiny.recipe(2, seed=1), "other.yml")
-    killed = run(sys.executable, "-c", code, other, out, "--quiet", "--out-shard-size", "5000", cwd=tmp_path)
-    assert killed.returncode == -9
+    arguments = [str(other), str(out), "--quiet", "--out-shard-size", "5000"]
+    assert fork(merge_until_written, *arguments, cwd=tmp_path).ended().returncode == -signal.SIGKILL
     after = tensors(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -376,16 +375,15 @@ def test_killed_merge_is_taken_up(tiny, write_recipe, tmp_path):
     assert any(not torch.equal(before[name], tensors(out)[name]) for name in before)
 
 
+@pytest.mark.process
 def test_two_merges_into_one_folder(tiny, write_recipe, tmp_path, monkeypatch):
     """While one merges, another is refused with the first one's process number, and harms nothing."""
-    from mergekit.io.tensor_writer import TensorWriter
-
     out = tmp_path / "out"
     path, second = write_recipe(tiny.recipe(2)), []
     finalize = TensorWriter.finalize
 
     def meanwhile(self):
-        second.append(run(script("mergekit-yaml"), path, out, "--quiet", cwd=tmp_path))
+        second.append(fork(stock_command, str(path), str(out), "--quiet", cwd=tmp_path).ended())
         finalize(self)
 
     monkeypatch.setattr(TensorWriter, "finalize", meanwhile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import mergekit_yaml, run, script, slta
+from conftest import fork, mergekit_yaml, run, script, slta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mergekit.scripts import run_yaml
 from safetensors.torch import save_file
 
 from mergekit_slta import alphas as alphas_module
@@ -235,42 +237,38 @@ def test_remote_code_needs_the_users_own_flag(tiny, tmp_path, write_recipe):
     assert not (tmp_path / "owned").exists()
 
 
-OFFLINE = """
-import socket, sys
+def merge_offline(*arguments: str) -> None:
+    """The stock command, that ends when it asks for the network."""
 
-def closed(*_, **__):
-    raise SystemExit("the network was asked for")
+    def closed(*_, **__):
+        raise SystemExit("the network was asked for")
 
-for name in ("connect", "connect_ex", "sendto"):
-    setattr(socket.socket, name, closed)
-socket.getaddrinfo = socket.create_connection = closed
-from mergekit.scripts.run_yaml import main
-main(sys.argv[1:])
-"""
+    for name in ("connect", "connect_ex", "sendto"):
+        setattr(socket.socket, name, closed)
+    socket.getaddrinfo = socket.create_connection = closed
+    run_yaml.main(arguments)
 
 
+@pytest.mark.process
 def test_local_files_need_no_network(tiny, tmp_path, write_recipe):
     """A whole merge, dataset and tokenizer and card included, in a process whose sockets are closed."""
     path = write_recipe(tiny.recipe())
-    result = run(sys.executable, "-c", OFFLINE, path, tmp_path / "out", "--quiet", cwd=tmp_path)
+    result = fork(merge_offline, str(path), str(tmp_path / "out"), "--quiet", cwd=tmp_path).ended()
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "README.md").exists()
 
 
+@pytest.mark.process
 def test_hashes_and_the_environment_change_no_byte(tiny, tmp_path, write_recipe):
-    """The same alphas, byte by byte, and the same statistics, whatever `PYTHONHASHSEED` is."""
+    """The same alphas, byte by byte, and the same statistics here and in a process with another `PYTHONHASHSEED`."""
     path = write_recipe(tiny.recipe())
-    made = []
-    for seed in ("0", "4242"):
-        folder = tmp_path / seed
-        folder.mkdir()
-        result = run(
-            script("mergekit-slta"), "calibrate", path, "-o", folder / "slta_alphas.json", "--quiet",
-            cwd=tmp_path, PYTHONHASHSEED=seed,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        made.append(folder)
-    first, second = made
+    first, second = made = [tmp_path / "here", tmp_path / "there"]
+    assert slta("calibrate", path, "-o", first / "slta_alphas.json", "--quiet").exit_code == 0
+    result = run(
+        script("mergekit-slta"), "calibrate", path, "-o", second / "slta_alphas.json", "--quiet",
+        cwd=tmp_path, PYTHONHASHSEED="0" if os.environ.get("PYTHONHASHSEED") != "0" else "4242", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
     assert (first / "slta_alphas.json").read_bytes() == (second / "slta_alphas.json").read_bytes()
     one, other = (Statistics.load(folder / "slta_stats.safetensors") for folder in made)  # whose header has no order
     assert one.metadata == other.metadata

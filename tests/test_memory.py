@@ -3,53 +3,50 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-
-PROBE = """
-import json, sys, threading
-from mergekit_slta import calibrate
+from conftest import fork
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-import transformers.models.llama.modeling_llama, datasets, torch
-torch.set_num_threads(1)
-peak, stop = 0, threading.Event()
 
-def anonymous():
+from mergekit_slta.analysis import analyse
+from mergekit_slta.calibration import calibrate
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import read_recipe
+
+
+def anonymous() -> int:
+    """Bytes of this process."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
-def watch():
-    global peak
-    while not stop.wait(0.002):
-        peak = max(peak, anonymous())
 
-start = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-if len(sys.argv) > 2:
-    from mergekit.config import MergeConfiguration
-    from mergekit_slta.analysis import analyse
-    from mergekit_slta.preflight import prepare
-    from mergekit_slta.recipe import read_recipe
-    from pathlib import Path
-    recipe = read_recipe(MergeConfiguration.model_validate(json.loads(sys.argv[1])))
-    analyse(prepare(recipe, MergeOptions(quiet=True)), Path(sys.argv[2]))
-else:
-    calibrate(json.loads(sys.argv[1]), MergeOptions(quiet=True))
-stop.set()
-thread.join()
-print(json.dumps({"start": start, "peak": peak}))
-"""
+def watched(recipe: dict, target: str | None) -> None:
+    """Print the peak of a calibration, or of a linearity analysis with a file to write."""
+    peak, stop = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    if target is None:
+        calibrate(recipe, MergeOptions(quiet=True))
+    else:
+        job = prepare(read_recipe(MergeConfiguration.model_validate(recipe)), MergeOptions(quiet=True))
+        analyse(job, Path(target))
+    stop.set()
+    thread.join()
+    print(json.dumps(peak))
 
 
-def peak_of(recipe: dict, *arguments: str) -> dict[str, int]:
-    """Anonymous bytes of a calibration (or, with a file to write, of a linearity analysis)."""
-    command = [sys.executable, "-c", PROBE, json.dumps(recipe), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def peak_of(recipe: dict, folder: Path, target: str | None = None) -> int:
+    done = fork(watched, recipe, target, cwd=folder).ended()
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -64,21 +61,24 @@ def large(make_models, layers: int, num_experts: int):
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 
 
-@on_linux
-def test_peak_does_not_grow_with_layers(make_models):
+pytestmark = [on_linux, pytest.mark.process]
+
+
+@pytest.fixture(scope="module")
+def peaks(make_models, tmp_path_factory) -> dict[int, int]:
+    """Layers -> the peak of a calibration."""
+    folder = tmp_path_factory.mktemp("peaks")
+    return {layers: peak_of(large(make_models, layers, 1).recipe(num_samples=2), folder) for layers in (6, 24)}
+
+
+def test_peak_does_not_grow_with_layers(peaks):
     """24 layers peak less than 10% above 6; held together, their weights alone would add a multiple of that."""
-    peaks = {}
-    for layers in (6, 24):
-        peaks[layers] = peak_of(large(make_models, layers, 1).recipe(num_samples=8))
     weights = 18 * (2 * 384 * 384 + 2 * 384 * 192 + 3 * 384 * 1024) * 4 * 2  # 18 more layers, float32, 2 models
-    assert weights > 0.4 * peaks[6]["peak"]  # the claim could fail
-    assert peaks[24]["peak"] < 1.1 * peaks[6]["peak"], peaks
+    assert weights > 0.4 * peaks[6]  # the claim could fail
+    assert peaks[24] < 1.1 * peaks[6], peaks
 
 
-@on_linux
-def test_linearity_peaks_little_above_a_calibration(make_models, tmp_path):
+def test_linearity_peaks_little_above_a_calibration(peaks, make_models, tmp_path):
     """24 layers: at most 1.5 times the anonymous memory."""
-    recipe = large(make_models, 24, 1).recipe(num_samples=2)
-    calibration = peak_of(recipe)
-    analysis = peak_of(recipe, str(tmp_path / "linearity.json"))
-    assert analysis["peak"] < 1.5 * calibration["peak"], (calibration, analysis)
+    analysis = peak_of(large(make_models, 24, 1).recipe(num_samples=2), tmp_path, "linearity.json")
+    assert analysis < 1.5 * peaks[24], (analysis, peaks)

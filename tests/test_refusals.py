@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import mergekit_yaml, run, script, slta
+from conftest import fork, mergekit_yaml, run, script, slta, stock_command
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -199,8 +199,8 @@ def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models
         assert result.exit_code == 2
         assert "Error: mergekit would drop model.layers.0.self_attn" in result.output
         assert not (tmp_path / "out").exists()
-    result = run(script("mergekit-slta"), "calibrate", path, "-o", "alphas.json", "--quiet", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET)
+    assert result.exit_code == 0, result.output
     assert "can be computed, but not merged: mergekit would drop" in result.stderr
     covered = {tensor for entry in Alphas.load(tmp_path / "alphas.json").submodules for tensor in entry.tensors}
     assert "model.layers.0.self_attn.q_proj.bias" in covered
@@ -224,6 +224,7 @@ def test_nan_is_refused_while_calibrating(tiny, make_models, write_recipe, tmp_p
     assert not out.exists()
 
 
+@pytest.mark.process
 def test_refusal_in_a_process_of_its_own(tiny, write_recipe, tmp_path):
     """The stock command on a bad recipe: one line on stderr, exit code 2, no traceback; with -v the traceback."""
     path = write_recipe(tiny.recipe(2, granularity="all"))
@@ -231,7 +232,7 @@ def test_refusal_in_a_process_of_its_own(tiny, write_recipe, tmp_path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert "Traceback" in run(script("mergekit-yaml"), path, "out", "-v", cwd=tmp_path).stderr
+    assert "Traceback" in fork(stock_command, str(path), "out", "-v", cwd=tmp_path).ended().stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -347,8 +348,8 @@ def test_paths_may_be_spelled_otherwise(tiny, write_recipe, tmp_path, monkeypatc
 def test_expert_with_another_rope_is_warned_of(tiny, write_recipe, tmp_path):
     """A config that shapes the forward pass otherwise than the base's is named."""
     path = saved_copy(tiny.experts[1], tmp_path / "other", rms_norm_eps=1e-3)
-    result = run(script("mergekit-slta"), "check", write_recipe(with_expert(tiny.recipe(2), path)), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = slta("check", write_recipe(with_expert(tiny.recipe(2), path)))
+    assert result.exit_code == 0, result.output
     assert "has other rms_norm_eps; the base's is used" in result.stderr
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import mergekit_yaml, slta
+from conftest import fork, mergekit_yaml, own_command, slta
 from safetensors.torch import load_file
 
 from mergekit_slta import gathering
@@ -71,6 +68,7 @@ def test_stopped_at_every_step(tiny, tmp_path, monkeypatch, settings):
     assert sorted(os.listdir(tmp_path / "b")) == ["recipe.yml", "slta_alphas.json", "slta_stats.safetensors"]
 
 
+@pytest.mark.process
 def test_killed_at_random(make_models, tmp_path):
     """SIGKILL at random moments of one calibration, again and again: the same bytes as undisturbed."""
     models = make_models("llama", num_layers=24, num_experts=2)
@@ -78,17 +76,17 @@ def test_killed_at_random(make_models, tmp_path):
     assert slta("calibrate", recipe, "-o", tmp_path / "a" / "slta_alphas.json", "--quiet").exit_code == 0
     recipe = write(tmp_path / "b", models.recipe(num_samples=8))
     target = tmp_path / "b" / "slta_alphas.json"
-    command = [sys.executable, "-m", "mergekit_slta", "calibrate", str(recipe), "-o", str(target), "--quiet"]
+    command = ["calibrate", str(recipe), "-o", str(target), "--quiet"]
     records = target.with_name(".slta_alphas.json.partial")
     rng = random.Random(0)
     counts = []
     for _ in range(3):
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        forked = fork(own_command, *command, cwd=tmp_path)
         aim = len(list(records.glob("*.safetensors"))) + rng.randint(1, 14)
-        while process.poll() is None and len(list(records.glob("*.safetensors"))) < aim:
+        while forked.process.is_alive() and len(list(records.glob("*.safetensors"))) < aim:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        forked.process.kill()
+        forked.process.join()
         counts.append(len(list(records.glob("*.safetensors"))))
         if target.exists():
             break
