@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from mergekit_slta import cli
 
 
+@pytest.mark.process
 def test_demo_runs_end_to_end(tmp_path):
     """Trains, merges with the stock command, measures, draws; a second run overwrites the first."""
     state = torch.get_rng_state()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_applied, mergekit_yaml, slta
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
-from test_gradients import assert_close, stop_after, whole_model
+from test_gradients import assert_close, whole_model
 from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
 
 from mergekit_slta import gradients
@@ -19,7 +19,6 @@ from mergekit_slta.costs import estimate
 from mergekit_slta.errors import DataError
 from mergekit_slta.gram import Statistics
 from mergekit_slta.passes import examples_of
-from mergekit_slta.records import Records
 from mergekit_slta.scores import Linearity
 
 
@@ -71,23 +70,6 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
     told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
     torch.testing.assert_close(found.divergences[old][:, 1], told)
-
-
-@pytest.mark.parametrize("stop", range(12))
-def test_steps_with_rows_of_their_own_go_on_where_they_were_stopped(specimen, tmp_path, stop):  # noqa: F811
-    job = fresh(specimen("qwen3"), 2)
-    whole = gather_statistics(job)
-    folder = tmp_path / ".partial"
-    stop_after(job, folder, stop)
-    with Records(folder, "same") as records:
-        records.open()
-        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base of each step's rows
-        found = gather_statistics(job, records)
-    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
-    assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
-    assert torch.equal(found.divergences, whole.divergences)
-    assert torch.equal(found.row_step, whole.row_step)
-    assert not list(folder.glob("*streams"))
 
 
 def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from conftest import make_config, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.example
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 

@@ -12,8 +12,8 @@ import yaml
 from conftest import fork, mergekit_yaml, own_command, slta
 from safetensors.torch import load_file
 
-from mergekit_slta import gathering
 from mergekit_slta.records import Records
+from mergekit_slta.skeleton import Skeleton
 
 
 def write(folder: Path, recipe: dict) -> Path:
@@ -29,7 +29,6 @@ def both(folder: Path) -> tuple[bytes, dict[str, list]]:
 
 
 SETTINGS = [
-    {"granularity": "attn_mlp"},
     {"granularity": "head_mlp"},
     {"granularity": "linear"},
     {"granularity": "model"},
@@ -42,20 +41,14 @@ def test_stopped_at_every_step(tiny, tmp_path, monkeypatch, settings):
     """Interrupted after each finished step in turn: no step is gathered twice, and the bytes are the same."""
     recipe = write(tmp_path / "a", tiny.recipe(2, num_samples=3, **settings))
     assert slta("calibrate", recipe, "-o", tmp_path / "a" / "slta_alphas.json", "--quiet").exit_code == 0
-    put, finished, evaluated = Records.put, [], []
-    accumulate = gathering._accumulate
+    put, finished = Records.put, []
 
     def stopping(self, step, tensors):
         put(self, step, tensors)
         finished.append(step)
         raise KeyboardInterrupt
 
-    def counting(statistics, walk, evaluation, names):
-        evaluated.append((len(finished), evaluation.submodule.step))
-        accumulate(statistics, walk, evaluation, names)
-
     monkeypatch.setattr(Records, "put", stopping)
-    monkeypatch.setattr(gathering, "_accumulate", counting)
     target = tmp_path / "b" / "slta_alphas.json"
     recipe = write(tmp_path / "b", tiny.recipe(2, num_samples=3, **settings))
     for _ in range(80):
@@ -65,6 +58,30 @@ def test_stopped_at_every_step(tiny, tmp_path, monkeypatch, settings):
         assert not target.exists()
     assert both(tmp_path / "b") == both(tmp_path / "a")
     assert len(set(finished)) == len(finished)
+    assert sorted(os.listdir(tmp_path / "b")) == ["recipe.yml", "slta_alphas.json", "slta_stats.safetensors"]
+
+
+def test_stopped_half_way_through_a_model(tiny, tmp_path, monkeypatch):
+    """`granularity: model` has one step: a run that is stopped in it is repeated, and ends in the same bytes."""
+    recipe = write(tmp_path / "a", tiny.recipe(2, num_samples=3, granularity="model"))
+    assert slta("calibrate", recipe, "-o", tmp_path / "a" / "slta_alphas.json", "--quiet").exit_code == 0
+    layer, seen = Skeleton.layer, []
+
+    def stopping(self, index, *arguments):
+        seen.append(index)
+        if seen[0] < index:
+            raise KeyboardInterrupt
+        return layer(self, index, *arguments)
+
+    recipe = write(tmp_path / "b", tiny.recipe(2, num_samples=3, granularity="model"))
+    target = tmp_path / "b" / "slta_alphas.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Skeleton, "layer", stopping)
+        assert slta("calibrate", recipe, "-o", target, "--quiet").exit_code != 0
+    assert seen[-1] == 1
+    assert not target.exists()
+    assert slta("calibrate", recipe, "-o", target, "--quiet").exit_code == 0
+    assert both(tmp_path / "b") == both(tmp_path / "a")
     assert sorted(os.listdir(tmp_path / "b")) == ["recipe.yml", "slta_alphas.json", "slta_stats.safetensors"]
 
 
