@@ -21,12 +21,15 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mergekit_slta import Alphas, cli
+from mergekit_slta.preflight import prepare
+from mergekit_slta.recipe import Recipe, read_recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 
@@ -183,6 +186,17 @@ def tiny(make_models: Callable[..., Models]) -> Models:
 def options() -> MergeOptions:
     """Quiet options, as mergekit's commands make them."""
     return MergeOptions(quiet=True)
+
+
+def read(recipe: dict) -> Recipe:
+    """A recipe that is given as a mapping."""
+    return read_recipe(MergeConfiguration.model_validate(recipe))
+
+
+@pytest.fixture
+def job(tiny: Models, options: MergeOptions):
+    """A calibration of three experts, prepared."""
+    return prepare(read(tiny.recipe()), options, for_merge=False)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from reference import load, row_deltas
 
 from mergekit_slta import analysis
 from mergekit_slta.analysis import analyse
+from mergekit_slta.errors import ModelError
 from mergekit_slta.preflight import prepare
 from mergekit_slta.recipe import read_recipe
 from mergekit_slta.records import Records
@@ -31,8 +33,15 @@ def job_of(recipe):
     return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), MergeOptions(quiet=True))
 
 
-def interpolated(base, experts, point):
+@functools.lru_cache(maxsize=100)
+def whole_models(models):
+    return load(models.base), [load(path) for path in models.experts[:2]]
+
+
+@functools.lru_cache(maxsize=100)
+def interpolated(models, point):
     """theta_0 + sum_t c_t tau_t, a whole model."""
+    base, experts = whole_models(models)
     model = copy.deepcopy(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,8 +59,8 @@ class Reference:
     """Every point's model in memory; changes of every submodule on one row."""
 
     def __init__(self, models, granularity):
-        self.base = load(models.base)
-        self.experts = [load(path) for path in models.experts[:2]]
+        self.models = models
+        self.base, _ = whole_models(models)
         self.granularity = granularity
         self.kept = {}
 
@@ -61,7 +70,7 @@ class Reference:
         for point in points:
             key = (tuple(ids), point)
             if key not in self.kept:
-                model = interpolated(self.base, self.experts, point)
+                model = interpolated(self.models, point)
                 if self.granularity == "model":
                     with torch.no_grad():
                         change = model(torch.tensor([ids])).logits - self.base(torch.tensor([ids])).logits
@@ -132,13 +141,12 @@ def test_measures_equal_those_of_models_in_memory(measured, granularity):
 def test_disagreement_counts_tokens(measured):
     """Of the whole model: the share of tokens whose likeliest successor differs from the own expert's alone."""
     models, job, _, found = measured
-    reference = Reference(models, "model")
     entry = next(entry for entry in found.submodules if entry.kind == "model")
     place = list(product(GRID, GRID)).index((0.6, 0.8))
     shares = []
     for task, alone in enumerate([(0.6, 0.0), (0.0, 0.8)]):
-        merged = interpolated(reference.base, reference.experts, (0.6, 0.8))
-        single = interpolated(reference.base, reference.experts, alone)
+        merged = interpolated(models, (0.6, 0.8))
+        single = interpolated(models, alone)
         own = []
         for row in job.rows[task].rows:
             ids = torch.tensor([list(row.ids)])
@@ -295,3 +303,24 @@ def test_one_process_commands_say_so(monkeypatch, command):
     result = slta(*command)
     assert result.exit_code == 1
     assert "start it without torchrun" in result.output
+
+
+def test_heads_that_cannot_be_told_apart(make_models, tmp_path, monkeypatch, caplog):
+    """The analysis leaves them out, and says so; where layers cannot be told apart the refusal stands."""
+    split = analysis.split
+    refused = ["head_mlp"]
+
+    def refuse(names, anatomy, level, tied):
+        if level in refused:
+            raise ModelError("none here")
+        return split(names, anatomy, level, tied=tied)
+
+    monkeypatch.setattr(analysis, "split", refuse)
+    job = job_of(make_models("qwen2").recipe(num_samples=1, max_seq_length=8))
+    with caplog.at_level("WARNING"):
+        found, _ = analyse(job, tmp_path / "linearity.json")
+    assert {entry.kind for entry in found.submodules} == {"embed", "layer", "attention", "mlp", "head", "model"}
+    assert "attention heads cannot be told apart" in caplog.text
+    refused.append("layer")
+    with pytest.raises(ModelError, match="none here"):
+        analyse(job, tmp_path / "other.json")

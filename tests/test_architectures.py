@@ -187,7 +187,7 @@ def test_stream_equals_the_models_own_forward(specimen, name):
     """Base: logits at the end of the stream are those of the model's own forward."""
     models = specimen(name)
     model = AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32).eval()
-    for granularity in ("attn_mlp", "linear"):
+    for granularity in ("layer", "attn_mlp", "linear"):
         job = job_of(models, granularity=granularity)
         tokens = [list(row.ids) for drawn in job.rows for row in drawn.rows]
         batches = plan_batches(tokens, max_tokens=0) if granularity == "linear" else plan_batches(tokens)

@@ -11,11 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import Models, make_tokenizer, tensors
+from mergekit.io.tasks import GatherTensors
 from mergekit.scripts import run_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergekit_slta.alphas import Alphas
+from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.errors import ModelError
 
 QUIET = ["--quiet"]
 
@@ -256,3 +259,28 @@ def test_the_dtype_of_an_adapters_sum_counts(tiny, write_recipe, tmp_path):
     result = merge(write_recipe(recipe), tmp_path / "two", "--lora-merge-dtype", "float16")
     assert result.exit_code == 2
     assert "other weights of" in result.output
+
+
+def test_a_token_beyond_a_table(job):
+    """A token that a table has no row for is named, with the number of rows."""
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    table = job.skeleton.embedding_weight
+    rows = checkpoints.raw(table)[0].shape[0]
+    assert checkpoints.table_rows(table, torch.tensor([0, rows - 1]))[0].shape[0] == 2
+    with pytest.raises(ModelError, match=f"token {rows} of the calibration rows is beyond the {rows} rows"):
+        checkpoints.table_rows(table, torch.tensor([0, rows]))
+
+
+def test_a_tensor_that_one_model_lacks(job, monkeypatch):
+    """A tensor that a checkpoint turns out not to have is named; those that have it can be asked alone."""
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    table = job.skeleton.embedding_weight
+    gather, last = GatherTensors.execute, job.plan.models[-1]
+
+    def without_the_last(self, **tensors):
+        return {model: tensor for model, tensor in gather(self, **tensors).items() if model != last}
+
+    monkeypatch.setattr(GatherTensors, "execute", without_the_last)
+    assert len(checkpoints.raw(table, [0])) == 1
+    with pytest.raises(ModelError, match=f"lacks the tensor {table}"):
+        checkpoints.raw(table)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from mergekit_slta import cli
+from mergekit_slta.demo import merge_by_command, prepare_folder
+from mergekit_slta.errors import RunError
 
 
 @pytest.mark.process
@@ -61,3 +64,20 @@ def test_task_answers_are_right(seed):
         assert int(sum_.answer) == left + right
         word = by_name["words"].draw(rng)
         assert word.answer.split() == sorted(word.question.removeprefix("Sort:").split())
+
+
+def test_demo_folders(tmp_path):
+    """A file in the place of the folder is refused."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is not a folder"):
+        prepare_folder(tmp_path / "file")
+
+
+def test_a_demo_whose_merge_fails(tmp_path, monkeypatch):
+    """The exit code of mergekit-yaml and the end of what it said."""
+    script = tmp_path / "mergekit-yaml"
+    script.write_text("#!/bin/sh\necho no such method >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RunError, match=r"mergekit-yaml ended with exit code 3: no such method"):
+        merge_by_command(tmp_path, lambda _: None)

@@ -22,7 +22,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
-from mergekit_slta.distributed import Ranks, own_device
+from mergekit_slta.distributed import Ranks, joined, own_device
 from mergekit_slta.errors import RunError
 from mergekit_slta.host import help_calibrate
 from mergekit_slta.preflight import prepare
@@ -155,3 +155,13 @@ def test_processes_that_see_other_files_are_refused(tiny):
     job = prepare(read_recipe(MergeConfiguration.model_validate(tiny.recipe(2))), MergeOptions(quiet=True))
     with pytest.raises(RunError, match="process 1 sees other models or data"):
         help_calibrate(job, Ranks(1, 2), "another fingerprint")
+
+
+def test_processes_that_cannot_join(monkeypatch):
+    """A process that torchrun has not told where the others are is refused."""
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(RunError, match="the processes cannot be joined"), joined():
+        pass

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mergekit_slta.errors import AlphasError, OutputError
 from mergekit_slta.gram import Statistics
@@ -70,3 +71,16 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path):
     with pytest.raises(OutputError, match="cannot write"):
         sample().save(tmp_path / "file" / "stats.safetensors")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("changes", [{"format": "other"}, {"version": "2"}])
+def test_statistics_of_another_version(tmp_path, changes):
+    """A file of another format or version is refused, with what to do."""
+    sound = Statistics(torch.zeros(1, dtype=torch.int64), 1, {"m": torch.ones(1, 1, 1, dtype=torch.float64)})
+    path = tmp_path / "slta_stats.safetensors"
+    sound.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(load_file(path), path, metadata={**header, **changes})
+    with pytest.raises(AlphasError, match="is not a statistics file of version 1; calibrate again"):
+        Statistics.load(path)

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
@@ -48,8 +49,13 @@ def explicit(models, alphas: Alphas, scale: float = 1.0) -> dict[str, torch.Tens
     return result
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer", "attn_mlp", "head_mlp", "linear"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("granularity", "tied"),
+    [
+        *((granularity, False) for granularity in ("model", "layer", "attn_mlp", "head_mlp", "linear")),
+        ("attn_mlp", True),
+    ],
+)
 def test_merged_tensors_are_explicit_arithmetic(make_models, write_recipe, tmp_path, granularity, tied):
     """Every tensor of OUT is the formula's value, rounded once to the output dtype; the model loads and generates."""
     models = make_models("llama", tied=tied, dtype=torch.bfloat16)
@@ -393,15 +399,22 @@ def test_two_merges_into_one_folder(tiny, write_recipe, tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(out) is not None
 
 
+@pytest.fixture(scope="module")
+def tied_alphas(make_models, tmp_path_factory) -> list[tuple[float, ...]]:
+    """Of tied models without a second copy of the table."""
+    folder = tmp_path_factory.mktemp("tied")
+    (folder / "recipe.yml").write_text(yaml.safe_dump(make_models("llama", tied=True).recipe(2)))
+    assert slta("calibrate", folder / "recipe.yml", "-o", folder / "slta_alphas.json", *QUIET).exit_code == 0
+    return [entry.alpha for entry in Alphas.load(folder / "slta_alphas.json").submodules]
+
+
 @pytest.mark.parametrize("stored", ["all", "base", "expert"])
-def test_tied_models_that_store_their_head(make_models, write_recipe, tmp_path, stored):
+def test_tied_models_that_store_their_head(make_models, tied_alphas, write_recipe, tmp_path, stored):
     """A second copy of the tied table in some checkpoints is the same tensor: one weight, a tied output, and the alphas
     of models without the copy."""
     from safetensors.torch import save_file
 
     models = make_models("llama", tied=True)
-    plain = tmp_path / "plain"
-    assert mergekit_yaml(write_recipe(models.recipe(2)), plain, *QUIET).exit_code == 0
     recipe = models.recipe(2)
     paths = {"base": models.base, "one": models.experts[0], "two": models.experts[1]}
     chosen = {"all": paths, "base": ["base"], "expert": ["two"]}[stored]
@@ -417,8 +430,7 @@ def test_tied_models_that_store_their_head(make_models, write_recipe, tmp_path, 
             recipe["models"][("one", "two").index(name)]["model"] = str(folder)
     result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", *QUIET)
     assert result.exit_code == 0, result.output
-    one, two = (Alphas.load(folder / "slta_alphas.json") for folder in (plain, tmp_path / "out"))
-    assert [entry.alpha for entry in one.submodules] == [entry.alpha for entry in two.submodules]
+    assert [entry.alpha for entry in Alphas.load(tmp_path / "out" / "slta_alphas.json").submodules] == tied_alphas
     merged = tensors(tmp_path / "out")
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
@@ -431,3 +443,28 @@ def test_no_room_is_said_before_anything_is_written(tiny, write_recipe, tmp_path
     assert result.exit_code == 2
     assert "GiB left" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_statistics_of_unfinished_work_are_gathered_anew(tiny, write_recipe, tmp_path, caplog):
+    """Beside alphas that fit no more, statistics that cannot be read are said, and cost no more than a calibration."""
+    target = tmp_path / "slta_alphas.json"
+    assert slta("calibrate", write_recipe(tiny.recipe(2)), "-o", target, *QUIET).exit_code == 0
+    statistics = tmp_path / "slta_stats.safetensors"
+    sound = statistics.stat().st_size
+    statistics.write_bytes(statistics.read_bytes()[:-8])
+    result = slta("calibrate", write_recipe(tiny.recipe(2, ridge=0.5)), "-o", target, *QUIET)
+    assert result.exit_code == 0, result.output
+    assert "they are gathered anew" in caplog.text
+    assert statistics.stat().st_size >= sound - 64
+    assert Alphas.load(target).calibration["ridge"] == 0.5
+
+
+def test_clicks_own_errors_pass_a_merge(tiny, options, tmp_path):
+    """Usage errors and exits inside a merge are mergekit's to report."""
+
+    def fail(*_, **__):
+        raise click.UsageError("no such option")
+
+    config = MergeConfiguration.model_validate(tiny.recipe())
+    with pytest.raises(click.UsageError, match="no such option"):
+        host.run(fail, config, str(tmp_path / "out"), options, None)

@@ -343,7 +343,7 @@ def damaged_layouts(layout: dict):
 @pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 0}], ids=["features", "joint"])
 def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe, settings):
     """Found by fuzzing: whatever is missing, the statistics are solved, or refused in one line."""
-    recipe = write_recipe(tiny.recipe(**settings))
+    recipe = write_recipe(tiny.recipe(2, num_samples=2, granularity="layer", **settings))
     assert slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
     statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
     refused = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -198,3 +199,31 @@ def test_run_merge_is_wrapped_once_and_passes_others_through():
     config = types.SimpleNamespace(merge_method="linear")
     fake.run_merge(config, "out", options="options", config_source="text")
     assert calls == [(config, "out", "options", "text")]
+
+
+def test_buffers_that_differ():
+    """Copied tensors are the base's, and are no experts' to change."""
+    alphas = make_alphas(("a",)).model_copy(update={"copied": ("m.buffer",)})
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])]
+    call = merge_methods.get("submodule_linear")
+
+    def merged(*tensors):
+        group = TensorGroup.from_tensors(list(tensors), ids=["base", "a"], base_index=0, name="m.buffer")
+        return call([group], parameters={"alphas": "file"})[0]
+
+    with active("file", ActiveMerge(alphas, {"a": 0}, keep_precision=False)):
+        assert torch.equal(merged(values[0], values[0]), values[0])
+        with pytest.raises(ModelError, match=r"the buffer m\.buffer differs between the models"):
+            merged(*values)
+
+
+def test_without_mergekit(monkeypatch):
+    """Where mergekit is not installed the error says how to get it."""
+
+    def gone(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "version", gone)
+    monkeypatch.setattr(module, "method", module.method.__wrapped__)  # not the instance that is registered already
+    with pytest.raises(RegistrationError, match="mergekit is not installed: pip install"):
+        register()

@@ -11,7 +11,7 @@ import pytest
 
 import mergekit_slta.outfolder as module
 from mergekit_slta.errors import OutputError
-from mergekit_slta.outfolder import check_output, staged, weight_files
+from mergekit_slta.outfolder import check_output, check_writable, staged, weight_files
 
 ONE = ("model.safetensors",)
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
@@ -195,3 +195,21 @@ def test_file_systems_without_locks(out: Path, monkeypatch, caplog):
         merge(out, "second", ONE)
     assert content(out) == whole("second", ONE)
     assert "the output folder cannot be locked" in caplog.text
+
+
+def test_folders_where_files_belong(out: Path):
+    """A folder of that name in OUT is said to be in the way, and stays."""
+    (out / "README.md").unlink()
+    (out / "README.md").mkdir()
+    (out / "README.md" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is a folder where the merge has a file"):
+        merge(out, "second", ONE)
+    assert (out / "README.md" / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    """A folder without the right to write is refused before the merge."""
+    check_writable(tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="cannot write to"):
+        check_writable(tmp_path / "out")

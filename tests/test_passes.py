@@ -19,6 +19,7 @@ from mergekit_slta.assembly import assemble, layout_of, solve_together
 from mergekit_slta.calibration import gather_statistics, solve_job
 from mergekit_slta.costs import estimate
 from mergekit_slta.distributed import ALONE
+from mergekit_slta.errors import AlphasError
 from mergekit_slta.gram import Statistics
 from mergekit_slta.passes import _Passes, examples_of, gather_slopes
 from mergekit_slta.records import Records
@@ -268,6 +269,14 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
     assert len({experts, first, second}) == 3
 
 
+@pytest.fixture(scope="module")
+def one_step(specimen, tmp_path_factory):  # noqa: F811
+    """A file of statistics after one step."""
+    path = tmp_path_factory.mktemp("step") / "stats.safetensors"
+    gather_statistics(same(specimen("llama"), steps=1, num_samples=2)).save(path)
+    return path
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -284,10 +293,9 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
         lambda found: setattr(found, "row_step", torch.ones_like(found.row_task) * 2**62),
     ],
 )
-def test_damaged_statistics_are_refused(specimen, tmp_path, damage):  # noqa: F811
-    from mergekit_slta.errors import AlphasError
-
-    found = gather_statistics(same(specimen("llama"), steps=1, num_samples=2))
+def test_damaged_statistics_are_refused(one_step, tmp_path, damage):
+    """Parts that are missing, of another shape or kind, or no numbers: one line, not a wrong solve."""
+    found = Statistics.load(one_step)
     damage(found)
     found.save(tmp_path / "stats.safetensors")
     with pytest.raises(AlphasError, match="do not fit together"):

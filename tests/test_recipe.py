@@ -174,3 +174,12 @@ def test_any_parameters_are_read_or_refused(parameters):
         assert error.message
     else:
         assert recipe.settings.num_samples >= 1
+
+
+@pytest.mark.parametrize(("key", "on"), [("ridge", "shared"), ("lambda", "shared"), ("importance", "model")])
+def test_truth_values_are_no_numbers(key, on):
+    """`ridge: true` is no 1."""
+    given = {key: True}
+    changes = {} if on == "shared" else {"models": [{"model": "a", "parameters": {"dataset": "x", **given}}]}
+    with pytest.raises(RecipeError, match=f"`{key}`.*must be a number|{key}.*number"):
+        read(changes, **(given if on == "shared" else {}))

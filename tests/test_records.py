@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -138,3 +139,31 @@ def test_no_room_for_streams_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="GiB of features"):
         Streams({0: 10}, 4, torch.float32, tmp_path / "file" / "streams")
+
+
+def test_a_lock_that_its_holder_has_just_removed(tmp_path, monkeypatch):
+    """A lock on a file that is gone by now locks nothing: the run is refused."""
+    fcntl = pytest.importorskip("fcntl")
+    flock = fcntl.flock
+
+    def late(handle, operation):
+        flock(handle, operation)
+        (tmp_path / "work.lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another process"):
+        opened(tmp_path / "work", "a")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    """Records are kept all the same, with a warning."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING"), opened(tmp_path / "work", "a") as records:
+        records.put("one", {"x": torch.zeros(1)})
+        assert records.steps == {"one"}
+    assert "cannot be locked" in caplog.text

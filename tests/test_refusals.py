@@ -191,7 +191,7 @@ def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, cas
     assert len(lines) == 1, lines
 
 
-def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models, write_recipe, tmp_path):
+def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models, write_recipe, tmp_path, caplog):
     """Attention biases on Llama: `check` and the merges refuse with the reason, `calibrate` computes and warns."""
     path = write_recipe(make_models("llama", attention_bias=True).recipe(2))
     for command, arguments in ((mergekit_yaml, (path, tmp_path / "out")), (slta, ("check", path))):
@@ -201,7 +201,7 @@ def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models
         assert not (tmp_path / "out").exists()
     result = slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET)
     assert result.exit_code == 0, result.output
-    assert "can be computed, but not merged: mergekit would drop" in result.stderr
+    assert "can be computed, but not merged: mergekit would drop" in caplog.text
     covered = {tensor for entry in Alphas.load(tmp_path / "alphas.json").submodules for tensor in entry.tensors}
     assert "model.layers.0.self_attn.q_proj.bias" in covered
 
@@ -345,12 +345,12 @@ def test_paths_may_be_spelled_otherwise(tiny, write_recipe, tmp_path, monkeypatc
     assert "Reusing the alphas" in result.output
 
 
-def test_expert_with_another_rope_is_warned_of(tiny, write_recipe, tmp_path):
+def test_expert_with_another_rope_is_warned_of(tiny, write_recipe, tmp_path, caplog):
     """A config that shapes the forward pass otherwise than the base's is named."""
     path = saved_copy(tiny.experts[1], tmp_path / "other", rms_norm_eps=1e-3)
     result = slta("check", write_recipe(with_expert(tiny.recipe(2), path)))
     assert result.exit_code == 0, result.output
-    assert "has other rms_norm_eps; the base's is used" in result.stderr
+    assert "has other rms_norm_eps; the base's is used" in caplog.text
 
 
 def test_options_reach_the_pre_pass(tiny, write_recipe, tmp_path, options):

@@ -218,3 +218,11 @@ def test_section_is_replaced_in_place():
     card = f"before\n\n{START}\nold\n{END}\n\nbehind\n"
     assert replace_section(card, f"{START}\n\\1 new\n{END}") == f"before\n\n{START}\n\\1 new\n{END}\n\nbehind\n"
     assert replace_section("", "new") == "new\n"
+
+
+def test_a_card_that_cannot_be_written_costs_no_merge(tmp_path, caplog):
+    """Where README.md is a folder the merge stands, without its section, and that is said."""
+    (tmp_path / "README.md").mkdir()
+    with caplog.at_level("WARNING"):
+        add_section(tmp_path)
+    assert "the model card lacks its section on the merge" in caplog.text

@@ -14,6 +14,7 @@ import yaml
 from conftest import slta
 from safetensors.torch import save_file
 
+from mergekit_slta import resolve
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.errors import AlphasError, RecipeError
 from mergekit_slta.gram import Statistics
@@ -340,3 +341,36 @@ def test_files_that_are_no_statistics(stats, tmp_path, kind):
     (line,) = result.output.splitlines()
     assert "calibrate again" in line
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_solving_over_another_file(tiny, tmp_path, write_recipe):
+    """-o onto a file that is no alphas file is refused, and the file stays."""
+    recipe = write_recipe(tiny.recipe())
+    assert slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+    before = recipe.read_bytes()
+    result = slta("solve", tmp_path / "slta_stats.safetensors", "-o", recipe)
+    assert result.exit_code == 2
+    assert "cannot read the alphas file" in result.output
+    assert recipe.read_bytes() == before
+
+
+def test_layouts_for_other_matrices(tiny, tmp_path, write_recipe):
+    """A layout whose models are not as many as the matrices have columns is refused."""
+    assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+    statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
+    assert len(read_layout(statistics)["models"]) == statistics.num_models
+    other = Statistics(statistics.row_task, statistics.num_models + 1, {}, metadata=statistics.metadata)
+    with pytest.raises(AlphasError, match="the matrices are for"):
+        read_layout(other)
+
+
+def test_matrices_without_a_solution(tiny, tmp_path, write_recipe, monkeypatch):
+    """Where the solver gives up, the error says to calibrate again."""
+    assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(resolve, "assemble", fail)
+    with pytest.raises(AlphasError, match=r"cannot be solved \(did not converge\): calibrate again"):
+        solve_again(Statistics.load(tmp_path / "slta_stats.safetensors"))

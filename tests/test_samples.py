@@ -325,3 +325,10 @@ def test_completion_beside_messages_is_refused(tmp_path, tokenizer):
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "answer": "x"}) + "\n")
     with pytest.raises(DataError, match="drop `completion`"):
         draw(tokenizer, path, completion="answer", objective="joint", steps=0)
+
+
+def test_an_empty_dataset(tmp_path):
+    """A file whose rows are all blank."""
+    (tmp_path / "rows.txt").write_text("\n\n \n")
+    with pytest.raises(DataError, match="has no rows: choose another"):
+        load_rows(str(tmp_path / "rows.txt"), None, "train")

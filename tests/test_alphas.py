@@ -1,0 +1,35 @@
+"""Alphas files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mergekit_slta.alphas import Alphas
+from mergekit_slta.errors import AlphasError
+
+
+def document(**changes) -> str:
+    content = {"format": "mergekit-slta/alphas", "version": 1, "granularity": "layer", "base_model": "b",
+               "models": ["x"], "submodules": [], "calibration": {}, "provenance": {}}  # fmt: skip
+    return json.dumps({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": []}, "models are missing or listed twice"),
+        ({"models": ["x", "x"]}, "models are missing or listed twice"),
+        ({"version": 2}, "is an alphas file of version 2"),
+        ({"version": "1"}, "is an alphas file of version 1"),
+    ],
+)
+def test_alphas_files_say_what_is_wrong(tmp_path, changes, message):
+    """Models that are missing or twice, and versions that are not known here."""
+    path = tmp_path / "slta_alphas.json"
+    path.write_text(document())
+    Alphas.load(path)
+    path.write_text(document(**changes))
+    with pytest.raises(AlphasError, match=message):
+        Alphas.load(path)

@@ -1,0 +1,18 @@
+"""The commands themselves."""
+
+from __future__ import annotations
+
+from conftest import slta
+
+
+def test_a_mistake_of_ours_is_one_line(tiny, write_recipe, monkeypatch):
+    """An exception that nobody has foreseen is its name and words in a line; -v shows where."""
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("mergekit_slta.preflight.prepare", fail)
+    result = slta("check", write_recipe(tiny.recipe()))
+    assert result.exit_code == 1
+    assert "ZeroDivisionError: division by zero; -v shows where" in result.output
+    assert "Traceback" not in result.output

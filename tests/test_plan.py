@@ -1,0 +1,21 @@
+"""mergekit's plan of a merge."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import read
+
+from mergekit_slta import plan
+from mergekit_slta.errors import ModelError
+from mergekit_slta.plan import make_plan
+
+
+def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
+    """A plan that mergekit refuses to make is refused with its own words."""
+
+    def fail(*_, **__):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(plan, "MergePlanner", fail)
+    with pytest.raises(ModelError, match=r"mergekit cannot plan this merge: no such thing"):
+        make_plan(read(tiny.recipe()), options)

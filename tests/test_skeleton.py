@@ -1,0 +1,38 @@
+"""The model without weights that rows are fed through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_config
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from mergekit_slta.errors import ModelError
+from mergekit_slta.skeleton import Skeleton
+
+
+def test_a_model_without_layers(monkeypatch):
+    """A model class whose blocks are found nowhere in it is refused with their name."""
+    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", ["Block"])
+    with pytest.raises(ModelError, match=r"no decoder layers .*Block.* found in x"):
+        Skeleton(make_config("llama", architectures=["LlamaForCausalLM"]), "x")
+
+
+def test_blocks_that_do_not_add_up(monkeypatch):
+    """A layer whose output is scaled is neither wiring."""
+    skeleton = Skeleton(make_config("llama", architectures=["LlamaForCausalLM"]), "x")
+    weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.3
+               for name, shape in skeleton.shapes.items()}  # fmt: skip
+    ids = torch.tensor([[1, 2, 3]])
+    hidden = skeleton.embed(ids, weights)
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{skeleton.layers_path}.0.")}
+    assert not skeleton.has_parallel_blocks(0, hidden, own)
+    layer = type(skeleton).layer
+
+    def scaled(self, index, hidden, weights):
+        silent = self.layers[index].get_submodule(self.arch.mlp).forward.__name__ == "_zeros"
+        return layer(self, index, hidden, weights) * (1 if silent else 3)
+
+    monkeypatch.setattr(type(skeleton), "layer", scaled)
+    with pytest.raises(ModelError, match="do not add up to the layer: use `granularity: layer`"):
+        skeleton.has_parallel_blocks(0, hidden, own)
