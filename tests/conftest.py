@@ -248,11 +248,10 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
     )
 
 
-# Processes that share one start: a server imports everything once, and every process is a fork of it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["conftest", "mergekit_slta.host", "mergekit_slta.commands", "datasets", "transformers.models.llama.modeling_llama"]
-)
+# What processes that are forked find imported.
+IMPORTED = [
+    "conftest", "mergekit_slta.host", "mergekit_slta.commands", "datasets", "transformers.models.llama.modeling_llama"
+]  # fmt: skip
 
 
 def _begin(function: Callable, arguments: tuple, output: str, cwd: str, environment: dict[str, str]) -> None:
@@ -291,9 +290,13 @@ def stock_command(*arguments: str) -> None:
 
 
 def fork(function: Callable, *arguments: object, cwd: Path, **environment: str) -> Forked:
-    """Start a function (of a module's top level) in a process of its own."""
+    """Start a function (of a module's top level) in a process of its own. These share their imports: they are forks of
+    a server that has made them once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
     output = tempfile.TemporaryDirectory()
-    process = FORKS.Process(target=_begin, args=(function, arguments, output.name, str(cwd), environment), daemon=True)
+    begun = (function, arguments, output.name, str(cwd), environment)
+    process = context.Process(target=_begin, args=begun, daemon=True)
     process.start()
     return Forked(process, output)
 
