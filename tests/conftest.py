@@ -27,9 +27,10 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mergekit_slta import Alphas, cli
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import Recipe, read_recipe
+from mergekit_slta import Alphas
+from mergekit_slta.cli import main as cli
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import Recipe, read_recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 
@@ -250,7 +251,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 # What processes that are forked find imported.
 IMPORTED = [
-    "conftest", "mergekit_slta.host", "mergekit_slta.commands", "datasets", "transformers.models.llama.modeling_llama"
+    "conftest", "mergekit_slta.host.merge", "mergekit_slta.cli.mergekit_commands", "datasets", "transformers.models.llama.modeling_llama"
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.errors import AlphasError
 
 

@@ -19,14 +19,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import GRANULARITIES, ZOO
 
-from mergekit_slta.architectures import head_layout
-from mergekit_slta.batches import plan_batches
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.checkpoints import Checkpoints
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.stream import stream
-from mergekit_slta.walk import Walk
+from mergekit_slta.models.architectures import head_layout
+from mergekit_slta.data.batches import plan_batches
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.state import ForwardState
 
 pytestmark = pytest.mark.zoo
 
@@ -140,7 +140,7 @@ class Reference:
             norms = [name for name, block in anatomy.arch.norms if block == "mlp"]
             places = tuple(f"{layer}.{part}." for part in (anatomy.arch.mlp, *norms))
             own = [key for key in self.states[0] if key.startswith(places)]
-            assert submodule.step != submodule.name or set(own) == set(names)
+            assert submodule.forward_group != submodule.name or set(own) == set(names)
             return self.forward(ids, model, own, {layer: "out"})[layer]
         attention = f"{layer}.{anatomy.arch.attention}"
         inside = [key for key in self.states[0] if key.startswith(attention + ".")]
@@ -194,7 +194,7 @@ def test_stream_equals_the_models_own_forward(specimen, name):
         checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
         found = {}
         with torch.inference_mode():
-            for evaluation in stream(Walk(job.skeleton, checkpoints, batches), job.submodules):
+            for evaluation in evaluate_submodules(ForwardState(job.skeleton, checkpoints, batches), job.submodules):
                 if evaluation.submodule.kind == "head":
                     parts = evaluation.base.split(list(evaluation.lengths))
                     found.update(zip(evaluation.rows, parts, strict=True))

@@ -33,7 +33,7 @@ FLOORS = [
     {"submodules", "figures"},
     {"samples", "plan", "skeleton", "export", "slopes"},
     {"checkpoints", "fingerprint", "streams"},
-    {"walk", "tape"},
+    {"state", "tape"},
     {"ends", "layers", "observation", "gradients"},
     {"stream", "fisher"},
     {"preflight"},
@@ -55,12 +55,12 @@ FLOORS = [
 def imports_of(path: Path, *, top_level: bool = False) -> set[str]:
     """Names of the modules that a file imports (at its top level only, without TYPE_CHECKING blocks, if asked)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level else list(ast.walk(tree))
+    nodes = tree.body if top_level else list(ast.state(tree))
     typing_only = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in ast.state(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
+        for inner in ast.state(node)
     }
     nodes = [node for node in nodes if id(node) not in typing_only]
     found: set[str] = set()
@@ -106,7 +106,7 @@ def test_maths_knows_neither_mergekit_nor_transformers(room):
 
 def test_runner_knows_no_statistics():
     """The runner hands outputs out; what is made of them is not its business."""
-    for room in ("stream", "walk", "ends", "layers", "skeleton", "checkpoints", "gradients", "slopes", "tape"):
+    for room in ("stream", "state", "ends", "layers", "skeleton", "checkpoints", "gradients", "slopes", "tape"):
         assert not imports_of(PACKAGE / f"{room}.py") & {
             f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
         }
@@ -124,7 +124,7 @@ def test_solving_again_needs_neither_mergekit_nor_transformers():
     code = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from mergekit_slta.cli import main\n"
+        "from mergekit_slta.cli.main import main\n"
         "result = CliRunner().invoke(main, ['solve', 'none.safetensors'])\n"
         "assert result.exit_code == 2, result.output\n"
         "print(sorted({'mergekit', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"

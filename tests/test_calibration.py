@@ -12,11 +12,11 @@ from mergekit.options import MergeOptions
 from reference import reference_alphas
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_slta.calibration import calibrate, gather_statistics, solve_job
-from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.calibration.calibrate import calibrate, gather_statistics, solve_job
+from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.errors import ModelError, RunError
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 
 def job_of(recipe: dict, options: MergeOptions):

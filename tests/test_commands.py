@@ -11,7 +11,7 @@ def test_a_mistake_of_ours_is_one_line(tiny, write_recipe, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("mergekit_slta.preflight.prepare", fail)
+    monkeypatch.setattr("mergekit_slta.job.preflight.prepare", fail)
     result = slta("check", write_recipe(tiny.recipe()))
     assert result.exit_code == 1
     assert "ZeroDivisionError: division by zero; -v shows where" in result.output

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
-from mergekit_slta.distributed import Ranks, joined, own_device
+from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
+from mergekit_slta.runtime.distributed import Ranks, joined, own_device
 from mergekit_slta.errors import RunError
-from mergekit_slta.host import help_calibrate
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.host.merge import help_calibrate
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -120,7 +120,7 @@ def test_a_dead_process_ends_the_job(make_models, tmp_path):
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 7))
 def test_every_piece_has_one_taker(weights, size):
     """Shares are disjoint and cover all; none is heavier than the mean by more than the largest piece."""
-    shares = [Ranks(rank, size).own(weights) for rank in range(size)]
+    shares = [Ranks(rank, size).share(weights) for rank in range(size)]
     assert sorted(place for share in shares for place in share) == list(range(len(weights)))
     loads = [sum(weights[place] for place in share) for share in shares]
     assert max(loads) <= sum(weights) / size + max(weights)

@@ -20,10 +20,10 @@ from mergekit.parameter_resolver import resolve_parameters
 from mergekit.scripts import run_yaml
 from transformers import AutoTokenizer
 
-import mergekit_slta.export as export_room
-from mergekit_slta.alphas import Alphas, Piece
+import mergekit_slta.recipe.stock_recipe as export_room
+from mergekit_slta.files.alphas_file import Alphas, WeightedSlice
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.export import stock_recipe, weights_dtype
+from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]
@@ -277,7 +277,7 @@ def test_weights_survive_yaml_to_the_last_bit():
 
 def test_slices_cannot_be_said_with_filters(monkeypatch):
     """Weights of slices (granularity head_mlp) are refused, with the granularities that can be exported."""
-    halves = (Piece(0, 0, 4, (0.1, 0.2)), Piece(0, 4, 8, (0.3, 0.4)))
+    halves = (WeightedSlice(0, 0, 4, (0.1, 0.2)), WeightedSlice(0, 4, 8, (0.3, 0.4)))
     monkeypatch.setattr(Alphas, "pieces", lambda self, tensor: halves)
     with pytest.raises(AlphasError, match="`granularity: head_mlp` slices of .*model, layer, attn_mlp, linear"):
         stock_recipe(alphas_of(("model.norm.weight",), granularity="head_mlp"))

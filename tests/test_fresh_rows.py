@@ -11,15 +11,15 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, whole_model
 from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
 
-from mergekit_slta import gradients
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import layout_of
-from mergekit_slta.calibration import gather_statistics
-from mergekit_slta.costs import estimate
+from mergekit_slta.runner import backward as gradients
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.job.solve import layout_of
+from mergekit_slta.calibration.calibrate import gather_statistics
+from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.errors import DataError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.passes import examples_of
-from mergekit_slta.scores import Linearity
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.objectives.gradient_passes import examples_of
+from mergekit_slta.files.linearity_file import Linearity
 
 
 def fresh(models, steps: int, **settings):
@@ -53,21 +53,21 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
         wanted = torch.tensor(list(example.ids[example.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
-        own = {key: gram[row] for key, gram in found.grams.items()}
+        own = {key: gram[row] for key, gram in found.by_submodule.items()}
         assert_close(own, {key: torch.stack([part[key] for part in both]) for key in own})
 
     first = gather_statistics(fresh(models, 1))
     assert first.row_step is None  # nothing to tell apart
     old = found.row_step == 1
-    for name, gram in first.grams.items():
-        torch.testing.assert_close(found.grams[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
+    for name, gram in first.by_submodule.items():
+        torch.testing.assert_close(found.by_submodule[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
     torch.testing.assert_close(found.divergences[old][:, 0], first.divergences[:, 0], rtol=0, atol=0)
-    names = list(first.grams)
-    whole = torch.cat([first.grams[name] for name in names], dim=-1)  # [R, 1 + S, K]
+    names = list(first.by_submodule)
+    whole = torch.cat([first.by_submodule[name] for name in names], dim=-1)  # [R, 1 + S, K]
     way = torch.cat([found.point[name] - first.point[name] for name in names])
     curved = torch.einsum("rsk,rsl,l->rk", whole[:, 1:], whole[:, 1:], way)  # one draw
     expected = whole[:, 0] + curved
-    torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
+    torch.testing.assert_close(torch.cat([found.by_submodule[name][old][:, 0] for name in names], dim=-1), expected)
     told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
     torch.testing.assert_close(found.divergences[old][:, 1], told)
 

@@ -20,9 +20,9 @@ from mergekit.io.tensor_writer import TensorWriter
 from mergekit.scripts import multimerge, run_yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import mergekit_slta.host as host
-from mergekit_slta import cli
-from mergekit_slta.alphas import Alphas
+import mergekit_slta.host.merge as host
+from mergekit_slta.cli import main as cli
+from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 

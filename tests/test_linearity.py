@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.linearity import (
+from mergekit_slta.maths.linearity import (
     PAIR_GRID,
-    STEPS,
+    NUM_INTERVALS,
     TRIPLE_GRID,
     Grid,
     Products,
@@ -20,9 +20,9 @@ from mergekit_slta.linearity import (
     non_linearity_score,
     projection_distance,
 )
-from mergekit_slta.measures import Measures
+from mergekit_slta.maths.linearity_summary import Measures
 
-WEIGHTS = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
+WEIGHTS = torch.linspace(0, 1, NUM_INTERVALS + 1, dtype=torch.float64)
 
 
 def measure(function, grid: Grid, parts: int = 1) -> RowMeasures:

@@ -12,10 +12,10 @@ from conftest import fork
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_slta.analysis import analyse
-from mergekit_slta.calibration import calibrate
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.analysis.analyse import analyse
+from mergekit_slta.calibration.calibrate import calibrate
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 
 def anonymous() -> int:
@@ -24,7 +24,7 @@ def anonymous() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
-def watched(recipe: dict, target: str | None) -> None:
+def record_calls(recipe: dict, target: str | None) -> None:
     """Print the peak of a calibration, or of a linearity analysis with a file to write."""
     peak, stop = 0, threading.Event()
 
@@ -46,7 +46,7 @@ def watched(recipe: dict, target: str | None) -> None:
 
 
 def peak_of(recipe: dict, folder: Path, target: str | None = None) -> int:
-    done = fork(watched, recipe, target, cwd=folder).ended()
+    done = fork(record_calls, recipe, target, cwd=folder).ended()
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -10,9 +10,9 @@ import torch
 from mergekit.config import MergeConfiguration
 from reference import load
 
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 
 def job_of(recipe, options):
@@ -130,7 +130,7 @@ def test_the_rows_move_on_by_the_recipes_own_solve(tiny, options):
 @pytest.mark.parametrize("changes", [{"ridge": 0.5}, {"balance": False}])
 def test_merged_statistics_are_not_solved_again(tiny, options, changes):
     """The features themselves depended on the solve: another one needs another calibration."""
-    from mergekit_slta.calibration import statistics_match
+    from mergekit_slta.calibration.calibrate import statistics_match
 
     job = job_of(tiny.recipe(2, inputs="merged", num_samples=2), options)
     statistics = gather_statistics(job)
@@ -172,7 +172,7 @@ def test_shared_norms_move_on_merged(options, tmp_path, parallel_form, granulari
             scale * model.get_output_embeddings()(model.get_submodule(norm)(seen["x"])) for model in (base, expert)
         ]
     delta = (outputs[1] - outputs[0]).double().square().sum()
-    assert float(statistics.grams["head"][0, 0, 0]) == pytest.approx(float(delta), rel=1e-4)
+    assert float(statistics.by_submodule["head"][0, 0, 0]) == pytest.approx(float(delta), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_merged_features_are_those_of_the_merged_model(make_models, options, gra
         handle.remove()
         norm = base.model.norm if granularity == "linear" else expert.model.norm
         delta = expert.lm_head(norm(seen["x"])) - base.lm_head(base.model.norm(seen["x"]))
-    assert float(statistics.grams["head"][0, 0, 0]) == pytest.approx(float(delta.double().square().sum()), rel=1e-3)
+    assert float(statistics.by_submodule["head"][0, 0, 0]) == pytest.approx(float(delta.double().square().sum()), rel=1e-3)
 
 
 def test_parallel_blocks_move_on_together(options, tmp_path_factory):
@@ -234,4 +234,4 @@ def test_parallel_blocks_move_on_together(options, tmp_path_factory):
             model.get_output_embeddings()(model.gpt_neox.final_layer_norm(seen["x"])) for model in (base, expert)
         ]
     delta = (outputs[1] - outputs[0]).double().square().sum()
-    assert float(statistics.grams["head"][0, 0, 0]) == pytest.approx(float(delta), rel=1e-3)
+    assert float(statistics.by_submodule["head"][0, 0, 0]) == pytest.approx(float(delta), rel=1e-3)

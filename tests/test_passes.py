@@ -13,16 +13,17 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
-from mergekit_slta import costs, gradients
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import assemble, layout_of, solve_together
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.costs import estimate
-from mergekit_slta.distributed import ALONE
+from mergekit_slta.objectives import costs
+from mergekit_slta.runner import backward as gradients
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.job.solve import assemble, layout_of, solve_together
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.passes import _Passes, examples_of, gather_slopes
-from mergekit_slta.records import Records
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def same(models, **settings):
@@ -101,7 +102,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
     assert found.form == "step"
     experts = [whole_model(path) for path in models.experts]
     base, merged = whole_model(models.base), merged_model(models, job, found.point)
-    expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.grams}
+    expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.by_submodule}
     for row, example in enumerate(examples_of(job)):
         teacher = experts[example.task]
         felt = divergence(teacher, merged, example)
@@ -114,7 +115,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         for key, parts in expected.items():
             parts.append(torch.stack([part[key] for part in both]))
-    assert_close(found.grams, {key: torch.stack(parts) for key, parts in expected.items()})
+    assert_close(found.by_submodule, {key: torch.stack(parts) for key, parts in expected.items()})
 
 
 def test_points_follow_from_the_solves_before(specimen):  # noqa: F811
@@ -154,14 +155,14 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, settings, stops):  # n
     folder = tmp_path / ".partial"
     for stop in range(stops):
         stop_after(job, folder, 0)  # behind the next one
-        with Records(folder, "same") as records:
+        with ResumeStore(folder, "same") as records:
             records.open()
-            assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base (of each step's rows)
-    with Records(folder, "same") as records:
+            assert len(records.finished) == stop + 1  # 4 of each pass, the teachers and the base (of each step's rows)
+    with ResumeStore(folder, "same") as records:
         records.open()
         found = gather_statistics(job, records)
-        assert len(records.steps) == stops
-    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
+        assert len(records.finished) == stops
+    assert all(torch.equal(found.by_submodule[key], whole.by_submodule[key]) for key in whole.by_submodule)
     if found.form == "step":
         assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
         assert torch.equal(found.divergences, whole.divergences)
@@ -213,7 +214,7 @@ def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
     assert costs.flops / expert_only.flops == pytest.approx((8 + 1 + 2 * 10) / 8)
     largest = 0
 
-    class Watching(Records):
+    class Watching(ResumeStore):
         def put(self, step, tensors):
             nonlocal largest
             super().put(step, tensors)
@@ -286,7 +287,7 @@ def one_step(specimen, tmp_path_factory):  # noqa: F811
         lambda found: setattr(found, "divergences", None),
         lambda found: setattr(found, "divergences", found.divergences[:, :1]),
         lambda found: setattr(found, "form", "slope"),
-        lambda found: found.grams.update({key: part[:, :1] for key, part in found.grams.items()}),
+        lambda found: found.by_submodule.update({key: part[:, :1] for key, part in found.by_submodule.items()}),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task))),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task) - 1, dtype=torch.int64)),
         lambda found: setattr(found, "row_step", torch.zeros_like(found.row_task)),

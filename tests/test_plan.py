@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import read
 
-from mergekit_slta import plan
+from mergekit_slta.checkpoints import plan
 from mergekit_slta.errors import ModelError
-from mergekit_slta.plan import make_plan
+from mergekit_slta.checkpoints.plan import make_plan
 
 
 def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):

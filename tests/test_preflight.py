@@ -9,7 +9,7 @@ import pytest
 from conftest import read
 
 from mergekit_slta.errors import DataError, RecipeError
-from mergekit_slta.preflight import prepare
+from mergekit_slta.job.preflight import prepare
 
 
 def test_a_base_without_a_tokenizer(tiny, options, tmp_path):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mergekit_slta.errors import OutputError
-from mergekit_slta.records import Records
+from mergekit_slta.runtime.resume import ResumeStore
 from mergekit_slta.streams import Streams
 
 
-def opened(folder, fingerprint: str) -> Records:
-    records = Records(folder, fingerprint)
+def opened(folder, fingerprint: str) -> ResumeStore:
+    records = ResumeStore(folder, fingerprint)
     records.open()
     return records
 
@@ -36,7 +36,7 @@ def test_other_fingerprints_start_afresh(tmp_path):
     with opened(tmp_path / "work", "a") as records:
         records.put("layer/1", {"x": torch.zeros(1)})
     with opened(tmp_path / "work", "b") as records:
-        assert records.steps == frozenset()
+        assert records.finished == frozenset()
         assert not (tmp_path / "work").exists()
 
 
@@ -44,7 +44,7 @@ def test_nothing_is_touched_that_another_process_holds(tmp_path):
     """Neither by making the object nor by opening it, whatever it is for."""
     with opened(tmp_path / "work", "a") as records:
         records.put("layer/1", {"x": torch.zeros(1)})
-        other = Records(tmp_path / "work", "b")
+        other = ResumeStore(tmp_path / "work", "b")
         with pytest.raises(OutputError, match=f"another process \\({os.getpid()}\\)"), other:
             other.open()
         other.remove()
@@ -60,7 +60,7 @@ def test_damaged_records_are_dropped(tmp_path):
     path = next((tmp_path / "work").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:50])
     with opened(tmp_path / "work", "a") as records:
-        assert len(records.steps) == 1
+        assert len(records.finished) == 1
 
 
 @pytest.mark.parametrize("left", [[".records.json.x1"], ["streams"], ["0" * 24 + ".safetensors"]])
@@ -70,7 +70,7 @@ def test_killed_while_beginning_or_removing(tmp_path, left):
     for name in left:
         (tmp_path / "work" / name).write_text("")
     with opened(tmp_path / "work", "a") as records:
-        assert records.steps == frozenset()
+        assert records.finished == frozenset()
         records.put("one", {"x": torch.zeros(1)})
 
 
@@ -156,7 +156,7 @@ def test_a_lock_that_its_holder_has_just_removed(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    """Records are kept all the same, with a warning."""
+    """ResumeStore are kept all the same, with a warning."""
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*_):
@@ -165,5 +165,5 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level("WARNING"), opened(tmp_path / "work", "a") as records:
         records.put("one", {"x": torch.zeros(1)})
-        assert records.steps == {"one"}
+        assert records.finished == {"one"}
     assert "cannot be locked" in caplog.text

@@ -14,11 +14,11 @@ import yaml
 from conftest import slta
 from safetensors.torch import save_file
 
-from mergekit_slta import resolve
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.calibration import resolve
+from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.errors import AlphasError, RecipeError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.resolve import first_rows, parse_importance, read_layout, solve_again
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.calibration.resolve import first_rows, parse_importance, read_layout, solve_again
 
 QUIET = ["--quiet"]
 
@@ -152,7 +152,7 @@ def test_tasks_with_fewer_rows_keep_theirs():
     gram = torch.arange(5, dtype=torch.float64)[:, None, None].expand(5, 2, 2).contiguous()
     kept = first_rows(Statistics(row_task, 2, {"head": gram}, {"layout": "all rows"}), 2)
     assert kept.row_task.tolist() == [1, 0, 1, 0]
-    assert kept.grams["head"][:, 0, 0].tolist() == [0, 1, 2, 4]
+    assert kept.by_submodule["head"][:, 0, 0].tolist() == [0, 1, 2, 4]
     assert kept.metadata == {}
 
 

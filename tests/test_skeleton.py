@@ -8,7 +8,7 @@ from conftest import make_config
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from mergekit_slta.errors import ModelError
-from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.models.skeleton import Skeleton
 
 
 def test_a_model_without_layers(monkeypatch):

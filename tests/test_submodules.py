@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mergekit_slta.errors import ModelError
-from mergekit_slta.submodules import split
+from mergekit_slta.models.submodules import partition
 
 
 def test_tensors_without_a_place(job):
@@ -19,6 +19,6 @@ def test_tensors_without_a_place(job):
         "linear": f"{prefix}.0.memory.weight",
     }
     for granularity, name in strange.items():
-        split(names, anatomy, granularity, tied=True)
+        partition(names, anatomy, granularity, tied=True)
         with pytest.raises(ModelError, match=f"tensor {name} belongs to no submodule that is known here"):
-            split([*names, name], anatomy, granularity, tied=True)
+            partition([*names, name], anatomy, granularity, tied=True)

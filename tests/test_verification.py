@@ -13,13 +13,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
 
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.errors import RunError
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.solve import measured_residual
-from mergekit_slta.verification import TOLERANCE, verify
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.maths.closed_form import measured_residual
+from mergekit_slta.calibration.verify import TOLERANCE, verify
 
 
 def job_of(recipe):
@@ -79,7 +79,7 @@ def test_measured_residual_equals_models_in_memory(make_models, granularity, tie
         names = ["embed", "head"] if tied and entry.name == "embed" else [entry.name]
         parts = []
         for name in names:
-            changes = statistics.grams[name].diagonal(dim1=1, dim2=2).numpy()
+            changes = statistics.by_submodule[name].diagonal(dim1=1, dim2=2).numpy()
             parts.append((errors[name], changes))
         if len(parts) == 1:
             expected = residuals(rows, *parts[0])
@@ -114,7 +114,7 @@ def test_whole_models_and_heads_are_measured(tiny, granularity):
                 with torch.no_grad():
                     errors.append(float(((merged(ids).logits - experts[task](ids).logits).double() ** 2).sum()))
                 rows.append(task)
-        expected = residuals(rows, errors, statistics.grams["model"].diagonal(dim1=1, dim2=2).numpy())
+        expected = residuals(rows, errors, statistics.by_submodule["model"].diagonal(dim1=1, dim2=2).numpy())
         assert alphas.submodules[0].residual_measured == pytest.approx(expected, rel=1e-3)
 
 
