@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.errors import AlphasError
+from mergekit_slta.files.alphas_file import Alphas
 
 
 def document(**changes) -> str:

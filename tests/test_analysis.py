@@ -21,10 +21,10 @@ from reference import load, row_deltas
 from mergekit_slta.analysis import analyse as analysis
 from mergekit_slta.analysis.analyse import analyse
 from mergekit_slta.errors import ModelError
+from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.runtime.resume import ResumeStore
-from mergekit_slta.files.linearity_file import Linearity
 
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 

@@ -19,11 +19,11 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import GRANULARITIES, ZOO
 
-from mergekit_slta.models.architectures import head_layout
-from mergekit_slta.data.batches import plan_batches
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data.batches import plan_batches
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.architectures import head_layout
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import ForwardState

@@ -16,9 +16,9 @@ from mergekit.scripts import run_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.errors import ModelError
+from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 

@@ -12,10 +12,10 @@ from packaging.version import Version
 from transformers import Gemma2Config, masking_utils
 
 from mergekit_slta.checkpoints.tensors import Checkpoints
-from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.job.preflight import prepare
-from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.recipe.read import read_recipe
 
 
 def config_of(family: str):

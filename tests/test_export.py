@@ -21,8 +21,8 @@ from mergekit.scripts import run_yaml
 from transformers import AutoTokenizer
 
 import mergekit_slta.recipe.stock_recipe as export_room
-from mergekit_slta.files.alphas_file import Alphas, WeightedSlice
 from mergekit_slta.errors import AlphasError
+from mergekit_slta.files.alphas_file import Alphas, WeightedSlice
 from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]

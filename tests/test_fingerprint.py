@@ -8,8 +8,8 @@ import pytest
 from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM
 
+from mergekit_slta.files.identity import differences, statistics_identity
 from mergekit_slta.job.identity import checkpoint_fingerprint
-from mergekit_slta.files.identity import differences, fingerprint, statistics_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 

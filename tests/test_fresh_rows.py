@@ -11,15 +11,15 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, whole_model
 from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
 
-from mergekit_slta.runner import backward as gradients
-from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.job.solve import layout_of
 from mergekit_slta.calibration.calibrate import gather_statistics
-from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.errors import DataError
-from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.objectives.gradient_passes import examples_of
+from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.solve import layout_of
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.objectives.gradient_passes import examples_of
+from mergekit_slta.runner import backward as gradients
 
 
 def fresh(models, steps: int, **settings):

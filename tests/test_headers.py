@@ -8,9 +8,9 @@ import pytest
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors.torch import load_file, save_file
 
-from mergekit_slta.errors import ModelError
 from mergekit_slta.checkpoints.headers import read_headers
 from mergekit_slta.checkpoints.lora_adapter import check_shapes
+from mergekit_slta.errors import ModelError
 
 
 def broken_copy(tiny, folder, change) -> LazyTensorLoader:

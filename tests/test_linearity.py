@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_slta.maths.linearity import (
-    PAIR_GRID,
     NUM_INTERVALS,
+    PAIR_GRID,
     TRIPLE_GRID,
     Grid,
     Products,

@@ -200,7 +200,9 @@ def test_merged_features_are_those_of_the_merged_model(make_models, options, gra
         handle.remove()
         norm = base.model.norm if granularity == "linear" else expert.model.norm
         delta = expert.lm_head(norm(seen["x"])) - base.lm_head(base.model.norm(seen["x"]))
-    assert float(statistics.by_submodule["head"][0, 0, 0]) == pytest.approx(float(delta.double().square().sum()), rel=1e-3)
+    assert float(statistics.by_submodule["head"][0, 0, 0]) == pytest.approx(
+        float(delta.double().square().sum()), rel=1e-3
+    )
 
 
 def test_parallel_blocks_move_on_together(options, tmp_path_factory):

@@ -11,9 +11,9 @@ import torch
 from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
-from mergekit_slta.host import method as module
-from mergekit_slta.files.alphas_file import Alphas, WeightedSlice, SubmoduleAlphas
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, WeightedSlice
+from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, merge_tensor, register, wrap_run_merge
 
 ALPHA = (0.25, -0.5, 1.25)
@@ -61,7 +61,9 @@ def test_combine_covers_slices_and_strides():
 def test_equal_experts_give_the_base_to_the_bit():
     """Where nothing differs, nothing is rounded away."""
     base = tensors(torch.bfloat16)[0]
-    assert torch.equal(merge_tensor(base, [base, base], (WeightedSlice(None, 0, 0, (0.3, 0.9)),), 1.0, torch.bfloat16), base)
+    assert torch.equal(
+        merge_tensor(base, [base, base], (WeightedSlice(None, 0, 0, (0.3, 0.9)),), 1.0, torch.bfloat16), base
+    )
 
 
 def test_inputs_are_not_written():

@@ -6,8 +6,8 @@ import pytest
 from conftest import read
 
 from mergekit_slta.checkpoints import plan
-from mergekit_slta.errors import ModelError
 from mergekit_slta.checkpoints.plan import make_plan
+from mergekit_slta.errors import ModelError
 
 
 def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):

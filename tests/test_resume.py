@@ -12,8 +12,8 @@ import yaml
 from conftest import fork, mergekit_yaml, own_command, slta
 from safetensors.torch import load_file
 
-from mergekit_slta.runtime.resume import ResumeStore
 from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def write(folder: Path, recipe: dict) -> Path:
