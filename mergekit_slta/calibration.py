@@ -1,20 +1,16 @@
 """The orchestrator: recipe -> rows -> runner -> Gram matrices -> solve -> alphas.
 
-Scope: the order of the steps, and how many rows they take. Everything is computed in canonical order (experts sorted by
+Scope: the order of the steps. Everything is computed in canonical order (experts sorted by
 name), so that the order of the recipe's models does not move a digit; the file then follows the recipe.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -26,15 +22,11 @@ from mergekit_slta.distributed import ALONE, Ranks
 from mergekit_slta.gathering import canonical_rows, gather, warn_of_distance
 from mergekit_slta.gram import Statistics
 from mergekit_slta.identity import fingerprint, statistics_identity
-from mergekit_slta.passes import gather_fisher, gather_slopes
+from mergekit_slta.passes import gather_slopes
 from mergekit_slta.preflight import Job, prepare
 from mergekit_slta.recipe import Recipe, load_config, read_recipe
 from mergekit_slta.records import Records
 from mergekit_slta.walk import HEAD_ELEMENTS
-
-LOG = logging.getLogger(__name__)
-FIRST_ROWS = 3
-"""Rows of each task with which a `tolerance` begins; the paper's Table 11 finds these almost enough."""
 
 
 def calibrate(
@@ -64,12 +56,11 @@ def solve_job(job: Job, statistics: Statistics) -> Alphas:
     """Solve every submodule of a job from its statistics, in the recipe's order of models."""
     settings = job.recipe.settings
     importance = [task.importance for task in job.recipe.tasks]
-    layout = layout_of(used_rows(job, statistics))
-    return assemble(statistics, layout, importance=importance, balance=settings.balance, ridge=settings.ridge)
+    return assemble(statistics, layout_of(job), importance=importance, balance=settings.balance, ridge=settings.ridge)
 
 
 def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = ALONE) -> Statistics:
-    """The Gram matrices, or slopes, of a job's rows; with a `tolerance`, of as many as it takes.
+    """The Gram matrices, or slopes, of a job's rows.
 
     Args:
         job: the recipe, prepared.
@@ -84,61 +75,10 @@ def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = A
         warn_of_distance(job)
     if job.recipe.settings.objective == "joint":
         statistics = gather_slopes(job, records=records, ranks=ranks)
-    elif job.recipe.settings.objective == "fisher":
-        statistics = gather_fisher(job, records=records, ranks=ranks)
-    elif not job.recipe.settings.tolerance:
-        statistics = gather(job, *canonical_rows(job), records=records, ranks=ranks)
     else:
-        statistics = _gather_until(job, records, ranks)
-    statistics.metadata = statistics_metadata(used_rows(job, statistics))
+        statistics = gather(job, *canonical_rows(job), records=records, ranks=ranks)
+    statistics.metadata = statistics_metadata(job)
     return statistics
-
-
-def _gather_until(job: Job, records: Records | None, ranks: Ranks) -> Statistics:
-    """Few rows first, then as many again, until the largest standard error of an alpha is within the tolerance."""
-    every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
-    parts: list[Statistics] = []
-    start, stop = 0, min(FIRST_ROWS, every)
-    while True:
-        rows = canonical_rows(job, start, stop)
-        parts.append(gather(job, *rows, records=records, ranks=ranks, label=f"{stop} rows/"))
-        statistics = Statistics.join(parts)
-        alphas = solve_job(job, statistics)
-        if ranks.agree(meets_tolerance(job, alphas, statistics)):
-            error = _largest_error(alphas)
-            LOG.info("%d rows of each task: the largest standard error is %.3g", stop, error)
-            if error > job.recipe.settings.tolerance:
-                LOG.warning(
-                    "all %d rows of each task leave a standard error of %.3g, above the `tolerance` %g: "
-                    "raise `num_samples`, or add a `ridge`", stop, error, job.recipe.settings.tolerance,
-                )  # fmt: skip
-            return statistics
-        start, stop = stop, min(2 * stop, every)
-
-
-def meets_tolerance(job: Job, alphas: Alphas, statistics: Statistics) -> bool:
-    """Whether the job asks for no more rows than the statistics hold: the weights are known well enough, or there are
-    no more rows."""
-    tolerance = job.recipe.settings.tolerance
-    if not tolerance or _largest_error(alphas) <= tolerance:
-        return True
-    every = max(len(drawn.rows) for drawn in job.rows if drawn is not None)
-    return int(torch.bincount(statistics.row_task).max()) >= every
-
-
-def _largest_error(alphas: Alphas) -> float:
-    return max(error for entry in alphas.submodules for error in entry.stderr or (math.inf,))
-
-
-def used_rows(job: Job, statistics: Statistics) -> Job:
-    """The job with only those rows that statistics were taken from: with a `tolerance`, the first of each task."""
-    counts = torch.bincount(statistics.row_task, minlength=statistics.num_models).tolist()
-    by_model = dict(zip(job.plan.models[1:], counts, strict=True))
-    rows = tuple(
-        drawn and replace(drawn, rows=drawn.rows[: by_model[task.model]])
-        for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
-    )
-    return replace(job, rows=rows)
 
 
 def statistics_metadata(job: Job) -> dict[str, str]:

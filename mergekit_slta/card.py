@@ -165,11 +165,6 @@ def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
 
 
 def _residual_note(measured: bool, objective: str) -> str:
-    if objective == "fisher":
-        return (
-            "Weights are means over the submodules, with their range. The residual is the share of what the rows' "
-            "losses feel of the experts' own changes that the merged submodule misses, as linearity predicts."
-        )
     if objective == "joint":
         return (
             "Weights are means over the submodules, with their range. All were solved together; the residual is the "

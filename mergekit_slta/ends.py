@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints import Weights
-from mergekit_slta.streams import Streams
 from mergekit_slta.submodules import Submodule
+from mergekit_slta.tape import Tape
 from mergekit_slta.walk import Evaluation, Mixed, Point, Walk
 
 
@@ -112,34 +112,36 @@ def whole_model(walk: Walk, submodule: Submodule) -> Iterator[Evaluation]:
         list(dict.fromkeys([walk.origin, *(walk.points[number] if walk.points else every)]))
         for number in range(len(walk.batches))
     ]
-    sizes = {(number, point): sum(walk.batches[number].lengths) for number, own in enumerate(points) for point in own}
-    streams = Streams(sizes, int(skeleton.config.hidden_size), walk.checkpoints.dtype, walk.folder)
+    keys = [(number, point) for number, own in enumerate(points) for point in own]
+    places = {key: place for place, key in enumerate(keys)}
+    sizes = [sum(walk.batches[number].lengths) for number, _ in keys]
+    store = Tape(sizes, 1, 0, int(skeleton.config.hidden_size), walk.checkpoints.dtype, walk.folder)  # in place
     mixed, ids = _embedding_rows(walk, submodule, [name for name in outside if not name.startswith(behind)])
-    for number, (batch, places) in enumerate(zip(walk.batches, ids, strict=True)):
+    for number, (batch, tokens) in enumerate(zip(walk.batches, ids, strict=True)):
         for point in points[number]:
-            entered = batch.pack(skeleton.embed(places, mixed(point)))
-            if streams.depth < 0:  # else a killed walk goes on, and only the model's code has to see the shapes
-                streams.write((number, point), walk.finite(entered, submodule, point))
-    if streams.depth < 0:
-        streams.commit()
+            entered = batch.pack(skeleton.embed(tokens, mixed(point)))
+            store.put_features(0, places[number, point], walk.finite(entered, submodule, point))
     del mixed
-    for layer in range(streams.depth, skeleton.num_layers):
+    for layer in range(skeleton.num_layers):
         walk.announce(f"{inside}{layer}")
         names = [name for name in submodule.tensors if name.startswith(f"{inside}{layer}.")]
         mixed = Mixed(walk, [submodule], lambda models, names=names: walk.checkpoints.load(names, models))
         by_point: dict[Point, list[int]] = {}
-        for number, point in sizes:
+        for number, point in keys:
             by_point.setdefault(point, []).append(number)
         for point, numbers in by_point.items():
             weights = mixed(point)
             for number in numbers:
                 batch = walk.batches[number]
-                features = batch.pad(streams.read((number, point)).to(skeleton.device))
+                features = batch.pad(store.features(layer, places[number, point]).to(skeleton.device))
                 output = batch.pack(skeleton.layer(layer, features, weights))
-                streams.write((number, point), walk.finite(output, submodule, point))
-        streams.commit()
+                store.put_features(layer + 1, places[number, point], walk.finite(output, submodule, point))
         del mixed, weights
         walk.checkpoints.flush()
     walk.announce("head")
-    names = [name for name in outside if name.startswith(behind)]
-    yield from _logits(walk, submodule, names, lambda pack, point: [streams.read((n, point)) for n in pack])
+    names, last = [name for name in outside if name.startswith(behind)], skeleton.num_layers
+
+    def features_of(pack: Sequence[int], point: Point) -> list[Tensor]:
+        return [store.features(last, places[number, point]) for number in pack]
+
+    yield from _logits(walk, submodule, names, features_of)

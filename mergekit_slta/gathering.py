@@ -60,12 +60,11 @@ def warn_of_distance(job: Job) -> None:
             )  # fmt: skip
 
 
-def canonical_rows(job: Job, start: int = 0, stop: int | None = None) -> tuple[list[Sequence[int]], list[int]]:
+def canonical_rows(job: Job) -> tuple[list[Sequence[int]], list[int]]:
     """The calibration rows' tokens and tasks, in the canonical order of the experts.
 
     Args:
         job: the recipe, prepared.
-        start, stop: which of each task's rows, as in a slice.
 
     Raises:
         DataError: an expert without rows.
@@ -75,7 +74,7 @@ def canonical_rows(job: Job, start: int = 0, stop: int | None = None) -> tuple[l
     tokens: list[Sequence[int]] = []
     row_task: list[int] = []
     for index, model in enumerate(job.plan.models[1:]):
-        for row in by_model[model].rows[start:stop]:  # type: ignore[union-attr] - check_rows
+        for row in by_model[model].rows:  # type: ignore[union-attr] - check_rows
             tokens.append(row.ids)
             row_task.append(index)
     return tokens, row_task
@@ -89,7 +88,6 @@ def gather(
     *,
     records: Records | None,
     ranks: Ranks,
-    label: str = "",
 ) -> Statistics:
     """Feed rows through the base, every expert's submodules beside it, and keep the Gram matrices.
 
@@ -98,7 +96,6 @@ def gather(
         tokens, row_task: the rows, and the canonical number of each one's task.
         records: finished steps of this walk, and where more are kept; None keeps none.
         ranks: processes that share the rows; each gets the matrices of all.
-        label: tells this walk's records from those of others.
 
     Raises:
         ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
@@ -108,7 +105,7 @@ def gather(
     by_step: dict[str, list[str]] = {}
     for submodule in job.submodules:
         by_step.setdefault(submodule.step, []).append(submodule.name)
-    finished = _take_up(statistics, by_step, records, ranks, label)
+    finished = _take_up(statistics, by_step, records, ranks)
 
     def finish(step: str) -> None:
         """All rows have passed a step: sum over the processes, and keep."""
@@ -119,7 +116,7 @@ def gather(
             statistics.begin(name)
             ranks.sum(statistics.grams[name])
         if records is not None and ranks.is_first:
-            records.put(label + step, {name: statistics.grams[name] for name in by_step[step]})
+            records.put(step, {name: statistics.grams[name] for name in by_step[step]})
 
     # Single matrices take rows one by one: see the runner.
     limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
@@ -127,6 +124,7 @@ def gather(
     packs = plan_packs(planned, limit)
     sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
     own = [packs[place] for place in ranks.own(sizes)]  # whole, so that no product depends on how many share the work
+    model_level = job.recipe.settings.granularity == "model"
     merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.inputs == "merged" else None
     walk = Walk(
         job.skeleton,
@@ -137,7 +135,7 @@ def gather(
         merged_inputs=merge is not None,
         widest=max(sizes),
         done=frozenset(finished),
-        folder=records.subfolder(f"{label.replace('/', '-')}streams") if _is_resumable(job, records, ranks) else None,
+        folder=records.subfolder("streams") if records is not None and ranks.size == 1 and model_level else None,
     )
     quiet = job.options.quiet or not ranks.is_first
     with advice_on_memory(job), Progress("Calibrating", len(by_step), quiet=quiet) as progress:
@@ -162,19 +160,14 @@ def _renumbered(packs: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[next(places) for _ in pack] for pack in packs]
 
 
-def _is_resumable(job: Job, records: Records | None, ranks: Ranks) -> bool:
-    """Whole models are one step: where they were between two layers is kept by a single process only."""
-    return records is not None and ranks.size == 1 and job.recipe.settings.granularity == "model"
-
-
 def _take_up(
-    statistics: Statistics, by_step: Mapping[str, Sequence[str]], records: Records | None, ranks: Ranks, label: str
+    statistics: Statistics, by_step: Mapping[str, Sequence[str]], records: Records | None, ranks: Ranks
 ) -> set[str]:
     """Matrices of the steps that are finished already, in every process."""
-    known = [step for step in by_step if records is not None and label + step in records.steps]
+    known = [step for step in by_step if records is not None and step in records.steps]
     finished: list[str] = ranks.agree(known)
     for step in finished:
-        found = records.get(label + step) if records is not None and ranks.is_first else {}
+        found = records.get(step) if records is not None and ranks.is_first else {}
         for name in by_step[step]:
             statistics.begin(name)
             if name in found:

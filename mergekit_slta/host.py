@@ -20,12 +20,10 @@ from mergekit.options import MergeOptions
 from mergekit_slta.alphas import Alphas
 from mergekit_slta.calibration import (
     gather_statistics,
-    meets_tolerance,
     solve_job,
     statistics_fingerprint,
     statistics_match,
     statistics_metadata,
-    used_rows,
     work_fingerprint,
 )
 from mergekit_slta.costs import estimate
@@ -245,10 +243,8 @@ def _obtain(
         statistics = _statistics_at(job, path)
         if statistics is not None:
             _say(job, f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
-            statistics.metadata = statistics_metadata(used_rows(job, statistics))  # the weighing that is solved for now
-            solved = solve_job(job, statistics)
-            if meets_tolerance(job, solved, statistics):
-                return solved, statistics
+            statistics.metadata = statistics_metadata(job)  # the weighing that is solved for now
+            return solve_job(job, statistics), statistics
     statistics = gather()
     return solve_job(job, statistics), statistics
 

@@ -121,7 +121,7 @@ def method() -> Any:
     )
 
     shared = ("granularity", "num_samples", "max_seq_length", "seed", "balance", "inputs", "objective",
-              "label_samples", "steps", "fresh_rows", "ridge", "tolerance", "compute_dtype", "alphas")  # fmt: skip
+              "label_samples", "steps", "fresh_rows", "ridge", "compute_dtype", "alphas")  # fmt: skip
     per_model = ("dataset", "dataset_config", "split", "text", "completion", "importance")
 
     class SubmoduleLinear(GroupMergeMethod):

@@ -1,4 +1,4 @@
-"""The passes behind the gradient objectives: at every expert, then, under `joint`, at what has been merged so far.
+"""The passes behind `objective: joint`: at every expert, then at what has been merged so far.
 
 Scope: which passes there are, and what each begins with; one pass is `gradients.py`'s, one solve `assembly.py`'s. Only
 the last pass's slopes are kept as the statistics: those before it are what its point was solved from. Where every step
@@ -23,7 +23,6 @@ from mergekit_slta.alphas import pieces_of
 from mergekit_slta.assembly import layout_of, solve_together
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.distributed import Ranks
-from mergekit_slta.fisher import FisherBackward
 from mergekit_slta.gathering import merge_with
 from mergekit_slta.gradients import DIVERGENCE, Backward, Example, stages_of
 from mergekit_slta.gram import Statistics
@@ -93,19 +92,6 @@ def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
     return statistics
 
 
-@torch.no_grad()
-def gather_fisher(job: Job, *, records: Records | None, ranks: Ranks) -> Statistics:
-    """Feed every row forward and back through its own expert, and keep Gram matrices under what its loss feels.
-
-    Args, raises: as for `gather_slopes`.
-    """
-    passes = _Passes(job, records, ranks)
-    quiet = job.options.quiet or not ranks.is_first
-    with advice_on_memory(job), Progress("Calibrating", len(passes.stages), quiet=quiet) as progress:
-        passes.progress = progress
-        return passes.of_outputs()
-
-
 class _Passes:
     """The passes of one job, each from its records where these are whole, over the group of rows that it is at."""
 
@@ -171,12 +157,6 @@ class _Passes:
     def _know(self, what: str) -> bool:
         """Whether there is a record of it for these rows."""
         return self._records is not None and self._mark + what in self._records.steps
-
-    def of_outputs(self) -> Statistics:
-        """Gram matrices of submodules' outputs, every row at its own expert."""
-        settings = self._job.recipe.settings
-        grams, _ = self._pass("", max(1, settings.label_samples), settings.seed, kind=FisherBackward)
-        return Statistics(self._row_task, len(self._job.plan.models) - 1, grams)
 
     def at_base(self) -> Tensor:
         """[rows] every row's KL(expert || base), the measure of what there is to keep."""
@@ -249,7 +229,7 @@ class _Passes:
 
     def _pass(
         self, label: str, draws: int, seed: int, behind: Callable[[Backward], None] | None = None, *, done: bool = True,
-        kind: type[Backward] = Backward, **where: Any,
+        **where: Any,
     ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
         """One pass: submodule -> [rows, draws, T], and [rows] divergences (zeros where nobody asks for them).
 
@@ -259,11 +239,10 @@ class _Passes:
             seed: of the draws of labels.
             behind: called when it is through, with its features still there.
             done: whether that has been, in a run that goes on.
-            kind: Gram matrices [rows, T, T] if it compares outputs.
             where: its arguments.
         """
         experts = len(self._job.plan.models) - 1
-        shape = (len(self._examples), draws if kind is Backward else experts, experts)
+        shape = (len(self._examples), draws, experts)
         slopes = {submodule.name: torch.zeros(shape, dtype=torch.float64) for submodule in self._job.submodules}
         divergence = torch.zeros(len(self._examples), dtype=torch.float64)
 
@@ -285,7 +264,7 @@ class _Passes:
                 for stage in labels[: tape.stages_done]:
                     add(self._records.get(stage) if self._records is not None else {})
                 self.progress.advance(tape.stages_done)
-                backward = self._backward(tape, seed, kind, **where)
+                backward = self._backward(tape, seed, **where)
                 for stage, found in backward.run():
                     add(found)
                     self._put(label + stage, found)
@@ -296,9 +275,9 @@ class _Passes:
             self._ranks.sum(part)
         return slopes, divergence
 
-    def _backward(self, tape: Tape, seed: int, kind: type[Backward] = Backward, **where: Any) -> Backward:
+    def _backward(self, tape: Tape, seed: int, **where: Any) -> Backward:
         job = self._job
-        return kind(
+        return Backward(
             job.skeleton, self._checkpoints, job.submodules, self._mine, samples=job.recipe.settings.label_samples,
             seed=seed, tape=tape, announce=self.progress.announce, **where,
         )  # fmt: skip

@@ -20,10 +20,8 @@ from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.newton import SMALLEST_RIDGE
 
 METHOD = "submodule_linear"
-FISHER_GRANULARITIES = ("layer", "attn_mlp")
-"""What `fisher.py` is written for: matrices and heads have outputs of their own, which it does not look at."""
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
-GRADIENT_KEYS = {"features": (), "fisher": ("label_samples",), "joint": ("label_samples", "steps", "fresh_rows")}
+GRADIENT_KEYS = {"features": (), "joint": ("label_samples", "steps", "fresh_rows")}
 """Keys that matter to some objectives only; elsewhere they are no part of what alphas are valid for."""
 OWN_DEFAULTS = {"joint": {"granularity": "linear"}}
 """Defaults that are others under an objective: what is solved together gains from finer units (examples/reproduce)."""
@@ -75,12 +73,11 @@ class Settings(BaseModel):
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
     inputs: Literal["base", "merged"] = "base"
-    objective: Literal["features", "fisher", "joint"] = "features"
+    objective: Literal["features", "joint"] = "features"
     label_samples: Annotated[Count, Field(ge=0)] = 2
     steps: Annotated[Count, Field(ge=0)] = 6
     fresh_rows: Annotated[bool, Field(strict=True)] = True
     ridge: Annotated[Number, Field(ge=0)] | None = None
-    tolerance: Annotated[Number, Field(ge=0)] = 0.0
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
 
@@ -247,22 +244,10 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
             raise RecipeError(f"`lambda` is {show(leaf)!r}; it must be a finite number")
     values = {key: constant(key, shared[key]) for key in Settings.model_fields if key in shared}
     settings = _validated(Settings, values, "the recipe")
-    if settings.tolerance and settings.inputs == "merged":
+    if settings.objective != "features" and settings.inputs != "base":
         raise RecipeError(
-            f"`tolerance` is {settings.tolerance:g} and `inputs` is 'merged': rows that are added later cannot enter "
-            "what has been merged before; drop one of the two"
-        )
-    if settings.objective != "features":
-        for key, value, usual in (("tolerance", settings.tolerance, 0), ("inputs", settings.inputs, "base")):
-            if value != usual:
-                raise RecipeError(
-                    f"`objective` is {settings.objective!r} and `{key}` is {show(value)!r}: it takes gradients, of all "
-                    f"rows, where it needs them; drop `{key}`, or choose `objective: features`"
-                )
-    if settings.objective == "fisher" and settings.granularity not in FISHER_GRANULARITIES:
-        raise RecipeError(
-            f"`objective` is 'fisher' and `granularity` is {settings.granularity!r}: it is there for "
-            f"{listing(FISHER_GRANULARITIES)}; choose one of these, or `objective: joint`"
+            f"`objective` is {settings.objective!r} and `inputs` is {show(settings.inputs)!r}, which only applies to "
+            "`objective: features`: drop `inputs`"
         )
     if settings.objective == "joint":
         if settings.steps and not settings.label_samples:

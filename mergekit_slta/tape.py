@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mergekit_slta.errors import OutputError, show
 from mergekit_slta.files import write_text_atomically
-from mergekit_slta.streams import mapped
 
 _MARKER = "tape.json"
 
@@ -70,7 +71,7 @@ class Tape:
                         self.levels_done, self.stages_done = int(marker["levels"]), int(marker["stages"])
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file = mapped(path, shape)
+                self._file = _mapped(path, shape)
             except OSError as error:
                 raise OutputError(
                     f"cannot keep {shape[0] * shape[1] / 2**30:.1f} GiB of features in {show(folder)} "
@@ -116,3 +117,15 @@ class Tape:
             self._file.flush()
             content = {"layout": self._layout, "levels": self.levels_done, "stages": self.stages_done}
             write_text_atomically(self._folder / _MARKER, json.dumps(content))
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A file of zeros (or what a killed run has left) of that shape, mapped. Room for it is taken at once: a full disk
+    met while a mapped page is written would kill the process."""
+    size = shape[0] * shape[1]
+    with open(path, "ab") as file:
+        if file.tell() != size:
+            file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+    return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)

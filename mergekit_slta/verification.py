@@ -16,7 +16,6 @@ import torch
 from mergekit_slta.alphas import Alphas, pieces_of
 from mergekit_slta.assembly import layout_of
 from mergekit_slta.batches import BATCH_TOKENS, plan_packs, plan_task_batches
-from mergekit_slta.calibration import used_rows
 from mergekit_slta.checkpoints import Checkpoints
 from mergekit_slta.errors import RunError, show
 from mergekit_slta.gathering import canonical_rows, merge_with
@@ -52,7 +51,6 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         ModelError, RunError: as in a calibration.
     """
     settings = job.recipe.settings
-    job = used_rows(job, statistics)
     tokens, row_task = canonical_rows(job)
     limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
     batches = plan_task_batches(tokens, row_task, limit)

@@ -177,7 +177,6 @@ def blocks(run: Run, seed: int) -> None:
         own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}
         run.score([*calibrated_for(run, seed, sets, **own)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
-    run.score([*our_candidates(run, "attn_mlp", seed, objective="fisher")])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
 
