@@ -17,7 +17,7 @@ def _methods_loaded(module):
 
 
 def _merge_loaded(module):
-    from mergekit_slta.method import wrap_run_merge
+    from mergekit_slta.wrap import wrap_run_merge
 
     wrap_run_merge(module)
 

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.documents import Kind, read_document
 from mergekit_slta.errors import show
 from mergekit_slta.files import write_text_atomically
+from mergekit_slta.task_arithmetic import Piece
 
 FORMAT = "mergekit-slta/alphas"
 VERSION = 1
@@ -37,18 +38,6 @@ KIND = Kind(
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 """[axis, start, stop)"""
-
-
-class Piece(NamedTuple):
-    """A slice of a tensor and its weights: `alpha` holds one number per expert, in the file's order of models.
-
-    `axis` None stands for the whole tensor.
-    """
-
-    axis: int | None
-    start: int
-    stop: int
-    alpha: tuple[float, ...]
 
 
 class SubmoduleAlphas(BaseModel):

@@ -86,8 +86,9 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
     import mergekit.merge
 
     from mergekit_slta.distributed import refuse_several
-    from mergekit_slta.method import register, wrap_run_merge
+    from mergekit_slta.method import register
     from mergekit_slta.recipe import load_config, read_recipe
+    from mergekit_slta.wrap import wrap_run_merge
 
     refuse_several("merge")
     merge_options.apply_global_options()

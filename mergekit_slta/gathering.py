@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_slta.alphas import Piece, pieces_of
+from mergekit_slta.alphas import pieces_of
 from mergekit_slta.assembly import layout_of, solve_submodule
 from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.checkpoints import Checkpoints, Weights
 from mergekit_slta.distributed import Ranks
 from mergekit_slta.errors import RunError, show
 from mergekit_slta.gram import Statistics
-from mergekit_slta.method import combine
 from mergekit_slta.preflight import Job, check_rows
 from mergekit_slta.progress import Progress, advice_on_memory
 from mergekit_slta.records import Records
 from mergekit_slta.stream import stream
 from mergekit_slta.submodules import Submodule
+from mergekit_slta.task_arithmetic import Piece, combine
 from mergekit_slta.walk import Evaluation, Merge, Walk
 
 LOG = logging.getLogger(__name__)

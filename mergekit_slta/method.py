@@ -1,4 +1,4 @@
-"""The merge method: a look-up by tensor name and a weighted sum; and its registration with mergekit.
+"""The merge method: look a tensor's weights up by name, and take the weighted sum; and its registration with mergekit.
 
 Scope: pure functions of the group that mergekit hands over and of an alphas file. No calibration, no thread-local
 state: it runs on whatever device and thread mergekit's executor chooses.
@@ -7,28 +7,23 @@ state: it runs on whatever device and thread mergekit's executor chooses.
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
-from mergekit_slta.alphas import Alphas, Piece
+from mergekit_slta.alphas import Alphas
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError, listing, show
+from mergekit_slta.task_arithmetic import combine
 
 NAME = "submodule_linear"
 OLDEST_MERGEKIT = "0.1.5"
 REFERENCE_URL = "https://arxiv.org/abs/2504.10902"
-_CHUNK_ELEMENTS = 2**18
-"""Elements summed at a time: the operands of a chunk stay in a core's cache, and no second buffer of the tensor's
-size is needed."""
-_WRAPPED = "_mergekit_slta_original"
 
 
 @dataclass(frozen=True)
@@ -65,41 +60,6 @@ def _loaded(path: str) -> ActiveMerge:
     """For callers that do not pass through `run_merge`: the file alone, models found by their names in it."""
     alphas = Alphas.load(path)
     return ActiveMerge(alphas, {name: column for column, name in enumerate(alphas.models)}, keep_precision=False)
-
-
-def combine(
-    base: Tensor, experts: Sequence[Tensor], pieces: Sequence[Piece], scale: float, dtype: torch.dtype
-) -> Tensor:
-    """theta_0 + scale * sum_t alpha_t (theta_t - theta_0)     (Eq. 1 with Algorithm 1's weights)
-
-    Args:
-        base: theta_0, any shape and strides.
-        experts: theta_t in the order of the pieces' alphas; same shape and device. Inputs are never written.
-        pieces: slices of the tensor with their alphas; together they cover it once.
-        scale: the recipe's `lambda`.
-        dtype: of the result; the sum is taken in float32, or float64 for float64 inputs, and cast once.
-    """
-    wide = torch.promote_types(base.dtype, torch.float32)
-    merged = torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
-    for axis, start, stop, alpha in pieces:
-        views = [merged, base, *experts]
-        if axis is not None:
-            views = [view.narrow(axis, start, stop - start) for view in views]
-        views = [view.reshape(1) if view.dim() == 0 else view for view in views]
-        rows = max(1, _CHUNK_ELEMENTS // max(1, views[0][0].numel())) if views[0].numel() else 1
-        if views[0].device.type != "cpu":
-            rows *= 64  # an accelerator wants fewer, larger launches
-        for into, origin, *others in zip(*(view.split(rows) for view in views), strict=True):
-            start_point = origin.to(wide)
-            total = torch.zeros_like(start_point)
-            # Rounded step by step as mergekit's task_arithmetic is, so that an exported recipe gives the same digits.
-            for weight, other in zip(alpha, others, strict=True):
-                if weight != 0.0:
-                    total.add_((other.to(wide) - start_point).mul_(weight))
-            if scale != 1.0:
-                total.mul_(scale)
-            into.copy_(total.add_(start_point))
-    return merged
 
 
 @functools.cache
@@ -210,23 +170,3 @@ def register() -> None:
             f"{type(taken).__module__}: uninstall one of the two"
         )
     merge_methods.register(instance)
-
-
-def wrap_run_merge(module: ModuleType) -> None:
-    """Put the pre-pass before `mergekit.merge.run_merge`, for this method only; calling it again changes nothing."""
-    original = module.run_merge
-    if hasattr(original, _WRAPPED):
-        return
-
-    @functools.wraps(original)
-    def run_merge(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(merge_config, "merge_method", None) != NAME:
-            return original(merge_config, *args, **kwargs)
-        from mergekit_slta.host import run
-
-        return run(original, merge_config, *args, **kwargs)
-
-    setattr(run_merge, _WRAPPED, original)
-    for loaded in list(sys.modules.values()):  # modules that imported the name before this package came
-        if getattr(loaded, "__name__", "").startswith("mergekit.") and vars(loaded).get("run_merge") is original:
-            loaded.run_merge = run_merge  # type: ignore[attr-defined]

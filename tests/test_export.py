@@ -21,9 +21,10 @@ from mergekit.scripts import run_yaml
 from transformers import AutoTokenizer
 
 import mergekit_slta.export as export_room
-from mergekit_slta.alphas import Alphas, Piece
+from mergekit_slta.alphas import Alphas
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.export import stock_recipe, weights_dtype
+from mergekit_slta.task_arithmetic import Piece
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]

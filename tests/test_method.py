@@ -11,9 +11,11 @@ from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta import method as module
-from mergekit_slta.alphas import Alphas, Piece, SubmoduleAlphas
+from mergekit_slta.alphas import Alphas, SubmoduleAlphas
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
-from mergekit_slta.method import ActiveMerge, active, combine, register, wrap_run_merge
+from mergekit_slta.method import ActiveMerge, active, register
+from mergekit_slta.task_arithmetic import Piece, combine
+from mergekit_slta.wrap import wrap_run_merge
 
 ALPHA = (0.25, -0.5, 1.25)
 
