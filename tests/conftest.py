@@ -24,7 +24,8 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mergekit_slta import Alphas, cli
+from mergekit_slta import Alphas
+from mergekit_slta.cli import main as cli
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 

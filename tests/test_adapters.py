@@ -20,9 +20,9 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mergekit_slta.adapters import AdapterLoader, needs_merged_copy, open_adapter
+from mergekit_slta.checkpoints.lora_adapter import CONFIG_NAME
+from mergekit_slta.checkpoints.lora_loader import AdapterLoader, needs_merged_copy, open_adapter
 from mergekit_slta.errors import ModelError
-from mergekit_slta.lora import CONFIG_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -20,12 +20,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
 
-from mergekit_slta import analysis
-from mergekit_slta.analysis import analyse
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.records import Records
-from mergekit_slta.scores import Linearity
+from mergekit_slta.analysis import analyse as analysis
+from mergekit_slta.analysis.analyse import analyse
+from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runtime.resume import Records
 
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 

@@ -19,14 +19,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import GRANULARITIES, ZOO
 
-from mergekit_slta.architectures import head_layout
-from mergekit_slta.batches import plan_batches
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.checkpoints import Checkpoints
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.stream import stream
-from mergekit_slta.walk import Walk
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data.batches import plan_batches
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.architectures import head_layout
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runner.forward import stream
+from mergekit_slta.runner.state import Walk
 
 
 @pytest.fixture(scope="session")

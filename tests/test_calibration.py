@@ -12,15 +12,15 @@ from mergekit.options import MergeOptions
 from reference import reference_alphas
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_slta.batches import plan_batches
-from mergekit_slta.calibration import calibrate, gather_statistics, solve_job
-from mergekit_slta.checkpoints import Checkpoints
+from mergekit_slta.calibration.calibrate import calibrate, gather_statistics, solve_job
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data.batches import plan_batches
 from mergekit_slta.errors import ModelError, RunError
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.skeleton import Skeleton
-from mergekit_slta.stream import stream
-from mergekit_slta.walk import Walk
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runner.forward import stream
+from mergekit_slta.runner.state import Walk
 
 
 def job_of(recipe: dict, options: MergeOptions):

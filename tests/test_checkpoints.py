@@ -15,7 +15,7 @@ from mergekit.scripts import run_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 

@@ -17,12 +17,16 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_slta import Alphas, commands, method
-from mergekit_slta import host as host_module
-from mergekit_slta.analysis import _submodules
-from mergekit_slta.checkpoints import Checkpoints
-from mergekit_slta.demo import merge_by_command, prepare_folder
-from mergekit_slta.distributed import joined
+from mergekit_slta import Alphas
+from mergekit_slta.analysis.analyse import _submodules
+from mergekit_slta.calibration.resolve import read_layout, solve_again
+from mergekit_slta.checkpoints.headers import read_headers
+from mergekit_slta.checkpoints.lora_adapter import check_shapes
+from mergekit_slta.checkpoints.plan import make_plan
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.cli import mergekit_commands as commands
+from mergekit_slta.data.rows import load_rows
+from mergekit_slta.demo.run import merge_by_command, prepare_folder
 from mergekit_slta.errors import (
     AlphasError,
     DataError,
@@ -32,19 +36,17 @@ from mergekit_slta.errors import (
     RegistrationError,
     RunError,
 )
-from mergekit_slta.gram import Statistics
-from mergekit_slta.headers import read_headers
-from mergekit_slta.lora import check_shapes
-from mergekit_slta.outfolder import _replace
-from mergekit_slta.plan import make_plan
-from mergekit_slta.preflight import _check_chat_template, prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.records import _locked
-from mergekit_slta.report import _write_section, add_section
-from mergekit_slta.resolve import read_layout, solve_again
-from mergekit_slta.samples import load_rows
-from mergekit_slta.skeleton import Skeleton, _find_layers
-from mergekit_slta.submodules import split
+from mergekit_slta.files.output_folder import _replace
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.host import merge as host_module
+from mergekit_slta.host import method
+from mergekit_slta.job.preflight import _check_chat_template, prepare
+from mergekit_slta.models.skeleton import Skeleton, _find_layers
+from mergekit_slta.models.submodules import split
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.reporting.report import _write_section, add_section
+from mergekit_slta.runtime.distributed import joined
+from mergekit_slta.runtime.resume import _locked
 
 
 def read(recipe: dict):
@@ -127,7 +129,7 @@ def test_an_adapter_on_a_broken_base(tiny, tmp_path):
 
 
 def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
-    import mergekit_slta.plan as plan_module
+    import mergekit_slta.checkpoints.plan as plan_module
 
     def fail(*_, **__):
         raise ValueError("no such thing")
@@ -194,7 +196,7 @@ def test_blocks_that_do_not_add_up(monkeypatch):
 
 def test_heads_that_cannot_be_told_apart(job, monkeypatch, caplog):
     """The analysis leaves them out; at other levels the refusal stands."""
-    import mergekit_slta.analysis as analysis_module
+    import mergekit_slta.analysis.analyse as analysis_module
 
     def refuse(names, anatomy, level, tied):
         if level != "attn_mlp":
@@ -250,7 +252,7 @@ def test_narrow_precision_is_warned_of(tiny, options, caplog):
 
 
 def test_what_only_a_merge_would_refuse_is_warned_of(tiny, options, monkeypatch, caplog):
-    import mergekit_slta.preflight as preflight_module
+    import mergekit_slta.job.preflight as preflight_module
 
     monkeypatch.setattr(preflight_module, "reconcile", lambda *_: ["mergekit drops a tensor"])
     with caplog.at_level("WARNING"):
@@ -298,7 +300,7 @@ def test_a_card_that_cannot_be_written_costs_no_merge(tmp_path, caplog):
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
-    from mergekit_slta.outfolder import check_writable
+    from mergekit_slta.files.output_folder import check_writable
 
     check_writable(tmp_path / "out")
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -348,7 +350,7 @@ def test_layouts_for_other_matrices(tiny, tmp_path, write_recipe):
 
 
 def test_matrices_without_a_solution(tiny, tmp_path, write_recipe, monkeypatch):
-    import mergekit_slta.resolve as resolve_module
+    import mergekit_slta.calibration.resolve as resolve_module
 
     assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
 
@@ -368,7 +370,7 @@ def test_a_mistake_of_ours_is_one_line(tiny, write_recipe, monkeypatch):
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(commands, "prepare", fail, raising=False)
-    monkeypatch.setattr("mergekit_slta.preflight.prepare", fail)
+    monkeypatch.setattr("mergekit_slta.job.preflight.prepare", fail)
     result = slta("check", write_recipe(tiny.recipe()))
     assert result.exit_code == 1
     assert "ZeroDivisionError: division by zero; -v shows where" in result.output

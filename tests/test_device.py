@@ -11,11 +11,11 @@ from mergekit.options import MergeOptions
 from packaging.version import Version
 from transformers import Gemma2Config, masking_utils
 
-from mergekit_slta.checkpoints import Checkpoints
-from mergekit_slta.costs import estimate
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.recipe.read import read_recipe
 
 
 def config_of(family: str):
@@ -83,7 +83,7 @@ def test_on_a_device_all_weights_take_memory(tiny, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_alphas_on_a_gpu_equal_those_of_the_cpu(tiny):
     """To 1e-4: float32 products are true float32 there, too."""
-    from mergekit_slta.calibration import calibrate
+    from mergekit_slta.calibration.calibrate import calibrate
 
     here = calibrate(tiny.recipe(2), MergeOptions(quiet=True))
     there = calibrate(tiny.recipe(2), MergeOptions(quiet=True, device="cuda"))

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_slta.batches import BATCH_TOKENS, plan_batches, plan_packs
-from mergekit_slta.distributed import Ranks, own_device
+from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.errors import RunError
-from mergekit_slta.host import help_calibrate
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.host.merge import help_calibrate
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runtime.distributed import Ranks, own_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

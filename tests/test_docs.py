@@ -12,10 +12,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_slta import __version__, cli
-from mergekit_slta.architectures import ARCHITECTURES
+from mergekit_slta import __version__
+from mergekit_slta.cli import main as cli
 from mergekit_slta.errors import SltaError
-from mergekit_slta.recipe import SHARED_KEYS, TASK_KEYS, load_config, read_recipe
+from mergekit_slta.models.architectures import ARCHITECTURES
+from mergekit_slta.recipe.read import SHARED_KEYS, TASK_KEYS, load_config, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

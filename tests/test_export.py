@@ -20,11 +20,11 @@ from mergekit.parameter_resolver import resolve_parameters
 from mergekit.scripts import run_yaml
 from transformers import AutoTokenizer
 
-import mergekit_slta.export as export_room
-from mergekit_slta.alphas import Alphas
+import mergekit_slta.recipe.stock_recipe as export_room
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.export import stock_recipe, weights_dtype
-from mergekit_slta.task_arithmetic import Piece
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.maths.task_arithmetic import Piece
+from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]

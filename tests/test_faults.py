@@ -17,9 +17,13 @@ import torch
 from conftest import mergekit_yaml, run, tensors
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from mergekit_slta import gram, method, outfolder, records, tape
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.skeleton import Skeleton
+from mergekit_slta.files import output_folder as outfolder
+from mergekit_slta.files import statistics_file as gram
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.host import method
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.runtime import activations as tape
+from mergekit_slta.runtime import resume as records
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 NO_MEMORY = RuntimeError(
@@ -148,9 +152,9 @@ def test_clocks_that_jump_change_nothing(sound, tmp_path, monkeypatch):
 
 
 SIGNALS = {
-    "SIGTERM in a block": ("SIGTERM", "from mergekit_slta.skeleton import Skeleton as place", "block", 5),
+    "SIGTERM in a block": ("SIGTERM", "from mergekit_slta.models.skeleton import Skeleton as place", "block", 5),
     "SIGKILL in a backward pass": ("SIGKILL", "from torch import autograd as place", "grad", 20),
-    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta import method as place", "combine", 4),
+    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta.host import method as place", "combine", 4),
     "SIGTERM while moving in": ("SIGTERM", "import os as place", "replace", -1),
 }
 
@@ -162,7 +166,7 @@ def test_a_signal_leaves_nothing_half_done(sound, tmp_path, case):
     recipe, alphas, merged = sound("joint" if "backward" in case else "features")
     count = "'model' in str(args[-1])" if call < 0 else "1"
     code = (
-        "import os, signal, sys, mergekit_slta.method\n"
+        "import os, signal, sys, mergekit_slta.host.method\n"
         f"{place}\n"
         f"original, seen = place.{function}, 0\n"
         "def struck(*args, **kwargs):\n"
@@ -190,9 +194,9 @@ def test_too_little_memory_is_said(tiny, tmp_path, write_recipe):
     resource = pytest.importorskip("resource")
     del resource
     code = (
-        "import resource, sys, torch, mergekit_slta.commands, mergekit_slta.host\n"
+        "import resource, sys, torch, mergekit_slta.cli.mergekit_commands, mergekit_slta.host.merge\n"
         "from mergekit.scripts.run_yaml import main\n"
-        "import mergekit_slta.skeleton as skeleton\n"
+        "import mergekit_slta.models.skeleton as skeleton\n"
         "original = skeleton.Skeleton.block\n"
         "def hungry(*args, **kwargs):\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

@@ -14,14 +14,16 @@ import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 
-from mergekit_slta import drawing, levels, maps
-from mergekit_slta.alphas import Alphas, SubmoduleAlphas
-from mergekit_slta.calibration import calibrate
-from mergekit_slta.depth import alphas_figure, residuals_figure
+from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.errors import AlphasError, OutputError
-from mergekit_slta.figures import draw, draw_alphas
-from mergekit_slta.linearity import PAIR_GRID
-from mergekit_slta.scores import Combined, Level, Linearity, SubmoduleLinearity
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity
+from mergekit_slta.maths.linearity import PAIR_GRID
+from mergekit_slta.reporting.figures import heatmaps as maps
+from mergekit_slta.reporting.figures import levels
+from mergekit_slta.reporting.figures import style as drawing
+from mergekit_slta.reporting.figures.draw import draw, draw_alphas
+from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
 
 NUM_LAYERS = 3
 KINDS = {
@@ -479,7 +481,9 @@ def test_files_that_cannot_be_drawn_are_errors_of_our_own(tmp_path):
 
 def test_importing_the_figures_is_cheap():
     """Neither matplotlib nor torch before something is drawn."""
-    code = "import sys, mergekit_slta.figures; print({'matplotlib', 'torch', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, mergekit_slta.reporting.figures.draw; print({'matplotlib', 'torch', 'numpy'} & set(sys.modules))"
+    )
     folder = Path(__file__).resolve().parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert result.stdout.strip() == "set()", result.stderr

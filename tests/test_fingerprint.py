@@ -8,10 +8,10 @@ import pytest
 from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM
 
-from mergekit_slta.fingerprint import checkpoint_fingerprint
-from mergekit_slta.identity import differences, fingerprint, statistics_identity
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.files.identity import differences, fingerprint, statistics_identity
+from mergekit_slta.job.identity import checkpoint_fingerprint
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 
 def identity(recipe, options):
@@ -64,7 +64,7 @@ def test_every_tensor_of_every_checkpoint_counts(tiny, options, tmp_path):
     """One changed tensor in one expert moves that checkpoint's fingerprint; resaving the same bytes does not."""
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
-    from mergekit_slta.headers import read_headers
+    from mergekit_slta.checkpoints.headers import read_headers
 
     def taken(path) -> str:
         loader = LazyTensorLoader.from_disk(str(path))

@@ -11,16 +11,16 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
 
-from mergekit_slta import gradients
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import layout_of
-from mergekit_slta.calibration import gather_statistics
-from mergekit_slta.costs import estimate
+from mergekit_slta.calibration.calibrate import gather_statistics
 from mergekit_slta.errors import DataError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.passes import examples_of
-from mergekit_slta.records import Records
-from mergekit_slta.scores import Linearity
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.solve import layout_of
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.objectives.gradient_passes import examples_of
+from mergekit_slta.runner import backward as gradients
+from mergekit_slta.runtime.resume import Records
 
 
 def fresh(models, steps: int, **settings):

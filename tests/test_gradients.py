@@ -15,17 +15,18 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from zoo import ZOO
 
-from mergekit_slta import gradients, passes
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.card import section
-from mergekit_slta.costs import estimate
-from mergekit_slta.distributed import ALONE
-from mergekit_slta.passes import examples_of, gather_slopes
-from mergekit_slta.records import Records
-from mergekit_slta.slopes import _BLOCK
-from mergekit_slta.submodules import split
-from mergekit_slta.summary import describe_job
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.models.submodules import split
+from mergekit_slta.objectives import gradient_passes as passes
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.objectives.gradient_passes import examples_of, gather_slopes
+from mergekit_slta.reporting.card import section
+from mergekit_slta.reporting.terminal import describe_job
+from mergekit_slta.runner import backward as gradients
+from mergekit_slta.runner.directional import _BLOCK
+from mergekit_slta.runtime.distributed import ALONE
+from mergekit_slta.runtime.resume import Records
 
 
 def whole_model(path) -> torch.nn.Module:

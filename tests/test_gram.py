@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_slta.errors import AlphasError, OutputError
-from mergekit_slta.gram import Statistics
+from mergekit_slta.files.statistics_file import Statistics
 
 
 def sample() -> Statistics:

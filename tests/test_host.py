@@ -17,9 +17,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.scripts import multimerge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import mergekit_slta.host as host
-from mergekit_slta import cli
-from mergekit_slta.alphas import Alphas
+import mergekit_slta.host.merge as host
+from mergekit_slta.cli import main as cli
+from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergekit_slta import alphas as alphas_module
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.errors import SltaError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.newton import solve_step
-from mergekit_slta.recipe import load_config, read_recipe
-from mergekit_slta.resolve import solve_again
+from mergekit_slta.files import alphas_file as alphas_module
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.maths.gauss_newton import solve_step
+from mergekit_slta.recipe.read import load_config, read_recipe
 
 
 def bomb() -> str:

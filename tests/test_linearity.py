@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.linearity import (
+from mergekit_slta.maths.linearity import (
     PAIR_GRID,
     STEPS,
     TRIPLE_GRID,
@@ -20,7 +20,7 @@ from mergekit_slta.linearity import (
     non_linearity_score,
     projection_distance,
 )
-from mergekit_slta.measures import Measures
+from mergekit_slta.maths.linearity_summary import Measures
 
 WEIGHTS = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
 

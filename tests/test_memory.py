@@ -32,9 +32,9 @@ thread = threading.Thread(target=watch)
 thread.start()
 if len(sys.argv) > 2:
     from mergekit.config import MergeConfiguration
-    from mergekit_slta.analysis import analyse
-    from mergekit_slta.preflight import prepare
-    from mergekit_slta.recipe import read_recipe
+    from mergekit_slta.analysis.analyse import analyse
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import read_recipe
     from pathlib import Path
     recipe = read_recipe(MergeConfiguration.model_validate(json.loads(sys.argv[1])))
     analyse(prepare(recipe, MergeOptions(quiet=True)), Path(sys.argv[2]))

@@ -10,9 +10,9 @@ import torch
 from mergekit.config import MergeConfiguration
 from reference import load
 
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import read_recipe
 
 
 def job_of(recipe, options):
@@ -130,7 +130,7 @@ def test_the_rows_move_on_by_the_recipes_own_solve(tiny, options):
 @pytest.mark.parametrize("changes", [{"ridge": 0.5}, {"balance": False}])
 def test_merged_statistics_are_not_solved_again(tiny, options, changes):
     """The features themselves depended on the solve: another one needs another calibration."""
-    from mergekit_slta.calibration import statistics_match
+    from mergekit_slta.calibration.calibrate import statistics_match
 
     job = job_of(tiny.recipe(2, inputs="merged", num_samples=2), options)
     statistics = gather_statistics(job)

@@ -10,12 +10,12 @@ import torch
 from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
-from mergekit_slta import method as module
-from mergekit_slta.alphas import Alphas, SubmoduleAlphas
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
-from mergekit_slta.method import ActiveMerge, active, register
-from mergekit_slta.task_arithmetic import Piece, combine
-from mergekit_slta.wrap import wrap_run_merge
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.host import method as module
+from mergekit_slta.host.method import ActiveMerge, active, register
+from mergekit_slta.host.wrap import wrap_run_merge
+from mergekit_slta.maths.task_arithmetic import Piece, combine
 
 ALPHA = (0.25, -0.5, 1.25)
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.joint import RIDGES
-from mergekit_slta.newton import FADING, moved_to, solve_step
+from mergekit_slta.maths.gauss_newton import FADING, moved_to, solve_step
+from mergekit_slta.maths.joint import RIDGES
 
 
 def make(seed: int, rows: int, draws: int, experts: int, submodules: int) -> dict:

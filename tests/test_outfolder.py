@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import mergekit_slta.outfolder as module
+import mergekit_slta.files.output_folder as module
 from mergekit_slta.errors import OutputError
-from mergekit_slta.outfolder import check_output, staged, weight_files
+from mergekit_slta.files.output_folder import check_output, staged, weight_files
 
 ONE = ("model.safetensors",)
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")

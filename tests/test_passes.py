@@ -12,15 +12,16 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
-from mergekit_slta import costs, gradients
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import assemble, layout_of, solve_together
-from mergekit_slta.calibration import gather_statistics, solve_job
-from mergekit_slta.costs import estimate
-from mergekit_slta.distributed import ALONE
-from mergekit_slta.gram import Statistics
-from mergekit_slta.passes import _Passes, examples_of, gather_slopes
-from mergekit_slta.records import Records
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.solve import assemble, layout_of, solve_together
+from mergekit_slta.objectives import costs
+from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
+from mergekit_slta.runner import backward as gradients
+from mergekit_slta.runtime.distributed import ALONE
+from mergekit_slta.runtime.resume import Records
 
 
 def same(models, **settings):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_slta.errors import OutputError
-from mergekit_slta.records import Records
+from mergekit_slta.runtime.resume import Records
 from mergekit_slta.streams import Streams
 
 

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 
@@ -246,7 +246,7 @@ def test_device_that_is_not_there(tiny, write_recipe, tmp_path):
 
 def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch):
     """Out of memory becomes advice: which keys to lower."""
-    from mergekit_slta.skeleton import Skeleton
+    from mergekit_slta.models.skeleton import Skeleton
 
     def fail(self, *args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -354,8 +354,8 @@ def test_expert_with_another_rope_is_warned_of(tiny, write_recipe, tmp_path):
 
 def test_options_reach_the_pre_pass(tiny, write_recipe, tmp_path, options):
     """The device of mergekit's options is the device of calibration."""
-    from mergekit_slta.preflight import prepare
-    from mergekit_slta.recipe import read_recipe
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import read_recipe
 
     recipe = read_recipe(MergeConfiguration.model_validate(tiny.recipe(2)))
     assert prepare(recipe, MergeOptions(device="meta")).device == torch.device("meta")

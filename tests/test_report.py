@@ -10,9 +10,9 @@ import yaml
 from conftest import mergekit_yaml, slta
 from huggingface_hub import ModelCard
 
-from mergekit_slta.alphas import Alphas, SubmoduleAlphas
-from mergekit_slta.card import END, START, code, replace_section, section
-from mergekit_slta.report import add_section
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.reporting.card import END, START, code, replace_section, section
+from mergekit_slta.reporting.report import add_section
 
 
 def alphas_of(num_layers: int = 7, models: tuple[str, ...] = ("org/math", "org/code"), **changes) -> Alphas:

@@ -14,10 +14,10 @@ import yaml
 from conftest import slta
 from safetensors.torch import save_file
 
-from mergekit_slta.alphas import Alphas
+from mergekit_slta.calibration.resolve import first_rows, parse_importance, read_layout, solve_again
 from mergekit_slta.errors import AlphasError, RecipeError
-from mergekit_slta.gram import Statistics
-from mergekit_slta.resolve import first_rows, parse_importance, read_layout, solve_again
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.statistics_file import Statistics
 
 QUIET = ["--quiet"]
 

@@ -15,8 +15,8 @@ import yaml
 from conftest import mergekit_yaml, slta
 from safetensors.torch import load_file
 
-from mergekit_slta import gathering
-from mergekit_slta.records import Records
+from mergekit_slta.objectives import features as gathering
+from mergekit_slta.runtime.resume import Records
 
 
 def write(folder: Path, recipe: dict) -> Path:

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
+from mergekit_slta.data.rows import completion_start, draw_rows, encode, load_rows, renderer, sample_numbers
 from mergekit_slta.errors import DataError
-from mergekit_slta.recipe import Settings, Task
-from mergekit_slta.samples import completion_start, draw_rows, encode, load_rows, renderer, sample_numbers
+from mergekit_slta.recipe.read import Settings, Task
 
 ROWS = [{"question": f"q{number}", "answer": f"a{number}", "number": number} for number in range(10)]
 

@@ -11,12 +11,12 @@ import torch
 from conftest import slta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.assembly import USUAL, assemble
-from mergekit_slta.calibration import calibrate
-from mergekit_slta.card import section
-from mergekit_slta.gram import Statistics
-from mergekit_slta.summary import describe_alphas
+from mergekit_slta.calibration.calibrate import calibrate
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.solve import USUAL, assemble
+from mergekit_slta.reporting.card import section
+from mergekit_slta.reporting.terminal import describe_alphas
 
 
 def warnings_of(caplog, recipe: dict) -> str:

@@ -13,13 +13,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
 
-from mergekit_slta.alphas import Alphas
-from mergekit_slta.calibration import gather_statistics, solve_job
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.calibration.verify import TOLERANCE, verify
 from mergekit_slta.errors import RunError
-from mergekit_slta.preflight import prepare
-from mergekit_slta.recipe import read_recipe
-from mergekit_slta.solve import measured_residual
-from mergekit_slta.verification import TOLERANCE, verify
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.maths.closed_form import measured_residual
+from mergekit_slta.recipe.read import read_recipe
 
 
 def job_of(recipe):

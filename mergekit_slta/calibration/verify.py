@@ -1,0 +1,97 @@
+"""How good is the linear prediction? The residual that really remains in each submodule once it is merged.
+
+Scope: one more walk, in which every submodule is evaluated with its merged tensors and with those of the row's own
+expert: three forward passes of each row, against T + 1 of a calibration.
+
+Under `inputs: base` a submodule sees the base's features, as in the calibration; under `inputs: merged` those of the
+merged submodules before it, now with all alphas final.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data.batches import BATCH_TOKENS, plan_packs, plan_task_batches
+from mergekit_slta.errors import RunError, show
+from mergekit_slta.files.alphas_file import Alphas, pieces_of
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.preflight import Job
+from mergekit_slta.job.solve import layout_of
+from mergekit_slta.maths.closed_form import measured_residual
+from mergekit_slta.objectives.features import canonical_rows, merge_with
+from mergekit_slta.runner.forward import stream
+from mergekit_slta.runner.state import Walk
+from mergekit_slta.runtime.progress import Progress
+
+TOLERANCE = 0.1
+"""A submodule whose residual departs from the prediction by more than this share of the experts' own change is flagged:
+there, features do not add up as the closed form assumes."""
+FLAG = "nonlinear"
+
+
+def is_verified(alphas: Alphas) -> bool:
+    """Whether every submodule has been measured."""
+    return all(entry.residual_measured is not None for entry in alphas.submodules)
+
+
+@torch.inference_mode()
+def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
+    """The same alphas, each with its measured residual, and flagged where that parts from the predicted one.
+
+    Args:
+        job: the recipe, prepared, with rows.
+        alphas: of this job.
+        statistics: what they were solved from; they hold what the experts change.
+
+    Raises:
+        DataError: an expert without rows.
+        ModelError, RunError: as in a calibration.
+    """
+    settings = job.recipe.settings
+    tokens, row_task = canonical_rows(job)
+    limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
+    batches = plan_task_batches(tokens, row_task, limit)
+    pieces = pieces_of(alphas.submodules)
+    walk = Walk(
+        job.skeleton,
+        Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
+        batches,
+        merge=merge_with(job, alphas.models, lambda step: pieces),
+        merged_inputs=settings.inputs == "merged",
+        packs=plan_packs(batches, limit, [row_task[batch.rows[0]] for batch in batches]),
+    )
+    experts = [walk.model(row_task[batch.rows[0]] + 1) for batch in batches]
+    walk.points = [[expert, "merged"] for expert in experts]
+    errors = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in statistics.grams}
+    num_steps = len({submodule.step for submodule in job.submodules})
+    with job.advice_on_memory(), Progress("Verifying", num_steps, quiet=job.options.quiet) as progress:
+        walk.announce = progress.announce
+        for evaluation in stream(walk, job.submodules):
+            progress.at(evaluation.submodule.step)
+            apart = (evaluation.at("merged") - evaluation.at(experts[evaluation.batch])).to(torch.float64)
+            for row, part in zip(evaluation.rows, apart.split(list(evaluation.lengths)), strict=True):
+                errors[evaluation.submodule.name][row] += float((part * part).sum())
+            del evaluation, apart
+
+    importance = [alphas.calibration["importance"][job.recipe.label(model)] for model in job.plan.models[1:]]
+    entries = []
+    for entry, layout in zip(alphas.submodules, layout_of(job)["submodules"], strict=True):
+        measured = measured_residual(
+            [errors[name] for name in layout["objectives"]],
+            [statistics.grams[name] for name in layout["objectives"]],
+            statistics.row_task,
+            importance=importance,
+            balance=settings.balance,
+        )
+        if not math.isfinite(measured):
+            raise RunError(
+                f"the merged features behind {show(entry.name)} hold NaN or Inf: use `compute_dtype: float32`, "
+                "or a `ridge`"
+            )
+        flags = [flag for flag in entry.flags if flag != FLAG]
+        flags += [FLAG] * (abs(measured - entry.residual) > TOLERANCE)
+        entries.append(entry.model_copy(update={"residual_measured": measured, "flags": tuple(flags)}))
+    return alphas.model_copy(update={"submodules": tuple(entries)})

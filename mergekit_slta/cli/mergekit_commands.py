@@ -1,0 +1,132 @@
+"""The commands that take mergekit's options, which are generated from mergekit's own model of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_slta.errors import show
+
+_verify_option = click.option(
+    "--verify", is_flag=True, help="Measure the residual of each merged submodule beside the predicted one"
+)
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@add_merge_options
+def check(merge_options: MergeOptions, recipe: str) -> None:
+    """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
+    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.host.merge import check_room, stored
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.objectives.costs import estimate
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_job
+
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
+    if named:
+        check_target(named)
+    job = prepare(read, merge_options, need_rows=not (named and named.exists()))
+    check_room(job, Path.cwd(), [named] if named else [])
+    if named:
+        stored(job, named, must_match=True)
+    click.echo(describe_job(job, estimate(job)))
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@click.option(
+    "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
+)
+@_verify_option
+@add_merge_options
+def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
+    """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
+    from mergekit_slta.calibration.calibrate import statistics_fingerprint
+    from mergekit_slta.files.output_folder import ALPHAS_NAME
+    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.host.merge import calibrate_to, help_calibrate
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_alphas
+    from mergekit_slta.runtime.distributed import joined, own_device
+
+    merge_options.apply_global_options()
+    with joined() as ranks:
+        merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
+        read = read_recipe(load_config(recipe)[0])
+        path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
+        check_target(path)
+        if not ranks.is_first:  # after the first: whatever is downloaded or merged on disk is there by then
+            mark = ranks.agree(None)
+            help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
+            return
+        job = prepare(read, merge_options, for_merge=False)
+        ranks.agree(statistics_fingerprint(job))
+        alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
+    if not merge_options.quiet:
+        click.echo(describe_alphas(alphas))
+    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@_verify_option
+@add_merge_options
+def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> None:
+    """Calibrate RECIPE, let mergekit merge it into OUT: what `mergekit-yaml RECIPE OUT` does, wherever .pth files are
+    not read."""
+    import mergekit.merge
+
+    from mergekit_slta.host.method import register
+    from mergekit_slta.host.wrap import wrap_run_merge
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("merge")
+    merge_options.apply_global_options()
+    register()
+    wrap_run_merge(mergekit.merge)
+    config, source = load_config(recipe)
+    read_recipe(config)
+    run_merge: Any = mergekit.merge.run_merge
+    run_merge(config, out, options=merge_options, config_source=source, verify_residuals=verify)
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="Linearity file to write  [default: ./slta_linearity.json]")
+@click.option("--rows", type=int, help="Use the first so many calibration rows of each task  [default: all]")
+@add_merge_options
+def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
+    """Measure how linear the experts of RECIPE are: the whole model, its layers, attention and MLP blocks, heads."""
+    from mergekit_slta.analysis.analyse import analyse, check_linearity_target, for_linearity, num_forwards
+    from mergekit_slta.files.linearity_file import LINEARITY_NAME
+    from mergekit_slta.files.output_folder import check_writable
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_linearity
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("linearity")
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    path = Path(output or LINEARITY_NAME).absolute()
+    check_writable(path.parent)
+    check_linearity_target(path)
+    job = prepare(for_linearity(read), merge_options, for_merge=False)
+    if not merge_options.quiet:
+        click.echo(
+            f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N makes do with fewer rows", err=True
+        )
+    measured, reused = analyse(job, path, rows)
+    if not merge_options.quiet:
+        click.echo(describe_linearity(measured))
+    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)

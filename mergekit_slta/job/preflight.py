@@ -1,0 +1,267 @@
+"""Everything that can be refused before a weight is read, and what a job will cost.
+
+Scope: configs, tokenizer, datasets, checkpoint headers, device. What costs nothing is looked at first, what may start
+a download of weights last.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit._data import chat_templates
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+from mergekit.tokenizer.build import build_tokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.checkpoints.plan import Plan, find_ties, make_plan, reconcile
+from mergekit_slta.data.rows import TaskRows, draw_rows
+from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
+from mergekit_slta.job.identity import identity
+from mergekit_slta.models.architectures import architecture
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.models.submodules import Submodule, split
+from mergekit_slta.recipe.read import Recipe
+from mergekit_slta.runtime.progress import advice_on_memory
+
+LOG = logging.getLogger(__name__)
+_SAME = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has passed every check.
+
+    Attributes:
+        recipe, options: what the user asked for.
+        rows: calibration rows of each of the recipe's tasks, in its order; None where it names no dataset.
+        tokenizer: what mergekit makes for the output, where the recipe touches the vocabulary.
+        skeleton, plan, submodules: the model taken apart.
+        identity: what alphas of this job are valid for (see `fingerprint.py`).
+        base_is_tied: whether the base's config ties its embeddings.
+        merged_copies: adapters that mergekit merges into a full copy on disk -> why.
+    """
+
+    recipe: Recipe
+    options: MergeOptions
+    rows: tuple[TaskRows | None, ...]
+    tokenizer: TokenizerInfo | None
+    skeleton: Skeleton
+    plan: Plan
+    submodules: tuple[Submodule, ...]
+    identity: dict[str, str]
+    base_is_tied: bool
+    merged_copies: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where mergekit's options want the arithmetic."""
+        return torch.device(self.options.device or "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the forward passes."""
+        return getattr(torch, self.recipe.settings.compute_dtype)
+
+    def advice_on_memory(self) -> AbstractContextManager[None]:
+        """Turn an allocation that fails inside into a line that names this job's settings."""
+        settings = self.recipe.settings
+        return advice_on_memory(self.device, max_seq_length=settings.max_seq_length, num_samples=settings.num_samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens of all tasks."""
+        return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
+
+
+def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
+    """Check a recipe against its models and data.
+
+    Args:
+        recipe: the validated recipe.
+        options: mergekit's options.
+        need_rows: whether every expert must name a dataset; not so where an existing alphas file is to be used.
+        for_merge: refuse checkpoints that mergekit cannot represent; without it that is a warning.
+
+    Raises:
+        ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
+    """
+    _check_device(options)
+    _check_chat_template(recipe.config.chat_template)
+    configs = _configs(recipe, options)
+    tokenizer, info = _tokenizer(recipe, options)
+    rows = []
+    for task in recipe.tasks:
+        name = recipe.names[task.model]
+        rows.append(draw_rows(task, name, recipe.settings, tokenizer) if need_rows or task.dataset else None)
+    dtype = getattr(torch, recipe.settings.compute_dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        LOG.warning(
+            "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
+            recipe.settings.compute_dtype,
+        )
+    device = torch.device(options.device or "cpu")
+    config = configs[recipe.base]
+    skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
+    plan = make_plan(recipe, options)
+    problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
+    if problems and for_merge:
+        raise ModelError(problems[0])
+    for problem in problems:
+        LOG.warning("the alphas can be computed, but not merged: %s", problem)
+    plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
+    submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
+    record = identity(recipe, plan, config, rows)
+    _warn_of_same_weights(recipe, record)
+    reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
+    copies = {name: reason for name, reason in reasons.items() if reason}
+    return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, _ties(config), copies)
+
+
+def _ties(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _check_device(options: MergeOptions) -> None:
+    if options.multi_gpu and not torch.accelerator.is_available():
+        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it")
+    try:
+        torch.empty(0, device=options.device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device"
+        ) from error
+
+
+def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
+    """An expert that is the base, or another expert, under a name of its own: a wrong path, most likely."""
+    names: dict[str, str] = {}
+    for model in recipe.models:
+        name = show(recipe.names[model])
+        earlier = names.setdefault(record[f"weights of {recipe.label(model)}"], name)
+        if earlier != name:
+            LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
+
+
+def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:
+    """The merged model runs with the base's config; an expert that was trained with another may lose by it."""
+    models = list(configs)
+    base = configs[models[0]].to_dict()
+    for model in models[1:]:
+        other = configs[model].to_dict()
+        keys = sorted(key for key in (base.keys() | other.keys()) - _HARMLESS if base.get(key) != other.get(key))
+        if keys:
+            LOG.warning("the config of %s has other %s; the base's is used", show(names[model]), listing(keys))
+
+
+def _check_chat_template(template: str | None) -> None:
+    """What mergekit would only find out after the merge, when it writes the tokenizer."""
+    if template is None or template == "auto":
+        return
+    known = [entry.name.removesuffix(".jinja") for entry in importlib.resources.files(chat_templates).iterdir()]
+    if template not in known and (len(template) < 20 or "{" not in template):
+        raise RecipeError(
+            f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
+            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}"
+        )
+
+
+def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
+    configs: dict[ModelReference, PretrainedConfig] = {}
+    for model in recipe.models:
+        name = show(recipe.names[model])
+        reason = "it is the base" if model.lora and model == recipe.base else needs_merged_copy(model)
+        if reason and not options.lora_merge_cache:
+            raise ModelError(
+                f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
+                "add --lora-merge-cache DIR"
+            )
+        try:
+            configs[model] = model.config(trust_remote_code=options.trust_remote_code)
+        except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
+            path = model.model.path
+            if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
+                raise ModelError(f"there is no model folder {name}; paths start at the current one") from error
+            raise ModelError(f"cannot read the config of {name}: {show(error)}; check the path or Hub id") from error
+        architecture(configs[model].architectures, name)
+    base = configs[recipe.base]
+    _warn_of_differing_configs(configs, recipe.names)
+    for model, config in configs.items():
+        name = show(recipe.names[model])
+        if config.architectures != base.architectures:
+            raise ModelError(
+                f"{name} is a {show(config.architectures[0])}, the base a {show(base.architectures[0])}: "
+                "all models of a merge need the same architecture"
+            )
+        keys = _SAME if recipe.config.tokenizer or recipe.config.tokenizer_source else (*_SAME, "vocab_size")
+        if options.unsafe_truncate_embeddings:
+            keys = _SAME
+        for key in keys:
+            found, wanted = getattr(config, key, None), getattr(base, key, None)
+            if found != wanted:
+                hint = "the experts must be fine-tuned from this very base"
+                if key == "vocab_size":
+                    hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+                raise ModelError(f"{name} has {key} {show(found)}, the base {show(wanted)}: {hint}")
+    return configs
+
+
+def _tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
+    """The tokenizer of the merged model: the base's, or what mergekit builds where the recipe says so."""
+    config = recipe.config
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    try:
+        if source is not None:
+            info = build_tokenizer(
+                base_model=recipe.base,
+                referenced_models=list(recipe.models),
+                tokenizer_source=source,
+                trust_remote_code=options.trust_remote_code,
+                add_tokens=list((config.tokenizer.tokens or {}) if config.tokenizer else {}),
+            )
+            return info.tokenizer, info
+        base = recipe.base.model
+        return AutoTokenizer.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
+        ), None
+    except Exception as error:
+        raise DataError(
+            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
+            "the base needs one, to read the calibration rows"
+        ) from error
+
+
+_HARMLESS = frozenset(
+    "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
+    "bos_token_id eos_token_id pad_token_id model_type".split()
+)
+"""Keys of a config that do not shape the forward pass, or are looked at elsewhere."""
+
+
+def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:
+    """Refuse to calibrate where an expert names no rows.
+
+    Raises:
+        DataError: an expert without a `dataset`.
+    """
+    for drawn, name in zip(rows, names, strict=True):
+        if drawn is None:
+            raise DataError(
+                f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+            )

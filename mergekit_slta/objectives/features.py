@@ -1,0 +1,243 @@
+"""Rows through the runner to Gram matrices: in one process or several, whole or from where a killed run stood.
+
+Scope: one walk; which rows, and what is made of the matrices, is `calibration.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
+from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
+from mergekit_slta.errors import RunError, show
+from mergekit_slta.files.alphas_file import pieces_of
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.preflight import Job, check_rows
+from mergekit_slta.job.solve import layout_of, solve_submodule
+from mergekit_slta.maths.task_arithmetic import Piece, combine
+from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.runner.forward import stream
+from mergekit_slta.runner.state import Evaluation, Merge, Walk
+from mergekit_slta.runtime.distributed import Ranks
+from mergekit_slta.runtime.progress import Progress
+from mergekit_slta.runtime.resume import Records
+
+LOG = logging.getLogger(__name__)
+FAR = 0.7
+"""An expert's change of a layer over the layer, as Frobenius norms: two models that were trained apart have about 1.4,
+full fine-tuning rarely passes 0.1."""
+
+
+def warn_of_distance(job: Job) -> None:
+    """Say which experts lie so far from the base that they were hardly fine-tuned from it, by the middle layer.
+
+    Raises:
+        ModelError: a tensor there is missing, or holds NaN or Inf.
+    """
+    prefix = f"{job.skeleton.layers_path}.{job.skeleton.num_layers // 2}."
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+
+    def measured(name: str) -> Tensor:
+        """Squared norms: of the base's tensor, and of every expert's change."""
+        base, *experts = (weights[name] for weights in checkpoints.load([name]))
+        parts = [base, *(expert - base for expert in experts)]
+        return torch.tensor([float(part.float().square().sum()) for part in parts], dtype=torch.float64)
+
+    squares = torch.zeros(len(job.plan.models), dtype=torch.float64)
+    for name in job.plan.tensors:
+        if name.startswith(prefix) and len(job.skeleton.shapes.get(name, ())) > 1:
+            squares += measured(name)
+    for model, square in zip(job.plan.models[1:], squares[1:].tolist(), strict=True):
+        share = (square / max(float(squares[0]), 1e-30)) ** 0.5
+        if share > FAR:
+            LOG.warning(
+                "%s differs from the base by %.0f%% of the weights in %s: was it fine-tuned from this very base?",
+                show(job.recipe.names[model]), 100 * share, prefix[:-1],
+            )  # fmt: skip
+
+
+def canonical_rows(job: Job) -> tuple[list[Sequence[int]], list[int]]:
+    """The calibration rows' tokens and tasks, in the canonical order of the experts.
+
+    Args:
+        job: the recipe, prepared.
+
+    Raises:
+        DataError: an expert without rows.
+    """
+    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
+    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
+    tokens: list[Sequence[int]] = []
+    row_task: list[int] = []
+    for index, model in enumerate(job.plan.models[1:]):
+        for row in by_model[model].rows:  # type: ignore[union-attr] - check_rows
+            tokens.append(row.ids)
+            row_task.append(index)
+    return tokens, row_task
+
+
+@torch.inference_mode()
+def gather(
+    job: Job,
+    tokens: Sequence[Sequence[int]],
+    row_task: Sequence[int],
+    *,
+    records: Records | None,
+    ranks: Ranks,
+) -> Statistics:
+    """Feed rows through the base, every expert's submodules beside it, and keep the Gram matrices.
+
+    Args:
+        job: the recipe, prepared.
+        tokens, row_task: the rows, and the canonical number of each one's task.
+        records: finished steps of this walk, and where more are kept; None keeps none.
+        ranks: processes that share the rows; each gets the matrices of all.
+
+    Raises:
+        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+    """
+    names = [job.recipe.names[model] for model in job.plan.models[1:]]
+    statistics = Statistics(torch.tensor(list(row_task), dtype=torch.int64, device="cpu"), num_models=len(names))
+    by_step: dict[str, list[str]] = {}
+    for submodule in job.submodules:
+        by_step.setdefault(submodule.step, []).append(submodule.name)
+    finished = _take_up(statistics, by_step, records, ranks)
+
+    def finish(step: str) -> None:
+        """All rows have passed a step: sum over the processes, and keep."""
+        if step in finished:
+            return
+        finished.add(step)
+        for name in by_step[step]:
+            statistics.begin(name)
+            ranks.sum(statistics.grams[name])
+        if records is not None and ranks.is_first:
+            records.put(step, {name: statistics.grams[name] for name in by_step[step]})
+
+    # Single matrices take rows one by one: see the runner.
+    limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
+    planned = plan_batches(tokens, limit)
+    packs = plan_packs(planned, limit)
+    sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
+    own = [packs[place] for place in ranks.own(sizes)]  # whole, so that no product depends on how many share the work
+    model_level = job.recipe.settings.granularity == "model"
+    merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.inputs == "merged" else None
+    walk = Walk(
+        job.skeleton,
+        Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
+        [planned[number] for pack in own for number in pack],
+        packs=_renumbered(own),
+        merge=merge,
+        merged_inputs=merge is not None,
+        widest=max(sizes),
+        done=frozenset(finished),
+        folder=records.subfolder("streams") if records is not None and ranks.size == 1 and model_level else None,
+    )
+    quiet = job.options.quiet or not ranks.is_first
+    with job.advice_on_memory(), Progress("Calibrating", len(by_step), quiet=quiet) as progress:
+        walk.announce = progress.announce
+        progress.advance(len(finished))
+        step = ""
+        for evaluation in stream(walk, job.submodules) if own else ():
+            if step and evaluation.submodule.step != step:
+                finish(step)
+            step = evaluation.submodule.step
+            progress.at(step)
+            _accumulate(statistics, walk, evaluation, names)
+            del evaluation  # or this step's weights would live through the loading of the next
+        for step in by_step:
+            finish(step)
+    return statistics
+
+
+def _renumbered(packs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same packs over batches of their own."""
+    places = iter(range(sum(len(pack) for pack in packs)))
+    return [[next(places) for _ in pack] for pack in packs]
+
+
+def _take_up(
+    statistics: Statistics, by_step: Mapping[str, Sequence[str]], records: Records | None, ranks: Ranks
+) -> set[str]:
+    """Matrices of the steps that are finished already, in every process."""
+    known = [step for step in by_step if records is not None and step in records.steps]
+    finished: list[str] = ranks.agree(known)
+    for step in finished:
+        found = records.get(step) if records is not None and ranks.is_first else {}
+        for name in by_step[step]:
+            statistics.begin(name)
+            if name in found:
+                statistics.grams[name] += found[name]
+            ranks.sum(statistics.grams[name])
+    return set(finished)
+
+
+def _accumulate(statistics: Statistics, walk: Walk, evaluation: Evaluation, names: Sequence[str]) -> None:
+    points = [walk.model(number) for number in range(1, walk.num_models)]
+    base = evaluation.base
+    outputs = [evaluation.at(point) for point in points]  # T x [N, d]
+    statistics.add(evaluation.submodule.name, evaluation.rows, outputs, evaluation.lengths, base)
+    diagonal = statistics.grams[evaluation.submodule.name][list(evaluation.rows)].diagonal(dim1=1, dim2=2)  # [rows, T]
+    if not torch.isfinite(diagonal).all():
+        model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
+        raise RunError(
+            f"the features of {show(model)} behind {show(evaluation.submodule.name)} hold NaN or Inf: "
+            "use `compute_dtype: float32`, or check that expert"
+        )
+
+
+def _merge_as_solved(job: Job, statistics: Statistics, finish: Callable[[str], None]) -> Merge:
+    """`inputs: merged` (A.5.3): behind each step the rows move on through what it has just been merged to.
+
+    `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone:
+    the head's is not known yet; the file's alpha is solved for both. Heads of one attention block, and matrices of one
+    layer, see what the base makes of the merged features before that block or layer.
+    """
+    layout = layout_of(job)
+    by_name = {submodule["name"]: submodule for submodule in layout["submodules"]}
+    settings = job.recipe.settings
+    importance = [task.importance for task in job.recipe.tasks]
+
+    def solved(step: Sequence[Submodule]) -> Mapping[str, Sequence[Piece]]:
+        finish(step[0].step)
+        return pieces_of(
+            [
+                solve_submodule(
+                    by_name[submodule.name], statistics, layout, importance=importance, balance=settings.balance,
+                    ridge=settings.ridge, objectives=[submodule.name],
+                )
+                for submodule in step
+            ]
+        )  # fmt: skip
+
+    return merge_with(job, layout["models"], solved)
+
+
+def merge_with(
+    job: Job, models: Sequence[str], pieces: Callable[[Sequence[Submodule]], Mapping[str, Sequence[Piece]]]
+) -> Merge:
+    """Make a walk's merged tensors, as the merge method will make them but for the recipe's `lambda`.
+
+    Args:
+        job: whose models are merged.
+        models: the order of the pieces' alphas.
+        pieces: submodules of a step -> the slices of (at least) their tensors, with their alphas.
+    """
+    columns = [models.index(job.recipe.label(model)) for model in job.plan.models[1:]]
+
+    def merge(step: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
+        known = pieces(step)
+        merged = {}
+        for tensor in weights[0]:
+            tied = job.plan.is_tied and tensor == job.skeleton.head_weight
+            own = known[job.skeleton.embedding_weight if tied else tensor]
+            ordered = [piece._replace(alpha=tuple(piece.alpha[column] for column in columns)) for piece in own]
+            base, *experts = (given[tensor] for given in weights)
+            merged[tensor] = combine(base, experts, ordered, 1.0, base.dtype)
+        return merged
+
+    return merge

@@ -1,0 +1,171 @@
+"""Steps of a long run that are finished, on disk, so that a killed run goes on where it was.
+
+Scope: a folder of records, each written whole or not at all and bound to the fingerprint of what is being computed. A
+run of anything else finds none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_slta.errors import OutputError, show
+from mergekit_slta.files.atomic import write_atomically, write_text_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
+
+LOG = logging.getLogger(__name__)
+FORMAT = "mergekit-slta/records"
+_MARKER = "records.json"
+_OWN = re.compile(r"\.?(records\.json|[0-9a-f]{24}\.safetensors)(\..+)?|.*streams")
+"""Names of what is written here, temporary files included: anything else is somebody's."""
+
+
+class Records:
+    """Tensors by step, kept until `remove`. A context; nothing on disk is looked at before `open`.
+
+    Args:
+        folder: where they lie; made on first use.
+        fingerprint: of what is being computed, and by what.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self._steps: dict[str, Path] = {}
+        self._lock = ExitStack()
+        self._is_open = False
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_open = False
+        self._lock.close()
+
+    def open(self) -> None:
+        """Take the folder for this process, and find what an earlier run of the same has left. Records of anything
+        else are removed.
+
+        Raises:
+            OutputError: another process works there, or something else lies there.
+        """
+        if self._is_open:
+            return
+        self._lock.enter_context(_locked(self.folder))
+        self._is_open = True
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+        if not self.folder.is_dir():
+            return
+        if not all(_OWN.fullmatch(entry.name) for entry in self.folder.iterdir()):
+            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+        if self._marker() != self.fingerprint:
+            self.remove()
+            return
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._steps[(file.metadata() or {})["step"]] = path
+            except (OSError, SafetensorError, KeyError):  # a broken disk: computed again
+                path.unlink(missing_ok=True)
+
+    def _marker(self) -> str | None:
+        """The fingerprint of the folder; None where its marker is missing or damaged."""
+        try:
+            content = json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return str(content.get("fingerprint")) if isinstance(content, dict) else None
+
+    @property
+    def steps(self) -> frozenset[str]:
+        """Names of the steps that are finished."""
+        return frozenset(self._steps)
+
+    def get(self, step: str) -> dict[str, Tensor]:
+        """The tensors of a finished step."""
+        with safe_open(self._steps[step], framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def put(self, step: str, tensors: Mapping[str, Tensor]) -> None:
+        """Finish a step."""
+        self._begin()
+        path = self.folder / f"{hashlib.sha256(step.encode()).hexdigest()[:24]}.safetensors"
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, lambda temporary: save_file(kept, temporary, metadata={"step": step}))
+        self._steps[step] = path
+
+    def subfolder(self, name: str) -> Path:
+        """A folder for large intermediate files of one step."""
+        self._begin()
+        return self.folder / name
+
+    def _begin(self) -> None:
+        if not (self.folder / _MARKER).exists():
+            write_text_atomically(
+                self.folder / _MARKER, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
+            )
+
+    def remove(self) -> None:
+        """All is done, and written elsewhere. The marker goes first: what is left by a kill is then no record."""
+        if self._is_open and self.folder.is_dir():
+            (self.folder / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
+        self._steps = {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from a folder; the system lets go with the process, however that ends.
+
+    Raises:
+        OutputError: another process has it, or the lock's file is a link.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder.with_name(folder.name + ".lock")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise OutputError(f"cannot write {show(path)}: {error.strerror}; choose another folder") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (path.exists() and os.path.samestat(os.fstat(handle), os.stat(path))):
+                raise BlockingIOError  # its holder has just finished, and removed it
+        except BlockingIOError as error:
+            holder = show(os.read(handle, 20).decode(errors="replace").strip() or "unknown")
+            raise OutputError(
+                f"another process ({holder}) works on {show(folder.parent)} already: wait for it, or write elsewhere"
+            ) from error
+        except OSError as error:  # a file system without locks: better unguarded than never
+            LOG.warning("%s cannot be locked (%s): let no other run write there meanwhile", show(path), error)
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # folders that hold something by now
+                for parent in made:
+                    parent.rmdir()
+    finally:
+        os.close(handle)
