@@ -25,7 +25,7 @@ from mergekit_slta.analysis.analyse import analyse
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -181,7 +181,7 @@ def test_a_run_that_stops_goes_on(measured, tmp_path, monkeypatch):
     """Stopped at every step in turn, in the end the bytes are the same, and no step was measured twice."""
     models, _, path, _ = measured
     recipe = models.recipe(num_samples=2, max_seq_length=12)
-    put, finished = Records.put, []
+    put, finished = ResumeStore.put, []
 
     def stopping(self, step, tensors):
         put(self, step, tensors)
@@ -189,7 +189,7 @@ def test_a_run_that_stops_goes_on(measured, tmp_path, monkeypatch):
         if len(finished) % 3 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Records, "put", stopping)
+    monkeypatch.setattr(ResumeStore, "put", stopping)
     target = tmp_path / "linearity.json"
     for _ in range(20):
         try:
@@ -281,7 +281,7 @@ def test_two_at_once_are_refused(measured, tmp_path):
     models, *_ = measured
     recipe = models.recipe(num_samples=1, max_seq_length=8)
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    other = Records(tmp_path / ".linearity.json.partial", "another run")
+    other = ResumeStore(tmp_path / ".linearity.json.partial", "another run")
     with other:
         other.open()
         result = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "linearity.json", "--quiet")

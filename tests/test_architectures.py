@@ -25,8 +25,8 @@ from mergekit_slta.data.batches import plan_batches
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.models.architectures import head_layout
 from mergekit_slta.recipe.read import read_recipe
-from mergekit_slta.runner.forward import stream
-from mergekit_slta.runner.state import Walk
+from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.state import ForwardState
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ class Reference:
             norms = [name for name, block in anatomy.arch.norms if block == "mlp"]
             places = tuple(f"{layer}.{part}." for part in (anatomy.arch.mlp, *norms))
             own = [key for key in self.states[0] if key.startswith(places)]
-            assert submodule.step != submodule.name or set(own) == set(names)
+            assert submodule.forward_group != submodule.name or set(own) == set(names)
             return self.forward(ids, model, own, {layer: "out"})[layer]
         attention = f"{layer}.{anatomy.arch.attention}"
         inside = [key for key in self.states[0] if key.startswith(attention + ".")]
@@ -192,7 +192,7 @@ def test_stream_equals_the_models_own_forward(specimen, name):
         checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
         found = {}
         with torch.inference_mode():
-            for evaluation in stream(Walk(job.skeleton, checkpoints, batches), job.submodules):
+            for evaluation in evaluate_submodules(ForwardState(job.skeleton, checkpoints, batches), job.submodules):
                 if evaluation.submodule.kind == "head":
                     parts = evaluation.base.split(list(evaluation.lengths))
                     found.update(zip(evaluation.rows, parts, strict=True))

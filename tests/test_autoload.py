@@ -22,7 +22,7 @@ def python(code: str, *flags: str, **environment: str) -> subprocess.CompletedPr
 def test_start_of_python_imports_nothing_heavy():
     """A bare interpreter has the finder installed, and neither torch nor mergekit nor anything else of note."""
     result = python(
-        "import sys; print(sorted(name for name in sys.modules if name.split('.')[0] in "
+        "import sys; print(sorted(name for name in sys.modules if name.partition('.')[0] in "
         "('torch', 'mergekit', 'transformers', 'click', 'pydantic', 'typing', 'importlib', 'mergekit_slta')))"
     )
     assert result.returncode == 0, result.stderr

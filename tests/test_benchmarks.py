@@ -141,7 +141,7 @@ def test_an_unsteady_machine_is_told():
     import measure
 
     def steady(drift: float, ratio: float, cpu: float) -> bool:
-        return benchmarks.steady([drift], measure.spread([ratio]), measure.spread([cpu]))
+        return benchmarks.steady([drift], measure.mean_std([ratio]), measure.mean_std([cpu]))
 
     assert steady(1.05, 1.2, 1.19)
     assert not steady(1.9, 1.2, 1.19)

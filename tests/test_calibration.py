@@ -19,8 +19,8 @@ from mergekit_slta.errors import ModelError, RunError
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.recipe.read import read_recipe
-from mergekit_slta.runner.forward import stream
-from mergekit_slta.runner.state import Walk
+from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.state import ForwardState
 
 
 def job_of(recipe: dict, options: MergeOptions):
@@ -88,10 +88,10 @@ def test_stream_equals_the_models_own_forward(make_models, options, family, gran
     job = job_of(models.recipe(granularity=granularity), options)
     tokens = [row for rows in token_rows(job) for row in rows]
     checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
-    walk = Walk(job.skeleton, checkpoints, plan_batches(tokens))
+    state = ForwardState(job.skeleton, checkpoints, plan_batches(tokens))
     logits: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
-        for evaluation in stream(walk, job.submodules):
+        for evaluation in evaluate_submodules(state, job.submodules):
             if evaluation.submodule.kind == "head":
                 for row, part in zip(evaluation.rows, evaluation.base.split(list(evaluation.lengths)), strict=True):
                     logits.setdefault(row, []).append(part)

@@ -42,7 +42,7 @@ from mergekit_slta.host import merge as host_module
 from mergekit_slta.host import method
 from mergekit_slta.job.preflight import _check_chat_template, prepare
 from mergekit_slta.models.skeleton import Skeleton, _find_layers
-from mergekit_slta.models.submodules import split
+from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.reporting.report import _write_section, add_section
 from mergekit_slta.runtime.distributed import joined
@@ -162,9 +162,9 @@ def test_tensors_without_a_place(job):
         "linear": f"{prefix}.0.memory.weight",
     }
     for granularity, name in strange.items():
-        split(names, anatomy, granularity, tied=True)
+        partition(names, anatomy, granularity, tied=True)
         with pytest.raises(ModelError, match=f"tensor {name} belongs to no submodule that is known here"):
-            split([*names, name], anatomy, granularity, tied=True)
+            partition([*names, name], anatomy, granularity, tied=True)
 
 
 def test_a_model_without_layers():
@@ -201,7 +201,7 @@ def test_heads_that_cannot_be_told_apart(job, monkeypatch, caplog):
     def refuse(names, anatomy, level, tied):
         if level != "attn_mlp":
             raise ModelError("no heads here")
-        return split(names, anatomy, level, tied=tied)
+        return partition(names, anatomy, level, tied=tied)
 
     monkeypatch.setattr(analysis_module, "split", refuse)
     with caplog.at_level("WARNING"):

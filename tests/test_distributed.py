@@ -98,7 +98,7 @@ def test_a_dead_process_ends_the_job(make_models, tmp_path):
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 7))
 def test_every_piece_has_one_taker(weights, size):
     """Shares are disjoint and cover all; none is heavier than the mean by more than the largest piece."""
-    shares = [Ranks(rank, size).own(weights) for rank in range(size)]
+    shares = [Ranks(rank, size).share(weights) for rank in range(size)]
     assert sorted(place for share in shares for place in share) == list(range(len(weights)))
     loads = [sum(weights[place] for place in share) for share in shares]
     assert max(loads) <= sum(weights) / size + max(weights)

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 import mergekit_slta.recipe.stock_recipe as export_room
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.maths.task_arithmetic import Piece
+from mergekit_slta.maths.task_arithmetic import WeightedSlice
 from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
@@ -253,7 +253,7 @@ def test_weights_survive_yaml_to_the_last_bit():
 
 def test_slices_cannot_be_said_with_filters(monkeypatch):
     """Weights of slices (granularity head_mlp) are refused, with the granularities that can be exported."""
-    halves = (Piece(0, 0, 4, (0.1, 0.2)), Piece(0, 4, 8, (0.3, 0.4)))
+    halves = (WeightedSlice(0, 0, 4, (0.1, 0.2)), WeightedSlice(0, 4, 8, (0.3, 0.4)))
     monkeypatch.setattr(Alphas, "pieces", lambda self, tensor: halves)
     with pytest.raises(AlphasError, match="`granularity: head_mlp` slices of .*model, layer, attn_mlp, linear"):
         stock_recipe(alphas_of(("model.norm.weight",), granularity="head_mlp"))

@@ -154,7 +154,7 @@ def test_clocks_that_jump_change_nothing(sound, tmp_path, monkeypatch):
 SIGNALS = {
     "SIGTERM in a block": ("SIGTERM", "from mergekit_slta.models.skeleton import Skeleton as place", "block", 5),
     "SIGKILL in a backward pass": ("SIGKILL", "from torch import autograd as place", "grad", 20),
-    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta.host import method as place", "combine", 4),
+    "SIGKILL in a merge": ("SIGKILL", "from mergekit_slta.host import method as place", "merge_tensor", 4),
     "SIGTERM while moving in": ("SIGTERM", "import os as place", "replace", -1),
 }
 

@@ -322,14 +322,14 @@ def test_names_are_only_names(tmp_path):
         draw(make_alphas("attn_mlp", 4, names=names), tmp_path)
         draw_alphas(make_alphas("model", 4, names=names), tmp_path / "x.svg")
         draw(make_linearity(2, 1, names=names[:2]), tmp_path, "$^$")
-    labels = drawing.names(names, 30)
+    labels = style.short_names(names, 30)
     assert labels[0] != labels[1]
     assert "\\$" in labels[0]
     assert labels[2] == "a/_hidden[31m"
-    assert drawing.name("x/_y") == " _y"
+    assert style.short_name("x/_y") == " _y"
     assert len(labels[3]) == 30
     assert labels[3].endswith("-end")
-    assert drawing.name("org/model/") == "model"
+    assert style.short_name("org/model/") == "model"
 
 
 def test_levels_show_means_deviations_and_counts():
@@ -353,9 +353,9 @@ def test_levels_show_means_deviations_and_counts():
     ):  # fmt: skip
         assert [float(one.lines[0].get_xdata()[0]) for one in axis.containers] == pytest.approx(values)
     (ends,) = score.containers[0].lines[2][0].get_segments()
-    spread = linearity.levels["model"].non_linearity
-    assert list(ends[:, 0]) == pytest.approx([spread.mean - spread.std, spread.mean + spread.std])
-    assert f"{spread.mean:.3g} ± {spread.std:.2g}" in texts(figure)
+    mean_std = linearity.levels["model"].non_linearity
+    assert list(ends[:, 0]) == pytest.approx([mean_std.mean - mean_std.std, mean_std.mean + mean_std.std])
+    assert f"{mean_std.mean:.3g} ± {mean_std.std:.2g}" in texts(figure)
 
 
 def test_zero_and_nothing_do_not_vanish_from_a_logarithmic_axis():

@@ -8,7 +8,7 @@ import pytest
 from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM
 
-from mergekit_slta.files.identity import differences, fingerprint, statistics_identity
+from mergekit_slta.files.identity import differences, hash_identity, statistics_identity
 from mergekit_slta.job.identity import checkpoint_fingerprint
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
@@ -45,7 +45,7 @@ def test_changes_are_noticed(tiny, options, change):
     """Everything but `lambda` moves the fingerprint; what only re-weighs leaves the statistics' part."""
     build, moves_statistics = CHANGES[change]
     before, after = identity(tiny.recipe(2), options), identity(build(tiny), options)
-    assert fingerprint(before) != fingerprint(after)
+    assert hash_identity(before) != hash_identity(after)
     assert differences(before, after)
     assert (statistics_identity(before) != statistics_identity(after)) == moves_statistics
 

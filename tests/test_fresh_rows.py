@@ -20,7 +20,7 @@ from mergekit_slta.job.solve import layout_of
 from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.objectives.gradient_passes import examples_of
 from mergekit_slta.runner import backward as gradients
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def fresh(models, steps: int, **settings):
@@ -54,21 +54,21 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
         wanted = torch.tensor(list(example.ids[example.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
-        own = {key: gram[row] for key, gram in found.grams.items()}
+        own = {key: gram[row] for key, gram in found.by_submodule.items()}
         assert_close(own, {key: torch.stack([part[key] for part in both]) for key in own})
 
     first = gather_statistics(fresh(models, 1))
     assert first.row_step is None  # nothing to tell apart
     old = found.row_step == 1
-    for name, gram in first.grams.items():
-        torch.testing.assert_close(found.grams[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
+    for name, gram in first.by_submodule.items():
+        torch.testing.assert_close(found.by_submodule[name][old][:, 1:], gram[:, 1:], rtol=0, atol=0)
     torch.testing.assert_close(found.divergences[old][:, 0], first.divergences[:, 0], rtol=0, atol=0)
-    names = list(first.grams)
-    whole = torch.cat([first.grams[name] for name in names], dim=-1)  # [R, 1 + S, K]
+    names = list(first.by_submodule)
+    whole = torch.cat([first.by_submodule[name] for name in names], dim=-1)  # [R, 1 + S, K]
     way = torch.cat([found.point[name] - first.point[name] for name in names])
     curved = torch.einsum("rsk,rsl,l->rk", whole[:, 1:], whole[:, 1:], way)  # one draw
     expected = whole[:, 0] + curved
-    torch.testing.assert_close(torch.cat([found.grams[name][old][:, 0] for name in names], dim=-1), expected)
+    torch.testing.assert_close(torch.cat([found.by_submodule[name][old][:, 0] for name in names], dim=-1), expected)
     told = first.divergences[:, 1] + whole[:, 0] @ way + (whole[:, 1] @ way).square() / 2
     torch.testing.assert_close(found.divergences[old][:, 1], told)
 
@@ -79,11 +79,11 @@ def test_steps_with_rows_of_their_own_go_on_where_they_were_stopped(specimen, tm
     whole = gather_statistics(job)
     folder = tmp_path / ".partial"
     stop_after(job, folder, stop)
-    with Records(folder, "same") as records:
+    with ResumeStore(folder, "same") as records:
         records.open()
-        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base of each step's rows
+        assert len(records.finished) == stop + 1  # 4 of each pass, the teachers and the base of each step's rows
         found = gather_statistics(job, records)
-    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
+    assert all(torch.equal(found.by_submodule[key], whole.by_submodule[key]) for key in whole.by_submodule)
     assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
     assert torch.equal(found.divergences, whole.divergences)
     assert torch.equal(found.row_step, whole.row_step)

@@ -17,7 +17,7 @@ from zoo import ZOO
 
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.models.submodules import split
+from mergekit_slta.models.submodules import partition
 from mergekit_slta.objectives import gradient_passes as passes
 from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.objectives.gradient_passes import examples_of, gather_slopes
@@ -26,7 +26,7 @@ from mergekit_slta.reporting.terminal import describe_job
 from mergekit_slta.runner import backward as gradients
 from mergekit_slta.runner.directional import _BLOCK
 from mergekit_slta.runtime.distributed import ALONE
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def whole_model(path) -> torch.nn.Module:
@@ -82,7 +82,7 @@ def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
     job = job_of(models, granularity=granularity, objective="joint", label_samples=0, steps=0)
     found = gather_statistics(job)
     assert found.form == "slope"
-    assert_close({key: slopes[:, 0] for key, slopes in found.grams.items()}, reference_slopes(models, job))
+    assert_close({key: slopes[:, 0] for key, slopes in found.by_submodule.items()}, reference_slopes(models, job))
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer", "head_mlp"])
@@ -92,7 +92,7 @@ def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa:
     monkeypatch.setitem(_BLOCK, "cpu", 100)
     models = specimen(name)
     job = job_of(models, granularity=granularity, objective="joint", label_samples=0, steps=0)
-    found = gather_statistics(job).grams
+    found = gather_statistics(job).by_submodule
     assert_close({key: slopes[:, 0] for key, slopes in found.items()}, reference_slopes(models, job))
 
 
@@ -109,7 +109,7 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  #
 
     monkeypatch.setattr(gradients, "_drawn", spy)
     monkeypatch.setattr(gradients, "LOGITS", 320 * 5)  # five positions at a time
-    found = gather_statistics(job).grams
+    found = gather_statistics(job).by_submodule
     labels: list[list[torch.Tensor]] = []  # row -> draw -> tokens
     for example in examples_of(job):
         parts = -(-(len(example.ids) - example.completion) // 5)
@@ -119,7 +119,7 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  #
         expected = reference_slopes(models, job, [row[draw] for row in labels])
         assert_close({key: slopes[:, draw] for key, slopes in found.items()}, expected)
     monkeypatch.undo()
-    again = gather_statistics(job).grams
+    again = gather_statistics(job).by_submodule
     assert_close(again, found)
 
     chances = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).repeat(20000, 1)
@@ -133,7 +133,7 @@ def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
     """d loss along any mixture of the experts' changes of single submodules is what the slopes say."""
     models = specimen("qwen3")
     job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=0, steps=0)
-    slopes = gather_statistics(job).grams
+    slopes = gather_statistics(job).by_submodule
     examples = examples_of(job)
     generator = torch.Generator().manual_seed(3)
     step = {name: torch.randn(2, generator=generator, dtype=torch.float64) for name in slopes}
@@ -163,7 +163,7 @@ def stop_after(job, folder: Path, number: int) -> None:
     class Stopped(Exception):  # noqa: N818 - no error
         pass
 
-    class Stopping(Records):
+    class Stopping(ResumeStore):
         def put(self, step, tensors):
             super().put(step, tensors)
             kept.append(step)
@@ -182,27 +182,27 @@ def stop_after(job, folder: Path, number: int) -> None:
 def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop, objective):  # noqa: F811
     """Stopped behind any step of the backward pass, the rest gives the same bits."""
     job = job_of(specimen("qwen3"), objective=objective, steps=0)
-    whole = gather_statistics(job).grams
+    whole = gather_statistics(job).by_submodule
     folder = tmp_path / ".partial"
     stop_after(job, folder, stop)
-    with Records(folder, "same") as records:
+    with ResumeStore(folder, "same") as records:
         records.open()
-        assert len(records.steps) == min(stop + 1, 4)
-        found = gather_statistics(job, records).grams
+        assert len(records.finished) == min(stop + 1, 4)
+        found = gather_statistics(job, records).by_submodule
     assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 
 def test_a_damaged_record_is_computed_again(specimen, tmp_path):  # noqa: F811
     """Its step and all others behind the forward pass; the features are still there."""
     job = job_of(specimen("qwen3"), granularity="attn_mlp", objective="joint", steps=0)
-    whole = gather_statistics(job).grams
+    whole = gather_statistics(job).by_submodule
     stop_after(job, tmp_path / ".partial", 2)
     damaged = sorted((tmp_path / ".partial").glob("*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    with Records(tmp_path / ".partial", "same") as records:
+    with ResumeStore(tmp_path / ".partial", "same") as records:
         records.open()
-        assert len(records.steps) == 2
-        found = gather_statistics(job, records).grams
+        assert len(records.finished) == 2
+        found = gather_statistics(job, records).by_submodule
     assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 
@@ -223,7 +223,7 @@ def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
     """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
     job = job_of(specimen("llama"), objective="joint", steps=0, num_samples=6, max_seq_length=24)
     alphas = solve_job(job, gather_statistics(job))
-    names = [entry.name for entry in split(job.plan.tensors, job.skeleton.anatomy, job.recipe.settings.granularity)]
+    names = [entry.name for entry in partition(job.plan.tensors, job.skeleton.anatomy, job.recipe.settings.granularity)]
     assert [entry.name for entry in alphas.submodules] == names
     assert alphas.calibration["ridge"] is None
     assert alphas.calibration["ridge_used"] > 0
@@ -240,18 +240,18 @@ class Share:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def own(self, sizes):
+    def share(self, sizes):
         return [place for place in range(len(sizes)) if place % 2 == self.rank]
 
-    def sum(self, tensor) -> None:
+    def all_reduce_(self, tensor) -> None:
         pass
 
 
 def test_processes_share_the_rows(specimen):  # noqa: F811
     """Two halves add up to the whole: labels and slopes of a row do not depend on who computes it."""
     job = job_of(specimen("llama"), objective="joint", steps=0)
-    whole = gather_slopes(job, records=None, ranks=ALONE).grams
-    halves = [gather_slopes(job, records=None, ranks=Share(rank)).grams for rank in (0, 1)]
+    whole = gather_slopes(job, records=None, ranks=ALONE).by_submodule
+    halves = [gather_slopes(job, records=None, ranks=Share(rank)).by_submodule for rank in (0, 1)]
     for name, slopes in whole.items():
         torch.testing.assert_close(halves[0][name] + halves[1][name], slopes, rtol=1e-10, atol=1e-10)
 
@@ -259,7 +259,7 @@ def test_processes_share_the_rows(specimen):  # noqa: F811
 def test_features_go_to_a_temporary_file_beyond_a_bound(specimen, monkeypatch):  # noqa: F811
     """With nothing to keep unfinished work in, memory still ends at a bound; nothing is left behind."""
     job = job_of(specimen("llama"), objective="joint", steps=0)
-    whole = gather_statistics(job).grams
+    whole = gather_statistics(job).by_submodule
     made: list[str] = []
     original = passes.TemporaryDirectory
 
@@ -267,9 +267,9 @@ def test_features_go_to_a_temporary_file_beyond_a_bound(specimen, monkeypatch): 
         made.append(original(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(passes, "TAPE_IN_MEMORY", 0)
+    monkeypatch.setattr(passes, "ACTIVATIONS_IN_MEMORY", 0)
     monkeypatch.setattr(passes, "TemporaryDirectory", spy)
-    found = gather_statistics(job).grams
+    found = gather_statistics(job).by_submodule
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     assert len(made) == 1
     assert not Path(made[0].name).exists()

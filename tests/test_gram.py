@@ -26,7 +26,7 @@ def test_parts_add_up():
     parts = Statistics(torch.tensor([0, 1]), 2)
     for part in deltas.split(3, dim=2):
         parts.add("head", [1, 0], part, [2, 3])
-    torch.testing.assert_close(parts.grams["head"], whole.grams["head"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.by_submodule["head"], whole.by_submodule["head"], rtol=1e-12, atol=1e-12)
 
 
 def test_save_and_load_round_trip(tmp_path: Path):
@@ -37,7 +37,7 @@ def test_save_and_load_round_trip(tmp_path: Path):
     assert loaded.num_models == 2
     assert loaded.metadata == {"fingerprint": "abc"}
     assert torch.equal(loaded.row_task, statistics.row_task)
-    assert torch.equal(loaded.grams["head"], statistics.grams["head"])
+    assert torch.equal(loaded.by_submodule["head"], statistics.by_submodule["head"])
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "truncated", "foreign", "shape", "nan", "task"])
@@ -46,9 +46,9 @@ def test_damaged_statistics_are_refused(tmp_path: Path, damage: str):
     path = tmp_path / "stats.safetensors"
     statistics = sample()
     if damage == "shape":
-        statistics.grams["other"] = torch.zeros(3, 3, 3, dtype=torch.float64)
+        statistics.by_submodule["other"] = torch.zeros(3, 3, 3, dtype=torch.float64)
     if damage == "nan":
-        statistics.grams["head"][0, 0, 0] = float("nan")
+        statistics.by_submodule["head"][0, 0, 0] = float("nan")
     if damage == "task":
         statistics.row_task[0] = 7
     statistics.save(path)

@@ -21,7 +21,7 @@ from mergekit_slta.errors import SltaError
 from mergekit_slta.files import alphas_file as alphas_module
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.maths.gauss_newton import solve_step
+from mergekit_slta.maths.gauss_newton import gauss_newton_step
 from mergekit_slta.recipe.read import load_config, read_recipe
 
 
@@ -274,7 +274,7 @@ def test_hashes_and_the_environment_change_no_byte(tiny, tmp_path, write_recipe)
     assert (first / "slta_alphas.json").read_bytes() == (second / "slta_alphas.json").read_bytes()
     one, other = (Statistics.load(folder / "slta_stats.safetensors") for folder in made)  # whose header has no order
     assert one.metadata == other.metadata
-    assert all(torch.equal(gram, other.grams[name]) for name, gram in one.grams.items())
+    assert all(torch.equal(gram, other.by_submodule[name]) for name, gram in one.by_submodule.items())
 
 
 YAMLISH = st.recursive(
@@ -310,7 +310,7 @@ def test_matrices_that_no_features_have(tiny, tmp_path, write_recipe, value):
     """Found by fuzzing: finite numbers whose products are not. Solved, or refused in one line."""
     assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
     statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
-    for gram in statistics.grams.values():
+    for gram in statistics.by_submodule.values():
         gram[:, 0, 0] = value
         gram[:, 0, 1] = value
     try:
@@ -367,7 +367,7 @@ def test_slopes_that_no_features_have(size):
     generator = torch.Generator().manual_seed(0)
     slopes = {"m": torch.randn(4, 3, 2, generator=generator, dtype=torch.float64) * size}
     try:
-        found = solve_step(
+        found = gauss_newton_step(
             slopes, torch.tensor([0, 0, 1, 1]), {"m": torch.ones(2, dtype=torch.float64)},
             torch.full((4, 2), 1.0, dtype=torch.float64),
         )  # fmt: skip

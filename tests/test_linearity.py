@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_slta.maths.linearity import (
+    NUM_INTERVALS,
     PAIR_GRID,
-    STEPS,
     TRIPLE_GRID,
     Grid,
     Products,
@@ -22,7 +22,7 @@ from mergekit_slta.maths.linearity import (
 )
 from mergekit_slta.maths.linearity_summary import Measures
 
-WEIGHTS = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
+WEIGHTS = torch.linspace(0, 1, NUM_INTERVALS + 1, dtype=torch.float64)
 
 
 def measure(function, grid: Grid, parts: int = 1) -> RowMeasures:

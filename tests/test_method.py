@@ -15,7 +15,7 @@ from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.wrap import wrap_run_merge
-from mergekit_slta.maths.task_arithmetic import Piece, combine
+from mergekit_slta.maths.task_arithmetic import WeightedSlice, merge_tensor
 
 ALPHA = (0.25, -0.5, 1.25)
 
@@ -40,7 +40,7 @@ def tensors(dtype: torch.dtype, shape=(300, 70), count: int = 4) -> list[torch.T
 def test_combine_is_explicit_arithmetic(dtype, shape):
     """theta_0 + lambda sum alpha_t (theta_t - theta_0), to the rounding of the dtype, for any shape."""
     base, *experts = tensors(dtype, shape)
-    found = combine(base, experts, (Piece(None, 0, 0, ALPHA),), 0.7, dtype)
+    found = merge_tensor(base, experts, (WeightedSlice(None, 0, 0, ALPHA),), 0.7, dtype)
     expected = base.double() + 0.7 * sum(
         weight * (expert.double() - base.double()) for weight, expert in zip(ALPHA, experts, strict=True)
     )
@@ -53,8 +53,8 @@ def test_combine_is_explicit_arithmetic(dtype, shape):
 def test_combine_covers_slices_and_strides():
     """Slices of an axis get their own alphas, and transposed inputs are as good as contiguous ones."""
     base, one, two = (tensor.T for tensor in tensors(torch.float32, (6, 4), 3))
-    pieces = (Piece(1, 0, 2, (1.0, 0.0)), Piece(1, 2, 6, (0.0, 0.5)))
-    found = combine(base, [one, two], pieces, 1.0, torch.float32)
+    pieces = (WeightedSlice(1, 0, 2, (1.0, 0.0)), WeightedSlice(1, 2, 6, (0.0, 0.5)))
+    found = merge_tensor(base, [one, two], pieces, 1.0, torch.float32)
     torch.testing.assert_close(found[:, :2], one[:, :2])
     torch.testing.assert_close(found[:, 2:], base[:, 2:] + 0.5 * (two - base)[:, 2:])
 
@@ -62,14 +62,16 @@ def test_combine_covers_slices_and_strides():
 def test_equal_experts_give_the_base_to_the_bit():
     """Where nothing differs, nothing is rounded away."""
     base = tensors(torch.bfloat16)[0]
-    assert torch.equal(combine(base, [base, base], (Piece(None, 0, 0, (0.3, 0.9)),), 1.0, torch.bfloat16), base)
+    assert torch.equal(
+        merge_tensor(base, [base, base], (WeightedSlice(None, 0, 0, (0.3, 0.9)),), 1.0, torch.bfloat16), base
+    )
 
 
 def test_inputs_are_not_written():
     """The tensors are borrowed: the same bytes after as before."""
     group = tensors(torch.float32)
     copies = [tensor.clone() for tensor in group]
-    combine(group[0], group[1:], (Piece(None, 0, 0, ALPHA),), 1.0, torch.float32)
+    merge_tensor(group[0], group[1:], (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.float32)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(group, copies, strict=True))
 
 
@@ -77,7 +79,7 @@ def test_group_is_matched_by_id_not_by_place():
     """The base may come last and the experts in any order: entries are matched by their ids."""
     base, one, two, three = tensors(torch.float32)
     group = TensorGroup.from_tensors([three, one, two, base], ids=["c", "a", "b", "base"], base_index=3, name="w")
-    expected = combine(base, [one, two, three], (Piece(None, 0, 0, ALPHA),), 1.0, torch.float32)
+    expected = merge_tensor(base, [one, two, three], (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.float32)
     merge = ActiveMerge(make_alphas(), {"a": 0, "b": 1, "c": 2}, keep_precision=False)
     with active("file", merge):
         (found,) = merge_methods.get("submodule_linear")([group], parameters={"alphas": "file"})
@@ -91,7 +93,7 @@ def test_alphas_file_serves_callers_that_bypass_run_merge(tmp_path):
     base, *experts = tensors(torch.bfloat16)
     group = TensorGroup.from_tensors([base, *experts], ids=["base", "a", "b", "c"], base_index=0, name="w")
     (found,) = merge_methods.get("submodule_linear")([group], parameters={"alphas": str(path)})
-    expected = combine(base, experts, (Piece(None, 0, 0, ALPHA),), 1.0, torch.bfloat16)
+    expected = merge_tensor(base, experts, (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.bfloat16)
     assert torch.equal(found, expected)
 
 
@@ -113,7 +115,7 @@ def test_lookup_works_from_worker_threads():
             thread.start()
         for thread in threads:
             thread.join()
-    expected = combine(base, experts, (Piece(None, 0, 0, ALPHA),), 1.0, torch.float32)
+    expected = merge_tensor(base, experts, (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.float32)
     assert len(results) == 4
     assert all(torch.equal(result, expected) for result in results)
 
@@ -133,7 +135,7 @@ def test_combine_needs_no_second_buffer_of_the_tensors_size():
             return result
 
     with Watch():
-        combine(base, experts, (Piece(None, 0, 0, ALPHA),), 1.0, torch.bfloat16)
+        merge_tensor(base, experts, (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.bfloat16)
     assert current == 1  # the result itself
     assert peak == base.numel() * 2
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.maths.gauss_newton import FADING, moved_to, solve_step
+from mergekit_slta.maths.gauss_newton import ROW_DECAY, gauss_newton_step, rebase_quadratics
 from mergekit_slta.maths.joint import RIDGES
 
 
@@ -34,7 +34,7 @@ def weights_of(case: dict, importance, balance) -> np.ndarray:
     found = np.zeros(len(task))
     for number in range(task.max() + 1):
         mine = task == number
-        share = FADING ** (step.max() - step[mine])
+        share = ROW_DECAY ** (step.max() - step[mine])
         scale = np.average(base[mine], weights=share) if balance else 1.0
         found[mine] = importance[number] * share / share.sum() / scale
     return found
@@ -83,7 +83,7 @@ def shape_of(case: dict, step: np.ndarray) -> np.ndarray:
 def test_equals_the_normal_equations(seed, rows, draws, experts, submodules, balance, ridge):
     case = make(seed, rows, draws, experts, submodules)
     importance = [1.0 + number for number in range(experts)]
-    found = solve_step(**case, importance=importance, balance=balance, ridge=ridge)
+    found = gauss_newton_step(**case, importance=importance, balance=balance, ridge=ridge)
     step, _ = reference(case, importance, balance, ridge)
     expected = as_array(case["point"]) + shape_of(case, step)
     np.testing.assert_allclose(as_array(found.alpha), expected, rtol=1e-6, atol=1e-8)
@@ -93,7 +93,7 @@ def test_equals_the_normal_equations(seed, rows, draws, experts, submodules, bal
 def test_left_out_rows_are_predicted_by_the_others():
     """Residual and standard errors equal those of really solving without each row."""
     case = make(5, 4, 2, 3, 4)
-    found = solve_step(**case, ridge=0.3)
+    found = gauss_newton_step(**case, ridge=0.3)
     full, _ = reference(case, [1.0] * 3, True, 0.3)
     steps, change = [], 0.0
     for row in range(len(case["row_task"])):
@@ -123,14 +123,14 @@ def test_the_ridge_is_the_largest_within_one_standard_error():
     task = case["row_task"].numpy()
     error = np.sqrt(sum((task == a).sum() * changes[best][task == a].var(ddof=1) for a in (0, 1)))
     expected = max(ridge for ridge, parts in changes.items() if parts.sum() <= changes[best].sum() + error)
-    assert solve_step(**case).ridge == expected
+    assert gauss_newton_step(**case).ridge == expected
     assert expected > best
 
 
 def test_an_idle_expert_gets_nothing_and_is_marked():
     case = make(2, 4, 2, 3, 3)
     case["slopes"]["part1"][..., 2] = 0
-    found = solve_step(**case, ridge=0.1)
+    found = gauss_newton_step(**case, ridge=0.1)
     assert found.alpha["part1"][2] == 0
     assert found.unchanged["part1"].tolist() == [False, False, True]
 
@@ -146,21 +146,21 @@ def test_rows_without_an_answer_do_not_count():
         "point": case["point"],
         "divergences": case["divergences"][1:],
     }
-    one, other = solve_step(**case, ridge=0.1), solve_step(**fewer, ridge=0.1)
+    one, other = gauss_newton_step(**case, ridge=0.1), gauss_newton_step(**fewer, ridge=0.1)
     np.testing.assert_allclose(as_array(one.alpha), as_array(other.alpha), rtol=1e-10)
     nothing = {**case, "slopes": {name: torch.zeros_like(part) for name, part in case["slopes"].items()}}
-    assert not any(part.any() for part in solve_step(**nothing).alpha.values())
+    assert not any(part.any() for part in gauss_newton_step(**nothing).alpha.values())
 
 
 def test_an_expert_that_is_the_base_does_not_take_over():
     """Its divergence is 0 everywhere: balancing must not divide by that."""
     case = make(4, 4, 2, 2, 3)
     case["divergences"][4:, 0] = 0
-    found = solve_step(**case, ridge=1.0)
+    found = gauss_newton_step(**case, ridge=1.0)
     assert all(torch.isfinite(part).all() for part in found.alpha.values())
     same = {**case, "divergences": case["divergences"].clone()}
     same["divergences"][4:, 0] = case["divergences"][:4, 0].mean()
-    np.testing.assert_allclose(as_array(found.alpha), as_array(solve_step(**same, ridge=1.0).alpha), rtol=1e-10)
+    np.testing.assert_allclose(as_array(found.alpha), as_array(gauss_newton_step(**same, ridge=1.0).alpha), rtol=1e-10)
 
 
 def test_a_quadratic_is_minimised_in_one_step():
@@ -173,7 +173,7 @@ def test_a_quadratic_is_minimised_in_one_step():
     gradient = torch.einsum("rs,rstm->rtm", missed, whole) / whole.shape[1]
     for place, part in enumerate(case["slopes"].values()):
         part[:, 0] = gradient[..., place]
-    found = solve_step(**case, ridge=1e-3)
+    found = gauss_newton_step(**case, ridge=1e-3)
     assert np.abs(as_array(found.alpha) - optimum.T.numpy()).max() < 0.005 * float((start - optimum).abs().max())
 
 
@@ -187,7 +187,7 @@ def with_steps(case: dict, *steps: int) -> dict:
 def test_rows_of_earlier_steps_fade(seed, steps, balance):
     """The same sums, weighed; a step number that nothing has leaves its place."""
     case = with_steps(make(seed, len(steps), 2, 2, 3), *steps)
-    found = solve_step(**case, balance=balance, ridge=0.2)
+    found = gauss_newton_step(**case, balance=balance, ridge=0.2)
     step, _ = reference(case, [1.0] * 2, balance, 0.2)
     np.testing.assert_allclose(
         as_array(found.alpha), as_array(case["point"]) + shape_of(case, step), rtol=1e-6, atol=1e-8
@@ -207,7 +207,7 @@ def test_the_newest_rows_choose_the_ridge_and_say_what_remains():
     best = min(changes, key=lambda ridge: changes[ridge].sum())
     error = np.sqrt(sum(3 * changes[best][task[newest] == a].var(ddof=1) for a in (0, 1)))
     expected = max(ridge for ridge, parts in changes.items() if parts.sum() <= changes[best].sum() + error)
-    found = solve_step(**case)
+    found = gauss_newton_step(**case)
     assert found.ridge == expected
     before, now = (case["divergences"].numpy() * row_weight[:, None])[newest].sum(0)
     assert found.residual == pytest.approx(max(0, now + changes[expected].sum()) / before, rel=1e-8)
@@ -221,7 +221,7 @@ def test_a_form_is_the_same_from_another_point(seed, draws, experts, submodules)
     other, somewhere = (
         {name: torch.randn(experts, generator=generator, dtype=torch.float64) for name in case["point"]} for _ in "ab"
     )
-    slopes, divergences = moved_to(other, case["slopes"], case["point"], case["divergences"])
+    slopes, divergences = rebase_quadratics(other, case["slopes"], case["point"], case["divergences"])
 
     def form(point, slopes, divergences):
         way = np.concatenate([(somewhere[name] - point[name]).numpy() for name in point])
@@ -238,7 +238,7 @@ def test_a_form_is_the_same_from_another_point(seed, draws, experts, submodules)
 def test_standard_errors_of_rows_that_fade():
     """Those of really solving without each row; none where the rows of a task are all the same."""
     case = with_steps(make(5, 4, 2, 3, 4), 1, 2, 2, 3)
-    found = solve_step(**case, ridge=0.3)
+    found = gauss_newton_step(**case, ridge=0.3)
     full, _ = reference(case, [1.0] * 3, True, 0.3)
     moves = np.stack([reference(case, [1.0] * 3, True, 0.3, left_out=row)[0] - full for row in range(12)])
     row_weight, variance = weights_of(case, [1.0] * 3, True), np.zeros_like(full)
@@ -251,8 +251,8 @@ def test_standard_errors_of_rows_that_fade():
     alike = with_steps(make(7, 6, 2, 2, 3), 1, 1, 2, 2, 3, 3)
     for part in (*alike["slopes"].values(), alike["divergences"]):
         part[1:6], part[7:] = part[0], part[6]
-    errors = as_array(solve_step(**alike, ridge=0.5).stderr)
-    moved = as_array(solve_step(**alike, ridge=0.5).alpha) - as_array(alike["point"])
+    errors = as_array(gauss_newton_step(**alike, ridge=0.5).stderr)
+    moved = as_array(gauss_newton_step(**alike, ridge=0.5).alpha) - as_array(alike["point"])
     assert errors.max() < 0.02 * np.abs(moved).max()  # the moves are linear in a weight to first order
 
 
@@ -265,7 +265,7 @@ def test_rows_that_have_faded_are_left_out():
         "point": case["point"],
         "divergences": case["divergences"][newer],
     }
-    one, other = solve_step(**case, ridge=0.1), solve_step(**fewer, ridge=0.1)
+    one, other = gauss_newton_step(**case, ridge=0.1), gauss_newton_step(**fewer, ridge=0.1)
     np.testing.assert_allclose(as_array(one.alpha), as_array(other.alpha), rtol=1e-12)
 
 
@@ -274,15 +274,15 @@ def test_where_no_new_row_has_an_answer_the_others_are_asked():
     newest = case["row_step"] == 2
     for part in (*case["slopes"].values(), case["divergences"]):
         part[newest] = 0
-    found = solve_step(**case)
+    found = gauss_newton_step(**case)
     older = {
         "slopes": {name: part[~newest] for name, part in case["slopes"].items()},
         "row_task": case["row_task"][~newest],
         "point": case["point"],
         "divergences": case["divergences"][~newest],
     }
-    assert found.ridge == solve_step(**older).ridge
-    assert found.residual == pytest.approx(solve_step(**older).residual)
+    assert found.ridge == gauss_newton_step(**older).ridge
+    assert found.residual == pytest.approx(gauss_newton_step(**older).residual)
 
 
 def test_a_negative_divergence_is_an_answer():
@@ -291,5 +291,5 @@ def test_a_negative_divergence_is_an_answer():
     case["divergences"][0] = torch.tensor([0.0, -0.1])
     counted = {**case, "divergences": case["divergences"].clone()}
     counted["divergences"][0, 1] = 0.1
-    one, other = solve_step(**case, ridge=0.1), solve_step(**counted, ridge=0.1)
+    one, other = gauss_newton_step(**case, ridge=0.1), gauss_newton_step(**counted, ridge=0.1)
     assert torch.equal(one.alpha["part0"], other.alpha["part0"])

@@ -21,7 +21,7 @@ from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
 from mergekit_slta.runner import backward as gradients
 from mergekit_slta.runtime.distributed import ALONE
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def same(models, **settings):
@@ -94,7 +94,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
     assert found.form == "step"
     experts = [whole_model(path) for path in models.experts]
     base, merged = whole_model(models.base), merged_model(models, job, found.point)
-    expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.grams}
+    expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.by_submodule}
     for row, example in enumerate(examples_of(job)):
         teacher = experts[example.task]
         felt = divergence(teacher, merged, example)
@@ -107,7 +107,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         for key, parts in expected.items():
             parts.append(torch.stack([part[key] for part in both]))
-    assert_close(found.grams, {key: torch.stack(parts) for key, parts in expected.items()})
+    assert_close(found.by_submodule, {key: torch.stack(parts) for key, parts in expected.items()})
 
 
 def test_points_follow_from_the_solves_before(specimen):  # noqa: F811
@@ -145,11 +145,11 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
     whole = gather_statistics(job)
     folder = tmp_path / ".partial"
     stop_after(job, folder, stop)
-    with Records(folder, "same") as records:
+    with ResumeStore(folder, "same") as records:
         records.open()
-        assert len(records.steps) == stop + 1  # 4 of each pass, the teachers and the base
+        assert len(records.finished) == stop + 1  # 4 of each pass, the teachers and the base
         found = gather_statistics(job, records)
-    assert all(torch.equal(found.grams[key], whole.grams[key]) for key in whole.grams)
+    assert all(torch.equal(found.by_submodule[key], whole.by_submodule[key]) for key in whole.by_submodule)
     assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
     assert torch.equal(found.divergences, whole.divergences)
     assert not list(folder.glob("*streams"))
@@ -198,7 +198,7 @@ def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
     assert costs.flops / expert_only.flops == pytest.approx((8 + 1 + 2 * 10) / 8)
     largest = 0
 
-    class Watching(Records):
+    class Watching(ResumeStore):
         def put(self, step, tensors):
             nonlocal largest
             super().put(step, tensors)
@@ -263,7 +263,7 @@ def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F81
         lambda found: setattr(found, "divergences", None),
         lambda found: setattr(found, "divergences", found.divergences[:, :1]),
         lambda found: setattr(found, "form", "slope"),
-        lambda found: found.grams.update({key: part[:, :1] for key, part in found.grams.items()}),
+        lambda found: found.by_submodule.update({key: part[:, :1] for key, part in found.by_submodule.items()}),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task))),
         lambda found: setattr(found, "row_step", torch.ones(len(found.row_task) - 1, dtype=torch.int64)),
         lambda found: setattr(found, "row_step", torch.zeros_like(found.row_task)),

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mergekit_slta.errors import OutputError
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 from mergekit_slta.streams import Streams
 
 
-def opened(folder, fingerprint: str) -> Records:
-    records = Records(folder, fingerprint)
+def opened(folder, fingerprint: str) -> ResumeStore:
+    records = ResumeStore(folder, fingerprint)
     records.open()
     return records
 
@@ -35,7 +35,7 @@ def test_other_fingerprints_start_afresh(tmp_path):
     with opened(tmp_path / "work", "a") as records:
         records.put("layer/1", {"x": torch.zeros(1)})
     with opened(tmp_path / "work", "b") as records:
-        assert records.steps == frozenset()
+        assert records.finished == frozenset()
         assert not (tmp_path / "work").exists()
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_touched_that_another_process_holds(tmp_path):
     """Neither by making the object nor by opening it, whatever it is for."""
     with opened(tmp_path / "work", "a") as records:
         records.put("layer/1", {"x": torch.zeros(1)})
-        other = Records(tmp_path / "work", "b")
+        other = ResumeStore(tmp_path / "work", "b")
         with pytest.raises(OutputError, match=f"another process \\({os.getpid()}\\)"), other:
             other.open()
         other.remove()
@@ -59,7 +59,7 @@ def test_damaged_records_are_dropped(tmp_path):
     path = next((tmp_path / "work").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:50])
     with opened(tmp_path / "work", "a") as records:
-        assert len(records.steps) == 1
+        assert len(records.finished) == 1
 
 
 @pytest.mark.parametrize("left", [[".records.json.x1"], ["streams"], ["0" * 24 + ".safetensors"]])
@@ -69,7 +69,7 @@ def test_killed_while_beginning_or_removing(tmp_path, left):
     for name in left:
         (tmp_path / "work" / name).write_text("")
     with opened(tmp_path / "work", "a") as records:
-        assert records.steps == frozenset()
+        assert records.finished == frozenset()
         records.put("one", {"x": torch.zeros(1)})
 
 

@@ -151,7 +151,7 @@ def test_tasks_with_fewer_rows_keep_theirs():
     gram = torch.arange(5, dtype=torch.float64)[:, None, None].expand(5, 2, 2).contiguous()
     kept = first_rows(Statistics(row_task, 2, {"head": gram}, {"layout": "all rows"}), 2)
     assert kept.row_task.tolist() == [1, 0, 1, 0]
-    assert kept.grams["head"][:, 0, 0].tolist() == [0, 1, 2, 4]
+    assert kept.by_submodule["head"][:, 0, 0].tolist() == [0, 1, 2, 4]
     assert kept.metadata == {}
 
 

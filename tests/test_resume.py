@@ -16,7 +16,7 @@ from conftest import mergekit_yaml, slta
 from safetensors.torch import load_file
 
 from mergekit_slta.objectives import features as gathering
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def write(folder: Path, recipe: dict) -> Path:
@@ -46,7 +46,7 @@ def test_stopped_at_every_step(tiny, tmp_path, monkeypatch, settings):
     """Interrupted after each finished step in turn: no step is gathered twice, and the bytes are the same."""
     recipe = write(tmp_path / "a", tiny.recipe(2, num_samples=3, **settings))
     assert slta("calibrate", recipe, "-o", tmp_path / "a" / "slta_alphas.json", "--quiet").exit_code == 0
-    put, finished, evaluated = Records.put, [], []
+    put, finished, evaluated = ResumeStore.put, [], []
     accumulate = gathering._accumulate
 
     def stopping(self, step, tensors):
@@ -54,11 +54,11 @@ def test_stopped_at_every_step(tiny, tmp_path, monkeypatch, settings):
         finished.append(step)
         raise KeyboardInterrupt
 
-    def counting(statistics, walk, evaluation, names):
-        evaluated.append((len(finished), evaluation.submodule.step))
-        accumulate(statistics, walk, evaluation, names)
+    def counting(statistics, state, evaluation, names):
+        evaluated.append((len(finished), evaluation.submodule.forward_group))
+        accumulate(statistics, state, evaluation, names)
 
-    monkeypatch.setattr(Records, "put", stopping)
+    monkeypatch.setattr(ResumeStore, "put", stopping)
     monkeypatch.setattr(gathering, "_accumulate", counting)
     target = tmp_path / "b" / "slta_alphas.json"
     recipe = write(tmp_path / "b", tiny.recipe(2, num_samples=3, **settings))
@@ -104,7 +104,7 @@ def test_a_killed_merge_goes_on(tiny, tmp_path, monkeypatch):
     """Through the stock command: what was calibrated for OUT is taken up; OUT is the same as undisturbed."""
     recipe = write(tmp_path, tiny.recipe(2, num_samples=3))
     assert mergekit_yaml(recipe, tmp_path / "a", "--quiet").exit_code == 0
-    put, finished = Records.put, []
+    put, finished = ResumeStore.put, []
 
     def stopping(self, step, tensors):
         put(self, step, tensors)
@@ -112,7 +112,7 @@ def test_a_killed_merge_goes_on(tiny, tmp_path, monkeypatch):
         if len(finished) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Records, "put", stopping)
+    monkeypatch.setattr(ResumeStore, "put", stopping)
     assert mergekit_yaml(recipe, tmp_path / "b", "--quiet").exit_code != 0
     assert os.listdir(tmp_path / "b") == [".slta_calibrating"]
     result = mergekit_yaml(recipe, tmp_path / "b")
@@ -124,18 +124,18 @@ def test_a_killed_merge_goes_on(tiny, tmp_path, monkeypatch):
 
 
 def test_a_changed_recipe_starts_anew(tiny, tmp_path, monkeypatch):
-    """Records of other rows are not taken up."""
+    """ResumeStore of other rows are not taken up."""
     recipe = write(tmp_path, tiny.recipe(2, num_samples=3))
-    put = Records.put
+    put = ResumeStore.put
 
     def stopping(self, step, tensors):
         put(self, step, tensors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Records, "put", stopping)
+    monkeypatch.setattr(ResumeStore, "put", stopping)
     target = tmp_path / "slta_alphas.json"
     assert slta("calibrate", recipe, "-o", target, "--quiet").exit_code != 0
-    monkeypatch.setattr(Records, "put", put)
+    monkeypatch.setattr(ResumeStore, "put", put)
     recipe = write(tmp_path, tiny.recipe(2, num_samples=4))
     result = slta("calibrate", recipe, "-o", target)
     assert result.exit_code == 0, result.output

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import USUAL, assemble
+from mergekit_slta.job.solve import EXPECTED_ALPHA, assemble
 from mergekit_slta.reporting.card import section
 from mergekit_slta.reporting.terminal import describe_alphas
 
@@ -78,7 +78,9 @@ def test_extreme_weights_are_flagged_with_what_helps(tiny, tmp_path, write_recip
     assert slta("calibrate", write_recipe(tiny.recipe(granularity="linear")), "-o", path, "--quiet").exit_code == 0
     found = Alphas.load(path)
     for entry in found.submodules:
-        assert ("extreme" in entry.flags) == any(not USUAL[0] <= alpha <= USUAL[1] for alpha in entry.alpha)
+        assert ("extreme" in entry.flags) == any(
+            not EXPECTED_ALPHA[0] <= alpha <= EXPECTED_ALPHA[1] for alpha in entry.alpha
+        )
     flagged = [entry.model_copy(update={"flags": ("extreme",)}) for entry in found.submodules]
     text = section(found.model_copy(update={"submodules": tuple(flagged)}), [])
     assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)" in text

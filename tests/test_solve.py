@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_slta.files.statistics_file import row_grams
-from mergekit_slta.maths.closed_form import Solution, solve
+from mergekit_slta.maths.closed_form import Solution, solve_closed_form
 
 
 def features(seed: int, num_models: int, rows_per_task: int, size: int = 12) -> tuple[list[np.ndarray], torch.Tensor]:
@@ -49,7 +49,7 @@ def least_squares(rows, row_task, balance, importance) -> np.ndarray:
 def test_solution_is_the_least_squares_solution(seed, num_models, rows_per_task, balance, importance):
     """alpha minimises the paper's objective, for any number of models and rows, balanced or not."""
     rows, row_task = features(seed, num_models, rows_per_task)
-    found = solve(grams_of(rows), row_task, importance=importance[:num_models], balance=balance)
+    found = solve_closed_form(grams_of(rows), row_task, importance=importance[:num_models], balance=balance)
     np.testing.assert_allclose(found.alpha, least_squares(rows, row_task, balance, importance), rtol=1e-6, atol=1e-8)
     assert found.rank == num_models
     assert not found.flags
@@ -58,7 +58,7 @@ def test_solution_is_the_least_squares_solution(seed, num_models, rows_per_task,
 def test_single_expert_gets_weight_one():
     """With one expert the objective is met exactly: alpha 1, residual 0."""
     rows, row_task = features(0, 1, 3)
-    found = solve(grams_of(rows), row_task)
+    found = solve_closed_form(grams_of(rows), row_task)
     assert found.alpha == pytest.approx((1.0,))
     assert found.residual == pytest.approx(0.0, abs=1e-12)
 
@@ -66,7 +66,7 @@ def test_single_expert_gets_weight_one():
 def test_residual_is_the_share_that_remains():
     """The residual is sum ||sum alpha df - df_a||^2 / sum ||df_a||^2, row by row."""
     rows, row_task = features(3, 3, 4)
-    found = solve(grams_of(rows), row_task, balance=False)
+    found = solve_closed_form(grams_of(rows), row_task, balance=False)
     left = sum(np.sum((np.array(found.alpha) @ row - row[task]) ** 2) for row, task in zip(rows, row_task, strict=True))
     total = sum(np.sum(row[task] ** 2) for row, task in zip(rows, row_task, strict=True))
     assert found.residual == pytest.approx(left / total, rel=1e-9)
@@ -76,8 +76,8 @@ def test_zero_rows_are_left_out():
     """A row without any difference changes nothing, whatever it does to the number of rows."""
     rows, row_task = features(1, 2, 3)
     with_zero = [*rows, np.zeros_like(rows[0])]
-    one = solve(grams_of(rows), row_task)
-    other = solve(grams_of(with_zero), torch.cat([row_task, torch.tensor([1])]))
+    one = solve_closed_form(grams_of(rows), row_task)
+    other = solve_closed_form(grams_of(with_zero), torch.cat([row_task, torch.tensor([1])]))
     assert other.alpha == pytest.approx(one.alpha, rel=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_unchanged_expert_gets_zero_and_the_others_are_as_without_it():
     rows, row_task = features(2, 3, 3)
     for row in rows:
         row[1] = 0.0
-    found = solve(grams_of(rows), row_task)
+    found = solve_closed_form(grams_of(rows), row_task)
     assert found.alpha[1] == 0.0
     assert found.unchanged == (False, True, False)
     assert found.flags == ("unchanged",)
@@ -95,7 +95,7 @@ def test_unchanged_expert_gets_zero_and_the_others_are_as_without_it():
 
 def test_nothing_changed_at_all():
     """Without any difference alpha is 0, and every number is finite."""
-    found = solve(torch.zeros(4, 2, 2, dtype=torch.float64), torch.tensor([0, 0, 1, 1]))
+    found = solve_closed_form(torch.zeros(4, 2, 2, dtype=torch.float64), torch.tensor([0, 0, 1, 1]))
     assert found == Solution((0.0, 0.0), (0.0, 0.0), 1.0, 0, 0.0, (True, True), ("unchanged",))
 
 
@@ -108,7 +108,7 @@ def test_duplicates_are_solved_by_minimum_norm(seed, copies):
     extra = [rows[0] * 1.5] * 2  # rows for each copy's own task
     tasks = torch.cat([row_task, *(torch.tensor([3 + copy, 3 + copy]) for copy in range(copies - 1))])
     rows = rows + extra * (copies - 1)
-    found = solve(grams_of(rows), tasks)
+    found = solve_closed_form(grams_of(rows), tasks)
     expected = least_squares(rows, tasks, True, [1.0] * (2 + copies))
     np.testing.assert_allclose(found.alpha, expected, rtol=1e-5, atol=1e-7)
     assert found.rank == 3
@@ -123,34 +123,34 @@ def test_jackknife_equals_explicit_leave_one_out():
     left_out = []
     for row in range(len(rows)):
         keep = [other for other in range(len(rows)) if other != row]
-        left_out.append(solve(grams[keep], row_task[keep]).alpha)
+        left_out.append(solve_closed_form(grams[keep], row_task[keep]).alpha)
     left_out = np.array(left_out)
     variance = np.zeros(3)
     for task in range(3):
         group = left_out[(row_task == task).numpy()]
         variance += (len(group) - 1) / len(group) * ((group - group.mean(0)) ** 2).sum(0)
-    np.testing.assert_allclose(solve(grams, row_task).stderr, np.sqrt(variance), rtol=1e-9)
+    np.testing.assert_allclose(solve_closed_form(grams, row_task).stderr, np.sqrt(variance), rtol=1e-9)
 
 
 def test_stderr_needs_two_rows_per_task():
     """With a single row in a task there is no standard error, rather than one that is too small."""
     rows, row_task = features(5, 2, 3)
-    assert solve(grams_of(rows)[[0, 3, 4]], row_task[[0, 3, 4]]).stderr is None
+    assert solve_closed_form(grams_of(rows)[[0, 3, 4]], row_task[[0, 3, 4]]).stderr is None
 
 
 @given(ridge=st.floats(1e3, 1e9))
 def test_ridge_pulls_towards_the_plain_average(ridge):
     """A large relative ridge leads to 1/T for every expert."""
     rows, row_task = features(6, 4, 2)
-    assert solve(grams_of(rows), row_task, ridge=ridge).alpha == pytest.approx((0.25,) * 4, abs=2e-3)
+    assert solve_closed_form(grams_of(rows), row_task, ridge=ridge).alpha == pytest.approx((0.25,) * 4, abs=2e-3)
 
 
 def test_ridge_is_relative():
     """Scaling all features changes nothing, with or without ridge."""
     rows, row_task = features(7, 3, 2)
     for balance in (True, False):
-        one = solve(grams_of(rows), row_task, ridge=0.1, balance=balance)
-        other = solve(grams_of([row * 1e3 for row in rows]), row_task, ridge=0.1, balance=balance)
+        one = solve_closed_form(grams_of(rows), row_task, ridge=0.1, balance=balance)
+        other = solve_closed_form(grams_of([row * 1e3 for row in rows]), row_task, ridge=0.1, balance=balance)
         assert one.alpha == pytest.approx(other.alpha, rel=1e-9)
 
 
@@ -158,10 +158,10 @@ def test_several_objectives_are_added():
     """A shared tensor's alpha solves the sum of the objectives, each balanced by itself."""
     one, row_task = features(8, 2, 3)
     two, _ = features(9, 2, 3)
-    together = solve([grams_of(one), grams_of(two)], row_task)
+    together = solve_closed_form([grams_of(one), grams_of(two)], row_task)
     scaled = [[row / math.sqrt(np.mean((row**2).sum(1))) for row in rows] for rows in (one, two)]
     stacked = [np.concatenate(pair, axis=1) for pair in zip(*scaled, strict=True)]
-    expected = solve(grams_of(stacked), row_task, balance=False)
+    expected = solve_closed_form(grams_of(stacked), row_task, balance=False)
     assert together.alpha == pytest.approx(expected.alpha, rel=1e-9)
 
 
@@ -170,7 +170,7 @@ def test_ill_conditioned_systems_are_flagged():
     rows, row_task = features(10, 2, 3)
     for row in rows:
         row[1] = row[0] + 1e-5 * row[1]
-    found = solve(grams_of(rows), row_task)
+    found = solve_closed_form(grams_of(rows), row_task)
     assert found.flags == ("ill_conditioned",)
     assert found.condition > 1e6
 
@@ -194,9 +194,9 @@ def test_small_experts_are_no_lost_rank():
     rows, _ = features(11, 2, 3)
     tiny = [np.stack([row[0], row[0], row[1] * 1e-7]) for row in rows]
     tasks = torch.tensor([0, 0, 1, 1, 2, 2])
-    found = solve(grams_of(tiny), tasks, balance=False)
+    found = solve_closed_form(grams_of(tiny), tasks, balance=False)
     assert found.rank == 2
     assert found.alpha[0] == pytest.approx(found.alpha[1], abs=1e-2)
-    scaled = solve(grams_of([row * np.array([[1], [1], [1e7]]) for row in tiny]), tasks, balance=False)
+    scaled = solve_closed_form(grams_of([row * np.array([[1], [1], [1e7]]) for row in tiny]), tasks, balance=False)
     assert scaled.rank == 2
     assert abs(found.alpha[2]) > 1e-3

@@ -79,7 +79,7 @@ def test_measured_residual_equals_models_in_memory(make_models, granularity, tie
         names = ["embed", "head"] if tied and entry.name == "embed" else [entry.name]
         parts = []
         for name in names:
-            changes = statistics.grams[name].diagonal(dim1=1, dim2=2).numpy()
+            changes = statistics.by_submodule[name].diagonal(dim1=1, dim2=2).numpy()
             parts.append((errors[name], changes))
         if len(parts) == 1:
             expected = residuals(rows, *parts[0])
@@ -114,7 +114,7 @@ def test_whole_models_and_heads_are_measured(tiny, granularity):
                 with torch.no_grad():
                     errors.append(float(((merged(ids).logits - experts[task](ids).logits).double() ** 2).sum()))
                 rows.append(task)
-        expected = residuals(rows, errors, statistics.grams["model"].diagonal(dim1=1, dim2=2).numpy())
+        expected = residuals(rows, errors, statistics.by_submodule["model"].diagonal(dim1=1, dim2=2).numpy())
         assert alphas.submodules[0].residual_measured == pytest.approx(expected, rel=1e-3)
 
 

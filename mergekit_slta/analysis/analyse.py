@@ -23,16 +23,16 @@ from mergekit_slta.analysis.measurements import Observation
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
 from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
-from mergekit_slta.files.identity import SOLVE_ONLY, fingerprint
+from mergekit_slta.files.identity import SOLVE_ONLY, hash_identity
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
 from mergekit_slta.job.preflight import Job, check_rows
-from mergekit_slta.maths.linearity import PAIR_GRID, STEPS, TRIPLE_GRID, Grid
-from mergekit_slta.models.submodules import Submodule, split
+from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
+from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.recipe.read import Recipe
 from mergekit_slta.runner.forward import stream
-from mergekit_slta.runner.state import HEAD_ELEMENTS, Walk
+from mergekit_slta.runner.state import HEAD_ELEMENTS, ForwardState
 from mergekit_slta.runtime.progress import Progress
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 BATCH_TOKENS = 512
@@ -79,13 +79,13 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
             return found, True
     entries: list[SubmoduleLinearity] = []
     with (
-        Records(path.with_name(f".{path.name}.partial"), mark) as records,
+        ResumeStore(path.with_name(f".{path.name}.partial"), mark) as records,
         torch.inference_mode(),
         job.advice_on_memory(),
     ):
         records.open()
         passes = [(level, _submodules(job, level)) for level in _LEVELS]
-        total = sum(len({submodule.step for submodule in submodules}) for _, submodules in passes)
+        total = sum(len({submodule.forward_group for submodule in submodules}) for _, submodules in passes)
         with Progress("Measuring", total, quiet=job.options.quiet) as progress:
             for level, submodules in passes:
                 entries += _walk(job, rows, level, submodules, records, progress)
@@ -106,7 +106,7 @@ def check_linearity_target(path: Path) -> None:
 
 
 def num_forwards(num_experts: int) -> int:
-    """Forward passes of a row through the model: per walk the base, the way to the own expert, the other experts,
+    """Forward passes of a row through the model: per state the base, the way to the own expert, the other experts,
     pairs and triples."""
     grid = Grid(0, num_experts)
     return len(_LEVELS) * (1 + len(grid.anchors) + len(grid.mixed))
@@ -134,42 +134,42 @@ def _rows(job: Job, num_rows: int | None) -> _Rows:
 
 def _fingerprint(job: Job, rows: _Rows) -> str:
     record = {label: value for label, value in job.identity.items() if not label.startswith(_NOT_OURS)}
-    grids = str((STEPS, PAIR_GRID, TRIPLE_GRID, BATCH_TOKENS, HEAD_ELEMENTS))
+    grids = str((NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, BATCH_TOKENS, HEAD_ELEMENTS))
     versions = {package: version(package) for package in _PACKAGES}
-    return fingerprint({**record, **versions, "rows": str(rows.numbers), "grids": grids, "device": job.device.type})
+    return hash_identity({**record, **versions, "rows": str(rows.numbers), "grids": grids, "device": job.device.type})
 
 
 def _submodules(job: Job, level: str) -> list[Submodule]:
-    """What a walk evaluates; the blocks' walk ends before the head, which the layers' has measured."""
+    """What a state evaluates; the blocks' state ends before the head, which the layers' has measured."""
     tied = job.plan.is_tied
     names, anatomy = job.plan.tensors, job.skeleton.anatomy
     try:
-        submodules = split(names, anatomy, level, tied=tied)
+        submodules = partition(names, anatomy, level, tied=tied)
     except ModelError:
         if level != "head_mlp":
             raise
         LOG.warning("attention heads cannot be told apart in this architecture: they are left out")
-        submodules = split(names, anatomy, "attn_mlp", tied=tied)
+        submodules = partition(names, anatomy, "attn_mlp", tied=tied)
     if level == "head_mlp":
         return [submodule for submodule in submodules if submodule.kind != "head"]
     return submodules
 
 
 def _walk(
-    job: Job, rows: _Rows, level: str, submodules: list[Submodule], records: Records, progress: Progress
+    job: Job, rows: _Rows, level: str, submodules: list[Submodule], records: ResumeStore, progress: Progress
 ) -> Iterator[SubmoduleLinearity]:
-    """Measure every submodule of one walk; steps that have a record are not evaluated again."""
+    """Measure every submodule of one state; steps that have a record are not evaluated again."""
     # An expert's interpolations are looked at on its own task's rows only.
     batches = plan_task_batches(rows.tokens, rows.task, BATCH_TOKENS)
     num_models = len(job.plan.models) - 1
     grids = [Grid(rows.task[batch.rows[0]], num_models) for batch in batches]
-    steps = list(dict.fromkeys(submodule.step for submodule in submodules))
-    done = {step for step in steps if f"{level}/{step}" in records.steps}
+    steps = list(dict.fromkeys(submodule.forward_group for submodule in submodules))
+    done = {step for step in steps if f"{level}/{step}" in records.finished}
     if level == "head_mlp":
         done.add("embed")  # measured with the layers; here it only lets the rows in
     progress.advance(len(done))
     if len(done) < len(steps):
-        walk = Walk(
+        state = ForwardState(
             job.skeleton,
             Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
             batches,
@@ -181,22 +181,22 @@ def _walk(
             announce=progress.announce,
         )
         step = Observation(rows.task, grids)
-        for evaluation in stream(walk, submodules):
-            if evaluation.submodule.step != step.step:
+        for evaluation in stream(state, submodules):
+            if evaluation.submodule.forward_group != step.step:
                 _finish(step, level, records)
-                step = Observation(rows.task, grids, evaluation.submodule.step)
+                step = Observation(rows.task, grids, evaluation.submodule.forward_group)
             progress.at(f"{level}/{step.step}")
             step.add(evaluation)
             del evaluation
         _finish(step, level, records)
     for submodule in submodules:
-        if f"{level}/{submodule.step}" in records.steps:
-            found = records.get(f"{level}/{submodule.step}")
+        if f"{level}/{submodule.forward_group}" in records.finished:
+            found = records.get(f"{level}/{submodule.forward_group}")
             yield _entry(submodule, {key.rpartition("|")[2]: value for key, value in found.items()
                                      if key.rpartition("|")[0] == submodule.name})  # fmt: skip
 
 
-def _finish(step: Observation, level: str, records: Records) -> None:
+def _finish(step: Observation, level: str, records: ResumeStore) -> None:
     if step.step:
         records.put(f"{level}/{step.step}", step.measures())
 
@@ -245,7 +245,7 @@ def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], mark: st
         pairs=tuple(combinations(range(len(experts)), 2)),
         triples=tuple(combinations(range(len(experts)), 3)),
         settings={
-            "steps": STEPS,
+            "intervals": NUM_INTERVALS,
             "pair_grid": list(PAIR_GRID),
             "triple_grid": list(TRIPLE_GRID),
             "seed": settings.seed,

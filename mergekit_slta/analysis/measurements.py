@@ -1,4 +1,4 @@
-"""What a walk at interpolated experts shows of one step: evaluations in, the paper's measures out.
+"""What a state at interpolated experts shows of one step: evaluations in, the paper's measures out.
 
 Scope: which points of an evaluation are looked at, and what is kept of them; the formulas are `linearity.py`'s.
 """
@@ -20,7 +20,7 @@ class Observation:
 
     Args:
         row_task: the task of each row.
-        grids: per batch of the walk, the points at which it is evaluated.
+        grids: per batch of the state, the points at which it is evaluated.
         step: whose.
     """
 
@@ -42,7 +42,7 @@ class Observation:
         base = evaluation.base
 
         def change(point: Point) -> Tensor:
-            features = evaluation.at(point)
+            features = evaluation.outputs_at(point)
             if predicts:
                 self._keep_best(evaluation.batch, point, features)
             return (features - base).flatten(1).to(torch.float64)

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.identity import fingerprint, statistics_identity
+from mergekit_slta.files.identity import hash_identity, statistics_identity
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.preflight import Job, prepare
 from mergekit_slta.job.solve import assemble, layout_of
@@ -26,7 +26,7 @@ from mergekit_slta.objectives.gradient_passes import gather_slopes
 from mergekit_slta.recipe.read import Recipe, load_config, read_recipe
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.distributed import ALONE, Ranks
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def calibrate(
@@ -59,7 +59,7 @@ def solve_job(job: Job, statistics: Statistics) -> Alphas:
     return assemble(statistics, layout_of(job), importance=importance, balance=settings.balance, ridge=settings.ridge)
 
 
-def gather_statistics(job: Job, records: Records | None = None, ranks: Ranks = ALONE) -> Statistics:
+def gather_statistics(job: Job, records: ResumeStore | None = None, ranks: Ranks = ALONE) -> Statistics:
     """The Gram matrices, or slopes, of a job's rows.
 
     Args:
@@ -88,14 +88,14 @@ def statistics_metadata(job: Job) -> dict[str, str]:
 
 def statistics_fingerprint(job: Job) -> str:
     """Of everything that statistics depend on."""
-    return fingerprint(statistics_identity(job.identity))
+    return hash_identity(statistics_identity(job.identity))
 
 
 def work_fingerprint(job: Job) -> str:
     """Of unfinished work: what is computed, and by what; other versions or devices round otherwise."""
     versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
     plan = {"device": job.device.type, "batches": f"{BATCH_TOKENS} {PADDING} {HEAD_ELEMENTS}"}
-    return fingerprint({"statistics": statistics_fingerprint(job), **versions, **plan})
+    return hash_identity({"statistics": statistics_fingerprint(job), **versions, **plan})
 
 
 def statistics_match(job: Job, statistics: Statistics) -> bool:

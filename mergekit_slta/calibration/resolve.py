@@ -188,7 +188,7 @@ def _other_models(
         raise RecipeError(f"--without leaves out all of {listing(layout['models'])}: keep one of them")
     own = torch.isin(statistics.row_task, torch.tensor(kept))
     renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
-    grams = {name: gram[own][..., kept] for name, gram in statistics.grams.items()}
+    grams = {name: gram[own][..., kept] for name, gram in statistics.by_submodule.items()}
     if statistics.form == "gram":
         grams = {name: gram[:, kept] for name, gram in grams.items()}
     fewer: dict[str, Any] = copy.deepcopy(dict(layout))
@@ -242,10 +242,10 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
         own = statistics.row_task == task
         rank[own] = torch.arange(int(own.sum()))
     kept = (rank < count).nonzero().flatten()
-    grams = {name: gram[kept] for name, gram in statistics.grams.items()}
+    grams = {name: gram[kept] for name, gram in statistics.by_submodule.items()}
     rest = {"divergences": statistics.divergences, "row_step": statistics.row_step}
     own = {name: None if tensor is None else tensor[kept] for name, tensor in rest.items()}
-    return replace(statistics, row_task=statistics.row_task[kept], grams=grams, metadata={}, **own)
+    return replace(statistics, row_task=statistics.row_task[kept], by_submodule=grams, metadata={}, **own)
 
 
 def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:

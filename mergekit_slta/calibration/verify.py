@@ -1,6 +1,6 @@
 """How good is the linear prediction? The residual that really remains in each submodule once it is merged.
 
-Scope: one more walk, in which every submodule is evaluated with its merged tensors and with those of the row's own
+Scope: one more state, in which every submodule is evaluated with its merged tensors and with those of the row's own
 expert: three forward passes of each row, against T + 1 of a calibration.
 
 Under `inputs: base` a submodule sees the base's features, as in the calibration; under `inputs: merged` those of the
@@ -16,14 +16,14 @@ import torch
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import BATCH_TOKENS, plan_packs, plan_task_batches
 from mergekit_slta.errors import RunError, show
-from mergekit_slta.files.alphas_file import Alphas, pieces_of
+from mergekit_slta.files.alphas_file import Alphas, weights_by_tensor
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.preflight import Job
 from mergekit_slta.job.solve import layout_of
 from mergekit_slta.maths.closed_form import measured_residual
 from mergekit_slta.objectives.features import canonical_rows, merge_with
-from mergekit_slta.runner.forward import stream
-from mergekit_slta.runner.state import Walk
+from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.state import ForwardState
 from mergekit_slta.runtime.progress import Progress
 
 TOLERANCE = 0.1
@@ -54,8 +54,8 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     tokens, row_task = canonical_rows(job)
     limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
     batches = plan_task_batches(tokens, row_task, limit)
-    pieces = pieces_of(alphas.submodules)
-    walk = Walk(
+    pieces = weights_by_tensor(alphas.submodules)
+    state = ForwardState(
         job.skeleton,
         Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
         batches,
@@ -63,15 +63,17 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         merged_inputs=settings.inputs == "merged",
         packs=plan_packs(batches, limit, [row_task[batch.rows[0]] for batch in batches]),
     )
-    experts = [walk.model(row_task[batch.rows[0]] + 1) for batch in batches]
-    walk.points = [[expert, "merged"] for expert in experts]
-    errors = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in statistics.grams}
-    num_steps = len({submodule.step for submodule in job.submodules})
+    experts = [state.model(row_task[batch.rows[0]] + 1) for batch in batches]
+    state.points = [[expert, "merged"] for expert in experts]
+    errors = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in statistics.by_submodule}
+    num_steps = len({submodule.forward_group for submodule in job.submodules})
     with job.advice_on_memory(), Progress("Verifying", num_steps, quiet=job.options.quiet) as progress:
-        walk.announce = progress.announce
-        for evaluation in stream(walk, job.submodules):
-            progress.at(evaluation.submodule.step)
-            apart = (evaluation.at("merged") - evaluation.at(experts[evaluation.batch])).to(torch.float64)
+        state.announce = progress.announce
+        for evaluation in evaluate_submodules(state, job.submodules):
+            progress.at(evaluation.submodule.forward_group)
+            apart = (evaluation.outputs_at("merged") - evaluation.outputs_at(experts[evaluation.batch])).to(
+                torch.float64
+            )
             for row, part in zip(evaluation.rows, apart.split(list(evaluation.lengths)), strict=True):
                 errors[evaluation.submodule.name][row] += float((part * part).sum())
             del evaluation, apart
@@ -81,7 +83,7 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     for entry, layout in zip(alphas.submodules, layout_of(job)["submodules"], strict=True):
         measured = measured_residual(
             [errors[name] for name in layout["objectives"]],
-            [statistics.grams[name] for name in layout["objectives"]],
+            [statistics.by_submodule[name] for name in layout["objectives"]],
             statistics.row_task,
             importance=importance,
             balance=settings.balance,

@@ -21,7 +21,7 @@ _verify_option = click.option(
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
     from mergekit_slta.files.targets import check_target
-    from mergekit_slta.host.merge import check_room, stored
+    from mergekit_slta.host.merge import check_disk_space, load_matching
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.objectives.costs import estimate
     from mergekit_slta.recipe.read import load_config, read_recipe
@@ -33,9 +33,9 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     if named:
         check_target(named)
     job = prepare(read, merge_options, need_rows=not (named and named.exists()))
-    check_room(job, Path.cwd(), [named] if named else [])
+    check_disk_space(job, Path.cwd(), [named] if named else [])
     if named:
-        stored(job, named, must_match=True)
+        load_matching(job, named, must_match=True)
     click.echo(describe_job(job, estimate(job)))
 
 
@@ -64,11 +64,11 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
         check_target(path)
         if not ranks.is_first:  # after the first: whatever is downloaded or merged on disk is there by then
-            mark = ranks.agree(None)
+            mark = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
             return
         job = prepare(read, merge_options, for_merge=False)
-        ranks.agree(statistics_fingerprint(job))
+        ranks.broadcast(statistics_fingerprint(job))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))

@@ -46,7 +46,7 @@ out_dtype: bfloat16
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoSize:
     """How much to train and to measure.
 
     Attributes:
@@ -71,8 +71,8 @@ class Plan:
 
 
 _SHARES = {"math": 0.3, "words": 0.07, "numbers": 0.06}
-FULL = Plan(450, {"math": 220, "words": 140, "numbers": 130}, _SHARES)
-QUICK = Plan(12, {"math": 6, "words": 6, "numbers": 6}, _SHARES, train_rows=60, test_rows=20, batch_rows=16)
+FULL = DemoSize(450, {"math": 220, "words": 140, "numbers": 130}, _SHARES)
+QUICK = DemoSize(12, {"math": 6, "words": 6, "numbers": 6}, _SHARES, train_rows=60, test_rows=20, batch_rows=16)
 
 
 def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo = print) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.json_file import Kind, read_document
-from mergekit_slta.maths.task_arithmetic import Piece
+from mergekit_slta.files.json_file import DocumentType, read_document
+from mergekit_slta.maths.task_arithmetic import WeightedSlice
 
 FORMAT = "mergekit-slta/alphas"
 VERSION = 1
 LARGEST_BYTES = 256 * 2**20
 """A file larger than this is none of ours: 100 layers x 100 heads x 10 experts stay far below."""
-KIND = Kind(
+DOCUMENT = DocumentType(
     noun="alphas file",
     article="an",
     format=FORMAT,
@@ -134,10 +134,10 @@ class Alphas(BaseModel):
         return identity if isinstance(identity, dict) else {}
 
     @cached_property
-    def _by_tensor(self) -> dict[str, tuple[Piece, ...]]:
-        return pieces_of(self.submodules)
+    def _by_tensor(self) -> dict[str, tuple[WeightedSlice, ...]]:
+        return weights_by_tensor(self.submodules)
 
-    def pieces(self, tensor: str) -> tuple[Piece, ...] | None:
+    def pieces(self, tensor: str) -> tuple[WeightedSlice, ...] | None:
         """How a tensor is merged, slice by slice; None where the file does not cover it."""
         return self._by_tensor.get(tensor)
 
@@ -165,7 +165,7 @@ class Alphas(BaseModel):
         Raises:
             AlphasError: it is missing, unreadable, too large, not JSON, of another format or version, or inconsistent.
         """
-        return read_document(path, cls, KIND)
+        return read_document(path, cls, DOCUMENT)
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:
@@ -176,13 +176,13 @@ def describe_ridge(calibration: Mapping[str, Any]) -> str:
     return show(given)
 
 
-def pieces_of(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[Piece, ...]]:
+def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[WeightedSlice, ...]]:
     """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[WeightedSlice]] = {}
     for submodule in submodules:
         for tensor in submodule.tensors:
             parts = submodule.parts(tensor) or ((None, 0, 0),)
-            pieces.setdefault(tensor, []).extend(Piece(*part, submodule.alpha) for part in parts)
+            pieces.setdefault(tensor, []).extend(WeightedSlice(*part, submodule.alpha) for part in parts)
     return {tensor: tuple(sorted(found, key=lambda piece: piece.start)) for tensor, found in pieces.items()}
 
 

@@ -49,7 +49,7 @@ def _umask() -> int:
 
 
 def sampled_hash(path: Path, samples: int = 64, sample_bytes: int = 4096) -> str:
-    """Hash of a file's size and of up to `samples` pieces spread over it: a few milliseconds for 5 GB."""
+    """Hash of a file's size and of up to `samples` pieces mean_std over it: a few milliseconds for 5 GB."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size};".encode())
     step = max(sample_bytes, (size - sample_bytes) // max(1, samples - 1))

@@ -12,7 +12,7 @@ SOLVE_ONLY = ("balance", "ridge", "importance of ")
 """Labels (or their beginnings) that statistics do not depend on: a change only needs another solve."""
 
 
-def fingerprint(record: Mapping[str, str]) -> str:
+def hash_identity(record: Mapping[str, str]) -> str:
     """One hash over an identity."""
     return hash_text(json.dumps(dict(record), sort_keys=True))
 

@@ -1,4 +1,4 @@
-"""Reading this package's JSON files: of the right kind and version, whole, and sound, or one line that says what not.
+"""Reading this package's JSON files: of the right type and version, whole and valid, or an error of one line.
 
 Scope: files that may come from strangers. What is in them is their own modules' business.
 """
@@ -19,8 +19,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of file.
+class DocumentType:
+    """A type of file.
 
     Attributes:
         noun, article: what it is called.
@@ -39,7 +39,7 @@ class Kind:
     remedy: str
 
 
-def read_document(path: str | os.PathLike[str], model: type[Model], kind: Kind) -> Model:
+def read_document(path: str | os.PathLike[str], model: type[Model], document: DocumentType) -> Model:
     """Read and validate a file.
 
     Raises:
@@ -47,20 +47,21 @@ def read_document(path: str | os.PathLike[str], model: type[Model], kind: Kind) 
     """
     try:
         if not os.path.isfile(path):
-            raise AlphasError(f"there is no {kind.noun} {show(path)}: {kind.remedy}")
-        if os.path.getsize(path) > kind.largest_bytes:
+            raise AlphasError(f"there is no {document.noun} {show(path)}: {document.remedy}")
+        if os.path.getsize(path) > document.largest_bytes:
             raise AlphasError(
-                f"{show(path)} is larger than {kind.largest_bytes >> 20} MiB, hence no {kind.noun}: {kind.remedy}"
+                f"{show(path)} is larger than {document.largest_bytes >> 20} MiB, hence no {document.noun}: "
+                f"{document.remedy}"
             )
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AlphasError(f"cannot read the {kind.noun} {show(path)} ({show(error)}): {kind.remedy}") from error
-    if not isinstance(content, dict) or content.get("format") != kind.format:
-        raise AlphasError(f"{show(path)} is not {kind.article} {kind.noun}: {kind.remedy}")
-    if content.get("version") != kind.version:
+        raise AlphasError(f"cannot read the {document.noun} {show(path)} ({show(error)}): {document.remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != document.format:
+        raise AlphasError(f"{show(path)} is not {document.article} {document.noun}: {document.remedy}")
+    if content.get("version") != document.version:
         raise AlphasError(
-            f"{show(path)} is {kind.article} {kind.noun} of version {show(content.get('version'))}, this release reads "
-            f"version {kind.version}: run `{kind.command}` again"
+            f"{show(path)} is {document.article} {document.noun} of version {show(content.get('version'))}, this "
+            f"release reads version {document.version}: run `{document.command}` again"
         )
     try:
         return model.model_validate(content)
@@ -68,5 +69,5 @@ def read_document(path: str | os.PathLike[str], model: type[Model], kind: Kind) 
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise AlphasError(
-            f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {kind.remedy}"
+            f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {document.remedy}"
         ) from error

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.json_file import Kind, read_document
+from mergekit_slta.files.json_file import DocumentType, read_document
 
 FORMAT = "mergekit-slta/linearity"
 VERSION = 1
 LINEARITY_NAME = "slta_linearity.json"
-KIND = Kind(
+DOCUMENT = DocumentType(
     noun="linearity file",
     article="a",
     format=FORMAT,
@@ -36,7 +36,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)] | None
 Vector = tuple[Number, ...]
 
 
-class Spread(BaseModel):
+class MeanStd(BaseModel):
     """Mean and standard deviation over submodules and, as the paper has it, over experts or merging weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +45,7 @@ class Spread(BaseModel):
     std: float
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> MeanStd | None:
         """None where nothing was measured."""
         found = [value for value in values if value is not None]
         return cls(mean=_rounded(statistics.fmean(found)), std=_rounded(statistics.pstdev(found))) if found else None
@@ -64,21 +64,21 @@ class Combined(BaseModel):
     triples: tuple[Vector, ...] = ()
 
 
-class CombinedSpread(BaseModel):
+class CombinedMeanStd(BaseModel):
     """See `Combined`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pairs: Spread | None
-    triples: Spread | None
+    pairs: MeanStd | None
+    triples: MeanStd | None
 
     @classmethod
-    def of(cls, values: Iterable[Combined]) -> CombinedSpread:
+    def of(cls, values: Iterable[Combined]) -> CombinedMeanStd:
         """Over the submodules of a level."""
         values = list(values)
         return cls(
-            pairs=Spread.of(number for one in values for row in one.pairs for number in row),
-            triples=Spread.of(number for one in values for row in one.triples for number in row),
+            pairs=MeanStd.of(number for one in values for row in one.pairs for number in row),
+            triples=MeanStd.of(number for one in values for row in one.triples for number in row),
         )
 
 
@@ -117,24 +117,24 @@ class Level(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int
-    non_linearity: Spread | None
-    projection_distance: CombinedSpread
-    cosine: CombinedSpread
-    cosine_base: Spread | None
-    disentanglement: Spread | None
-    disagreement: Spread | None
+    non_linearity: MeanStd | None
+    projection_distance: CombinedMeanStd
+    cosine: CombinedMeanStd
+    cosine_base: MeanStd | None
+    disentanglement: MeanStd | None
+    disagreement: MeanStd | None
 
     @classmethod
     def of(cls, members: list[SubmoduleLinearity]) -> Level:
         """Gather the submodules of one kind."""
         return cls(
             count=len(members),
-            non_linearity=Spread.of(number for one in members for number in one.non_linearity),
-            projection_distance=CombinedSpread.of(one.projection_distance for one in members),
-            cosine=CombinedSpread.of(one.cosine for one in members),
-            cosine_base=Spread.of(one.cosine_base for one in members),
-            disentanglement=Spread.of(number for one in members for row in one.disentanglement for number in row),
-            disagreement=Spread.of(number for one in members for row in one.disagreement or () for number in row),
+            non_linearity=MeanStd.of(number for one in members for number in one.non_linearity),
+            projection_distance=CombinedMeanStd.of(one.projection_distance for one in members),
+            cosine=CombinedMeanStd.of(one.cosine for one in members),
+            cosine_base=MeanStd.of(one.cosine_base for one in members),
+            disentanglement=MeanStd.of(number for one in members for row in one.disentanglement for number in row),
+            disagreement=MeanStd.of(number for one in members for row in one.disagreement or () for number in row),
         )
 
 
@@ -186,7 +186,7 @@ class Linearity(BaseModel):
         Raises:
             AlphasError: it is missing, unreadable, too large, or not such a file.
         """
-        return read_document(path, cls, KIND)
+        return read_document(path, cls, DOCUMENT)
 
 
 def is_linearity_file(path: str | os.PathLike[str]) -> bool:

@@ -5,7 +5,7 @@ Scope: accumulate them, save and load them. What is made of them is `solve.py`, 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
     slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
     step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model; of rows that
-           an earlier step brought, moved there (see `newton.moved_to`)
+           an earlier step brought, moved there (see `newton.rebase_quadratics`)
 """
 
 from __future__ import annotations
@@ -65,17 +65,18 @@ class Statistics:
     Attributes:
         row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
         num_models: T.
-        grams: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are [rows, S, T].
+        by_submodule: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are
+            [rows, S, T].
         metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
         form: "gram", "slope" or "step".
-        point: of a step, the alphas of the model that slopes were taken at: the names of `grams` -> [T] float64.
+        point: of a step, the alphas of the model that slopes were taken at: the names of `by_submodule` -> [T] float64.
         divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
         row_step: where every step has rows of its own, [rows] int64, the step that brought each row; else None.
     """
 
     row_task: Tensor
     num_models: int
-    grams: dict[str, Tensor] = field(default_factory=dict)
+    by_submodule: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     form: str = "gram"
     point: dict[str, Tensor] = field(default_factory=dict)
@@ -89,13 +90,13 @@ class Statistics:
         """Add the products of `outputs` (less `base`, see `row_grams`) to the rows' matrices of `name`."""
         self.begin(name)
         places = torch.as_tensor(list(rows), device="cpu")
-        self.grams[name].index_add_(0, places, row_grams(outputs, lengths, base))
+        self.by_submodule[name].index_add_(0, places, row_grams(outputs, lengths, base))
 
     def begin(self, name: str) -> None:
         """Zeros for `name`, where nothing has been added yet."""
-        if name not in self.grams:
+        if name not in self.by_submodule:
             shape = (len(self.row_task), self.num_models, self.num_models)
-            self.grams[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     @classmethod
     def join(cls, parts: Sequence[Statistics]) -> Statistics:
@@ -110,7 +111,9 @@ class Statistics:
         return replace(
             parts[-1],
             row_task=joined(lambda part: part.row_task),
-            grams={name: joined(lambda part, name=name: part.grams[name]) for name in parts[0].grams},
+            by_submodule={
+                name: joined(lambda part, name=name: part.by_submodule[name]) for name in parts[0].by_submodule
+            },
             metadata={},
             divergences=joined(lambda part: part.divergences),
             row_step=joined(lambda part: part.row_step),
@@ -118,7 +121,7 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
-        tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.grams.items())}
+        tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.by_submodule.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
         tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
         for name, tensor in ((_DIVERGENCES, self.divergences), (_ROW_STEP, self.row_step)):
@@ -187,11 +190,11 @@ def _fits(statistics: Statistics) -> bool:
     parts = [*point.values(), *([] if divergences is None else [divergences])]
     return (
         divergences is not None
-        and point.keys() == statistics.grams.keys()
+        and point.keys() == statistics.by_submodule.keys()
         and all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts)
         and all(part.shape == (statistics.num_models,) for part in point.values())
         and divergences.shape == (len(statistics.row_task), 2)
-        and all(gram.shape[1] > 1 for gram in statistics.grams.values())
+        and all(gram.shape[1] > 1 for gram in statistics.by_submodule.values())
     )
 
 

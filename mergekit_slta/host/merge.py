@@ -49,7 +49,7 @@ from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.reporting.report import add_section
 from mergekit_slta.runtime.distributed import ALONE, Ranks
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 
@@ -104,10 +104,10 @@ def _run(
     check_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
-    check_room(job, out, places)
+    check_disk_space(job, out, places)
     own = places[0] if named else places[1]
-    with unfinished(job, own) as records:
-        alphas, statistics = obtain(
+    with resumable(job, own) as records:
+        alphas, statistics = reuse_or_calibrate(
             job, places, must_match=named is not None, verified=verify_residuals, records=records
         )
         if statistics is not None:
@@ -148,20 +148,20 @@ def _untie_config(job: Job, out: Path) -> None:
 
 
 @contextmanager
-def unfinished(job: Job, path: Path) -> Iterator[Records]:
-    """Records of a calibration whose alphas go to `path`, for the next run if this one does not get to its end."""
-    with Records(path.with_name(f".{path.name}.partial"), work_fingerprint(job)) as records:
+def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
+    """ResumeStore of a calibration whose alphas go to `path`, for the next run if this one does not get to its end."""
+    with ResumeStore(path.with_name(f".{path.name}.partial"), work_fingerprint(job)) as records:
         yield records
         records.remove()  # what they were kept for has been written
 
 
-def obtain(
+def reuse_or_calibrate(
     job: Job,
     places: Sequence[Path],
     *,
     must_match: bool,
     verified: bool = False,
-    records: Records | None = None,
+    records: ResumeStore | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Alphas, Statistics | None]:
     """Alphas of a job: those at hand if they fit, else from the statistics beside them, else from a calibration.
@@ -191,9 +191,9 @@ def obtain(
     def gather() -> Statistics:
         if records is not None:
             records.open()
-            if records.steps:
-                _say(job, f"Going on where an earlier run stopped: {len(records.steps)} steps are done")
-        ranks.agree(True)  # the others wait in `help_calibrate`
+            if records.finished:
+                _say(job, f"Going on where an earlier run stopped: {len(records.finished)} steps are done")
+        ranks.broadcast(True)  # the others wait in `help_calibrate`
         try:
             return gather_statistics(job, records, ranks)
         except ModelError:  # a second run would end there, too
@@ -201,12 +201,12 @@ def obtain(
                 records.remove()
             raise
 
-    alphas, statistics = _obtain(job, places, gather, must_match=must_match)
+    alphas, statistics = _reuse_or_calibrate(job, places, gather, must_match=must_match)
     fresh = statistics is not None and job.recipe.settings.inputs == "merged"
     wanted = (verified or fresh) and not is_verified(alphas)
     if wanted and statistics is None:
         statistics = _statistics_at(job, places[0]) or gather()
-    ranks.agree(False)
+    ranks.broadcast(False)
     if wanted and statistics is not None:
         alphas = verify(job, alphas, statistics)
     return alphas, statistics
@@ -227,15 +227,15 @@ def help_calibrate(job: Job, ranks: Ranks, mark: str) -> None:
         raise RunError(
             f"process {ranks.rank} sees other models or data than the first one: give all the same files and versions"
         )
-    while ranks.agree(None):
+    while ranks.broadcast(None):
         gather_statistics(job, None, ranks)
 
 
-def _obtain(
+def _reuse_or_calibrate(
     job: Job, places: Sequence[Path], gather: Callable[[], Statistics], *, must_match: bool
 ) -> tuple[Alphas, Statistics | None]:
     for place, path in enumerate(places):
-        alphas = stored(job, path, must_match=must_match)
+        alphas = load_matching(job, path, must_match=must_match)
         if alphas is not None:
             _say(job, f"Reusing the alphas in {show(path)}")
             return alphas, None if place == 0 else _statistics_at(job, path)
@@ -262,11 +262,11 @@ def _statistics_at(job: Job, alphas: Path) -> Statistics | None:
     return statistics if statistics_match(job, statistics) else None
 
 
-def stored(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
+def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
     """The alphas at `path` if they fit the job; None where there is no file, or one that does not and need not fit.
 
     Raises:
-        AlphasError: see `obtain`.
+        AlphasError: see `reuse_or_calibrate`.
     """
     if not path.exists():
         return None
@@ -291,7 +291,7 @@ def _say(job: Job, text: str) -> None:
         click.echo(text, err=True)
 
 
-def check_room(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
+def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
     """Refuse a disk that the merged model does not fit on.
 
     Args:
@@ -317,11 +317,13 @@ def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks =
     """The `calibrate` command: alphas of a job in `path`. Returns them, and whether they were there already.
 
     Raises:
-        OutputError, AlphasError: see `check_target` and `obtain`.
+        OutputError, AlphasError: see `check_target` and `reuse_or_calibrate`.
     """
     check_target(path)
-    with unfinished(job, path) as records:
-        alphas, statistics = obtain(job, [path], must_match=False, verified=verified, records=records, ranks=ranks)
+    with resumable(job, path) as records:
+        alphas, statistics = reuse_or_calibrate(
+            job, [path], must_match=False, verified=verified, records=records, ranks=ranks
+        )
         if statistics is not None:
             write_results(alphas, statistics, path)
     return alphas, statistics is None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.maths.task_arithmetic import combine
+from mergekit_slta.maths.task_arithmetic import merge_tensor
 
 NAME = "submodule_linear"
 OLDEST_MERGEKIT = "0.1.5"
@@ -137,7 +137,7 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         )
     base = group.base.tensor
     wide = torch.promote_types(base.dtype, torch.float32)
-    return combine(base, experts, pieces, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
+    return merge_tensor(base, experts, pieces, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
 
 
 def _check_mergekit() -> None:

@@ -19,7 +19,7 @@ from mergekit_slta.checkpoints.headers import TensorHeader
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.files.identity import hash_text
-from mergekit_slta.recipe.read import GRADIENT_KEYS, Recipe
+from mergekit_slta.recipe.read import OBJECTIVE_KEYS, Recipe
 
 _SAMPLES = 4
 _SAMPLE_BYTES = 1024
@@ -60,7 +60,7 @@ def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, Tenso
     return digest.hexdigest()
 
 
-def identity(
+def job_identity(
     recipe: Recipe,
     plan: Plan,
     config: PretrainedConfig,
@@ -82,8 +82,8 @@ def identity(
     record = {
         key: str(value) for key, value in recipe.settings.model_dump().items() if key in stated and key != "alphas"
     }
-    for key in GRADIENT_KEYS["joint"]:
-        if key not in recipe.settings.gradient_keys:
+    for key in OBJECTIVE_KEYS["joint"]:
+        if key not in recipe.settings.objective_keys:
             record.pop(key, None)
     if recipe.settings.row_groups == 1:  # says nothing then
         record.pop("fresh_rows", None)

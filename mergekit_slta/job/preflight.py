@@ -26,10 +26,10 @@ from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import Plan, find_ties, make_plan, reconcile
 from mergekit_slta.data.rows import TaskRows, draw_rows
 from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
-from mergekit_slta.job.identity import identity
+from mergekit_slta.job.identity import job_identity
 from mergekit_slta.models.architectures import architecture
 from mergekit_slta.models.skeleton import Skeleton
-from mergekit_slta.models.submodules import Submodule, split
+from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.recipe.read import Recipe
 from mergekit_slta.runtime.progress import advice_on_memory
 
@@ -126,8 +126,8 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     for problem in problems:
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
     plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
-    submodules = split(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
-    record = identity(recipe, plan, config, rows)
+    submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
+    record = job_identity(recipe, plan, config, rows)
     _warn_of_same_weights(recipe, record)
     reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
     copies = {name: reason for name, reason in reasons.items() if reason}

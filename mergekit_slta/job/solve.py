@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, finite_or_none
-from mergekit_slta.files.identity import fingerprint
+from mergekit_slta.files.identity import hash_identity
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.maths.closed_form import Solution, solve
-from mergekit_slta.maths.gauss_newton import solve_step
+from mergekit_slta.maths.closed_form import Solution, solve_closed_form
+from mergekit_slta.maths.gauss_newton import gauss_newton_step
 from mergekit_slta.maths.joint import solve_joint
 
 if TYPE_CHECKING:  # saved statistics are solved again without transformers or mergekit
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # saved statistics are solved again without transformers or m
 _SETTINGS = ("seed", "inputs", "objective", "compute_dtype", "max_seq_length", "num_samples")
 
 
-USUAL = (-0.5, 1.5)
+EXPECTED_ALPHA = (-0.5, 1.5)
 """A weight outside is flagged `extreme`: linearity was measured between base and expert, and little beyond. Not so
 where Gauss-Newton steps have looked at the merged model itself."""
 
@@ -92,7 +92,7 @@ def _calibration(job: Job) -> dict[str, Any]:
                 }
             )
     settings = job.recipe.settings
-    keys = (*_SETTINGS, *settings.gradient_keys)
+    keys = (*_SETTINGS, *settings.objective_keys)
     return {**{key: getattr(settings, key) for key in keys}, "tasks": tasks}
 
 
@@ -136,7 +136,7 @@ def assemble(
             **chosen,
             "importance": dict(zip(names, importance, strict=True)),
         },
-        provenance={**layout["versions"], "fingerprint": fingerprint(record), "identity": record},
+        provenance={**layout["versions"], "fingerprint": hash_identity(record), "identity": record},
     )
 
 
@@ -154,7 +154,7 @@ def solve_submodule(
     names: list[str] = layout["models"]
     order, weights = _canonical(layout, importance)
     grams = _parts(statistics, objectives or submodule["objectives"])
-    solution = solve(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
+    solution = solve_closed_form(grams, statistics.row_task, importance=weights, balance=balance, ridge=ridge)
     return _entry(submodule, solution, order, names)
 
 
@@ -168,10 +168,10 @@ def _canonical(layout: dict[str, Any], importance: Sequence[float]) -> tuple[lis
 
 
 def _parts(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
-    missing = [name for name in names if name not in statistics.grams]
+    missing = [name for name in names if name not in statistics.by_submodule]
     if missing:
         raise AlphasError(f"the statistics lack {show(missing[0])}: calibrate again")
-    return [statistics.grams[name] for name in names]
+    return [statistics.by_submodule[name] for name in names]
 
 
 def solve_together(
@@ -189,7 +189,7 @@ def solve_together(
         found = solve_joint(slopes, statistics.row_task, **how)
     else:
         how |= {"divergences": statistics.divergences, "row_step": statistics.row_step}
-        found = solve_step(slopes, statistics.row_task, statistics.point, **how)
+        found = gauss_newton_step(slopes, statistics.row_task, statistics.point, **how)
     entries = []
     for submodule in layout["submodules"]:
         name = submodule["name"]
@@ -212,7 +212,7 @@ def _entry(
 ) -> SubmoduleAlphas:
     """What is kept of a submodule; `seen` where the weights come from looking at the merged model."""
     alpha = tuple(solution.alpha[place] for place in order)
-    extreme = not seen and any(not USUAL[0] <= value <= USUAL[1] for value in alpha)
+    extreme = not seen and any(not EXPECTED_ALPHA[0] <= value <= EXPECTED_ALPHA[1] for value in alpha)
     return SubmoduleAlphas(
         name=submodule["name"],
         kind=submodule["kind"],

@@ -63,7 +63,7 @@ class _Rows:
     counts: Tensor
 
 
-def solve(
+def solve_closed_form(
     grams: Tensor | Sequence[Tensor],
     row_task: Tensor,
     *,

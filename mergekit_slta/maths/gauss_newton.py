@@ -18,9 +18,9 @@ the point only. For the same reason, and because there are directions in which n
 `SMALLEST_RIDGE`. A task whose expert is the base has c_a 0, and is weighed by the mean of the others'.
 
 Where every step has rows of its own, the quadratic forms of earlier steps' rows stay in the sum (and D_x(0) in c_a):
-`moved_to` writes them down at the new point, and each step takes a part of their weight (`FADING`), since a form is
-worth less the farther away its own point is; below `FADED` they are dropped. rho is chosen, and what remains is
-measured, by the newest rows alone: no step has fitted them.
+`rebase_quadratics` writes them down at the new point. Each step multiplies their weight by `ROW_DECAY`, since a form
+is worth less the farther away its own point is; below `MIN_ROW_WEIGHT` they are dropped. rho is chosen, and the
+residual is measured, by the newest rows alone: no step has fitted them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch import Tensor
 from mergekit_slta.maths.joint import RIDGES, JointSolution, condition_and_rank, named_solution
 
 SMALLEST_RIDGE = RIDGES[0]
-FADING = 0.7
+ROW_DECAY = 0.7
 """What a step leaves of the weight of the rows before it."""
-FADED = 0.01
+MIN_ROW_WEIGHT = 0.01
 """Rows that weigh less than this share of a new one are left out."""
 
 
@@ -80,7 +80,7 @@ class _LeftOut:
     coefficients: Tensor
 
 
-def solve_step(
+def gauss_newton_step(
     slopes: Mapping[str, Tensor],
     row_task: Tensor,
     point: Mapping[str, Tensor],
@@ -111,9 +111,9 @@ def solve_step(
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, T, M]
     num_models, every_task = whole.shape[2], row_task
     age = torch.zeros_like(row_task) if row_step is None else row_step.max() - row_step
-    share = FADING ** age.double()
+    share = ROW_DECAY ** age.double()
     whole, row_task, divergences, age, share = (
-        part[share >= FADED] for part in (whole, row_task, divergences, age, share)
+        part[share >= MIN_ROW_WEIGHT] for part in (whole, row_task, divergences, age, share)
     )
     changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
     start = torch.stack([point[name] for name in names], dim=-1) * changed  # [T, M]
@@ -139,7 +139,7 @@ def solve_step(
     return named_solution(names, every_task, changed, solution, error, ridge, condition, rank, residual)
 
 
-def moved_to(
+def rebase_quadratics(
     point: Mapping[str, Tensor], slopes: Mapping[str, Tensor], before: Mapping[str, Tensor], divergences: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The same quadratic forms, written down at another point.

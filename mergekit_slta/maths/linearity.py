@@ -22,7 +22,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-STEPS = 10
+NUM_INTERVALS = 10
 """N of Eq. 19."""
 PAIR_GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Weights of each of two experts (the paper's Fig. 3 and 4)."""
@@ -89,7 +89,7 @@ class Grid:
 
     @property
     def own(self) -> list[Point]:
-        return [self._point((self.task,), (step / STEPS,)) for step in range(1, STEPS + 1)]
+        return [self._point((self.task,), (step / NUM_INTERVALS,)) for step in range(1, NUM_INTERVALS + 1)]
 
     @property
     def others(self) -> list[Point]:
@@ -110,11 +110,11 @@ class Grid:
 
     def column(self, model: int) -> int:
         """The place of an expert among the anchors."""
-        return STEPS - 1 if model == self.task else STEPS + model - (model > self.task)
+        return NUM_INTERVALS - 1 if model == self.task else NUM_INTERVALS + model - (model > self.task)
 
     def alone(self, point: Point) -> Point:
         """The own expert at its weight in `point`: one of `own`, since the grids are multiples of 1 / N."""
-        return self.own[round(point[self.task] * STEPS) - 1]
+        return self.own[round(point[self.task] * NUM_INTERVALS) - 1]
 
     def _point(self, members: Sequence[int], weights: Sequence[float]) -> Point:
         point = [0.0] * self.num_models
@@ -184,14 +184,16 @@ class RowMeasures:
     @classmethod
     def of(cls, products: Products, grid: Grid) -> RowMeasures:
         """All measures of a row."""
-        ratios = distance_ratios(products.anchors[:STEPS, :STEPS])
+        ratios = distance_ratios(products.anchors[:NUM_INTERVALS, :NUM_INTERVALS])
         columns = [grid.column(model) for model in range(grid.num_models)]
         experts = products.anchors[columns][:, columns]  # [T, T]
         weights = torch.tensor(grid.mixed, dtype=torch.float64).reshape(-1, grid.num_models)  # [C, T]
         inner = (products.cross[:, columns] * weights).sum(-1)  # <merged, linear>
         linear = _or_nan(torch.einsum("cj,jk,ck->c", weights, experts, weights))
         merged = _or_nan(products.norms)
-        places = (weights[:, grid.task] * STEPS).round().long() - 1  # of theta_0 + c_t tau_t among the own points
+        places = (
+            weights[:, grid.task] * NUM_INTERVALS
+        ).round().long() - 1  # of theta_0 + c_t tau_t among the own points
         apart = (
             products.norms + products.anchors.diagonal()[places] - 2 * products.cross.gather(1, places[:, None])[:, 0]
         )

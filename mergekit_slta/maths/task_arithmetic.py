@@ -13,7 +13,7 @@ _CHUNK_ELEMENTS = 2**18
 size is needed."""
 
 
-class Piece(NamedTuple):
+class WeightedSlice(NamedTuple):
     """A slice of a tensor and its weights: `alpha` holds one number per expert, in the file's order of models.
 
     `axis` None stands for the whole tensor.
@@ -25,8 +25,8 @@ class Piece(NamedTuple):
     alpha: tuple[float, ...]
 
 
-def combine(
-    base: Tensor, experts: Sequence[Tensor], pieces: Sequence[Piece], scale: float, dtype: torch.dtype
+def merge_tensor(
+    base: Tensor, experts: Sequence[Tensor], pieces: Sequence[WeightedSlice], scale: float, dtype: torch.dtype
 ) -> Tensor:
     """theta_0 + scale * sum_t alpha_t (theta_t - theta_0)     (Eq. 1 with Algorithm 1's weights)
 

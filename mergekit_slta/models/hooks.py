@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
@@ -24,13 +24,13 @@ class Call:
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[ModuleCall]]]:
     """Keep the calls of modules, by the names given to these."""
-    seen: dict[str, list[Call]] = {name: [] for name in modules}
+    seen: dict[str, list[ModuleCall]] = {name: [] for name in modules}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            call = Call(inputs)
+            call = ModuleCall(inputs)
             seen[name].append(call)
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(lambda gradient: setattr(call, "gradient", gradient))

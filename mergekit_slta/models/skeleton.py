@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.models.architectures import Architecture, Block, architecture
-from mergekit_slta.models.hooks import watched
+from mergekit_slta.models.hooks import record_calls
 from mergekit_slta.models.submodules import Anatomy
 
 
@@ -29,7 +29,7 @@ class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this fi
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LayerCall:
     """What a decoder layer was given besides the hidden states."""
 
     args: tuple[Any, ...]
@@ -101,7 +101,7 @@ class Skeleton:
         self.anatomy = Anatomy(
             self.arch, config, self.layers_path, self.num_layers, self.head_weight, frozenset(modules)
         )
-        self._calls: dict[tuple[int, int], list[_Call]] = {}
+        self._calls: dict[tuple[int, int], list[_LayerCall]] = {}
         self._layers_return_tuples = False
 
     def embed(self, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -122,16 +122,16 @@ class Skeleton:
         self._calls[shape] = calls
         return hidden
 
-    def _enter(self, ids: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, list[_Call]]:
+    def _enter(self, ids: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, list[_LayerCall]]:
         inputs: list[Tensor] = []
-        calls: list[_Call] = []
+        calls: list[_LayerCall] = []
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, named = _take_hidden(args, kwargs)
             if calls and hidden.shape != inputs[0].shape:
                 raise _Stop  # the model took [0] of what it was given: its layers return tuples
             inputs.append(hidden)
-            calls.append(_Call(rest, named))
+            calls.append(_LayerCall(rest, named))
             if len(calls) == self.num_layers:
                 raise _Stop
             return (hidden,) if self._layers_return_tuples else hidden
@@ -181,7 +181,7 @@ class Skeleton:
             )
         return bool(errors[1] < errors[0])
 
-    def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: _Call) -> Tensor:
+    def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: _LayerCall) -> Tensor:
         prefix = f"{self.layers_path}.{index}."
         local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
         output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
@@ -215,14 +215,14 @@ class Skeleton:
         self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], modules: Sequence[str]
     ) -> tuple[Tensor, dict[str, tuple[Any, ...]]]:
         """A decoder layer's output, and what each of the named modules in it was given."""
-        with watched({path: self.model.get_submodule(path) for path in modules}) as seen:
+        with record_calls({path: self.model.get_submodule(path) for path in modules}) as seen:
             output = self.layer(index, hidden, weights)
         return output, {path: calls[-1].inputs for path, calls in seen.items() if calls}
 
     def attention_with_heads(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The attention block's output, [b, s, d], and the heads' own before the output projection, [b, s, heads]."""
         path = f"{self.layers_path}.{index}.{self.arch.attention}.{self.arch.projections.output}"
-        with watched({path: self.model.get_submodule(path)}) as seen:
+        with record_calls({path: self.model.get_submodule(path)}) as seen:
             output = self.block(index, "attention", hidden, weights)
         return output, seen[path][-1].inputs[0]
 

@@ -41,7 +41,7 @@ class Submodule:
         layer: the decoder layer's number; None outside of the layers.
         tensors: plan names of the tensors that its alpha merges; empty where another submodule owns them all.
         slices: for tensors of which it owns a part only, which.
-        step: submodules with the same step are evaluated by the same forward.
+        forward_group: submodules of the same group are evaluated by the same forward pass.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Submodule:
     layer: int | None
     tensors: tuple[str, ...]
     slices: tuple[Slice, ...] = ()
-    step: str = ""
+    forward_group: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Anatomy:
         return f"{parent}.{self.arch.final_norm}" if parent else self.arch.final_norm
 
 
-def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
+def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
     """Divide a model's tensors among submodules, in the order in which a forward pass meets these.
 
     Args:
@@ -92,7 +92,7 @@ def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: b
     """
     names = list(tensors)
     if granularity == "model":
-        return [Submodule("model", "model", None, tuple(names), step="model")]
+        return [Submodule("model", "model", None, tuple(names), forward_group="model")]
     before, after = [], []
     layers: list[list[str]] = [[] for _ in range(anatomy.num_layers)]
     head_prefix = anatomy.head_weight.removesuffix("weight")
@@ -105,15 +105,15 @@ def split(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: b
         else:
             behind = name.startswith((anatomy.final_norm + ".", head_prefix))
             (after if behind and not (tied and name == anatomy.head_weight) else before).append(name)
-    result = [Submodule("embed", "embed", None, tuple(before), step="embed")]
+    result = [Submodule("embed", "embed", None, tuple(before), forward_group="embed")]
     divide = {"layer": _whole_layer, "attn_mlp": _blocks, "head_mlp": _heads, "linear": _matrices}[granularity]
     for index, owned in enumerate(layers):
         result += divide(index, owned, anatomy)
     if granularity == "linear":
         norm = tuple(name for name in after if name.startswith(anatomy.final_norm + "."))
-        result.append(Submodule(anatomy.final_norm, "norm", None, norm, step=anatomy.final_norm))
+        result.append(Submodule(anatomy.final_norm, "norm", None, norm, forward_group=anatomy.final_norm))
         after = [name for name in after if name not in norm]
-    return [*result, Submodule("head", "head", None, tuple(after), step="head")]
+    return [*result, Submodule("head", "head", None, tuple(after), forward_group="head")]
 
 
 def _homeless(tensor: str) -> ModelError:
@@ -126,7 +126,7 @@ def _path(index: int, anatomy: Anatomy, local: str = "") -> str:
 
 def _whole_layer(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
     path = _path(index, anatomy)
-    return [Submodule(path, "layer", index, tuple(tensors), step=path)]
+    return [Submodule(path, "layer", index, tuple(tensors), forward_group=path)]
 
 
 def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
@@ -149,7 +149,7 @@ def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submod
     for module, kind in (*((name, "norm") for name in norms), (arch.attention, "attention"), (arch.mlp, "mlp")):
         if module in owned:
             path = prefix + module
-            result.append(Submodule(path, kind, index, tuple(owned[module]), step=path))  # type: ignore[arg-type]
+            result.append(Submodule(path, kind, index, tuple(owned[module]), forward_group=path))  # type: ignore[arg-type]
     return result
 
 
@@ -167,7 +167,7 @@ def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodu
         for group, slices in enumerate(groups):
             name = f"{block.name}.heads.{group}"
             owned = tuple(dict.fromkeys(part.tensor for part in slices))
-            result.append(Submodule(name, "attention_head", index, owned, tuple(slices), block.step))
+            result.append(Submodule(name, "attention_head", index, owned, tuple(slices), block.forward_group))
     return result
 
 
@@ -195,7 +195,7 @@ def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: H
 
 def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
     """Every module with a weight by itself; what is left of the MLP takes the block's weight."""
-    step = _path(index, anatomy)
+    forward_group = _path(index, anatomy)
     owned: dict[str, list[str]] = {}
     mlp = _path(index, anatomy, anatomy.arch.mlp)
     for name in tensors:
@@ -210,7 +210,7 @@ def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Subm
     for module in owned:
         kinds.setdefault(module, "norm" if "norm" in module.rpartition(".")[2] or _is_norm(module) else "linear")
     return [
-        Submodule(module, kinds[module], index, tuple(names), step=step)  # type: ignore[arg-type]
+        Submodule(module, kinds[module], index, tuple(names), forward_group=forward_group)  # type: ignore[arg-type]
         for module, names in owned.items()
     ]
 

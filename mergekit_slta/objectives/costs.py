@@ -10,10 +10,10 @@ import torch
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS
 from mergekit_slta.job.preflight import Job
-from mergekit_slta.models.submodules import split
+from mergekit_slta.models.submodules import partition
 from mergekit_slta.runner.backward import LOGITS
 from mergekit_slta.runner.state import HEAD_ELEMENTS
-from mergekit_slta.runtime.activations import tape_bytes
+from mergekit_slta.runtime.activations import activation_bytes
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ def estimate(job: Job) -> Costs:
     head = table if job.plan.is_tied else job.skeleton.head_weight
     steps: dict[str, int] = {}  # parameters held at a time
     held: dict[str, int] = {}  # bytes of them that are no mapped file, over all models
-    for submodule in split(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
+    for submodule in partition(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
         if submodule.layer is not None:
-            steps[submodule.step] = steps.get(submodule.step, 0) + sum(sizes[name] for name in submodule.tensors)
+            steps[submodule.forward_group] = steps.get(submodule.forward_group, 0) + sum(
+                sizes[name] for name in submodule.tensors
+            )
             copied = sum(sizes[name] * item * _copies(job, name) for name in submodule.tensors)
-            held[submodule.step] = held.get(submodule.step, 0) + copied
+            held[submodule.forward_group] = held.get(submodule.forward_group, 0) + copied
     flops = models * job.num_tokens * 2.0 * (sum(steps.values()) + sizes[head])
 
     width = int(job.skeleton.config.hidden_size)
@@ -130,7 +132,7 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
     in_head += (5 + 2 * slopes + 2 * (steps > 0)) * logits  # the teacher's beside the model's own; gradients twice
     largest = max(largest, logits * slopes)
     kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
-    scratch = tape_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
+    scratch = activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
     num_rows = sum(len(rows.rows) for rows in drawn)
     solve = _SOLVE * (draws * num_rows) ** 2 * 8  # among rows
     solve += _SLOPE_COPIES * num_rows * slopes * (models - 1) * len(job.submodules) * 8

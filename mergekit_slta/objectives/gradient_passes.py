@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
-from mergekit_slta.files.alphas_file import pieces_of
+from mergekit_slta.files.alphas_file import weights_by_tensor
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.preflight import Job, check_rows
 from mergekit_slta.job.solve import layout_of, solve_together
-from mergekit_slta.maths.gauss_newton import moved_to
+from mergekit_slta.maths.gauss_newton import rebase_quadratics
 from mergekit_slta.objectives.features import merge_with
 from mergekit_slta.runner.backward import DIVERGENCE, Backward, Example, stages_of
-from mergekit_slta.runtime.activations import Tape, tape_bytes
+from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
 from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
-from mergekit_slta.runtime.resume import Records
+from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
-TAPE_IN_MEMORY = 2**28
+ACTIVATIONS_IN_MEMORY = 2**28
 """Bytes of features that a backward pass keeps in memory; more go to a temporary file where no other is at hand."""
-_OTHER_ROWS = 1.25
+NEW_ROWS_TOLERANCE = 1.25
 """How much more of the divergence other rows may show before it is put down to the step."""
 _TEACHERS, _BASE = "teachers", "base"
 
@@ -61,7 +61,7 @@ def examples_of(job: Job, group: int = 0) -> list[Example]:
 
 
 @torch.no_grad()
-def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statistics:
+def gather_slopes(job: Job, *, records: ResumeStore | None, ranks: Ranks) -> Statistics:
     """Feed every row forward and back, and keep what each submodule's change does to its loss.
 
     Args:
@@ -95,7 +95,7 @@ def gather_slopes(job: Job, *, records: Records | None, ranks: Ranks) -> Statist
 class _Passes:
     """The passes of one job, each from its records where these are whole, over the group of rows that it is at."""
 
-    def __init__(self, job: Job, records: Records | None, ranks: Ranks) -> None:
+    def __init__(self, job: Job, records: ResumeStore | None, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
         self._records = records if ranks.size == 1 else None
         self._checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
@@ -105,7 +105,7 @@ class _Passes:
 
     def _begin(self, group: int) -> None:
         self._examples = examples_of(self._job, group)
-        self._own = self._ranks.own([len(example.ids) for example in self._examples])
+        self._own = self._ranks.share([len(example.ids) for example in self._examples])
         self._mine = [self._examples[row] for row in self._own]
         self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
         self._teachers: list[Tensor] = []
@@ -144,7 +144,7 @@ class _Passes:
 
     def _teach(self, backward: Backward) -> None:
         """Keep what a pass at the experts has brought."""
-        self._teachers = backward.answers()
+        self._teachers = backward.completion_features()
         if self._records is not None:
             flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
             self._records.put(self._mark + _TEACHERS, {_TEACHERS: flat})
@@ -156,7 +156,7 @@ class _Passes:
 
     def _know(self, what: str) -> bool:
         """Whether there is a record of it for these rows."""
-        return self._records is not None and self._mark + what in self._records.steps
+        return self._records is not None and self._mark + what in self._records.finished
 
     def at_base(self) -> Tensor:
         """[rows] every row's KL(expert || base), the measure of what there is to keep."""
@@ -172,7 +172,7 @@ class _Passes:
                 found[self._own] = backward.divergences()
             self._put(self._mark + _BASE, {DIVERGENCE: found[self._own]})
         self.progress.advance(1)
-        self._ranks.sum(found)
+        self._ranks.all_reduce_(found)
         return found
 
     def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
@@ -182,7 +182,7 @@ class _Passes:
             before, self._layout, importance=[task.importance for task in self._job.recipe.tasks],
             balance=settings.balance, ridge=settings.ridge,
         )  # fmt: skip
-        pieces, models = pieces_of(entries), self._layout["models"]
+        pieces, models = weights_by_tensor(entries), self._layout["models"]
         columns = [models.index(name) for name in self._layout["canonical"]]
         merge_step = merge_with(self._job, models, lambda _: pieces)
 
@@ -206,8 +206,8 @@ class _Passes:
         found.row_step = torch.full_like(self._row_task, number)
         if before.divergences is None:
             return found
-        moved, other = moved_to(point, before.grams, before.point, before.divergences)
-        return Statistics.join([replace(before, grams=moved, point=point, divergences=other), found])
+        moved, other = rebase_quadratics(point, before.by_submodule, before.point, before.divergences)
+        return Statistics.join([replace(before, by_submodule=moved, point=point, divergences=other), found])
 
     def _say(self, number: int, before: Statistics, divergences: Tensor) -> None:
         """How far the point of a step is from the experts; a warning where the step before has led away from them."""
@@ -220,7 +220,7 @@ class _Passes:
             return
         seen = before.divergences[before.row_step == before.row_step.max()] if of_others else before.divergences
         earlier = (seen[:, 1].sum() / seen[:, 0].sum()).item()
-        if left > earlier * (_OTHER_ROWS if of_others else 1):
+        if left > earlier * (NEW_ROWS_TOLERANCE if of_others else 1):
             LOG.warning(
                 "step %d has led away from the experts: %.1f%% of the base's divergence was left, then %.1f%%; "
                 "set a larger `ridge`, more `num_samples`, a coarser `granularity`, or fewer `steps`",
@@ -250,7 +250,7 @@ class _Passes:
             for name, part in found.items():
                 (divergence if name == DIVERGENCE else slopes[name])[self._own] += part
 
-        kept = self._records.steps if self._records is not None else frozenset()
+        kept = self._records.finished if self._records is not None else frozenset()
         labels = [label + stage for stage in self.stages]
         if self._records is not None and done and kept.issuperset(labels):
             for stage in labels:
@@ -259,11 +259,11 @@ class _Passes:
             self.progress.advance(len(labels))
         elif self._mine:
             with self._tape(label, self._job.skeleton.num_layers + 1, draws) as tape:
-                if not kept.issuperset(labels[: tape.stages_done]):
+                if not kept.issuperset(labels[: tape.layers_done]):
                     tape.rewind()  # a record was damaged: from the loss again, the features are there
-                for stage in labels[: tape.stages_done]:
+                for stage in labels[: tape.layers_done]:
                     add(self._records.get(stage) if self._records is not None else {})
-                self.progress.advance(tape.stages_done)
+                self.progress.advance(tape.layers_done)
                 backward = self._backward(tape, seed, **where)
                 for stage, found in backward.run():
                     add(found)
@@ -272,10 +272,10 @@ class _Passes:
                 if behind is not None:
                     behind(backward)
         for part in (*slopes.values(), divergence):
-            self._ranks.sum(part)
+            self._ranks.all_reduce_(part)
         return slopes, divergence
 
-    def _backward(self, tape: Tape, seed: int, **where: Any) -> Backward:
+    def _backward(self, tape: ActivationStore, seed: int, **where: Any) -> Backward:
         job = self._job
         return Backward(
             job.skeleton, self._checkpoints, job.submodules, self._mine, samples=job.recipe.settings.label_samples,
@@ -287,7 +287,7 @@ class _Passes:
             self._records.put(stage, found)
 
     @contextmanager
-    def _tape(self, label: str, levels: int, draws: int) -> Iterator[Tape]:
+    def _tape(self, label: str, levels: int, draws: int) -> Iterator[ActivationStore]:
         """Where a pass's features are kept: with the records of unfinished work, else in memory while they are few."""
         lengths = [len(example.ids) for example in self._mine]
         width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
@@ -295,9 +295,9 @@ class _Passes:
             folder = None
             if self._records is not None:
                 folder = self._records.subfolder(f"{label}streams")
-            elif tape_bytes(sum(lengths), levels, draws, width, dtype) > TAPE_IN_MEMORY:
+            elif activation_bytes(sum(lengths), levels, draws, width, dtype) > ACTIVATIONS_IN_MEMORY:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="mergekit-slta-")))
-            yield Tape(lengths, levels, draws, width, dtype, folder)
+            yield ActivationStore(lengths, levels, draws, width, dtype, folder)
         self._forget(label)
 
     def _forget(self, label: str) -> None:

@@ -21,7 +21,7 @@ from mergekit_slta.maths.gauss_newton import SMALLEST_RIDGE
 
 METHOD = "submodule_linear"
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
-GRADIENT_KEYS = {"features": (), "joint": ("label_samples", "steps", "fresh_rows")}
+OBJECTIVE_KEYS = {"features": (), "joint": ("label_samples", "steps", "fresh_rows")}
 """Keys that matter to some objectives only; elsewhere they are no part of what alphas are valid for."""
 OWN_DEFAULTS = {"joint": {"granularity": "linear"}}
 """Defaults that are others under an objective: what is solved together gains from finer units (examples/reproduce)."""
@@ -82,9 +82,9 @@ class Settings(BaseModel):
     alphas: Annotated[str, Field(min_length=1)] | None = None
 
     @property
-    def gradient_keys(self) -> tuple[str, ...]:
+    def objective_keys(self) -> tuple[str, ...]:
         """Those of the gradient objectives' keys that this objective reads."""
-        return GRADIENT_KEYS[self.objective]
+        return OBJECTIVE_KEYS[self.objective]
 
     @property
     def row_groups(self) -> int:

@@ -135,8 +135,8 @@ def _weights(alphas: Alphas, measured: bool) -> str:
         for column in range(len(alphas.models)):
             values = [entry.alpha[column] for entry in members]
             low, high = min(values), max(values)
-            spread = f" ({low:.2f} to {high:.2f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.3f}{spread}")
+            mean_std = f" ({low:.2f} to {high:.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3f}{mean_std}")
         cells.append(f"{sum(entry.residual for entry in members) / len(members):.3f}")
         if measured:
             found = [entry.residual_measured for entry in members if entry.residual_measured is not None]

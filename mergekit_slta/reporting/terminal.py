@@ -11,7 +11,7 @@ from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 
 if TYPE_CHECKING:
-    from mergekit_slta.files.linearity_file import Linearity, Spread
+    from mergekit_slta.files.linearity_file import Linearity, MeanStd
     from mergekit_slta.job.preflight import Job
     from mergekit_slta.objectives.costs import Costs
 
@@ -28,7 +28,7 @@ def describe_job(job: Job, costs: Costs) -> str:
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
-    keys = (*_SETTINGS, *settings.gradient_keys)
+    keys = (*_SETTINGS, *settings.objective_keys)
     shown = {key: getattr(settings, key) for key in keys}  # no ridge: it is chosen from the rows
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
@@ -112,8 +112,8 @@ def describe_linearity(linearity: Linearity) -> str:
     return table([header, *rows])
 
 
-def _spread(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.mean:.3g} ± {spread.std:.2g}"
+def _spread(mean_std: MeanStd | None) -> str:
+    return "-" if mean_std is None else f"{mean_std.mean:.3g} ± {mean_std.std:.2g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

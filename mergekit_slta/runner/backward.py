@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
-from mergekit_slta.models.hooks import watched
+from mergekit_slta.models.hooks import record_calls
 from mergekit_slta.models.skeleton import Skeleton, finite
 from mergekit_slta.models.submodules import Submodule
-from mergekit_slta.runner.directional import Slopes, changes_of, rows_at_once
-from mergekit_slta.runtime.activations import Tape
+from mergekit_slta.runner.directional import DirectionalDerivatives, block_rows, task_vectors
+from mergekit_slta.runtime.activations import ActivationStore
 
 DIVERGENCE = "divergence"
 """Beside the slopes of the head: [rows] float64, KL(expert || model) of every row, in nats."""
-Merge = Callable[[Sequence[Weights]], Weights]
+MergeWeights = Callable[[Sequence[Weights]], Weights]
 """The tensors of every model -> the merged ones."""
 LOGITS = 2**24
 """Gradients by logits that are held at a time, over rows and label samples."""
@@ -63,13 +63,13 @@ class Backward:
 
     Args:
         skeleton, checkpoints: the model's code, and every model's tensors; experts in canonical order.
-        submodules: which slopes are asked for.
+        submodules: which slopes are positions for.
         examples: the rows.
         samples: S label draws per row; 0 takes the row's own tokens.
         seed: of the draws.
         tape: for the rows' features.
         at: where gradients are taken: every row at its own expert, or all at what a function merges, or at the base.
-        teachers: what left the last layer of each row's expert, [answer, d], see `answers`; S grows by one.
+        teachers: what left the last layer of each row's expert, [answer, d], see `completion_features`; S grows by one.
         announce: called with the name of what is being worked on.
     """
 
@@ -82,8 +82,8 @@ class Backward:
         *,
         samples: int,
         seed: int,
-        tape: Tape,
-        at: Merge | Literal["experts", "base"] = "experts",
+        tape: ActivationStore,
+        at: MergeWeights | Literal["experts", "base"] = "experts",
         teachers: Sequence[Tensor] | None = None,
         announce: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -97,7 +97,7 @@ class Backward:
             task: [row for row, example in enumerate(examples) if example.task == task]
             for task in sorted({example.task for example in examples})
         }
-        self._slopes = Slopes(submodules, (len(examples), self._draws, self._num_experts))
+        self._slopes = DirectionalDerivatives(submodules, (len(examples), self._draws, self._num_experts))
         self._linears: dict[int, dict[str, nn.Linear]] = {}
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -111,7 +111,7 @@ class Backward:
         """
         self.forward()
         for number, stage in enumerate(stages_of(self._skeleton)):
-            if number < self._tape.stages_done:
+            if number < self._tape.layers_done:
                 continue
             self.announce(stage)
             if stage == "head":
@@ -125,13 +125,13 @@ class Backward:
             if stage == "head" and self._teachers is not None:
                 found[DIVERGENCE] = self._divergence
             yield stage, found
-            self._tape.stage_done()
+            self._tape.finish_layer()
 
     def _take(self) -> dict[str, Tensor]:
         """What a step has found."""
         return self._slopes.take()
 
-    def answers(self) -> list[Tensor]:
+    def completion_features(self) -> list[Tensor]:
         """What has left the last layer where answers are predicted, [answer, d] of every row; behind a forward pass."""
         last = self._skeleton.num_layers
         return [
@@ -162,11 +162,11 @@ class Backward:
         for row in range(len(self._examples)):  # again in a run that goes on: positions and masks are made here
             weights, ids = self._entering(rows_of, row)
             entered = self._skeleton.embed(ids, weights)[0]
-            if self._tape.levels_done == 0:
+            if self._tape.depths_done == 0:
                 self._tape.put_features(0, row, finite(entered, "embed"))
-        if self._tape.levels_done == 0:
-            self._tape.level_done()
-        for index in range(self._tape.levels_done - 1, self._skeleton.num_layers):
+        if self._tape.depths_done == 0:
+            self._tape.finish_depth()
+        for index in range(self._tape.depths_done - 1, self._skeleton.num_layers):
             names = self._names_of(index)
             self.announce(f"{self._skeleton.layers_path}.{index}")
             for weights, rows in self._points(names):
@@ -174,7 +174,7 @@ class Backward:
                     hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
                     output = self._skeleton.layer(index, hidden, weights)[0]
                     self._tape.put_features(index + 1, row, finite(output, f"layer {index}"))
-            self._tape.level_done()
+            self._tape.finish_depth()
             self._checkpoints.flush()
 
     def _points(self, names: Sequence[str], merged: Weights | None = None) -> Iterator[tuple[Weights, Sequence[int]]]:
@@ -235,7 +235,7 @@ class Backward:
         raw = checkpoints.raw(source)
         vocabulary = min(tensor.shape[0] for tensor in raw)
         whole = checkpoints.load(names)
-        changes = {name: changes_of([weights[name] for weights in whole]) for name in names} if backward else {}
+        changes = {name: task_vectors([weights[name] for weights in whole]) for name in names} if backward else {}
         shared: Weights = {}
         if self._at == "base":
             shared = {**whole[0], skeleton.head_weight: checkpoints.place(raw[0][:vocabulary], source, 0)}
@@ -247,8 +247,8 @@ class Backward:
             waiting: list[tuple[int, slice, Tensor, Tensor]] = []  # (row, where, inputs [n, d], gradients [S, n, v])
             for row in rows:
                 parts = self._loss(row, shared or expert, expert, changes, max(1, LOGITS // vocabulary), backward)
-                for asked, inputs, gradients in parts:
-                    waiting.append((row, asked, inputs, gradients))
+                for positions, inputs, gradients in parts:
+                    waiting.append((row, positions, inputs, gradients))
                     if sum(kept.numel() for *_, kept in waiting) >= LOGITS:
                         self._project(waiting, raw, source, vocabulary)
                         waiting = []
@@ -257,9 +257,9 @@ class Backward:
     def _merged_table(self, raw: Sequence[Tensor], source: str, vocabulary: int) -> Tensor:
         """The merged output projection, made in parts of the vocabulary."""
         whole = torch.empty((vocabulary, raw[0].shape[1]), dtype=self._checkpoints.dtype, device=self._skeleton.device)
-        step = rows_at_once(raw[0])
-        for start in range(0, vocabulary, step):
-            part = slice(start, min(start + step, vocabulary))
+        block = block_rows(raw[0])
+        for start in range(0, vocabulary, block):
+            part = slice(start, min(start + block, vocabulary))
             placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
             whole[part] = self._at([{source: rows} for rows in placed])[source]  # type: ignore[operator] - a function here
         return whole
@@ -276,12 +276,12 @@ class Backward:
         features = self._tape.features(skeleton.num_layers, row).to(skeleton.device)
         back = features.new_zeros((self._draws, *features.shape)) if backward else None
         for start in range(example.completion - 1, len(example.ids) - 1, most):
-            asked = slice(start, min(start + most, len(example.ids) - 1))
-            hidden = features[asked].detach().requires_grad_()
+            positions = slice(start, min(start + most, len(example.ids) - 1))
+            hidden = features[positions].detach().requires_grad_()
             own = {name: weights[name].detach().requires_grad_() for name in changes}
-            with torch.enable_grad(), watched({"head": skeleton.model.get_output_embeddings()}) as seen:
+            with torch.enable_grad(), record_calls({"head": skeleton.model.get_output_embeddings()}) as seen:
                 logits = skeleton.head(hidden[None], {**weights, **own})[0]
-            slopes = self._by_logits(row, asked, torch.log_softmax(logits.detach().float(), dim=-1), expert)
+            slopes = self._by_logits(row, positions, torch.log_softmax(logits.detach().float(), dim=-1), expert)
             if back is None:
                 next(slopes)
                 continue
@@ -291,36 +291,40 @@ class Backward:
                     logits, [hidden, *own.values()], slope.to(logits.dtype), retain_graph=draw < self._draws - 1,
                     allow_unused=True,
                 )  # fmt: skip
-                back[draw, asked] = finite(gradients[0], "head")
+                back[draw, positions] = finite(gradients[0], "head")
                 for name, gradient in zip(own, gradients[1:], strict=True):
                     if gradient is not None:
                         self._slopes.add(name, row, draw, gradient, changes[name])
                 collected.append(call.gradient.flatten(0, -2))
-            yield asked, call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
+            yield positions, call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
         if back is not None:
             self._tape.put_gradients(row, back)
 
-    def _by_logits(self, row: int, asked: slice, known: Tensor, expert: Weights) -> Iterator[Tensor]:
-        """Gradients [n, v] by the logits of positions `asked`, whose log-probabilities are [n, v]: of the divergence
-        where there are teachers, then of every draw's loss."""
-        example, chances = self._examples[row], known.exp()
-        first = asked.start - example.completion + 1
+    def _by_logits(self, row: int, positions: slice, log_probs: Tensor, expert: Weights) -> Iterator[Tensor]:
+        """Gradients [n, v] with respect to the logits of `positions`, whose log-probabilities are [n, v]: of the
+        divergence where there are teachers, then of every draw's loss."""
+        example, probs = self._examples[row], log_probs.exp()
+        first = positions.start - example.completion + 1
         if self._teachers is not None:
-            taught = self._teachers[row][first : first + len(known)].to(known.device)
-            wanted = torch.log_softmax(self._skeleton.head(taught[None], expert)[0].float(), dim=-1)
-            self._divergence[row] += float((wanted.exp() * (wanted - known)).sum(dtype=torch.float64))
-            yield chances - wanted.exp()
-        heights = self._heights(example)
+            taught = self._teachers[row][first : first + len(log_probs)].to(log_probs.device)
+            teacher_log_probs = torch.log_softmax(self._skeleton.head(taught[None], expert)[0].float(), dim=-1)
+            self._divergence[row] += float(
+                (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dtype=torch.float64)
+            )
+            yield probs - teacher_log_probs.exp()
+        uniforms = self._label_uniforms(example)
         for draw in range(max(1, self._samples)):
-            if heights is None:
-                labels = torch.as_tensor(list(example.ids[asked.start + 1 : asked.stop + 1]), device=chances.device)
+            if uniforms is None:
+                labels = torch.as_tensor(
+                    list(example.ids[positions.start + 1 : positions.stop + 1]), device=probs.device
+                )
             else:
-                labels = _drawn(chances, heights[draw, first : first + len(chances)])
-            slope = chances.clone()
+                labels = _sample_labels(probs, uniforms[draw, first : first + len(probs)])
+            slope = probs.clone()
             slope[torch.arange(len(labels), device=labels.device), labels] -= 1
             yield slope
 
-    def _heights(self, example: Example) -> Tensor | None:
+    def _label_uniforms(self, example: Example) -> Tensor | None:
         """[S, positions] uniform numbers that choose the labels; None where these are the row's own tokens."""
         if not self._samples:
             return None
@@ -332,11 +336,11 @@ class Backward:
         self, waiting: Sequence[tuple[int, slice, Tensor, Tensor]], raw: Sequence[Tensor], source: str, vocabulary: int
     ) -> None:
         """The output projection's slopes, in parts of the vocabulary."""
-        step = rows_at_once(raw[0])
-        for start in range(0, vocabulary, step):
-            part = slice(start, min(start + step, vocabulary))
+        block = block_rows(raw[0])
+        for start in range(0, vocabulary, block):
+            part = slice(start, min(start + block, vocabulary))
             placed = [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
-            changes = changes_of(placed)
+            changes = task_vectors(placed)
             for row, _, inputs, gradients in waiting:
                 for draw in range(self._draws):
                     self._slopes.add(source, row, draw, gradients[draw][:, part].T @ inputs, changes, start)
@@ -346,7 +350,7 @@ class Backward:
         names = self._names_of(index)
         loaded = self._checkpoints.load(names)
         merged = self._at(loaded) if callable(self._at) else None
-        changes = {name: changes_of([weights.pop(name) for weights in loaded]) for name in names}  # one tensor twice
+        changes = {name: task_vectors([weights.pop(name) for weights in loaded]) for name in names}  # one tensor twice
         prefix = f"{self._skeleton.layers_path}.{index}."
         for weights, rows in self._points(names, merged):
             linears = self._linear_maps(index, names, weights, rows[0])
@@ -354,16 +358,16 @@ class Backward:
             for row in rows:
                 hidden = self._tape.features(index, row).to(self._skeleton.device).detach().requires_grad_()
                 own = {name: weights[name].detach().requires_grad_() for name in rest}
-                with torch.enable_grad(), watched(linears) as seen:
+                with torch.enable_grad(), record_calls(linears) as seen:
                     output = self._skeleton.layer(index, hidden[None], {**weights, **own})[0]
-                arriving = self._tape.gradients(row).to(hidden.device)
-                leaving = torch.empty_like(arriving)
+                grad_out = self._tape.gradients(row).to(hidden.device)
+                grad_in = torch.empty_like(grad_out)
                 for draw in range(self._draws):
                     gradients = torch.autograd.grad(
-                        output, [hidden, *own.values()], arriving[draw], retain_graph=draw < self._draws - 1,
+                        output, [hidden, *own.values()], grad_out[draw], retain_graph=draw < self._draws - 1,
                         allow_unused=True,
                     )  # fmt: skip
-                    leaving[draw] = finite(gradients[0], prefix[:-1])
+                    grad_in[draw] = finite(gradients[0], prefix[:-1])
                     for name, gradient in zip(own, gradients[1:], strict=True):
                         if gradient is not None:
                             self._slopes.add(name, row, draw, gradient, changes[name])
@@ -371,7 +375,7 @@ class Backward:
                         name = f"{path}.weight"
                         for call in calls:
                             self._slopes.add_linear(name, row, draw, call.inputs[0], call.gradient, changes[name])
-                self._tape.put_gradients(row, leaving)
+                self._tape.put_gradients(row, grad_in)
 
     def _linear_maps(self, index: int, names: Sequence[str], weights: Weights, row: int) -> dict[str, nn.Linear]:
         """The layer's linear maps by path: modules that are exactly that, and are called as such."""
@@ -382,7 +386,7 @@ class Backward:
             found = {path: layer.get_submodule(path.removeprefix(prefix)) for path in paths}
             exact = {path: module for path, module in found.items() if type(module) is nn.Linear}
             hidden = self._tape.features(index, row).to(self._skeleton.device)[None]
-            with watched(exact) as seen:
+            with record_calls(exact) as seen:
                 self._skeleton.layer(index, hidden, weights)
             self._linears = {index: {path: module for path, module in exact.items() if seen[path]}}
         return self._linears[index]
@@ -394,23 +398,23 @@ class Backward:
         for row in range(len(self._examples)):
             weights, ids = self._entering(rows_of, row)
             every = [rows_of(row, model)[0] for model in range(self._num_experts + 1)]
-            changes = {name: changes_of([other[name] for other in every]) for name in weights}
+            changes = {name: task_vectors([other[name] for other in every]) for name in weights}
             own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             with torch.enable_grad():
                 output = self._skeleton.embed(ids, own)[0]
-            arriving = self._tape.gradients(row).to(output.device)
+            grad_out = self._tape.gradients(row).to(output.device)
             for draw in range(self._draws):
                 gradients = torch.autograd.grad(
-                    output, list(own.values()), arriving[draw], retain_graph=draw < self._draws - 1, allow_unused=True
+                    output, list(own.values()), grad_out[draw], retain_graph=draw < self._draws - 1, allow_unused=True
                 )
                 for name, gradient in zip(own, gradients, strict=True):
                     if gradient is not None:
                         self._slopes.add(name, row, draw, gradient, changes[name], whole=name == table)
 
 
-def _drawn(chances: Tensor, heights: Tensor) -> Tensor:
+def _sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     """[n] tokens, each from its own distribution [n, v], where its uniform number [n] falls."""
-    source = chances.cpu() if chances.device.type == "mps" else chances  # the one backend without float64
+    source = probs.cpu() if probs.device.type == "mps" else probs  # the one backend without float64
     below = source.double().cumsum(-1)
-    places = torch.searchsorted(below, heights[:, None].to(below.device) * below[:, -1:])
-    return places.flatten().clamp(max=chances.shape[1] - 1).to(chances.device)
+    places = torch.searchsorted(below, uniforms[:, None].to(below.device) * below[:, -1:])
+    return places.flatten().clamp(max=probs.shape[1] - 1).to(probs.device)

@@ -29,7 +29,7 @@ class _Piece:
     stop: int
 
 
-class Slopes:
+class DirectionalDerivatives:
     """Sums by submodule, [rows, S, T] float64 on the CPU.
 
     Args:
@@ -82,17 +82,17 @@ class Slopes:
     def add_linear(self, name: str, row: int, draw: int, inputs: Tensor, slope: Tensor, changes: Tensor) -> None:
         """Add a linear map's, from what it was given [.., in] and the gradient by what it made [.., out]."""
         inputs, slope = inputs.flatten(0, -2), slope.flatten(0, -2)
-        step = rows_at_once(inputs)
-        for start in range(0, slope.shape[1], step):
-            part = slice(start, start + step)
+        block = block_rows(inputs)
+        for start in range(0, slope.shape[1], block):
+            part = slice(start, start + block)
             self.add(name, row, draw, slope[:, part].T @ inputs, changes[:, part], start)
 
 
-def rows_at_once(inputs: Tensor) -> int:
+def block_rows(inputs: Tensor) -> int:
     """Rows of the gradient of a linear map, of inputs [.., in], that are made at a time."""
     return max(1, _BLOCK.get(inputs.device.type, _BLOCK_ELSEWHERE) // inputs.shape[-1])
 
 
-def changes_of(tensors: Sequence[Tensor]) -> Tensor:
+def task_vectors(tensors: Sequence[Tensor]) -> Tensor:
     """[T, ...]: every expert's tensor less the base's, which comes first."""
     return torch.stack([tensor - tensors[0] for tensor in tensors[1:]])

@@ -1,4 +1,4 @@
-"""The state of a walk through the model: the rows' features between steps, how they move on, and with which weights.
+"""The state of a forward pass: the rows' features between groups of submodules, how they move on, with which weights.
 
 Scope: shared by the steps of `ends.py` and `layers.py`; evaluates nothing itself but the wiring of a layer's blocks.
 """
@@ -19,9 +19,9 @@ from mergekit_slta.data.batches import Batch
 from mergekit_slta.models.skeleton import Skeleton, finite
 from mergekit_slta.models.submodules import Submodule
 
-Point = tuple[float, ...] | Literal["merged"]
-"""Where in weight space: coefficients c_t of theta_0 + sum_t c_t tau_t, or what the walk's `merge` makes."""
-Merge = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
+Coefficients = tuple[float, ...] | Literal["merged"]
+"""Where in weight space: coefficients c_t of theta_0 + sum_t c_t tau_t, or what the state's `merge` makes."""
+MergeGroup = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
 """(submodules of a step, their tensors of every model) -> the merged tensors."""
 HEAD_ELEMENTS = 2**21
 """Logits held per model at a time; the vocabulary is walked in chunks of `HEAD_ELEMENTS / tokens` rows."""
@@ -33,26 +33,27 @@ class Evaluation:
 
     Attributes:
         submodule: which one. The head comes in several parts of the vocabulary, as evaluations of its own.
-        batch: which batch of the walk; where several run together, the first of these.
+        batch: which batch of the state; where several run together, the first of these.
         rows, lengths: the batches' rows, and how many of the outputs' leading entries belong to each.
-        at: point -> [entries, ...] outputs with the weights there. For whole models only the walk's `points`.
+        outputs_at: coefficients -> [entries, ...] outputs with the weights there. For whole models only the state's
+            `points`.
     """
 
     submodule: Submodule
     batch: int
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    at: Callable[[Point], Tensor]
-    origin: Point
+    outputs_at: Callable[[Coefficients], Tensor]
+    base_coefficients: Coefficients
 
     @cached_property
     def base(self) -> Tensor:
         """Outputs with the base's weights, f(x; theta_0)."""
-        return self.at(self.origin)
+        return self.outputs_at(self.base_coefficients)
 
 
 @dataclass
-class Walk:
+class ForwardState:
     """Where the calibration rows are in the model, and with what they go on.
 
     Attributes:
@@ -77,10 +78,10 @@ class Walk:
     skeleton: Skeleton
     checkpoints: Checkpoints
     batches: Sequence[Batch]
-    points: Sequence[Sequence[Point]] | None = None
+    points: Sequence[Sequence[Coefficients]] | None = None
     packs: Sequence[Sequence[int]] = ()
     widest: int = 0
-    merge: Merge | None = None
+    merge: MergeGroup | None = None
     merged_inputs: bool = False
     done: Container[str] = ()
     folder: Path | None = None
@@ -102,7 +103,9 @@ class Walk:
         """Rows of the output projection that are evaluated at a time; the same in every process."""
         return max(1, self.head_elements // self.widest)
 
-    def taken(self, pack: Sequence[int], parts: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    def gather_pack(
+        self, pack: Sequence[int], parts: Sequence[Tensor]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
         """Rows, their lengths and features [tokens, d] of the batches of a pack, from the features of each."""
         rows = tuple(row for number in pack for row in self.batches[number].rows)
         lengths = tuple(length for number in pack for length in self.batches[number].lengths)
@@ -115,11 +118,11 @@ class Walk:
         return len(self.checkpoints.plan.models)
 
     @property
-    def origin(self) -> Point:
+    def base_coefficients(self) -> Coefficients:
         """The base's point."""
         return (0.0,) * (self.num_models - 1)
 
-    def model(self, number: int) -> Point:
+    def model(self, number: int) -> Coefficients:
         """The point of a model: the base is number 0, the experts follow."""
         return tuple(float(place == number) for place in range(1, self.num_models))
 
@@ -132,13 +135,13 @@ class Walk:
         else:
             self.hidden[number] = (self._attended.pop(0).to(output.device) + (output - hidden)).cpu()
 
-    def context(self, *step: Submodule) -> Weights:
+    def context(self, *group: Submodule) -> Weights:
         """The base's tensors that a block's forward touches without owning them: norms of the silenced branch, and
         norms that are a submodule of their own."""
-        prefix = f"{self.skeleton.layers_path}.{step[0].layer}."
+        prefix = f"{self.skeleton.layers_path}.{group[0].layer}."
         arch = self.skeleton.arch
         branches = (f"{prefix}{arch.attention}.", f"{prefix}{arch.mlp}.")
-        owned = {name for submodule in step for name in submodule.tensors}
+        owned = {name for submodule in group for name in submodule.tensors}
         names = [
             name
             for name in self.checkpoints.plan.tensors
@@ -160,37 +163,39 @@ class Walk:
         hidden = self.batches[0].pad(self.hidden[0].to(skeleton.device))
         return skeleton.has_parallel_blocks(index, hidden, weights)
 
-    def finite(self, features: Tensor, submodule: Submodule, point: Point) -> Tensor:
+    def check_finite(self, features: Tensor, submodule: Submodule, point: Coefficients) -> Tensor:
         """The features themselves. Those of other points than the base's are the caller's to look at.
 
         Raises:
             RunError: the base's hold NaN or Inf.
         """
-        return finite(features, submodule.name) if point == self.origin else features
+        return finite(features, submodule.name) if point == self.base_coefficients else features
 
 
-class Mixed:
+class InterpolatedWeights:
     """The tensors of a step at any point of weight space; every model's are loaded when they are first needed.
 
     Args:
-        walk: for its models and its `merge`.
-        step: the submodules whose tensors these are.
+        state: for its models and its `merge`.
+        group: the submodules whose tensors these are.
         load: numbers of models -> their tensors.
     """
 
-    def __init__(self, walk: Walk, step: Sequence[Submodule], load: Callable[[Sequence[int]], list[Weights]]) -> None:
-        self._walk = walk
-        self._step = step
+    def __init__(
+        self, state: ForwardState, group: Sequence[Submodule], load: Callable[[Sequence[int]], list[Weights]]
+    ) -> None:
+        self._state = state
+        self._group = group
         self._load = load
         self._own: dict[int, Weights] = {}
         self._merged: Weights | None = None
 
-    def __call__(self, point: Point, names: Sequence[str] | None = None) -> Weights:
+    def __call__(self, point: Coefficients, names: Sequence[str] | None = None) -> Weights:
         """The tensors at a point (only the named ones may be needed); a model's own are handed out as they are."""
         if point == "merged":
             if self._merged is None:
-                assert self._walk.merge is not None
-                self._merged = self._walk.merge(self._step, self._models(range(self._walk.num_models)))
+                assert self._state.merge is not None
+                self._merged = self._state.merge(self._group, self._models(range(self._state.num_models)))
             return self._merged
         changed = {place + 1: weight for place, weight in enumerate(point) if weight}
         if len(changed) <= 1 and set(changed.values()) <= {1.0}:
@@ -209,6 +214,6 @@ class Mixed:
         if wanted:
             # An expert is not asked for alone: reading all of a step's tensors at once is one pass over the shards.
             if wanted != [0]:
-                wanted = [number for number in range(self._walk.num_models) if number not in self._own]
+                wanted = [number for number in range(self._state.num_models) if number not in self._own]
             self._own |= zip(wanted, self._load(wanted), strict=True)
         return [self._own[number] for number in numbers]

@@ -23,32 +23,32 @@ from mergekit_slta.files.atomic import write_text_atomically
 _MARKER = "tape.json"
 
 
-def tape_bytes(tokens: int, levels: int, samples: int, width: int, dtype: torch.dtype) -> int:
+def activation_bytes(tokens: int, depths: int, samples: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that a tape of so many tokens takes."""
-    return tokens * (levels + 2 * samples) * width * dtype.itemsize
+    return tokens * (depths + 2 * samples) * width * dtype.itemsize
 
 
-class Tape:
+class ActivationStore:
     """Features between layers, and gradients of the loss by them.
 
     Args:
         lengths: tokens of each row.
-        levels: places between layers: one more than there are layers; 2 are enough to go forward, in turn.
+        depths: places between layers: one more than there are layers; 2 are enough to go forward, in turn.
         samples: S gradients per row.
         width: d.
         dtype: of features and gradients.
         folder: where the file is kept; in memory if None.
 
     Attributes:
-        levels_done: so many levels hold every row's features.
-        stages_done: so many steps of the backward pass are done; their gradients are there.
+        depths_done: so many depths hold every row's features.
+        layers_done: so many steps of the backward pass are done; their gradients are there.
 
     Raises:
         OutputError: the file cannot be made.
     """
 
     def __init__(
-        self, lengths: Sequence[int], levels: int, samples: int, width: int, dtype: torch.dtype, folder: Path | None
+        self, lengths: Sequence[int], depths: int, samples: int, width: int, dtype: torch.dtype, folder: Path | None
     ) -> None:
         self._samples = samples
         self._places, total = [], 0
@@ -56,19 +56,19 @@ class Tape:
             self._places.append(slice(total, total + length))
             total += length
         self._folder = folder
-        self.levels_done, self.stages_done = 0, 0
-        count = levels + 2 * samples  # gradients are read from one side while the other is written
+        self.depths_done, self.layers_done = 0, 0
+        count = depths + 2 * samples  # gradients are read from one side while the other is written
         if folder is None:
             every = torch.empty((count, total, width), dtype=dtype, device="cpu")
         else:
-            layout = json.dumps([list(lengths), levels, samples, width, str(dtype)])
+            layout = json.dumps([list(lengths), depths, samples, width, str(dtype)])
             self._layout = hashlib.sha256(layout.encode()).hexdigest()
             path, shape = folder / "tape.bin", (count * total, width * dtype.itemsize)
             if path.is_file() and path.stat().st_size == shape[0] * shape[1]:
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
                     if marker["layout"] == self._layout:
-                        self.levels_done, self.stages_done = int(marker["levels"]), int(marker["stages"])
+                        self.depths_done, self.layers_done = int(marker["depths"]), int(marker["stages"])
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = _mapped(path, shape)
@@ -78,44 +78,44 @@ class Tape:
                     f"({error.strerror or error}): free some room, or use fewer rows"
                 ) from error
             every = torch.from_numpy(self._file).view(dtype).view(count, total, width)
-        self._features = every[:levels]
-        self._gradients = every[levels:].view(2, samples, total, width)
+        self._features = every[:depths]
+        self._gradients = every[depths:].view(2, samples, total, width)
 
-    def features(self, level: int, row: int) -> Tensor:
-        """[tokens, d] of a row at a level; 0 is behind the embeddings."""
-        return self._features[level % len(self._features), self._places[row]]
+    def features(self, depth: int, row: int) -> Tensor:
+        """[tokens, d] of a row at a depth; 0 is behind the embeddings."""
+        return self._features[depth % len(self._features), self._places[row]]
 
-    def put_features(self, level: int, row: int, features: Tensor) -> None:
-        """Keep a row's features at a level."""
-        self._features[level % len(self._features), self._places[row]] = features.cpu()
+    def put_features(self, depth: int, row: int, features: Tensor) -> None:
+        """Keep a row's features at a depth."""
+        self._features[depth % len(self._features), self._places[row]] = features.cpu()
 
-    def level_done(self) -> None:
-        """All rows have reached one level more."""
-        self.levels_done += 1
+    def finish_depth(self) -> None:
+        """All rows have reached one depth more."""
+        self.depths_done += 1
         self._mark()
 
     def gradients(self, row: int) -> Tensor:
         """[S, tokens, d] as the step before has left them."""
-        return self._gradients[self.stages_done % 2, :, self._places[row]]
+        return self._gradients[self.layers_done % 2, :, self._places[row]]
 
     def put_gradients(self, row: int, gradients: Tensor) -> None:
-        """Hand a row's gradients to the next step; they are read after `stage_done`."""
-        self._gradients[(self.stages_done + 1) % 2, :, self._places[row]] = gradients.cpu()
+        """Hand a row's gradients to the next step; they are read after `finish_layer`."""
+        self._gradients[(self.layers_done + 1) % 2, :, self._places[row]] = gradients.cpu()
 
-    def stage_done(self) -> None:
+    def finish_layer(self) -> None:
         """One step more of the backward pass is done, and what it found has been kept."""
-        self.stages_done += 1
+        self.layers_done += 1
         self._mark()
 
     def rewind(self) -> None:
         """Take the backward pass as not begun; features stay."""
-        self.stages_done = 0
+        self.layers_done = 0
         self._mark()
 
     def _mark(self) -> None:
         if self._folder is not None:
             self._file.flush()
-            content = {"layout": self._layout, "levels": self.levels_done, "stages": self.stages_done}
+            content = {"layout": self._layout, "depths": self.depths_done, "stages": self.layers_done}
             write_text_atomically(self._folder / _MARKER, json.dumps(content))
 
 

@@ -40,7 +40,7 @@ class Ranks:
         """Whether this is the process that writes, and speaks."""
         return self.rank == 0
 
-    def own(self, weights: Sequence[int]) -> list[int]:
+    def share(self, weights: Sequence[int]) -> list[int]:
         """Which of some pieces of work are this process's: the largest first, each to who has least; in order."""
         loads = [0] * self.size
         mine = []
@@ -51,7 +51,7 @@ class Ranks:
                 mine.append(place)
         return sorted(mine)
 
-    def sum(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         """Add the other processes' tensors to this one, in place.
 
         Raises:
@@ -61,7 +61,7 @@ class Ranks:
             with self._together():
                 dist.all_reduce(tensor)
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, for all.
 
         Raises:

@@ -35,7 +35,7 @@ _OWN = re.compile(r"\.?(records\.json|[0-9a-f]{24}\.safetensors)(\..+)?|.*stream
 """Names of what is written here, temporary files included: anything else is somebody's."""
 
 
-class Records:
+class ResumeStore:
     """Tensors by step, kept until `remove`. A context; nothing on disk is looked at before `open`.
 
     Args:
@@ -46,11 +46,11 @@ class Records:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
-        self._steps: dict[str, Path] = {}
+        self._finished: dict[str, Path] = {}
         self._lock = ExitStack()
         self._is_open = False
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> ResumeStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +58,7 @@ class Records:
         self._lock.close()
 
     def open(self) -> None:
-        """Take the folder for this process, and find what an earlier run of the same has left. Records of anything
+        """Take the folder for this process, and find what an earlier run of the same has left. ResumeStore of anything
         else are removed.
 
         Raises:
@@ -80,7 +80,7 @@ class Records:
         for path in self.folder.glob("*.safetensors"):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._steps[(file.metadata() or {})["step"]] = path
+                    self._finished[(file.metadata() or {})["step"]] = path
             except (OSError, SafetensorError, KeyError):  # a broken disk: computed again
                 path.unlink(missing_ok=True)
 
@@ -93,13 +93,13 @@ class Records:
         return str(content.get("fingerprint")) if isinstance(content, dict) else None
 
     @property
-    def steps(self) -> frozenset[str]:
+    def finished(self) -> frozenset[str]:
         """Names of the steps that are finished."""
-        return frozenset(self._steps)
+        return frozenset(self._finished)
 
     def get(self, step: str) -> dict[str, Tensor]:
         """The tensors of a finished step."""
-        with safe_open(self._steps[step], framework="pt") as file:
+        with safe_open(self._finished[step], framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def put(self, step: str, tensors: Mapping[str, Tensor]) -> None:
@@ -108,7 +108,7 @@ class Records:
         path = self.folder / f"{hashlib.sha256(step.encode()).hexdigest()[:24]}.safetensors"
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(kept, temporary, metadata={"step": step}))
-        self._steps[step] = path
+        self._finished[step] = path
 
     def subfolder(self, name: str) -> Path:
         """A folder for large intermediate files of one step."""
@@ -126,7 +126,7 @@ class Records:
         if self._is_open and self.folder.is_dir():
             (self.folder / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
-        self._steps = {}
+        self._finished = {}
 
 
 @contextmanager

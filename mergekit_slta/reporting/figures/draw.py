@@ -13,7 +13,7 @@ from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.reporting.figures.heatmaps import disentanglement_figure, distances_figure
 from mergekit_slta.reporting.figures.levels import levels_figure
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
-from mergekit_slta.reporting.figures.style import FORMATS, write
+from mergekit_slta.reporting.figures.style import FORMATS, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list
         }
     written = []
     for figure, make in figures.items():
-        written += write(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
+        written += save_figure(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
     return written
 
 
@@ -67,7 +67,7 @@ def draw_alphas(alphas: str | os.PathLike[str] | Alphas, path: str | os.PathLike
     """
     loaded = alphas if isinstance(alphas, Alphas) else Alphas.load(alphas)
     _check_alphas(loaded)
-    write(lambda: alphas_figure(loaded), Path(path))
+    save_figure(lambda: alphas_figure(loaded), Path(path))
 
 
 def _check_alphas(alphas: Alphas) -> None:
@@ -77,9 +77,9 @@ def _check_alphas(alphas: Alphas) -> None:
 
 def _check_linearity(linearity: Linearity) -> None:
     """Raises AlphasError where the lengths of a file's parts do not fit together."""
-    from mergekit_slta.maths.linearity import PAIR_GRID, STEPS
+    from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID
 
-    models, pairs, side, cells = len(linearity.models), len(linearity.pairs), STEPS + 1, len(PAIR_GRID) ** 2
+    models, pairs, side, cells = len(linearity.models), len(linearity.pairs), NUM_INTERVALS + 1, len(PAIR_GRID) ** 2
     known = all(0 <= model < models for pair in linearity.pairs for model in pair)
     for entry in linearity.submodules:
         grids = [*entry.disentanglement, *(entry.disagreement or ())]

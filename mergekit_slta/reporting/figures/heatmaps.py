@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_slta.files.linearity_file import Linearity, SubmoduleLinearity, Vector
-from mergekit_slta.reporting.figures.style import MAP, WIDTH, Sheet, name, names
+from mergekit_slta.reporting.figures.style import MAP, WIDTH, Sheet, short_name, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,13 +41,14 @@ def distances_figure(linearity: Linearity) -> Figure | None:
     side, left, top, below = (WIDTH - 1.05) / 4, 0.85, 0.45, 0.24
     sheet = Sheet.new(
         "How far outputs move on the way from the base to an expert",
-        f"Base model {name(linearity.base_model)}. A cell compares the outputs of two models on that way, at shares i "
-        f"and j. Straight, evenly stepped stripes are linear. S: Non-linearity Score, lower is more linear.{cut}",
+        f"Base model {short_name(linearity.base_model)}. A cell compares the outputs of two models on that way, at "
+        f"shares i and j. Straight, evenly stepped stripes are linear. S: Non-linearity Score, lower is more "
+        f"linear.{cut}",
         top + (side + below) * len(models) + 0.85,
     )
     places = [place / (size - 1) for place in range(size)]
     for number, (title, matrices) in enumerate(columns.items()):
-        for row, model in enumerate(names(linearity.models, 22)[: len(models)]):
+        for row, model in enumerate(short_names(linearity.models, 22)[: len(models)]):
             axis = sheet.panel(left + side * number, top + (side + below) * row, side - 0.14, side - 0.14)
             mesh = _show(axis, matrices[row], places, most)
             last = row == len(models) - 1
@@ -104,12 +105,12 @@ def disentanglement_figure(linearity: Linearity) -> Figure | None:
     side, left, top, each = (WIDTH - 0.62) / 5, 0.5, 0.3, (WIDTH - 0.62) / 5 + 0.42
     sheet = Sheet.new(
         "How much merged experts disturb each other: lower is better",
-        f"Base model {name(linearity.base_model)}. Base + α₁·(first expert − base) + α₂·(second − base) is compared "
-        "with one expert alone at the same weight, on that expert’s own task: outputs of the whole model and, in the "
-        f"mean, of its parts; “next token”: the model’s most likely next token. Numbers are per cent.{cut}",
+        f"Base model {short_name(linearity.base_model)}. Base + α₁·(first expert − base) + α₂·(second − base) is "
+        "compared with one expert alone at the same weight, on that expert’s own task: outputs of the whole model and, "
+        f"in the mean, of its parts; “next token”: the model’s most likely next token. Numbers are per cent.{cut}",
         top + each * len(pairs) + 0.68,
     )
-    meshes, labels = {}, names(linearity.models, 34)
+    meshes, labels = {}, short_names(linearity.models, 34)
     weights = [f"{weight:g}" for weight in PAIR_GRID]
     for title, matrices in columns.items():
         number = list(columns).index(title)

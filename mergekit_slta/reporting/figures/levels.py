@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_slta.files.linearity_file import Level, Linearity, Spread
-from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, name, plain, tidy
+from mergekit_slta.files.linearity_file import Level, Linearity, MeanStd
+from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, clean_axes, escape, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ _LINE, _GAP = 0.17, 0.12
 class _Series(NamedTuple):
     label: str
     look: Look
-    spread: Callable[[Level], Spread | None]
+    mean_std: Callable[[Level], MeanStd | None]
 
 
 class _Measure(NamedTuple):
@@ -73,9 +73,9 @@ _MEASURES = (
 )
 
 
-def _away_from_one(cosine: Spread | None) -> Spread | None:
+def _away_from_one(cosine: MeanStd | None) -> MeanStd | None:
     """1 - cosine; a cosine above 1 is one that was rounded."""
-    return None if cosine is None else Spread(mean=max(0.0, 1 - cosine.mean), std=cosine.std)
+    return None if cosine is None else MeanStd(mean=max(0.0, 1 - cosine.mean), std=cosine.std)
 
 
 def levels_figure(linearity: Linearity) -> Figure | None:
@@ -88,14 +88,14 @@ def levels_figure(linearity: Linearity) -> Figure | None:
         return None
     drawn = []
     for measure in _MEASURES:
-        found = [one for one in measure.series if any(one.spread(level) is not None for level in levels.values())]
+        found = [one for one in measure.series if any(one.mean_std(level) is not None for level in levels.values())]
         if found or measure is _MEASURES[0]:
             drawn.append((measure, found or measure.series))
     heights = [len(levels) * (_LINE * len(series) + _GAP) for _, series in drawn]
     count = len(linearity.models)
     sheet = Sheet.new(
         "How linear the parts of the model are: lower is more linear",
-        f"Base model {name(linearity.base_model)}, {count} expert{'s' if count > 1 else ''}. "
+        f"Base model {short_name(linearity.base_model)}, {count} expert{'s' if count > 1 else ''}. "
         "Points: means; bars: ± standard deviation; n: submodules. On a logarithmic axis, bars down to zero and "
         "below end at the left edge, and an arrow there is a mean further left or 0.",
         sum(heights) + 0.98 * len(drawn) - 0.15,
@@ -117,34 +117,34 @@ def levels_figure(linearity: Linearity) -> Figure | None:
 
 
 def _draw(axis: Axes, levels: dict[str, Level], series: Sequence[_Series]) -> None:
-    spreads = [(row, place, one, one.spread(level)) for row, level in enumerate(levels.values())
+    spreads = [(row, place, one, one.mean_std(level)) for row, level in enumerate(levels.values())
                for place, one in enumerate(series)]  # fmt: skip
-    positive = [spread.mean for *_, spread in spreads if spread is not None and spread.mean > 0]
+    positive = [mean_std.mean for *_, mean_std in spreads if mean_std is not None and mean_std.mean > 0]
     logarithmic = bool(positive) and max(positive) > _FAR_APART * min(positive)
     edge = 0.0
     if logarithmic:
         edge = max(min(positive) / 4, max(positive) / _LONGEST)  # a look-up table's rounding is no level to compare
         axis.set_xscale("log")
-        axis.set_xlim(edge, 2.5 * max(spread.mean + spread.std for *_, spread in spreads if spread is not None))
-    for row, place, one, spread in spreads:
+        axis.set_xlim(edge, 2.5 * max(mean_std.mean + mean_std.std for *_, mean_std in spreads if mean_std is not None))
+    for row, place, one, mean_std in spreads:
         height = row + (place - (len(series) - 1) / 2) * _LINE / (_LINE * len(series) + _GAP)
-        note = "nothing changes" if spread is None else f"{spread.mean:.3g}"
-        note += f" ± {spread.std:.2g}" if spread is not None and spread.std else ""
+        note = "nothing changes" if mean_std is None else f"{mean_std.mean:.3g}"
+        note += f" ± {mean_std.std:.2g}" if mean_std is not None and mean_std.std else ""
         axis.text(1.02, height, note, transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
-        if spread is None:
+        if mean_std is None:
             continue
         style = {**one.look.style(6), "linestyle": "none"}
-        if logarithmic and spread.mean <= edge:
+        if logarithmic and mean_std.mean <= edge:
             axis.plot(edge, height, **{**style, "marker": "<", "clip_on": False})
             continue
-        low = max(spread.mean - spread.std, edge)
-        bar = [[spread.mean - low], [spread.std]]
-        axis.errorbar(spread.mean, height, xerr=bar, capsize=2.5, elinewidth=1.2, **style)
+        low = max(mean_std.mean - mean_std.std, edge)
+        bar = [[mean_std.mean - low], [mean_std.std]]
+        axis.errorbar(mean_std.mean, height, xerr=bar, capsize=2.5, elinewidth=1.2, **style)
     if not logarithmic:
         axis.set_xlim(left=0)
-    rows = [f"{LEVELS.get(kind, plain(kind, 16))} (n = {level.count})" for kind, level in levels.items()]
+    rows = [f"{LEVELS.get(kind, escape(kind, 16))} (n = {level.count})" for kind, level in levels.items()]
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     for row in range(1, len(rows)):
         axis.axhline(row - 0.5, color=GREY, linewidth=0.3)
-    tidy(axis, "x")
+    clean_axes(axis, "x")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 from mergekit_slta.reporting.figures.panels import PANELS, Depth, Series, at_depth, panels_of, value_range
-from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, name, names, plain, tidy
+from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, clean_axes, escape, short_name, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def alphas_figure(alphas: Alphas) -> Figure:
             lambda entry, place=place: entry.stderr[place] if entry.stderr else 0.0,
             lambda entry, place=place: "unchanged" in entry.flags and entry.alpha[place] == 0,
         )
-        for place, model in enumerate(names(alphas.models, 30))
+        for place, model in enumerate(short_names(alphas.models, 30))
     ]
     bars = "Bars: jackknife standard errors where a point is one submodule, often smaller than its marker."
     if all(entry.stderr is None for entry in alphas.submodules):
@@ -78,7 +78,7 @@ def residuals_figure(alphas: Alphas) -> Figure:
 
 
 def _about(alphas: Alphas) -> str:
-    return f"Base model {name(alphas.base_model)}, granularity {plain(alphas.granularity, 20)}"
+    return f"Base model {short_name(alphas.base_model)}, granularity {escape(alphas.granularity, 20)}"
 
 
 def _draw(
@@ -95,7 +95,7 @@ def _draw(
     """Draw a figure of either quantity.
 
     Args:
-        usual: a spread of the numbers that is nothing unusual; see `value_range`.
+        usual: a mean_std of the numbers that is nothing unusual; see `value_range`.
         reference: a value to compare with, and its name.
         floor: where the axis begins, if not near the lowest value.
     """
@@ -117,7 +117,7 @@ def _draw(
         axis = sheet.panel(0.75, gap + (high + gap) * number, WIDTH - 0.87, high)
         several = _draw_panel(axis, panels[key], chunk, depth, limits)
         _draw_marks(axis, panels[key], depth, present, _MARK_INCHES / high)
-        heading = PANELS.get(key, plain(key, 40)) + (": mean and range within a layer" if several else "")
+        heading = PANELS.get(key, escape(key, 40)) + (": mean and range within a layer" if several else "")
         if len(chunks) > 1:
             first = series.index(chunk[0]) + 1
             heading += f" · experts {first}–{first + len(chunk) - 1}"
@@ -126,7 +126,7 @@ def _draw(
         if reference is not None:
             axis.axhline(reference[0], color=GREY, linewidth=1, linestyle=_DASHES, zorder=1)
         depth.dress(axis, labels=number == count - 1)
-        tidy(axis)
+        clean_axes(axis)
     axis.set_xlabel("decoder layer")
     sheet.label(unit, (high + gap) * count)
     sheet.figure.legend(handles=handles, loc="lower center", ncols=columns, handlelength=3.2, borderaxespad=0.1)
@@ -224,9 +224,9 @@ def _list(
     """A row per series (and submodule), its number written beside it."""
     rows = [(entry, one) for entry in alphas.submodules for one in series]
     if flags := sorted({flag for entry in alphas.submodules for flag in entry.flags}):
-        notes += f" Flagged: {plain(', '.join(flags).replace('_', ' '))}."
+        notes += f" Flagged: {escape(', '.join(flags).replace('_', ' '))}."
     prefix = len(alphas.submodules) > 1
-    labels = [(f"{name(entry.name, 20)}: " if prefix else "") + one.label for entry, one in rows]
+    labels = [(f"{short_name(entry.name, 20)}: " if prefix else "") + one.label for entry, one in rows]
     left = 0.2 + 0.075 * max(len(label) for label in labels)
     sheet = Sheet.new(title, notes, 0.82 + 0.26 * len(rows))
     axis = sheet.panel(left, 0.3, WIDTH - left - 1.1, 0.26 * len(rows))
@@ -243,5 +243,5 @@ def _list(
         axis.axvline(reference[0], color=GREY, linewidth=1, linestyle=_DASHES)
         axis.text(reference[0], 1.02, reference[1], transform=axis.get_xaxis_transform(), ha="center", va="bottom")
     axis.set_xlabel(unit)
-    tidy(axis, "x")
+    clean_axes(axis, "x")
     return sheet.figure

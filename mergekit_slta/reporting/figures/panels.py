@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
-from mergekit_slta.reporting.figures.style import Look, name
+from mergekit_slta.reporting.figures.style import Look, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +141,7 @@ class Depth:
         """Ticks at layers and ends, and a shade behind the ends, which are of no panel's kind."""
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, self.layers) if self.layers / step <= 10)
         ticks = {float(layer): str(layer) for layer in range(0, self.layers, step)}
-        ticks |= {place: name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}
+        ticks |= {place: short_name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}
         axis.set_xticks(list(ticks), list(ticks.values()) if labels else [""] * len(ticks))
         last, margin = self.layers - 1, max(0.4, self.layers * 0.04)
         low, high = min([0, *ticks]) - margin, max([last, *ticks]) + margin

@@ -74,30 +74,31 @@ class Look(NamedTuple):
         return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": face}
 
 
-def name(model: object, longest: int = 32) -> str:
+def short_name(model: object, longest: int = 32) -> str:
     """A model's or submodule's name as a text of matplotlib's: the last part of its path, shortened in its middle."""
-    return names([str(model)], longest)[0]
+    return short_names([str(model)], longest)[0]
 
 
-def names(models: Sequence[str], longest: int = 32) -> list[str]:
-    """As `name`, with as many parts of the paths as it takes to tell the models apart (`run1/final`, `run2/final`)."""
+def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
+    """As `short_name`, with as many parts of the paths as it takes to tell the models apart
+    (`run1/final`, `run2/final`)."""
     paths = [[part for part in re.split(r"[/\\]", show(model, 4096)) if part] or [show(model)] for model in models]
     for depth in range(1, max(map(len, paths)) + 1):
         ends = ["/".join(path[-depth:]) for path in paths]
         if len(set(ends)) == len(ends):
             break
     keep = longest // 2
-    return [plain(end if len(end) <= longest else f"{end[: longest - keep - 1]}…{end[-keep:]}") for end in ends]
+    return [escape(end if len(end) <= longest else f"{end[: longest - keep - 1]}…{end[-keep:]}") for end in ends]
 
 
-def plain(text: object, longest: int = 200) -> str:
+def escape(text: object, longest: int = 200) -> str:
     """A stranger's text for matplotlib, which sets what is between dollars as a formula and drops `_x` from legends."""
     shown = show(text, longest).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 @contextmanager
-def paper() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
     """Draw with this file's settings and matplotlib's own fonts, whatever the user's `matplotlibrc` says."""
     import matplotlib
 
@@ -141,7 +142,7 @@ class Sheet(NamedTuple):
         self.figure.text(0.012, place, text, rotation="vertical", va="center")
 
 
-def write(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
+def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
     """Make a figure and write it to every path, in the format of its suffix; the same figure gives the same bytes.
 
     Returns:
@@ -154,7 +155,7 @@ def write(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
     for path, form in zip(paths, formats, strict=True):
         if form not in FORMATS:
             raise OutputError(f"cannot draw {show(path)}: figures are .png or .svg")
-    with paper():
+    with figure_style():
         figure = make()
         if figure is None:
             return []
@@ -163,7 +164,7 @@ def write(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
     return list(paths)
 
 
-def tidy(axis: Axes, grid: str = "y") -> None:
+def clean_axes(axis: Axes, grid: str = "y") -> None:
     """Take away what carries no number."""
     axis.grid(axis=grid, color=FAINT, linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
