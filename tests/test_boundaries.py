@@ -34,11 +34,11 @@ def imports_of(source: str, *, top_level: bool = False) -> Iterator[str]:
     tree = ast.parse(source)
     typing_only = {
         inner
-        for node in ast.state(tree)
+        for node in ast.walk(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.state(node)
+        for inner in ast.walk(node)
     }
-    for node in tree.body if top_level else ast.state(tree):
+    for node in tree.body if top_level else ast.walk(tree):
         if node in typing_only:
             continue
         if isinstance(node, ast.Import):

@@ -20,8 +20,7 @@ from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity
 from mergekit_slta.maths.linearity import PAIR_GRID
 from mergekit_slta.reporting.figures import heatmaps as maps
-from mergekit_slta.reporting.figures import levels
-from mergekit_slta.reporting.figures import style as drawing
+from mergekit_slta.reporting.figures import levels, style
 from mergekit_slta.reporting.figures.draw import draw, draw_alphas
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
 
@@ -109,7 +108,7 @@ def make_linearity(num_models=3, num_layers=NUM_LAYERS, names=None, spoil=lambda
 @pytest.fixture(autouse=True)
 def _on_paper():
     """Figures are made with the settings that they are written with."""
-    with drawing.paper():
+    with style.paper():
         yield
 
 
@@ -450,9 +449,9 @@ def test_numbers_that_are_missing_leave_grey_cells(tmp_path):
 
 def test_colours_survive_black_and_white():
     """The map's lightness rises evenly; series differ in marker as well as in hue."""
-    shades = matplotlib.colormaps[drawing.MAP](np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
+    shades = matplotlib.colormaps[style.MAP](np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(shades) > 0).all()
-    looks = [drawing.Look.of(place) for place in range(10)]
+    looks = [style.Look.of(place) for place in range(10)]
     assert len({look.marker for look in looks}) == 10
     assert all(np.dot(to_rgb(look.color), (0.2126, 0.7152, 0.0722)) < 0.7 for look in looks)  # on white paper
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 from mergekit.config import MergeConfiguration
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.files.identity import differences, hash_identity, statistics_identity
-from mergekit_slta.job.identity import checkpoint_fingerprint
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 
@@ -58,6 +59,28 @@ def test_what_does_not_matter_changes_nothing(tiny, options):
     others = [{**tiny.recipe(2, **{"lambda": 0.5}), "out_dtype": "float16"}, tiny.recipe(2, alphas="x.json"), reordered]
     for recipe in others:
         assert identity(recipe, options) == before
+
+
+def test_the_config_counts_as_its_file_says(tiny, options, tmp_path, monkeypatch):
+    """Defaults that another transformers adds, and its version in the file, change nothing; a value of the file does."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base, base)
+    recipe = {**tiny.recipe(2), "base_model": str(base)}
+
+    def of_config() -> str:
+        return identity(recipe, options)["config of the base"]
+
+    def edit(**settings: object) -> None:
+        stored = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(stored | settings))
+
+    before = of_config()
+    edit(transformers_version="99.0")
+    original = LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: original(self) | {"a_new_default": 1})
+    assert of_config() == before
+    edit(rms_norm_eps=0.01)
+    assert of_config() != before
 
 
 def test_every_tensor_of_every_checkpoint_counts(tiny, options, tmp_path):

@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from mergekit._data import chat_templates
-from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
-from mergekit.tokenizer.build import build_tokenizer
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from mergekit_slta.checkpoints.configs import load_tokenizer, read_configs, ties_embeddings
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import Plan, find_ties, make_plan, reconcile
 from mergekit_slta.data.rows import TaskRows, draw_rows
 from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.job.identity import job_identity
-from mergekit_slta.models.architectures import architecture
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.recipe.read import Recipe
 from mergekit_slta.runtime.progress import advice_on_memory
 
 LOG = logging.getLogger(__name__)
-_SAME = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 @dataclass(frozen=True)
@@ -104,8 +91,8 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     """
     _check_device(options)
     _check_chat_template(recipe.config.chat_template)
-    configs = _configs(recipe, options)
-    tokenizer, info = _tokenizer(recipe, options)
+    configs = read_configs(recipe, options)
+    tokenizer, info = load_tokenizer(recipe, options)
     rows = []
     for task in recipe.tasks:
         name = recipe.names[task.model]
@@ -127,15 +114,13 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
     plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
     submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
-    record = job_identity(recipe, plan, config, rows)
+    record = job_identity(recipe, plan, rows)
     _warn_of_same_weights(recipe, record)
     reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
     copies = {name: reason for name, reason in reasons.items() if reason}
-    return Job(recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, _ties(config), copies)
-
-
-def _ties(config: PretrainedConfig) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
+    return Job(
+        recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, ties_embeddings(config), copies
+    )
 
 
 def _check_device(options: MergeOptions) -> None:
@@ -159,17 +144,6 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
             LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
 
 
-def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:
-    """The merged model runs with the base's config; an expert that was trained with another may lose by it."""
-    models = list(configs)
-    base = configs[models[0]].to_dict()
-    for model in models[1:]:
-        other = configs[model].to_dict()
-        keys = sorted(key for key in (base.keys() | other.keys()) - _HARMLESS if base.get(key) != other.get(key))
-        if keys:
-            LOG.warning("the config of %s has other %s; the base's is used", show(names[model]), listing(keys))
-
-
 def _check_chat_template(template: str | None) -> None:
     """What mergekit would only find out after the merge, when it writes the tokenizer."""
     if template is None or template == "auto":
@@ -180,78 +154,6 @@ def _check_chat_template(template: str | None) -> None:
             f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
             f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}"
         )
-
-
-def _configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
-    configs: dict[ModelReference, PretrainedConfig] = {}
-    for model in recipe.models:
-        name = show(recipe.names[model])
-        reason = "it is the base" if model.lora and model == recipe.base else needs_merged_copy(model)
-        if reason and not options.lora_merge_cache:
-            raise ModelError(
-                f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
-                "add --lora-merge-cache DIR"
-            )
-        try:
-            configs[model] = model.config(trust_remote_code=options.trust_remote_code)
-        except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
-            path = model.model.path
-            if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
-                raise ModelError(f"there is no model folder {name}; paths start at the current one") from error
-            raise ModelError(f"cannot read the config of {name}: {show(error)}; check the path or Hub id") from error
-        architecture(configs[model].architectures, name)
-    base = configs[recipe.base]
-    _warn_of_differing_configs(configs, recipe.names)
-    for model, config in configs.items():
-        name = show(recipe.names[model])
-        if config.architectures != base.architectures:
-            raise ModelError(
-                f"{name} is a {show(config.architectures[0])}, the base a {show(base.architectures[0])}: "
-                "all models of a merge need the same architecture"
-            )
-        keys = _SAME if recipe.config.tokenizer or recipe.config.tokenizer_source else (*_SAME, "vocab_size")
-        if options.unsafe_truncate_embeddings:
-            keys = _SAME
-        for key in keys:
-            found, wanted = getattr(config, key, None), getattr(base, key, None)
-            if found != wanted:
-                hint = "the experts must be fine-tuned from this very base"
-                if key == "vocab_size":
-                    hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
-                raise ModelError(f"{name} has {key} {show(found)}, the base {show(wanted)}: {hint}")
-    return configs
-
-
-def _tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
-    """The tokenizer of the merged model: the base's, or what mergekit builds where the recipe says so."""
-    config = recipe.config
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    try:
-        if source is not None:
-            info = build_tokenizer(
-                base_model=recipe.base,
-                referenced_models=list(recipe.models),
-                tokenizer_source=source,
-                trust_remote_code=options.trust_remote_code,
-                add_tokens=list((config.tokenizer.tokens or {}) if config.tokenizer else {}),
-            )
-            return info.tokenizer, info
-        base = recipe.base.model
-        return AutoTokenizer.from_pretrained(
-            base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
-        ), None
-    except Exception as error:
-        raise DataError(
-            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
-            "the base needs one, to read the calibration rows"
-        ) from error
-
-
-_HARMLESS = frozenset(
-    "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
-    "bos_token_id eos_token_id pad_token_id model_type".split()
-)
-"""Keys of a config that do not shape the forward pass, or are looked at elsewhere."""
 
 
 def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:
