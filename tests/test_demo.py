@@ -39,7 +39,7 @@ def test_tasks_do_not_leak_into_the_test_rows(tmp_path):
     """No test question is among the training rows."""
     import random
 
-    from mergekit_slta.demo.run import tasks
+    from mergekit_slta.demo import tasks
 
     for split in tasks.write_splits(tmp_path, random.Random(0), 300, 100).values():
         assert not {example.question for example in split.train} & {example.question for example in split.test}
@@ -50,7 +50,7 @@ def test_task_answers_are_right(seed):
     """Arithmetic adds up and sorted words are sorted."""
     import random
 
-    from mergekit_slta.demo.run import tasks
+    from mergekit_slta.demo import tasks
 
     rng = random.Random(seed)
     by_name = {task.name: task for task in tasks.TASKS}

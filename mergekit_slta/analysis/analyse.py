@@ -29,7 +29,7 @@ from mergekit_slta.job.preflight import Job, check_rows
 from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
 from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.recipe.read import Recipe
-from mergekit_slta.runner.forward import stream
+from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import HEAD_ELEMENTS, ForwardState
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
@@ -181,7 +181,7 @@ def _walk(
             announce=progress.announce,
         )
         step = Observation(rows.task, grids)
-        for evaluation in stream(state, submodules):
+        for evaluation in evaluate_submodules(state, submodules):
             if evaluation.submodule.forward_group != step.step:
                 _finish(step, level, records)
                 step = Observation(rows.task, grids, evaluation.submodule.forward_group)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_slta.demo.run import tasks as data
+from mergekit_slta.demo import tasks as data
 from mergekit_slta.demo.training import NO_LOSS, padded
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_slta.demo import tasks as data
 from mergekit_slta.demo.measuring import encode_tests, evaluate, markdown_table, measure_baselines, plain, text_table
-from mergekit_slta.demo.run import tasks as data
 from mergekit_slta.demo.training import new_model, one_thread, quiet_transformers, save, train
 from mergekit_slta.errors import RunError
 from mergekit_slta.files.atomic import write_text_atomically

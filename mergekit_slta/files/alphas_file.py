@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.json_file import DocumentType, read_document
-from mergekit_slta.maths.task_arithmetic import WeightedSlice
+
+if TYPE_CHECKING:
+    from mergekit_slta.maths.task_arithmetic import WeightedSlice
 
 FORMAT = "mergekit-slta/alphas"
 VERSION = 1
@@ -178,6 +180,8 @@ def describe_ridge(calibration: Mapping[str, Any]) -> str:
 
 def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[WeightedSlice, ...]]:
     """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
+    from mergekit_slta.maths.task_arithmetic import WeightedSlice  # torch: not needed to read a file
+
     pieces: dict[str, list[WeightedSlice]] = {}
     for submodule in submodules:
         for tensor in submodule.tensors:
