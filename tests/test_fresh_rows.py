@@ -87,7 +87,7 @@ def test_steps_with_rows_of_their_own_go_on_where_they_were_stopped(specimen, tm
     assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
     assert torch.equal(found.divergences, whole.divergences)
     assert torch.equal(found.row_step, whole.row_step)
-    assert not list(folder.glob("*streams"))
+    assert not list(folder.glob("*activations"))
 
 
 def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):

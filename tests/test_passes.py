@@ -152,7 +152,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
     assert all(torch.equal(found.by_submodule[key], whole.by_submodule[key]) for key in whole.by_submodule)
     assert all(torch.equal(found.point[key], whole.point[key]) for key in whole.point)
     assert torch.equal(found.divergences, whole.divergences)
-    assert not list(folder.glob("*streams"))
+    assert not list(folder.glob("*activations"))
 
 
 def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F811
@@ -202,7 +202,8 @@ def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
         def put(self, step, tensors):
             nonlocal largest
             super().put(step, tensors)
-            largest = max([largest, *(path.stat().st_size for path in self.folder.glob("*streams/tape.bin"))])
+            stores = self.folder.glob("*activations/activations.bin")
+            largest = max([largest, *(path.stat().st_size for path in stores)])
 
     with Watching(tmp_path / ".partial", "same") as records:
         records.open()

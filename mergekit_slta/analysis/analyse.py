@@ -173,10 +173,10 @@ def _walk(
             job.skeleton,
             Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
             batches,
-            points=[[*grid.anchors, *grid.mixed] for grid in grids],
+            coefficients=[[*grid.anchors, *grid.mixed] for grid in grids],
             packs=plan_packs(batches, BATCH_TOKENS, [grid.task for grid in grids]),
-            done=done,
-            folder=records.subfolder("streams") if level == "model" else None,
+            skip=done,
+            folder=records.activations_folder() if level == "model" else None,
             head_elements=HEAD_ELEMENTS // 2,
             announce=progress.announce,
         )
@@ -185,7 +185,7 @@ def _walk(
             if evaluation.submodule.forward_group != step.step:
                 _finish(step, level, records)
                 step = Observation(rows.task, grids, evaluation.submodule.forward_group)
-            progress.at(f"{level}/{step.step}")
+            progress.work_on(f"{level}/{step.step}")
             step.add(evaluation)
             del evaluation
         _finish(step, level, records)

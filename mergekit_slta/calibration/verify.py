@@ -63,14 +63,14 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         merged_inputs=settings.inputs == "merged",
         packs=plan_packs(batches, limit, [row_task[batch.rows[0]] for batch in batches]),
     )
-    experts = [state.model(row_task[batch.rows[0]] + 1) for batch in batches]
-    state.points = [[expert, "merged"] for expert in experts]
+    experts = [state.model_coefficients(row_task[batch.rows[0]] + 1) for batch in batches]
+    state.coefficients = [[expert, "merged"] for expert in experts]
     errors = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in statistics.by_submodule}
     num_steps = len({submodule.forward_group for submodule in job.submodules})
     with job.advice_on_memory(), Progress("Verifying", num_steps, quiet=job.options.quiet) as progress:
         state.announce = progress.announce
         for evaluation in evaluate_submodules(state, job.submodules):
-            progress.at(evaluation.submodule.forward_group)
+            progress.work_on(evaluation.submodule.forward_group)
             apart = (evaluation.outputs_at("merged") - evaluation.outputs_at(experts[evaluation.batch])).to(
                 torch.float64
             )

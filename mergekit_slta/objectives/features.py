@@ -133,9 +133,9 @@ def gather(
         packs=_renumbered(own),
         merge=merge,
         merged_inputs=merge is not None,
-        widest=max(sizes),
-        done=frozenset(finished),
-        folder=records.subfolder("streams") if records is not None and ranks.size == 1 and model_level else None,
+        max_pack_tokens=max(sizes),
+        skip=frozenset(finished),
+        folder=records.activations_folder() if records is not None and ranks.size == 1 and model_level else None,
     )
     quiet = job.options.quiet or not ranks.is_first
     with job.advice_on_memory(), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
@@ -146,7 +146,7 @@ def gather(
             if group and evaluation.submodule.forward_group != group:
                 finish(group)
             group = evaluation.submodule.forward_group
-            progress.at(group)
+            progress.work_on(group)
             _accumulate(statistics, state, evaluation, names)
             del evaluation  # or this group's weights would live through the loading of the next
         for group in by_group:
@@ -177,9 +177,9 @@ def _take_up(
 
 
 def _accumulate(statistics: Statistics, state: ForwardState, evaluation: Evaluation, names: Sequence[str]) -> None:
-    points = [state.model(number) for number in range(1, state.num_models)]
     base = evaluation.base
-    outputs = [evaluation.outputs_at(point) for point in points]  # T x [N, d]
+    experts = [state.model_coefficients(model) for model in range(1, state.num_models)]
+    outputs = [evaluation.outputs_at(coefficients) for coefficients in experts]  # T x [N, d]
     statistics.add(evaluation.submodule.name, evaluation.rows, outputs, evaluation.lengths, base)
     diagonal = statistics.by_submodule[evaluation.submodule.name][list(evaluation.rows)].diagonal(
         dim1=1, dim2=2

@@ -294,7 +294,7 @@ class _Passes:
         with ExitStack() as stack:
             folder = None
             if self._records is not None:
-                folder = self._records.subfolder(f"{label}streams")
+                folder = self._records.activations_folder(label)
             elif activation_bytes(sum(lengths), levels, draws, width, dtype) > ACTIVATIONS_IN_MEMORY:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="mergekit-slta-")))
             yield ActivationStore(lengths, levels, draws, width, dtype, folder)
@@ -303,4 +303,4 @@ class _Passes:
     def _forget(self, label: str) -> None:
         """All that a pass has found is in the records: its features go."""
         if self._records is not None:
-            shutil.rmtree(self._records.subfolder(f"{label}streams"), ignore_errors=True)
+            shutil.rmtree(self._records.activations_folder(label), ignore_errors=True)

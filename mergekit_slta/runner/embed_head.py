@@ -1,4 +1,4 @@
-"""Steps before and behind the decoder layers: embeddings, the head in chunks of the vocabulary, the whole model."""
+"""Evaluate the submodules outside the decoder layers: embeddings, the head in parts of the vocabulary, whole models."""
 
 from __future__ import annotations
 
@@ -13,72 +13,75 @@ from mergekit_slta.runner.state import Coefficients, Evaluation, ForwardState, I
 from mergekit_slta.runtime.activations import ActivationStore
 
 
-def embed(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Everything before the first layer; fills the state's features."""
-    mixed, ids = _embedding_rows(state, submodule, submodule.tensors)
-    for number, (batch, places) in enumerate(zip(state.batches, ids, strict=True)):
+def evaluate_embeddings(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate everything before the first layer; fills the state's features."""
+    interpolated, ids = _used_embeddings(state, submodule, submodule.tensors)
+    for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
 
-        def at(point: Coefficients, number: int = number, places: Tensor = places) -> Tensor:
-            features = state.batches[number].pack(state.skeleton.embed(places, mixed(point)))
-            return state.check_finite(features, submodule, point)
+        def outputs_at(coefficients: Coefficients, index: int = index, batch_ids: Tensor = batch_ids) -> Tensor:
+            features = state.batches[index].pack(state.skeleton.embed(batch_ids, interpolated(coefficients)))
+            return state.check_finite(features, submodule, coefficients)
 
-        evaluation = Evaluation(submodule, number, batch.rows, batch.lengths, at, state.base_coefficients)
-        if submodule.forward_group not in state.done:
+        evaluation = Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
+        if submodule.forward_group not in state.skip:
             yield evaluation
         state.hidden.append(evaluation.base.cpu())
         del evaluation
     if state.merged_inputs:
-        for number, (batch, places) in enumerate(zip(state.batches, ids, strict=True)):
-            state.hidden[number] = batch.pack(state.skeleton.embed(places, mixed("merged"))).cpu()
+        for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
+            state.hidden[index] = batch.pack(state.skeleton.embed(batch_ids, interpolated("merged"))).cpu()
 
 
-def _embedding_rows(
+def _used_embeddings(
     state: ForwardState, submodule: Submodule, names: Sequence[str]
 ) -> tuple[InterpolatedWeights, list[Tensor]]:
-    """The tensors before the layers, of the token table only the rows that occur; and the batches' ids in those."""
+    """The named tensors before the layers, with only those rows of the embedding table that occur in the batches; and
+    per batch, its ids [b, s] as row numbers of that smaller table."""
     table = state.skeleton.embedding_weight
     used = torch.unique(torch.cat([batch.ids.flatten() for batch in state.batches]))  # [U]
     others = [name for name in names if name not in (table, state.skeleton.head_weight)]
 
     def load(models: Sequence[int]) -> list[Weights]:
-        weights = state.checkpoints.load(others, models)
-        for into, rows in zip(weights, state.checkpoints.table_rows(table, used, models), strict=True):
-            into[table] = rows
-        return weights
+        loaded = state.checkpoints.load(others, models)
+        for weights, rows in zip(loaded, state.checkpoints.table_rows(table, used, models), strict=True):
+            weights[table] = rows
+        return loaded
 
     ids = [torch.searchsorted(used, batch.ids).to(state.skeleton.device) for batch in state.batches]
     return InterpolatedWeights(state, [submodule], load), ids
 
 
-def head(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Everything behind the last layer: logits of the state's features."""
-    if submodule.forward_group not in state.done:
-        yield from _logits(state, submodule, submodule.tensors, lambda pack, point: [state.hidden[n] for n in pack])
+def evaluate_head(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate everything after the last layer: logits, in parts of the vocabulary."""
+    if submodule.forward_group not in state.skip:
+        yield from _evaluate_logits(
+            state, submodule, submodule.tensors, lambda pack, _: [state.hidden[index] for index in pack]
+        )
 
 
-def _logits(
+def _evaluate_logits(
     state: ForwardState,
     submodule: Submodule,
     names: Sequence[str],
     features: Callable[[Sequence[int], Coefficients], list[Tensor]],
 ) -> Iterator[Evaluation]:
-    """The vocabulary in chunks: logits of 100,000 tokens and more never stand side by side.
+    """Logits in parts of the vocabulary: those of a vocabulary of 100,000 tokens never exist at once.
 
     Args:
-        submodule: what the evaluations are reported as.
-        names: its tensors behind the layers.
-        features: (batches, point) -> [tokens, d] of each: the last layer's outputs.
+        submodule: the submodule of the evaluations.
+        names: its tensors after the layers.
+        features: (pack, coefficients) -> the last layer's outputs [tokens, d] of each batch.
     """
     projection, norm = state.skeleton.head_weight, state.skeleton.anatomy.final_norm + "."
     prefix = projection.removesuffix("weight")
     checkpoints = state.checkpoints
-    chunked = {name: name for name in names if name.startswith(prefix)}
-    if projection not in chunked or checkpoints.plan.is_tied:  # the embeddings serve
-        chunked[projection] = state.skeleton.embedding_weight
+    sources = {name: name for name in names if name.startswith(prefix)}  # read by rows; the bias, too
+    if projection not in sources or checkpoints.plan.is_tied:
+        sources[projection] = state.skeleton.embedding_weight
     context = [name for name in checkpoints.plan.tensors if name.startswith(norm) and name not in names]
-    borrowed = checkpoints.load(context, models=[0])[0]  # the norm, where it is a submodule of its own
-    whole = checkpoints.load([name for name in names if name not in chunked])
-    raw = {name: checkpoints.raw(source) for name, source in chunked.items()}
+    base_norm = checkpoints.load(context, models=[0])[0]  # where the norm is a submodule of its own
+    whole = checkpoints.load([name for name in names if name not in sources])
+    raw = {name: checkpoints.raw(source) for name, source in sources.items()}
     num_rows = min(tensor.shape[0] for tensor in raw[projection])
     part_size = state.vocabulary_part
     for start in range(0, num_rows, part_size):
@@ -87,70 +90,76 @@ def _logits(
         def load(models: Sequence[int], part: slice = part) -> list[Weights]:
             return [
                 whole[model]
-                | {name: checkpoints.place(raw[name][model][part], chunked[name], model) for name in chunked}
+                | {name: checkpoints.place(raw[name][model][part], source, model) for name, source in sources.items()}
                 for model in models
             ]
 
-        mixed = InterpolatedWeights(state, [submodule], load)
+        interpolated = InterpolatedWeights(state, [submodule], load)
         for pack in state.packs:
             rows, lengths, _ = state.gather_pack(pack, [torch.empty(0)])
 
-            def at(point: Coefficients, pack: Sequence[int] = pack, mixed: InterpolatedWeights = mixed) -> Tensor:
-                *_, hidden = state.gather_pack(pack, features(pack, point))
-                logits = state.skeleton.head(hidden[None], {**borrowed, **mixed(point)})[0]
-                return state.check_finite(logits, submodule, point)
+            def outputs_at(
+                coefficients: Coefficients,
+                pack: Sequence[int] = pack,
+                interpolated: InterpolatedWeights = interpolated,
+            ) -> Tensor:
+                *_, hidden = state.gather_pack(pack, features(pack, coefficients))
+                logits = state.skeleton.head(hidden[None], {**base_norm, **interpolated(coefficients)})[0]
+                return state.check_finite(logits, submodule, coefficients)
 
-            yield Evaluation(submodule, pack[0], rows, lengths, at, state.base_coefficients)
+            yield Evaluation(submodule, pack[0], rows, lengths, outputs_at, state.base_coefficients)
 
 
-def whole_model(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Whole models through their own layers: a stream of features per batch and point, one layer of every model in
-    memory at a time."""
+def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate whole models: each batch runs through the layers at each of its coefficients, separately, with one layer
+    of every model in memory at a time."""
     skeleton, anatomy = state.skeleton, state.skeleton.anatomy
-    if submodule.forward_group in state.done:
+    if submodule.forward_group in state.skip:
         return
-    inside = anatomy.layers_path + "."
-    behind = (anatomy.final_norm + ".", anatomy.head_weight.removesuffix("weight"))
-    outside = [name for name in submodule.tensors if not name.startswith(inside)]
-    every = [state.model(number) for number in range(state.num_models)]
-    points = [
-        list(dict.fromkeys([state.base_coefficients, *(state.points[number] if state.points else every)]))
-        for number in range(len(state.batches))
+    layers_prefix = anatomy.layers_path + "."
+    head_prefixes = (anatomy.final_norm + ".", anatomy.head_weight.removesuffix("weight"))
+    outside = [name for name in submodule.tensors if not name.startswith(layers_prefix)]
+    models = [state.model_coefficients(model) for model in range(state.num_models)]
+    by_batch = [
+        list(dict.fromkeys([state.base_coefficients, *(state.coefficients[index] if state.coefficients else models)]))
+        for index in range(len(state.batches))
     ]
-    keys = [(number, point) for number, own in enumerate(points) for point in own]
-    places = {key: place for place, key in enumerate(keys)}
-    sizes = [sum(state.batches[number].lengths) for number, _ in keys]
-    store = ActivationStore(
-        sizes, 1, 0, int(skeleton.config.hidden_size), state.checkpoints.dtype, state.folder
-    )  # in place
-    mixed, ids = _embedding_rows(state, submodule, [name for name in outside if not name.startswith(behind)])
-    for number, (batch, tokens) in enumerate(zip(state.batches, ids, strict=True)):
-        for point in points[number]:
-            entered = batch.pack(skeleton.embed(tokens, mixed(point)))
-            store.put_features(0, places[number, point], state.check_finite(entered, submodule, point))
-    del mixed
+    by_coefficients: dict[Coefficients, list[int]] = {}  # -> the batches that run there
+    for index, listed in enumerate(by_batch):
+        for coefficients in listed:
+            by_coefficients.setdefault(coefficients, []).append(index)
+    keys = [(index, coefficients) for index, listed in enumerate(by_batch) for coefficients in listed]
+    entries = {key: entry for entry, key in enumerate(keys)}  # of the store
+    lengths = [sum(state.batches[index].lengths) for index, _ in keys]
+    width = int(skeleton.config.hidden_size)
+    store = ActivationStore(lengths, 1, 0, width, state.checkpoints.dtype, state.folder)  # overwritten in place
+    interpolated, ids = _used_embeddings(
+        state, submodule, [name for name in outside if not name.startswith(head_prefixes)]
+    )
+    for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
+        for coefficients in by_batch[index]:
+            embedded = batch.pack(skeleton.embed(batch_ids, interpolated(coefficients)))
+            store.put_features(0, entries[index, coefficients], state.check_finite(embedded, submodule, coefficients))
+    del interpolated
     for layer in range(skeleton.num_layers):
-        state.announce(f"{inside}{layer}")
-        names = [name for name in submodule.tensors if name.startswith(f"{inside}{layer}.")]
-        mixed = InterpolatedWeights(
+        state.announce(f"{layers_prefix}{layer}")
+        names = [name for name in submodule.tensors if name.startswith(f"{layers_prefix}{layer}.")]
+        interpolated = InterpolatedWeights(
             state, [submodule], lambda models, names=names: state.checkpoints.load(names, models)
         )
-        by_point: dict[Coefficients, list[int]] = {}
-        for number, point in keys:
-            by_point.setdefault(point, []).append(number)
-        for point, numbers in by_point.items():
-            weights = mixed(point)
-            for number in numbers:
-                batch = state.batches[number]
-                features = batch.pad(store.features(layer, places[number, point]).to(skeleton.device))
-                output = batch.pack(skeleton.layer(layer, features, weights))
-                store.put_features(layer + 1, places[number, point], state.check_finite(output, submodule, point))
-        del mixed, weights
+        for coefficients, indices in by_coefficients.items():
+            weights = interpolated(coefficients)
+            for index in indices:
+                batch, entry = state.batches[index], entries[index, coefficients]
+                hidden = batch.pad(store.features(layer, entry).to(skeleton.device))
+                output = batch.pack(skeleton.layer(layer, hidden, weights))
+                store.put_features(layer + 1, entry, state.check_finite(output, submodule, coefficients))
+        del interpolated, weights
         state.checkpoints.flush()
     state.announce("head")
-    names, last = [name for name in outside if name.startswith(behind)], skeleton.num_layers
+    names, last = [name for name in outside if name.startswith(head_prefixes)], skeleton.num_layers
 
-    def features_of(pack: Sequence[int], point: Coefficients) -> list[Tensor]:
-        return [store.features(last, places[number, point]) for number in pack]
+    def features(pack: Sequence[int], coefficients: Coefficients) -> list[Tensor]:
+        return [store.features(last, entries[index, coefficients]) for index in pack]
 
-    yield from _logits(state, submodule, names, features_of)
+    yield from _evaluate_logits(state, submodule, names, features)

@@ -1,4 +1,4 @@
-"""Steps inside a decoder layer: whole layers, blocks, heads, norms and single matrices."""
+"""Evaluate the submodules of a decoder layer: whole layers, blocks, heads, norms and single matrices."""
 
 from __future__ import annotations
 
@@ -12,40 +12,38 @@ from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.runner.state import Coefficients, Evaluation, ForwardState, InterpolatedWeights
 
 
-def _mixed(state: ForwardState, group: Sequence[Submodule]) -> InterpolatedWeights:
+def _interpolated_weights(state: ForwardState, group: Sequence[Submodule]) -> InterpolatedWeights:
     names = list(dict.fromkeys(name for submodule in group for name in submodule.tensors))
     return InterpolatedWeights(state, group, lambda models: state.checkpoints.load(names, models))
 
 
-def block(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """A whole layer, or its MLP block, which works token by token and takes several batches at once."""
+def evaluate_block(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate a whole layer, or an MLP block, which is token-wise and takes the batches of a pack together."""
     context = state.context(submodule)
-    mixed = _mixed(state, [submodule])
-    packs = state.packs if submodule.kind == "mlp" else [[number] for number in range(len(state.batches))]
+    interpolated = _interpolated_weights(state, [submodule])
+    packs = state.packs if submodule.kind == "mlp" else [[index] for index in range(len(state.batches))]
     for pack in packs:
-        rows, lengths, hidden = state.gather_pack(pack, [state.hidden[number] for number in pack])
+        rows, lengths, hidden = state.gather_pack(pack, [state.hidden[index] for index in pack])
 
-        def at(point: Coefficients, number: int = pack[0], hidden: Tensor = hidden) -> Tensor:
-            weights = {**context, **mixed(point)}
-            return state.check_finite(
-                _output(state, submodule, state.batches[number], hidden, weights), submodule, point
-            )
+        def outputs_at(coefficients: Coefficients, index: int = pack[0], hidden: Tensor = hidden) -> Tensor:
+            weights = {**context, **interpolated(coefficients)}
+            output = _block_output(state, submodule, state.batches[index], hidden, weights)
+            return state.check_finite(output, submodule, coefficients)
 
-        evaluation = Evaluation(submodule, pack[0], rows, lengths, at, state.base_coefficients)
-        if submodule.forward_group not in state.done:
+        evaluation = Evaluation(submodule, pack[0], rows, lengths, outputs_at, state.base_coefficients)
+        if submodule.forward_group not in state.skip:
             yield evaluation
         if not state.merged_inputs:
-            sizes = [sum(state.batches[number].lengths) for number in pack]
-            parts = zip(pack, hidden.split(sizes), evaluation.base.split(sizes), strict=True)
-            for number, before, after in parts:
-                state.advance(submodule, number, before, after)
+            sizes = [sum(state.batches[index].lengths) for index in pack]
+            for index, before, after in zip(pack, hidden.split(sizes), evaluation.base.split(sizes), strict=True):
+                state.advance(submodule, index, before, after)
         del evaluation
     if state.merged_inputs:
-        _move_on(state, submodule, {**context, **state.norms, **mixed("merged")})
+        _advance_all(state, submodule, {**context, **state.norms, **interpolated("merged")})
 
 
-def _output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
-    """[tokens, d] -> [tokens, d]: the MLP over all tokens at once, what attends over padded rows."""
+def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
+    """[tokens, d] -> [tokens, d]: an MLP block over all tokens at once, all else over padded rows."""
     assert submodule.layer is not None
     if submodule.kind == "mlp":
         return state.skeleton.block(submodule.layer, "mlp", hidden[None], weights)[0]
@@ -54,18 +52,18 @@ def _output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Ten
     return batch.pack(state.skeleton.layer(submodule.layer, batch.pad(hidden), weights))
 
 
-def _move_on(state: ForwardState, submodule: Submodule, weights: Weights) -> None:
-    """Every batch behind a block, with other weights than the base's."""
-    for number, batch in enumerate(state.batches):
-        hidden = state.hidden[number].to(state.skeleton.device)
-        state.advance(submodule, number, hidden, _output(state, submodule, batch, hidden, weights))
+def _advance_all(state: ForwardState, submodule: Submodule, weights: Weights) -> None:
+    """Move every batch past a layer or block that has the given weights."""
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
+        state.advance(submodule, index, hidden, _block_output(state, submodule, batch, hidden, weights))
 
 
-def attention(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
-    """An attention block; and, where it is divided, its heads by key/value group (A.3.5).
+def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Evaluate an attention block and, where it is divided, its heads by key/value group (A.3.5).
 
-    A head's output is the output projection's slice applied to the head's own features, which the queries, keys and
-    values at the same point have made.
+    A head's output is its columns of the output projection applied to the head's features, which come from queries,
+    keys and values at the same coefficients.
     """
     block, heads = group[0], group[1:]
     assert block.layer is not None
@@ -73,110 +71,110 @@ def attention(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evalu
     if state.parallel is None:
         state.parallel = state.has_parallel_blocks(block)
     context = state.context(*group)
-    mixed = _mixed(state, group)
-    for number, batch in enumerate(state.batches):
-        hidden = state.hidden[number].to(state.skeleton.device)
-        features: dict[Coefficients, Tensor] = {}  # [tokens, heads], shared by the heads at one point
+    interpolated = _interpolated_weights(state, group)
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
+        head_features: dict[Coefficients, Tensor] = {}  # [tokens, heads * width]; the batch's heads share them
 
-        def at(
-            point: Coefficients,
+        def outputs_at(
+            coefficients: Coefficients,
             batch: Batch = batch,
             hidden: Tensor = hidden,
-            features: dict[Coefficients, Tensor] = features,
+            head_features: dict[Coefficients, Tensor] = head_features,
         ) -> Tensor:
-            weights = {**context, **mixed(point)}
+            weights = {**context, **interpolated(coefficients)}
             if not heads:
-                return state.check_finite(_output(state, block, batch, hidden, weights), block, point)
-            output, made = state.skeleton.attention_with_heads(layer, batch.pad(hidden), weights)
-            features[point] = batch.pack(made)
-            return state.check_finite(batch.pack(output), block, point)
+                output = _block_output(state, block, batch, hidden, weights)
+                return state.check_finite(output, block, coefficients)
+            output, features = state.skeleton.attention_with_heads(layer, batch.pad(hidden), weights)
+            head_features[coefficients] = batch.pack(features)
+            return state.check_finite(batch.pack(output), block, coefficients)
 
-        evaluation = Evaluation(block, number, batch.rows, batch.lengths, at, state.base_coefficients)
-        if block.forward_group not in state.done:
+        evaluation = Evaluation(block, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
+        if block.forward_group not in state.skip:
             yield evaluation
             for head in heads:
                 projection = head.slices[-1]
-                columns = slice(projection.start, projection.stop)  # of the features: the same that it reads
+                columns = slice(projection.start, projection.stop)  # of the features that the projection reads
 
-                def head_at(
-                    point: Coefficients,
+                def head_outputs_at(
+                    coefficients: Coefficients,
                     projection: tuple = projection,
                     columns: slice = columns,
-                    features: dict[Coefficients, Tensor] = features,
+                    head_features: dict[Coefficients, Tensor] = head_features,
                     evaluation: Evaluation = evaluation,
                 ) -> Tensor:
-                    if point not in features:
-                        evaluation.outputs_at(point)
+                    if coefficients not in head_features:
+                        evaluation.outputs_at(coefficients)
                     tensor, axis, start, stop = projection
-                    weight = mixed(point, [tensor])[tensor].narrow(axis, start, stop - start)
-                    return features[point][:, columns] @ (weight.T if axis == 1 else weight)
+                    weight = interpolated(coefficients, [tensor])[tensor].narrow(axis, start, stop - start)
+                    return head_features[coefficients][:, columns] @ (weight.T if axis == 1 else weight)
 
-                yield Evaluation(head, number, batch.rows, batch.lengths, head_at, state.base_coefficients)
+                yield Evaluation(head, index, batch.rows, batch.lengths, head_outputs_at, state.base_coefficients)
         if not state.merged_inputs:
-            state.advance(block, number, hidden, evaluation.base)
+            state.advance(block, index, hidden, evaluation.base)
         del evaluation
     if state.merged_inputs:
-        _move_on(state, block, {**context, **state.norms, **mixed("merged")})
+        _advance_all(state, block, {**context, **state.norms, **interpolated("merged")})
 
 
-def norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """A norm by itself, on the features before it; the rows stay where they are."""
-    mixed = _mixed(state, [submodule])
-    for number, batch in enumerate(state.batches):
-        hidden = state.hidden[number].to(state.skeleton.device)
+def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate a norm that is a submodule of its own; the rows do not move."""
+    interpolated = _interpolated_weights(state, [submodule])
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
 
-        def at(point: Coefficients, hidden: Tensor = hidden) -> Tensor:
-            return state.skeleton.module(submodule.name, (hidden[None],), mixed(point))[0]
+        def outputs_at(coefficients: Coefficients, hidden: Tensor = hidden) -> Tensor:
+            return state.skeleton.module(submodule.name, (hidden[None],), interpolated(coefficients))[0]
 
-        if submodule.forward_group not in state.done:
-            yield Evaluation(submodule, number, batch.rows, batch.lengths, at, state.base_coefficients)
+        if submodule.forward_group not in state.skip:
+            yield Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
     if state.merged_inputs:
-        state.norms = mixed("merged")
+        state.norms = interpolated("merged")
 
 
-def matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
-    """Every module of a layer by itself, on what the module is given inside the base's layer.
+def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Evaluate every module of a layer by itself, on the input that it gets inside the base's layer.
 
-    Inputs come in whatever shape the model gives them (q/k norms see heads, routers flat tokens); batches of one
-    row need no padding, so that a row's output is counted as it is.
+    Inputs have whatever shape the model gives them (q/k norms get heads, routers flat tokens), so an output counts
+    whole, flattened to [1, elements]: batches hold one row, which needs no padding.
     """
     layer = group[0].layer
     assert layer is not None
-    mixed = _mixed(state, group)
+    interpolated = _interpolated_weights(state, group)
     modules = [submodule.name for submodule in group]
-    for number, batch in enumerate(state.batches):
-        hidden = batch.pad(state.hidden[number].to(state.skeleton.device))
-        base = mixed(state.base_coefficients)
+    for index, batch in enumerate(state.batches):
+        hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
+        base = interpolated(state.base_coefficients)
         output, inputs = state.skeleton.layer_with_inputs(layer, hidden, base, modules)
         output = state.check_finite(batch.pack(output), group[0], state.base_coefficients)
-        for submodule in group if group[0].forward_group not in state.done else ():
-            # What is no matrix takes the MLP block's weight: that block, with all that is in it, is evaluated.
-            whole = submodule.kind == "mlp"
-            before = _before_mlp(state, group[0], hidden, base) if whole else None
-            given_to = inputs[submodule.name]
+        for submodule in group if group[0].forward_group not in state.skip else ():
+            # Tensors that are no matrix (fused experts) take the MLP block's weights: the whole block is evaluated.
+            mlp_input = _mlp_input(state, group[0], hidden, base) if submodule.kind == "mlp" else None
 
-            def at(
-                point: Coefficients,
+            def outputs_at(
+                coefficients: Coefficients,
                 path: str = submodule.name,
-                inputs: tuple = given_to,
-                before: Tensor | None = before,
+                inputs: tuple = inputs[submodule.name],
+                mlp_input: Tensor | None = mlp_input,
             ) -> Tensor:
-                weights = mixed(point)
-                if before is not None:
-                    return state.skeleton.block(layer, "mlp", before, weights).reshape(1, -1)
+                weights = interpolated(coefficients)
+                if mlp_input is not None:
+                    return state.skeleton.block(layer, "mlp", mlp_input, weights).reshape(1, -1)
                 return state.skeleton.module(path, inputs, weights).reshape(1, -1)
 
-            yield Evaluation(submodule, number, batch.rows, (1,), at, state.base_coefficients)
+            yield Evaluation(submodule, index, batch.rows, (1,), outputs_at, state.base_coefficients)
         if not state.merged_inputs:
-            state.hidden[number] = output.cpu()
+            state.hidden[index] = output.cpu()
     if state.merged_inputs:
-        merged = mixed("merged")
-        for number, batch in enumerate(state.batches):
-            hidden = batch.pad(state.hidden[number].to(state.skeleton.device))
-            state.hidden[number] = batch.pack(state.skeleton.layer(layer, hidden, merged)).cpu()
+        merged = interpolated("merged")
+        for index, batch in enumerate(state.batches):
+            hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
+            state.hidden[index] = batch.pack(state.skeleton.layer(layer, hidden, merged)).cpu()
 
 
-def _before_mlp(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
+def _mlp_input(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
+    """[b, s, d] input of a layer's MLP block, from the layer's input."""
     if state.parallel is None:
         state.parallel = state.has_parallel_blocks(submodule)
     assert submodule.layer is not None

@@ -1,8 +1,9 @@
-"""Several processes at one calibration (`torchrun`): who takes which batches, and sums over all.
+"""Several processes in one calibration (`torchrun`): how they share the rows, and sums over all processes.
 
-Scope: process groups. What is exchanged are Gram matrices, a few kilobytes a step, on the CPU: over gloo, whatever the
-devices compute on. Batches are planned without regard to the number of processes and handed out whole, and a row's
-matrix comes from one process alone: sums add zeros, and the result is that of a single process to the bit.
+Scope: process groups. Gram matrices are exchanged, a few kilobytes per forward group. They are on the CPU, so the
+backend is gloo on every device. Batches are planned independently of the number of processes and never split. Each
+row's matrix is computed by one process and is zero in the others, so the sum equals a single process's result bit for
+bit.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from torch import Tensor
 
 from mergekit_slta.errors import RunError, show
 
-LOG = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that share a calibration.
 
     Attributes:
-        rank, size: its number, and how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -37,67 +37,72 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes, and speaks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
-    def share(self, weights: Sequence[int]) -> list[int]:
-        """Which of some pieces of work are this process's: the largest first, each to who has least; in order."""
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """Greedy largest-first partition of work items by size; returns this rank's indices, sorted."""
         loads = [0] * self.size
         mine = []
-        for place in sorted(range(len(weights)), key=lambda place: (-weights[place], place)):
-            taker = loads.index(min(loads))
-            loads[taker] += weights[place]
-            if taker == self.rank:
-                mine.append(place)
+        for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[item]
+            if rank == self.rank:
+                mine.append(item)
         return sorted(mine)
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Add the other processes' tensors to this one, in place.
+        """Sum a tensor over all processes, in place.
 
         Raises:
-            RunError: another process is gone.
+            RunError: another process has ended.
         """
         if self.size > 1:
-            with self._together():
+            with self._expecting_all():
                 dist.all_reduce(tensor)
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value, for all.
+        """The first process's value, in every process.
 
         Raises:
-            RunError: another process is gone.
+            RunError: another process has ended.
         """
         if self.size == 1:
             return value
         box = [value]
-        with self._together():
+        with self._expecting_all():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _expecting_all(self) -> Iterator[None]:
+        """Turn a lost connection into a RunError."""
         try:
             yield
         except RuntimeError as error:  # gloo: "Connection closed by peer", or a timeout
             raise RunError(
                 f"process {self.rank} of {self.size} has lost another one of this calibration ({show(error, 120)}): "
-                "see that one's message, then run the same command again"
+                "see that one's message, then run the same command again",
+                code="lost-process",
             ) from error
 
 
 ALONE = Ranks()
-LONGEST_WAIT = timedelta(days=7)
-"""For processes with more work: one that is gone closes its sockets and is noticed at once."""
+TIMEOUT = timedelta(days=7)
+"""How long to wait for a process that has more work. One that has ended is noticed at once: its sockets close."""
 
 
 def refuse_several(command: str) -> None:
-    """For commands that only one process can run.
+    """Refuse to run a command in several processes.
 
     Raises:
-        RunError: there are several.
+        RunError: `torchrun` has started several.
     """
     if is_launched():
-        raise RunError(f"`{command}` runs in one process: start it without torchrun; `calibrate` can share its work")
+        raise RunError(
+            f"`{command}` runs in one process: start it without torchrun; `calibrate` can share its work",
+            code="one-process-only",
+        )
 
 
 def is_launched() -> bool:
@@ -107,29 +112,36 @@ def is_launched() -> bool:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that were launched together; `ALONE` where there is one.
+    """Join the processes that were launched together; yields `ALONE` where there is one.
+
+    Only the first process logs messages below ERROR meanwhile.
 
     Raises:
-        RunError: they cannot find each other.
+        RunError: the process group cannot be set up.
     """
     if not is_launched():
         yield ALONE
         return
     try:
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes cannot be joined ({show(error)}): start them with torchrun") from error
+        raise RunError(
+            f"the processes cannot be joined ({show(error)}): start them with torchrun", code="cannot-join-processes"
+        ) from error
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    root = logging.getLogger()
+    level = root.level
     if not ranks.is_first:
-        logging.getLogger().setLevel(logging.ERROR)  # the first process says it all
+        root.setLevel(logging.ERROR)
     try:
         yield ranks
     finally:
+        root.setLevel(level)
         dist.destroy_process_group()
 
 
 def own_device(device: str | None) -> str | None:
-    """One accelerator for each process of a machine; a device that was named by number stays."""
+    """The accelerator of this process: one per process of a machine, unless the device was named with an index."""
     if device and is_launched() and torch.device(device).type != "cpu" and torch.device(device).index is None:
         return f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
     return device

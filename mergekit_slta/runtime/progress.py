@@ -1,4 +1,4 @@
-"""What a long run says while it goes: a bar that names the step and the memory in use, and advice where memory ends."""
+"""A progress bar that names the current part and the memory in use, and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mergekit_slta.errors import RunError, show
 
 
 class Progress:
-    """A bar over steps, as a context.
+    """A progress bar over the parts of a run (forward groups, layers of a backward pass); a context manager.
 
     Args:
         verb: what is being done ("Calibrating").
-        total: steps.
+        total: number of parts.
         quiet: show nothing.
     """
 
     def __init__(self, verb: str, total: int, *, quiet: bool) -> None:
         self._verb = verb
         self._bar = tqdm(total=total, desc=verb, disable=quiet)
-        self._step: str | None = None
+        self._part: str | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -34,36 +34,36 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.advance(self._step is not None)
+            self.advance(self._part is not None)
         self._bar.close()
 
-    def at(self, step: str) -> None:
-        """The step that is being worked on; where it is another than before, that is done."""
-        if step != self._step:
-            self.advance(self._step is not None)
-            self._step = step
-            self.announce(step)
+    def work_on(self, part: str) -> None:
+        """Show the part that is worked on; when it changes, the part before it counts as done."""
+        if part != self._part:
+            self.advance(self._part is not None)
+            self._part = part
+            self.announce(part)
 
     def announce(self, name: str) -> None:
-        """Say which part is being worked on."""
+        """Show a name and the memory in use; counts nothing."""
         self._bar.set_description(f"{self._verb} {show(name, 60)}", refresh=False)
         self._bar.set_postfix_str(f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
 
-    def advance(self, steps: int) -> None:
-        """So many steps are done."""
-        self._bar.update(steps)
+    def advance(self, parts: int) -> None:
+        """Count so many parts as done."""
+        self._bar.update(parts)
 
 
 @contextmanager
 def advice_on_memory(device: torch.device, **knobs: int) -> Iterator[None]:
-    """Turn an allocation that failed into a line that names the recipe keys to lower.
+    """Turn a failed allocation into an error that names the recipe keys to lower.
 
     Args:
         device: where the arithmetic runs.
-        knobs: recipe keys that memory grows with, and their values.
+        knobs: recipe keys that memory grows with, and their current values.
 
     Raises:
-        RunError: memory ran out, of the device or of the machine.
+        RunError: the device or the machine has no memory left.
     """
     try:
         yield
@@ -77,4 +77,7 @@ def advice_on_memory(device: torch.device, **knobs: int) -> Iterator[None]:
 
 def _out_of_memory(error: BaseException, device: torch.device, knobs: Mapping[str, int]) -> RunError:
     named = " or ".join(f"`{key}` ({value})" for key, value in knobs.items())
-    return RunError(f"out of memory on {device} ({show(error, 120)}): lower {named}, or choose another --device")
+    return RunError(
+        f"out of memory on {device} ({show(error, 120)}): lower {named}, or choose another --device",
+        code="out-of-memory",
+    )

@@ -1,7 +1,7 @@
-"""Steps of a long run that are finished, on disk, so that a killed run goes on where it was.
+"""Results of the finished parts of a long run, on disk, so that a killed run continues where it stopped.
 
-Scope: a folder of records, each written whole or not at all and bound to the fingerprint of what is being computed. A
-run of anything else finds none of them.
+Scope: a folder with one file per part, each written whole or not at all. The folder carries the fingerprint of what is
+being computed; a run with another fingerprint removes it and starts over.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
-FORMAT = "mergekit-slta/records"
-_MARKER = "records.json"
-_OWN = re.compile(r"\.?(records\.json|[0-9a-f]{24}\.safetensors)(\..+)?|.*streams")
-"""Names of what is written here, temporary files included: anything else is somebody's."""
+FORMAT = "mergekit-slta/resume"
+_MARKER = "resume.json"
+_ACTIVATIONS = "activations"
+_OWN = re.compile(rf"\.?(resume\.json|[0-9a-f]{{24}}\.safetensors)(\..+)?|.*{_ACTIVATIONS}")
+"""Names of the files written here, temporary ones included. Anything else in the folder belongs to somebody else."""
 
 
 class ResumeStore:
-    """Tensors by step, kept until `remove`. A context; nothing on disk is looked at before `open`.
+    """Tensors by the key of the part that computed them, kept until `remove`. A context manager that holds the lock.
+
+    Nothing on disk is read before `open`.
 
     Args:
-        folder: where they lie; made on first use.
-        fingerprint: of what is being computed, and by what.
+        folder: holds the files; made when the first part is stored.
+        fingerprint: hash of what is computed, and of the versions and the device that compute it.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -58,34 +61,38 @@ class ResumeStore:
         self._lock.close()
 
     def open(self) -> None:
-        """Take the folder for this process, and find what an earlier run of the same has left. ResumeStore of anything
-        else are removed.
+        """Lock the folder and list the parts that an earlier run with the same fingerprint has finished.
+
+        Files of a run with another fingerprint are removed.
 
         Raises:
-            OutputError: another process works there, or something else lies there.
+            OutputError: another process uses the folder, or it holds files that are not from here.
         """
         if self._is_open:
             return
         self._lock.enter_context(_locked(self.folder))
         self._is_open = True
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+            raise self._in_the_way()
         if not self.folder.is_dir():
             return
         if not all(_OWN.fullmatch(entry.name) for entry in self.folder.iterdir()):
-            raise OutputError(f"{show(self.folder)} is in the way of unfinished work: move it")
+            raise self._in_the_way()
         if self._marker() != self.fingerprint:
             self.remove()
             return
         for path in self.folder.glob("*.safetensors"):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._finished[(file.metadata() or {})["step"]] = path
-            except (OSError, SafetensorError, KeyError):  # a broken disk: computed again
+                    self._finished[(file.metadata() or {})["key"]] = path
+            except (OSError, SafetensorError, KeyError):  # damaged: this part is computed again
                 path.unlink(missing_ok=True)
 
+    def _in_the_way(self) -> OutputError:
+        return OutputError(f"{show(self.folder)} is in the way of unfinished work: move it", code="path-in-the-way")
+
     def _marker(self) -> str | None:
-        """The fingerprint of the folder; None where its marker is missing or damaged."""
+        """The folder's fingerprint; None where its marker is missing or damaged."""
         try:
             content = json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -94,26 +101,26 @@ class ResumeStore:
 
     @property
     def finished(self) -> frozenset[str]:
-        """Names of the steps that are finished."""
+        """Keys of the finished parts."""
         return frozenset(self._finished)
 
-    def get(self, step: str) -> dict[str, Tensor]:
-        """The tensors of a finished step."""
-        with safe_open(self._finished[step], framework="pt") as file:
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a finished part."""
+        with safe_open(self._finished[key], framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
-    def put(self, step: str, tensors: Mapping[str, Tensor]) -> None:
-        """Finish a step."""
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of a part, which is finished then."""
         self._begin()
-        path = self.folder / f"{hashlib.sha256(step.encode()).hexdigest()[:24]}.safetensors"
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(path, lambda temporary: save_file(kept, temporary, metadata={"step": step}))
-        self._finished[step] = path
+        write_atomically(path, lambda temporary: save_file(kept, temporary, metadata={"key": key}))
+        self._finished[key] = path
 
-    def subfolder(self, name: str) -> Path:
-        """A folder for large intermediate files of one step."""
+    def activations_folder(self, label: str = "") -> Path:
+        """The folder for the activations of the pass with this label; the caller makes and removes it."""
         self._begin()
-        return self.folder / name
+        return self.folder / f"{label}{_ACTIVATIONS}"
 
     def _begin(self) -> None:
         if not (self.folder / _MARKER).exists():
@@ -122,7 +129,7 @@ class ResumeStore:
             )
 
     def remove(self) -> None:
-        """All is done, and written elsewhere. The marker goes first: what is left by a kill is then no record."""
+        """Remove everything. The marker goes first: files that a kill leaves behind then count as nobody's results."""
         if self._is_open and self.folder.is_dir():
             (self.folder / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
