@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Alphas": "mergekit_slta.files.alphas_file",
     "Linearity": "mergekit_slta.files.linearity_file",
-    "Recipe": "mergekit_slta.recipe.read",
+    "Recipe": "mergekit_slta.recipe.recipe",
     "Solution": "mergekit_slta.maths.closed_form",
     "Statistics": "mergekit_slta.files.statistics_file",
     "calibrate": "mergekit_slta.calibration.calibrate",

@@ -23,12 +23,14 @@ from mergekit_slta.analysis.measurements import Observation
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
 from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
-from mergekit_slta.files.identity import SOLVE_ONLY, hash_identity
+from mergekit_slta.files.identity import hash_identity
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
-from mergekit_slta.job.preflight import Job, check_rows
+from mergekit_slta.job.identity import importance_label
+from mergekit_slta.job.job import Job
 from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
 from mergekit_slta.models.submodules import Submodule, partition
-from mergekit_slta.recipe.read import Recipe
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import ObjectiveSettings
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import HEAD_ELEMENTS, ForwardState
 from mergekit_slta.runtime.progress import Progress
@@ -41,15 +43,13 @@ _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _LEVELS = ("layer", "head_mlp", "model")
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
 """From the outside in: the order of the table and of the figures."""
-_NOT_OURS = (
-    "granularity", "inputs", "objective", "label_samples", "steps", "fresh_rows", "num_samples", "alphas", *SOLVE_ONLY,
-)  # fmt: skip
+_NOT_OURS = {"granularity", "objective", "balance", "ridge"}
 """Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
 
 
 def for_linearity(recipe: Recipe) -> Recipe:
-    """The recipe with the rows of one step where every step would have rows of its own: no step is taken here."""
-    return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"fresh_rows": False})})
+    """The recipe without the keys of its objective: nothing is solved, and every task's rows are drawn once."""
+    return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"own": ObjectiveSettings()})})
 
 
 def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:
@@ -68,7 +68,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     Raises:
         RecipeError, DataError, ModelError, RunError, OutputError: in one line.
     """
-    check_rows(job.rows, [job.recipe.names[task.model] for task in job.recipe.tasks])
+    job.check_rows()
     if num_rows is not None and num_rows < 1:
         raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task")
     rows = _rows(job, num_rows)
@@ -133,7 +133,8 @@ def _rows(job: Job, num_rows: int | None) -> _Rows:
 
 
 def _fingerprint(job: Job, rows: _Rows) -> str:
-    record = {label: value for label, value in job.identity.items() if not label.startswith(_NOT_OURS)}
+    left_out = _NOT_OURS | {importance_label(job.recipe.label(model)) for model in job.experts}
+    record = {label: value for label, value in job.identity.items() if label not in left_out}
     grids = str((NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, BATCH_TOKENS, HEAD_ELEMENTS))
     versions = {package: version(package) for package in _PACKAGES}
     return hash_identity({**record, **versions, "rows": str(rows.numbers), "grids": grids, "device": job.device.type})

@@ -1,65 +1,24 @@
-"""Saved statistics -> new alphas; no model, no data set and no tokenizer is touched.
+"""Saved statistics -> new alphas; no model, dataset or tokenizer is read.
 
-Scope: which settings a new solve takes over from the calibration, and what a file made from fewer rows says of itself.
-Solving and laying out is `assembly.py`.
+Scope: which settings a new solve takes over from the calibration, and what a file made from fewer rows or models says
+of itself. The solving itself is `assemble.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import assemble
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class _Submodule(_Part):
-    name: str
-    kind: str
-    layer: int | None
-    tensors: list[str]
-    slices: dict[str, Any]
-    objectives: list[str] = Field(min_length=1)
-
-
-class _Task(_Part):
-    model: str
-    rows: list[int]
-
-
-class _Calibration(_Part):
-    tasks: list[_Task]
-    num_samples: int | None = None
-    inputs: str = "base"
-    steps: int = 0
-
-
-class _Layout(_Part):
-    """What `assembly.layout_of` writes, as far as a solve needs it."""
-
-    granularity: str
-    base_model: str
-    models: list[str]
-    canonical: list[str]
-    submodules: list[_Submodule] = Field(min_length=1)
-    copied: list[str] = []
-    calibration: _Calibration
-    identity: dict[str, str]
-    versions: dict[str, Any]
 
 
 def solve_again(
@@ -86,133 +45,97 @@ def solve_again(
         RecipeError: a value out of range, a model that is not there, no model left, more rows than were calibrated, or
             a change that the statistics themselves depend on.
     """
-    layout = read_layout(statistics)
+    layout = Layout.of(statistics)
+    changed: list[str] = []
     if without:
-        _refuse_merged_inputs(layout, ["models"])
-        dropped = {_model(given, layout["models"], "--without") for given in without}
-        statistics, layout = _other_models(statistics, layout, dropped)
-    recorded = _recorded(layout)
-    names = layout["models"]
-    weights = dict(zip(names, recorded["importance"], strict=True))
+        _refuse_dependent(layout, ["models"])
+        dropped = {_model(given, layout.models, "--without") for given in without}
+        statistics, layout = _leave_out(statistics, layout, dropped)
+    weights = dict(layout.solve.importance)
     for given, weight in (importance or {}).items():
         if not (math.isfinite(weight) and weight > 0):
-            raise RecipeError(f"`importance` of {show(given)} is {show(weight)}: give a positive number")
-        weights[_model(given, names, "`importance`")] = weight
-    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
-        raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more")
-    chosen = {
-        "ridge": recorded["ridge"] if ridge is None else ridge,
-        "importance": tuple(weights[name] for name in names),
-        "balance": recorded["balance"] if balance is None else balance,
-    }
-    changed = [key for key, value in chosen.items() if value != recorded[key]]
-    calibration = layout["calibration"]
-    if rows is not None and rows != calibration.get("num_samples"):
-        fewer = first_rows_layout(layout, rows)
-        other = _row_counts(fewer) != _row_counts(layout) or calibration.get("fresh_rows")
-        changed += ["num_samples"] * bool(other)
-        layout, statistics = fewer, first_rows(statistics, rows)
-    _refuse_merged_inputs(layout, changed)
-    try:
-        return assemble(statistics, layout, **chosen)
-    except ValidationError as error:
-        raise _unfit(error.errors()[0]["msg"]) from error
-    except torch.linalg.LinAlgError as error:  # matrices that no features have
-        raise AlphasError(f"the statistics cannot be solved ({show(error)}): calibrate again") from error
-
-
-def read_layout(statistics: Statistics) -> dict[str, Any]:
-    """The layout that statistics carry, checked against them (see `assembly.layout_of`).
-
-    Raises:
-        AlphasError: there is none, or it does not fit the Gram matrices.
-    """
-    try:
-        layout = _Layout.model_validate_json(statistics.metadata.get("layout", ""))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise _unfit(f"{place}: {problem['msg']}" if place else problem["msg"]) from error
-    tasks = [task.model for task in layout.calibration.tasks]
-    if len(set(layout.models)) != len(layout.models) or not (
-        sorted(layout.models) == sorted(layout.canonical) == sorted(tasks)
-    ):
-        raise _unfit("its models are not those of its tasks")
-    if len(layout.models) != statistics.num_models:
-        raise _unfit(f"it names {len(layout.models)} models, the matrices are for {statistics.num_models}")
-    counts = torch.bincount(statistics.row_task, minlength=statistics.num_models).tolist()
-    for task in layout.calibration.tasks:
-        if len(task.rows) != counts[layout.canonical.index(task.model)]:
-            raise _unfit(f"it lists {len(task.rows)} rows of {task.model}")
-    return json.loads(statistics.metadata["layout"])
-
-
-def _unfit(reason: str) -> AlphasError:
-    return AlphasError(f"the statistics' layout is damaged ({show(reason)}): calibrate again")
-
-
-def _recorded(layout: Mapping[str, Any]) -> dict[str, Any]:
-    """`ridge`, `balance` and `importance` (in the order of the layout's models) of the calibration."""
-    identity = layout["identity"]
-    ridge = identity.get("ridge", "0.0")
-    try:
-        return {
-            "ridge": None if ridge == "None" else float(ridge),
-            "balance": identity.get("balance", "True") == "True",
-            "importance": tuple(float(identity.get(f"importance of {name}", 1.0)) for name in layout["models"]),
-        }
-    except ValueError as error:
-        raise _unfit(str(error)) from error
-
-
-def _refuse_merged_inputs(layout: Mapping[str, Any], changed: Sequence[str]) -> None:
-    calibration = layout["calibration"]
-    for key, usual, what in (("inputs", "base", "features"), ("steps", 0, "gradients")):
-        if changed and calibration.get(key, usual) != usual:
             raise RecipeError(
-                f"with `{key}: {show(calibration[key])}` the {what} themselves depend on "
-                f"{listing(f'`{key}`' for key in changed)}: change the recipe and calibrate again"
+                f"`importance` of {show(given)} is {show(weight)}: give a positive number", code="invalid-value"
             )
+        weights[_model(given, layout.models, "`importance`")] = weight
+    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
+        raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more", code="invalid-value")
+    chosen = {
+        "ridge": layout.solve.ridge if ridge is None else ridge,
+        "importance": weights,
+        "balance": layout.solve.balance if balance is None else balance,
+    }
+    changed += [key for key, value in chosen.items() if value != getattr(layout.solve, key)]
+    if rows is not None and rows != layout.settings.get("num_samples"):
+        fewer = first_rows_layout(layout, rows)
+        changed.append("num_samples")
+        layout, statistics = fewer, first_rows(statistics, rows)
+    _refuse_dependent(layout, changed)
+    layout = layout.model_copy(update={"solve": layout.solve.model_copy(update=chosen)})
+    try:
+        return assemble(statistics, layout)
+    except ValidationError as error:
+        raise damaged_layout(error.errors()[0]["msg"]) from error
+    except torch.linalg.LinAlgError as error:  # matrices that no features have
+        raise AlphasError(
+            f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
+        ) from error
 
 
-def _other_models(
-    statistics: Statistics, layout: Mapping[str, Any], dropped: set[str]
-) -> tuple[Statistics, dict[str, Any]]:
+def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
+    """Refuse a change that moves the statistics themselves, which were gathered at weights solved before it."""
+    key = layout.solve_dependence
+    if changed and key is not None:
+        raise RecipeError(
+            f"with `{key}: {show(layout.settings.get(key))}` the statistics themselves depend on "
+            f"{listing(f'`{name}`' for name in changed)}: change the recipe and calibrate again",
+            code="needs-calibration",
+        )
+
+
+def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tuple[Statistics, Layout]:
     """Statistics and layout as if some experts had never been calibrated.
 
-    With the base's inputs nothing that an expert brings depends on the others: its rows, and the rows and columns of
-    every Gram matrix, are left out.
+    Nothing that an expert brings depends on the others: its rows, and its places in every matrix, are left out.
     """
-    kept = [place for place, name in enumerate(layout["canonical"]) if name not in dropped]
+    kept = [place for place, name in enumerate(layout.canonical) if name not in dropped]
     if not kept:
-        raise RecipeError(f"--without leaves out all of {listing(layout['models'])}: keep one of them")
+        raise RecipeError(
+            f"--without leaves out all of {listing(layout.models)}: keep one of them", code="missing-expert"
+        )
     own = torch.isin(statistics.row_task, torch.tensor(kept))
     renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
-    grams = {name: gram[own][..., kept] for name, gram in statistics.by_submodule.items()}
+    matrices = {name: matrix[own][..., kept] for name, matrix in statistics.by_submodule.items()}
     if statistics.form == "gram":
-        grams = {name: gram[:, kept] for name, gram in grams.items()}
-    fewer: dict[str, Any] = copy.deepcopy(dict(layout))
-    for key in ("models", "canonical"):
-        fewer[key] = [name for name in layout[key] if name not in dropped]
-    tasks = fewer["calibration"]["tasks"]
-    fewer["calibration"]["tasks"] = [task for task in tasks if task["model"] not in dropped]
-    for label in [f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped]:
-        fewer["identity"].pop(label, None)
-    return Statistics(renumbered[statistics.row_task[own]], len(kept), grams, form=statistics.form), fewer
+        matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
+    lost = {f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped}
+    fewer = layout.model_copy(
+        update={
+            "models": tuple(name for name in layout.models if name not in dropped),
+            "canonical": tuple(name for name in layout.canonical if name not in dropped),
+            "tasks": tuple(task for task in layout.tasks if task.model not in dropped),
+            "solve": layout.solve.model_copy(
+                update={"importance": {k: v for k, v in layout.solve.importance.items() if k not in dropped}}
+            ),
+            "identity": {label: value for label, value in layout.identity.items() if label not in lost},
+        }
+    )
+    return Statistics(renumbered[statistics.row_task[own]], len(kept), matrices, form=statistics.form), fewer
 
 
 def _model(given: str, names: Sequence[str], option: str) -> str:
+    """The one model that is named so, in full or by the last part of its path."""
     if given in names:
         return given
     short = [name for name in names if os.path.basename(name.rstrip("/")) == given]
     if len(short) == 1:
         return short[0]
     reason = "names several models" if short else "is none of the models"
-    raise RecipeError(f"{option}: {show(given)} {reason}: name one of {listing(names)}")
+    raise RecipeError(f"{option}: {show(given)} {reason}: name one of {listing(names)}", code="unknown-model")
 
 
 def parse_importance(texts: Iterable[str]) -> dict[str, float]:
-    """`MODEL=W` of the command line, read.
+    """Read `MODEL=W` of the command line.
 
     Raises:
         RecipeError: a text of another form, or a model given twice.
@@ -225,9 +148,11 @@ def parse_importance(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not name or math.isnan(value):
-            raise RecipeError(f"--importance {show(text)} is not MODEL=W: name a model and a positive number")
+            raise RecipeError(
+                f"--importance {show(text)} is not MODEL=W: name a model and a positive number", code="invalid-value"
+            )
         if name in found:
-            raise RecipeError(f"--importance names {show(name)} twice: give it one weight")
+            raise RecipeError(f"--importance names {show(name)} twice: give it one weight", code="duplicate-model")
         found[name] = value
     return found
 
@@ -242,38 +167,39 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
         own = statistics.row_task == task
         rank[own] = torch.arange(int(own.sum()))
     kept = (rank < count).nonzero().flatten()
-    grams = {name: gram[kept] for name, gram in statistics.by_submodule.items()}
     rest = {"divergences": statistics.divergences, "row_step": statistics.row_step}
-    own = {name: None if tensor is None else tensor[kept] for name, tensor in rest.items()}
-    return replace(statistics, row_task=statistics.row_task[kept], by_submodule=grams, metadata={}, **own)
+    return replace(
+        statistics,
+        row_task=statistics.row_task[kept],
+        by_submodule={name: matrix[kept] for name, matrix in statistics.by_submodule.items()},
+        metadata={},
+        **{name: None if tensor is None else tensor[kept] for name, tensor in rest.items()},
+    )
 
 
-def first_rows_layout(layout: Mapping[str, Any], count: int) -> dict[str, Any]:
+def first_rows_layout(layout: Layout, count: int) -> Layout:
     """The layout of `first_rows`: a task that lost rows has no token count and no hash, and another identity.
 
     Rows' hashes cover texts, which statistics don't hold. The identity says what the rows are a part of, and equals
-    that of no recipe: such alphas are only used by recipes that name no data set.
+    that of no recipe: such alphas are only used by recipes that name no dataset.
 
     Raises:
-        RecipeError: `count` is not between 1 and the `num_samples` of the calibration.
+        RecipeError: `count` is not between 1 and the number of rows that were calibrated.
     """
-    calibration = layout["calibration"]
-    most = max([*_row_counts(layout), int(calibration.get("num_samples") or 0)])
+    most = max([*(len(task.rows) for task in layout.tasks), int(layout.settings.get("num_samples") or 0)])
     if not 1 <= count <= most:
         raise RecipeError(
             f"--rows is {count}, the statistics hold up to {most} rows of each task: give 1 to {most}, "
-            "or calibrate with another `num_samples`"
+            "or calibrate with another `num_samples`",
+            code="invalid-value",
         )
-    fewer: dict[str, Any] = copy.deepcopy(dict(layout))
-    fewer["calibration"]["num_samples"] = count
-    fewer["identity"]["num_samples"] = str(count)
-    for task in fewer["calibration"]["tasks"]:
-        if len(task["rows"]) > count:
-            label = f"rows of {task['model']}"
-            fewer["identity"][label] = f"first {count} of {fewer['identity'].get(label)}"
-            task.update(rows=task["rows"][:count], tokens=None, sha256=None)
-    return fewer
-
-
-def _row_counts(layout: Mapping[str, Any]) -> list[int]:
-    return [len(task["rows"]) for task in layout["calibration"]["tasks"]]
+    identity = dict(layout.identity)
+    tasks: list[LayoutTask] = []
+    for task in layout.tasks:
+        if len(task.rows) > count:
+            label = f"rows of {task.model}"
+            identity[label] = f"first {count} of {identity.get(label)}"
+            task = task.model_copy(update={"rows": task.rows[:count], "tokens": None, "sha256": None})
+        tasks.append(task)
+    settings = {**layout.settings, "num_samples": count}
+    return layout.model_copy(update={"settings": settings, "tasks": tuple(tasks), "identity": identity})

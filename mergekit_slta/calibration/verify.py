@@ -1,7 +1,7 @@
-"""How good is the linear prediction? The residual that really remains in each submodule once it is merged.
+"""The residual that really remains in each submodule after the merge, beside the one that linearity predicts.
 
-Scope: one more state, in which every submodule is evaluated with its merged tensors and with those of the row's own
-expert: three forward passes of each row, against T + 1 of a calibration.
+Scope: one more forward pass over the rows, in which every submodule is evaluated with its merged tensors and with those
+of the row's own expert: three forward passes of each row, against T + 1 of a calibration.
 
 Under `inputs: base` a submodule sees the base's features, as in the calibration; under `inputs: merged` those of the
 merged submodules before it, now with all alphas final.
@@ -13,21 +13,20 @@ import math
 
 import torch
 
-from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import BATCH_TOKENS, plan_packs, plan_task_batches
 from mergekit_slta.errors import RunError, show
 from mergekit_slta.files.alphas_file import Alphas, weights_by_tensor
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.preflight import Job
-from mergekit_slta.job.solve import layout_of
+from mergekit_slta.job.job import Job
+from mergekit_slta.job.layout import layout_of
 from mergekit_slta.maths.closed_form import measured_residual
-from mergekit_slta.objectives.features import canonical_rows, merge_with
+from mergekit_slta.objectives.merging import merge_with
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import ForwardState
 from mergekit_slta.runtime.progress import Progress
 
 TOLERANCE = 0.1
-"""A submodule whose residual departs from the prediction by more than this share of the experts' own change is flagged:
+"""A submodule is flagged where its residual differs from the prediction by more than this share of the experts' change:
 there, features do not add up as the closed form assumes."""
 FLAG = "nonlinear"
 
@@ -39,35 +38,39 @@ def is_verified(alphas: Alphas) -> bool:
 
 @torch.inference_mode()
 def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
-    """The same alphas, each with its measured residual, and flagged where that parts from the predicted one.
+    """Measure the residual of every submodule, and flag it where it differs from the predicted one.
 
     Args:
         job: the recipe, prepared, with rows.
         alphas: of this job.
-        statistics: what they were solved from; they hold what the experts change.
+        statistics: Gram matrices that they were solved from.
+
+    Returns:
+        The same alphas with measured residuals and flags.
 
     Raises:
         DataError: an expert without rows.
         ModelError, RunError: as in a calibration.
     """
     settings = job.recipe.settings
-    tokens, row_task = canonical_rows(job)
+    rows = job.examples()
+    row_task = [row.task for row in rows]
     limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
-    batches = plan_task_batches(tokens, row_task, limit)
-    pieces = weights_by_tensor(alphas.submodules)
+    batches = plan_task_batches([row.ids for row in rows], row_task, limit)
+    slices = weights_by_tensor(alphas.submodules)
     state = ForwardState(
         job.skeleton,
-        Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
+        job.checkpoints(),
         batches,
-        merge=merge_with(job, alphas.models, lambda step: pieces),
-        merged_inputs=settings.inputs == "merged",
+        merge=merge_with(job, alphas.models, lambda group: slices),
+        merged_inputs=settings.own.inputs_are_merged,
         packs=plan_packs(batches, limit, [row_task[batch.rows[0]] for batch in batches]),
     )
     experts = [state.model_coefficients(row_task[batch.rows[0]] + 1) for batch in batches]
     state.coefficients = [[expert, "merged"] for expert in experts]
-    errors = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in statistics.by_submodule}
-    num_steps = len({submodule.forward_group for submodule in job.submodules})
-    with job.advice_on_memory(), Progress("Verifying", num_steps, quiet=job.options.quiet) as progress:
+    errors = {name: torch.zeros(len(rows), dtype=torch.float64) for name in statistics.by_submodule}
+    num_groups = len({submodule.forward_group for submodule in job.submodules})
+    with job.advice_on_memory(), Progress("Verifying", num_groups, quiet=job.options.quiet) as progress:
         state.announce = progress.announce
         for evaluation in evaluate_submodules(state, job.submodules):
             progress.work_on(evaluation.submodule.forward_group)
@@ -78,12 +81,12 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
                 errors[evaluation.submodule.name][row] += float((part * part).sum())
             del evaluation, apart
 
-    importance = [alphas.calibration["importance"][job.recipe.label(model)] for model in job.plan.models[1:]]
+    importance = [alphas.calibration["importance"][job.recipe.label(model)] for model in job.experts]
     entries = []
-    for entry, layout in zip(alphas.submodules, layout_of(job)["submodules"], strict=True):
+    for entry, layout in zip(alphas.submodules, layout_of(job).submodules, strict=True):
         measured = measured_residual(
-            [errors[name] for name in layout["objectives"]],
-            [statistics.by_submodule[name] for name in layout["objectives"]],
+            [errors[name] for name in layout.objectives],
+            [statistics.by_submodule[name] for name in layout.objectives],
             statistics.row_task,
             importance=importance,
             balance=settings.balance,
@@ -91,7 +94,8 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         if not math.isfinite(measured):
             raise RunError(
                 f"the merged features behind {show(entry.name)} hold NaN or Inf: use `compute_dtype: float32`, "
-                "or a `ridge`"
+                "or a `ridge`",
+                code="not-finite",
             )
         flags = [flag for flag in entry.flags if flag != FLAG]
         flags += [FLAG] * (abs(measured - entry.residual) > TOLERANCE)

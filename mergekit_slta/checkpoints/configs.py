@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.errors import DataError, ModelError, listing, show
 from mergekit_slta.models.architectures import architecture
-from mergekit_slta.recipe.read import Recipe
+from mergekit_slta.recipe.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
 _MUST_MATCH = (

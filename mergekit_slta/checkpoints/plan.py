@@ -26,7 +26,7 @@ from mergekit.plan import MergePlanner
 from mergekit_slta.checkpoints.headers import TensorHeader, read_headers
 from mergekit_slta.checkpoints.lora_loader import open_adapter
 from mergekit_slta.errors import ModelError, show
-from mergekit_slta.recipe.read import Recipe
+from mergekit_slta.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

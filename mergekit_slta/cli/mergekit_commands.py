@@ -20,10 +20,10 @@ _verify_option = click.option(
 @add_merge_options
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
+    from mergekit_slta.calibration.reuse import check_disk_space, load_matching
     from mergekit_slta.files.targets import check_target
-    from mergekit_slta.host.merge import check_disk_space, load_matching
     from mergekit_slta.job.preflight import prepare
-    from mergekit_slta.objectives.costs import estimate
+    from mergekit_slta.objectives.registry import estimate
     from mergekit_slta.recipe.read import load_config, read_recipe
     from mergekit_slta.reporting.terminal import describe_job
 
@@ -49,9 +49,9 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
     """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
+    from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
     from mergekit_slta.files.output_folder import ALPHAS_NAME
     from mergekit_slta.files.targets import check_target
-    from mergekit_slta.host.merge import calibrate_to, help_calibrate
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.recipe.read import load_config, read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_slta.errors import DataError, listing, show
-from mergekit_slta.recipe.read import Settings, Task
+from mergekit_slta.recipe.settings import Settings, TaskSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ class TaskRows:
         return digest.hexdigest()
 
 
-def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TaskRows:
+def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TaskRows:
     """Load a task's dataset, draw its rows, and tokenize them.
 
     Args:
@@ -96,7 +96,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
         raise DataError(f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`")
     dataset = load_rows(task.dataset, task.dataset_config, task.split)
     render = renderer(task.text, dataset.column_names, tokenizer, task.dataset, task.completion)
-    wanted, groups = settings.num_samples * settings.row_groups, settings.row_groups
+    wanted, groups = settings.num_samples * settings.own.row_groups, settings.own.row_groups
     if len(dataset) < groups:
         raise DataError(
             f"{show(task.dataset)} has {len(dataset)} rows for {groups} steps with rows of their own: "
@@ -119,7 +119,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
                 "remove such rows or choose another `text`"
             )
         first = 1
-        if settings.objective != "features" and answer:
+        if settings.own.needs_answers and answer:
             first = completion_start(text, answer, ids, tokenizer, add_special_tokens=not is_chat)
         unmarked += is_chat and not answer
         rows.append(Row(number, text, tuple(ids), first))
@@ -128,7 +128,7 @@ def draw_rows(task: Task, name: str, settings: Settings, tokenizer: PreTrainedTo
             "all %d rows of %s are the same %d tokens: raise `max_seq_length` if they are cut, or choose another "
             "`text`", len(rows), show(task.dataset), len(rows[0].ids),
         )  # fmt: skip
-    if settings.objective != "features":
+    if settings.own.needs_answers:
         _check_answers(task.dataset, rows, unmarked)
     return TaskRows(name, task.dataset, tuple(rows))
 

@@ -1,80 +1,31 @@
-"""Everything that can be refused before a weight is read, and what a job will cost.
+"""Everything that can be refused before a weight is read.
 
-Scope: configs, tokenizer, datasets, checkpoint headers, device. What costs nothing is looked at first, what may start
-a download of weights last.
+Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first; what may download
+weights comes last.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from mergekit._data import chat_templates
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_slta.checkpoints.configs import load_tokenizer, read_configs, ties_embeddings
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
-from mergekit_slta.checkpoints.plan import Plan, find_ties, make_plan, reconcile
-from mergekit_slta.data.rows import TaskRows, draw_rows
-from mergekit_slta.errors import DataError, ModelError, RecipeError, RunError, listing, show
+from mergekit_slta.checkpoints.plan import find_ties, make_plan, reconcile
+from mergekit_slta.data.rows import draw_rows
+from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.job.identity import job_identity
+from mergekit_slta.job.job import Job
 from mergekit_slta.models.skeleton import Skeleton
-from mergekit_slta.models.submodules import Submodule, partition
-from mergekit_slta.recipe.read import Recipe
-from mergekit_slta.runtime.progress import advice_on_memory
+from mergekit_slta.models.submodules import partition
+from mergekit_slta.recipe.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe that has passed every check.
-
-    Attributes:
-        recipe, options: what the user asked for.
-        rows: calibration rows of each of the recipe's tasks, in its order; None where it names no dataset.
-        tokenizer: what mergekit makes for the output, where the recipe touches the vocabulary.
-        skeleton, plan, submodules: the model taken apart.
-        identity: what alphas of this job are valid for (see `fingerprint.py`).
-        base_is_tied: whether the base's config ties its embeddings.
-        merged_copies: adapters that mergekit merges into a full copy on disk -> why.
-    """
-
-    recipe: Recipe
-    options: MergeOptions
-    rows: tuple[TaskRows | None, ...]
-    tokenizer: TokenizerInfo | None
-    skeleton: Skeleton
-    plan: Plan
-    submodules: tuple[Submodule, ...]
-    identity: dict[str, str]
-    base_is_tied: bool
-    merged_copies: dict[str, str]
-
-    @property
-    def device(self) -> torch.device:
-        """Where mergekit's options want the arithmetic."""
-        return torch.device(self.options.device or "cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the forward passes."""
-        return getattr(torch, self.recipe.settings.compute_dtype)
-
-    def advice_on_memory(self) -> AbstractContextManager[None]:
-        """Turn an allocation that fails inside into a line that names this job's settings."""
-        settings = self.recipe.settings
-        return advice_on_memory(self.device, max_seq_length=settings.max_seq_length, num_samples=settings.num_samples)
-
-    @property
-    def num_tokens(self) -> int:
-        """Calibration tokens of all tasks."""
-        return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
 
 
 def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
@@ -109,7 +60,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     plan = make_plan(recipe, options)
     problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
     if problems and for_merge:
-        raise ModelError(problems[0])
+        raise ModelError(problems[0], code="plan-does-not-fit")
     for problem in problems:
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
     plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
@@ -125,17 +76,18 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
 
 def _check_device(options: MergeOptions) -> None:
     if options.multi_gpu and not torch.accelerator.is_available():
-        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it")
+        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it", code="unusable-device")
     try:
         torch.empty(0, device=options.device or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise RunError(
-            f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device"
+            f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device",
+            code="unusable-device",
         ) from error
 
 
 def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
-    """An expert that is the base, or another expert, under a name of its own: a wrong path, most likely."""
+    """Warn of an expert with the same weights as the base or as another expert: most likely a wrong path."""
     names: dict[str, str] = {}
     for model in recipe.models:
         name = show(recipe.names[model])
@@ -145,25 +97,13 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
 
 
 def _check_chat_template(template: str | None) -> None:
-    """What mergekit would only find out after the merge, when it writes the tokenizer."""
+    """Refuse a chat template that mergekit would refuse only after the merge, when it writes the tokenizer."""
     if template is None or template == "auto":
         return
     known = [entry.name.removesuffix(".jinja") for entry in importlib.resources.files(chat_templates).iterdir()]
     if template not in known and (len(template) < 20 or "{" not in template):
         raise RecipeError(
             f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
-            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}"
+            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}",
+            code="invalid-value",
         )
-
-
-def check_rows(rows: Sequence[TaskRows | None], names: Sequence[str]) -> None:
-    """Refuse to calibrate where an expert names no rows.
-
-    Raises:
-        DataError: an expert without a `dataset`.
-    """
-    for drawn, name in zip(rows, names, strict=True):
-        if drawn is None:
-            raise DataError(
-                f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`"
-            )

@@ -1,118 +1,171 @@
-"""What a job will cost, predicted from headers and rows alone."""
+"""What a calibration will cost, predicted from headers and rows alone.
+
+Floating point operations and bytes are exact counts. Memory is a sum of named parts, times one margin.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS
-from mergekit_slta.job.preflight import Job
+from mergekit_slta.job.job import Job
 from mergekit_slta.models.submodules import partition
+from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.backward import LOGITS
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.activations import activation_bytes
 
+MEMORY_MARGIN = 1.5
+"""Peak memory over the sum of its parts: the allocator keeps freed blocks for the next tensors of their size."""
+_SOLVE_MATRICES = 5
+"""Matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
+_DERIVATIVE_COPIES = 6
+"""Copies of all derivatives that rebasing, joining and solving them holds at a time."""
+_SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
+"""granularity -> the one whose forward groups hold the same tensors at a time."""
+_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in safetensors headers."""
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Predictions for a calibration: floating point operations, bytes read, peak anonymous bytes besides the libraries,
-    bytes of the largest single allocation, bytes written by the merge, bytes of features on disk meanwhile."""
+    """Predictions for a calibration and its merge.
+
+    Attributes:
+        flops: floating point operations of the calibration.
+        read_bytes: bytes of checkpoints that the calibration reads.
+        memory: part -> bytes in use at the moment of the peak, without the libraries.
+        largest_bytes: the largest single allocation.
+        written_bytes: bytes of the merged model.
+        scratch_bytes: bytes of activations on disk during the calibration.
+    """
 
     flops: float
     read_bytes: int
-    peak_bytes: int
+    memory: dict[str, int]
     largest_bytes: int
     written_bytes: int
     scratch_bytes: int = 0
 
-
-LARGE_BLOCK = 32 * 2**20
-"""Bytes from which malloc maps a block by itself, and gives it back at once."""
-_KEPT = {"head_mlp": 3.6, "linear": 2.6}
-"""granularity -> anonymous memory over what is in use, where blocks are smaller than that: malloc keeps them for the
-next tensors of their size. As measured by `examples/benchmarks`; outputs of many sizes leave more behind."""
-_KEPT_OTHERWISE, _KEPT_LARGE = 2.0, 1.5
-_SOLVE = 5
-"""Matrices that a solve among rows has at a time."""
-_SLOPE_COPIES = 6
-"""Copies of all slopes that moving, joining and solving them has at a time; counted in the code, not measured."""
-_STEPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
-"""The granularity whose steps hold the same tensors at a time."""
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of anonymous memory at the peak, without the libraries."""
+        return int(MEMORY_MARGIN * sum(self.memory.values()))
 
 
-def estimate(job: Job) -> Costs:
-    """What the job will cost, from headers and rows alone (DESIGN: (T+1) x tokens x 2 x parameters).
+class _Sizes:
+    """Counts that both estimates share."""
 
-    Peak memory is that of the larger of two moments: a step's tensors of every model with the features of a pack of
-    batches at each of them, or a part of the vocabulary with its logits. Tensors that a checkpoint holds in the
-    precision of the forward passes stay mapped, and are the system's.
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.models = len(job.plan.models)
+        self.item = torch.finfo(job.dtype).bits // 8
+        self.parameters = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
+        self.table = job.skeleton.embedding_weight
+        self.head = self.table if job.plan.is_tied else job.skeleton.head_weight
+        config = job.skeleton.config
+        self.width = int(config.hidden_size)
+        self.inner_width = max(int(getattr(config, "intermediate_size", 0) or 4 * self.width), self.width)
+        self.row_lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
+        self.longest = max(self.row_lengths, default=job.recipe.settings.max_seq_length)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of every decoder layer."""
+        prefix = self.job.skeleton.layers_path + "."
+        sizes = [0] * self.job.skeleton.num_layers
+        for name, size in self.parameters.items():
+            if name.startswith(prefix):
+                sizes[int(name[len(prefix) :].partition(".")[0])] += size
+        return sizes
+
+    def copies(self, name: str) -> int:
+        """In how many models a tensor is cast or moved to a device, which takes memory of its own; elsewhere the mapped
+        file is used."""
+        job = self.job
+        if job.device.type != "cpu":
+            return self.models
+        count = 0
+        for model in job.plan.models:
+            header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
+            count += header is None or header.dtype != _SAFETENSORS.get(job.dtype)
+        return count
+
+    def written_bytes(self) -> int:
+        """Bytes of the merged model."""
+        config = self.job.recipe.config
+        dtype = config.out_dtype or config.dtype
+        if dtype is None:
+            return total_bytes(self.job.plan, [self.job.plan.models[0]])
+        return sum(self.parameters.values()) * torch.finfo(getattr(torch, dtype.removeprefix("torch."))).bits // 8
+
+
+def estimate_features(job: Job) -> Costs:
+    """Costs of the forward pass behind `objective: features`: (T+1) x tokens x 2 x parameters, every byte read once.
+
+    The peak is in the layer, the head or the embeddings: a forward group's weights of every model with the features of
+    a pack of batches, or a part of the vocabulary with its logits.
     """
-    models, experts = len(job.plan.models), len(job.plan.models) - 1
-    base = job.plan.models[0]
-    item = torch.finfo(job.dtype).bits // 8
-    sizes = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
-    table = job.skeleton.embedding_weight
-    head = table if job.plan.is_tied else job.skeleton.head_weight
-    steps: dict[str, int] = {}  # parameters held at a time
-    held: dict[str, int] = {}  # bytes of them that are no mapped file, over all models
-    for submodule in partition(job.plan.tensors, job.skeleton.anatomy, _STEPS[job.recipe.settings.granularity]):
+    sizes = _Sizes(job)
+    models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
+    group_bytes: dict[str, int] = {}  # that are not mapped files
+    in_layers = 0
+    granularity = job.recipe.settings.granularity
+    for submodule in partition(job.plan.tensors, job.skeleton.anatomy, _SAME_GROUPS[granularity]):
         if submodule.layer is not None:
-            steps[submodule.forward_group] = steps.get(submodule.forward_group, 0) + sum(
-                sizes[name] for name in submodule.tensors
-            )
-            copied = sum(sizes[name] * item * _copies(job, name) for name in submodule.tensors)
-            held[submodule.forward_group] = held.get(submodule.forward_group, 0) + copied
-    flops = models * job.num_tokens * 2.0 * (sum(steps.values()) + sizes[head])
-
-    width = int(job.skeleton.config.hidden_size)
-    wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
-    lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
-    longest = max(lengths, default=job.recipe.settings.max_seq_length)
+            in_layers += sum(sizes.parameters[name] for name in submodule.tensors)
+            copied = sum(sizes.parameters[name] * item * sizes.copies(name) for name in submodule.tensors)
+            group_bytes[submodule.forward_group] = group_bytes.get(submodule.forward_group, 0) + copied
+    head_size = sizes.parameters[sizes.head]
     tokens = min(max(job.num_tokens, 1), max(BATCH_TOKENS, longest))
-    if job.recipe.settings.granularity == "linear":  # row by row
+    if granularity == "linear":  # row by row
         tokens = longest
+    part = min(head_size // width, max(1, HEAD_ELEMENTS // tokens))  # rows of the vocabulary at a time
     used = len({token for drawn in job.rows if drawn is not None for row in drawn.rows for token in row.ids})
-    part = min(sizes[head] // width, max(1, HEAD_ELEMENTS // tokens))
-    hidden = job.num_tokens * width * item
-    in_layer = max(held.values(), default=0) + tokens * ((3 * wide + 4 * width) + models * width) * item
-    in_layer += experts * longest * width * 8
-    in_head = part * width * item * _copies(job, head) + models * tokens * part * item + experts * longest * part * 8
-    in_embed = used * width * item * models
-    weights = max((size * item for name, size in sizes.items() if name not in (table, head)), default=0)
-    largest = max(weights, tokens * wide * item, tokens * part * item)
+    moments = (
+        {
+            "weights of a forward group of every model": max(group_bytes.values(), default=0),
+            "activations": tokens * (3 * sizes.inner_width + (4 + models) * width) * item,
+            "differences in float64": (models - 1) * longest * width * 8,
+        },
+        {
+            "weights of a part of the head of every model": part * width * item * sizes.copies(sizes.head),
+            "logits": models * tokens * part * item,
+            "differences in float64": (models - 1) * longest * part * 8,
+        },
+        {"embeddings of the rows' tokens of every model": used * width * item * models},
+    )
+    peak = max(moments, key=lambda parts: sum(parts.values()))
+    weights = max(
+        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
+    )
+    return Costs(
+        flops=models * job.num_tokens * 2.0 * (in_layers + head_size),
+        read_bytes=total_bytes(job.plan),
+        memory={"hidden states of all rows": job.num_tokens * width * item, **peak},
+        largest_bytes=max(weights, tokens * sizes.inner_width * item, tokens * part * item),
+        written_bytes=sizes.written_bytes(),
+    )
 
-    out = job.recipe.config.out_dtype or job.recipe.config.dtype
-    written = total_bytes(job.plan, [base])
-    if out and written:
-        bits = torch.finfo(getattr(torch, out.removeprefix("torch."))).bits
-        written = sum(sizes.values()) * bits // 8
-    if job.recipe.settings.objective != "features":
-        return _of_gradients(job, sizes, head, longest, largest, written)
-    kept = _KEPT.get(job.recipe.settings.granularity, _KEPT_OTHERWISE) if largest < LARGE_BLOCK else _KEPT_LARGE
-    peak = int((hidden + max(in_layer, in_head, in_embed)) * kept)
-    return Costs(flops, total_bytes(job.plan), peak, largest, written)
 
+def estimate_gradients(job: Job) -> Costs:
+    """Costs of the passes behind `objective: joint`.
 
-def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, largest: int, written: int) -> Costs:
-    """Every row forward, forward again and back (twice the work) through its own expert; with steps, once forward
-    through the base, and in each through the merged model as through the expert, with one slope more. Where steps have
-    rows of their own, each row is part of one, and those of later ones go through their experts forward alone.
-
-    The features of all layers are on disk, of one pass at a time. In memory are one layer of every model and a row's
-    activations, or the output projection and its gradients.
+    Every row runs forward, and back with the forward repeated, through its own expert; with steps also forward through
+    the base, and in each step through the merged model as through the expert, with one derivative more. Where every
+    step has rows of its own, each row is part of one step, and those of later steps run forward through their experts
+    once more. The activations of all layers are on disk, those of one pass at a time.
     """
-    settings, models = job.recipe.settings, len(job.plan.models)
-    draws, steps = max(1, settings.label_samples), settings.steps if settings.objective == "joint" else 0
-    item, width = torch.finfo(job.dtype).bits // 8, int(job.skeleton.config.hidden_size)
-    prefix = job.skeleton.layers_path + "."
-    layers: dict[str, int] = {}
-    for name, size in sizes.items():
-        if name.startswith(prefix):
-            index = name[len(prefix) :].partition(".")[0]
-            layers[index] = layers.get(index, 0) + size
+    settings, sizes = job.recipe.settings.own, _Sizes(job)
+    assert isinstance(settings, JointSettings)
+    models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
+    steps, draws = settings.steps, max(1, settings.label_samples)
+    derivatives = draws + (steps > 0)
     drawn = [rows for rows in job.rows if rows is not None]
     parts = [
         sum(len(row.ids) for rows in drawn for row in rows.part(number, settings.row_groups))
@@ -120,39 +173,34 @@ def _of_gradients(job: Job, sizes: dict[str, int], head: str, longest: int, larg
     ]
     tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
     tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
-    if settings.objective == "fisher":  # outputs by every model, in the place of products with their changes
-        tokens += job.num_tokens * models
-    flops = tokens * 2.0 * (sum(layers.values()) + sizes[head])
-    wide = max(int(getattr(job.skeleton.config, "intermediate_size", 0) or 4 * width), width)
-    in_layer = (models + 1 + (steps > 0)) * max(layers.values(), default=0) * item
-    in_layer += longest * (6 * wide + 12 * width) * item
-    slopes = draws + (steps > 0)
-    logits = min(LOGITS, longest * sizes[head] // width) * item  # of a row, or of a part of it
-    in_head = sizes[head] * item * ((_copies(job, head) > 0) + (steps > 0))
-    in_head += (5 + 2 * slopes + 2 * (steps > 0)) * logits  # the teacher's beside the model's own; gradients twice
-    largest = max(largest, logits * slopes)
-    kept = _KEPT_OTHERWISE if largest < LARGE_BLOCK else _KEPT_LARGE
-    scratch = activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype)
+    head_size = sizes.parameters[sizes.head]
+    logits = min(LOGITS, longest * head_size // width) * item  # of a row, or of a part of it
     num_rows = sum(len(rows.rows) for rows in drawn)
-    solve = _SOLVE * (draws * num_rows) ** 2 * 8  # among rows
-    solve += _SLOPE_COPIES * num_rows * slopes * (models - 1) * len(job.submodules) * 8
-    peak = int(max(max(in_layer, in_head) * kept, solve))
-    read = 2 * total_bytes(job.plan) * (1 + steps)
-    read += len(parts) * (steps > 0) * total_bytes(job.plan, [job.recipe.base])
-    read += (len(parts) - 1) * (total_bytes(job.plan) - total_bytes(job.plan, [job.recipe.base]))
-    return Costs(flops, read, peak, largest, written, scratch)
-
-
-def _copies(job: Job, name: str) -> int:
-    """In how many models a tensor has to be cast, or put on a device, which takes memory of its own."""
-    if job.device.type != "cpu":
-        return len(job.plan.models)
-    count = 0
-    for model in job.plan.models:
-        header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
-        count += header is None or header.dtype != _SAFETENSORS.get(job.dtype)
-    return count
-
-
-_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Names of dtypes in the headers."""
+    moments = (
+        {
+            "weights of a layer of every model": (models + 1 + (steps > 0)) * max(sizes.layers, default=0) * item,
+            "activations of a row": longest * (6 * sizes.inner_width + 12 * width) * item,
+        },
+        {
+            "output projections": head_size * item * ((sizes.copies(sizes.head) > 0) + (steps > 0)),
+            # The teacher's beside the model's own; the gradients twice.
+            "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
+        },
+        {
+            "matrices of the solve": _SOLVE_MATRICES * (draws * num_rows) ** 2 * 8,
+            "derivatives": _DERIVATIVE_COPIES * num_rows * derivatives * (models - 1) * len(job.submodules) * 8,
+        },
+    )
+    total, base = total_bytes(job.plan), total_bytes(job.plan, [job.recipe.base])
+    read = 2 * total * (1 + steps) + len(parts) * (steps > 0) * base + (len(parts) - 1) * (total - base)
+    weights = max(
+        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
+    )
+    return Costs(
+        flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
+        read_bytes=read,
+        memory=max(moments, key=lambda parts: sum(parts.values())),
+        largest_bytes=max(weights, logits * derivatives),
+        written_bytes=sizes.written_bytes(),
+        scratch_bytes=activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype),
+    )

@@ -83,7 +83,7 @@ def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
     names = [read.names[model] for model in read.models]
     ours = [alphas.base_model, *alphas.models]
     same = sorted(map(_place, names[1:])) == sorted(map(_place, ours[1:])) and _place(names[0]) == _place(ours[0])
-    stated = read.settings.model_fields_set
+    stated = read.settings.stated
     if not same or ("granularity" in stated and read.settings.granularity != alphas.granularity):
         raise RecipeError(
             f"{show(path)} is not the recipe of these alphas, which are for {show(alphas.granularity)} of "

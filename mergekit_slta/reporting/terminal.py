@@ -12,7 +12,7 @@ from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 
 if TYPE_CHECKING:
     from mergekit_slta.files.linearity_file import Linearity, MeanStd
-    from mergekit_slta.job.preflight import Job
+    from mergekit_slta.job.job import Job
     from mergekit_slta.objectives.costs import Costs
 
 
@@ -28,8 +28,7 @@ def describe_job(job: Job, costs: Costs) -> str:
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
-    keys = (*_SETTINGS, *settings.objective_keys)
-    shown = {key: getattr(settings, key) for key in keys}  # no ridge: it is chosen from the rows
+    shown = {**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()}
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
         f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
@@ -44,8 +43,10 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"device      {job.device}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
         f"computes    {costs.flops / 1e12:.3g} TFLOP",
-        f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration "
-        f"({_bytes(_libraries())} of it the libraries); the largest allocation is {_bytes(costs.largest_bytes)}",
+        f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
+        f"allocation is {_bytes(costs.largest_bytes)}",
+        *(f"            {_bytes(size):>8} {part}" for part, size in costs.memory.items()),
+        f"            and half as much again, which the allocator keeps; {_bytes(_libraries())} the libraries",
         f"writes      {_bytes(costs.written_bytes)}",
     ]
     if costs.scratch_bytes:
