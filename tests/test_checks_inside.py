@@ -408,7 +408,7 @@ def test_chat_templates(template):
 
 def test_demo_folders(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         prepare_folder(tmp_path / "file")
 
 

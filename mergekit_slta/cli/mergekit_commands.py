@@ -1,25 +1,69 @@
-"""The commands that take mergekit's options, which are generated from mergekit's own model of them."""
+"""The commands that read models: they take mergekit's options, by mergekit's names.
+
+Scope: parse, call, print. Importing this file takes seconds, because mergekit's options come with torch, transformers
+and peft; everything else is imported inside the commands.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
+
+_READING = ("check", "calibrate", "linearity")
+_COMPUTING = ("calibrate", "linearity")
+ACTING_OPTIONS = {
+    "unsafe_truncate_embeddings": _READING,
+    "transformers_cache": _READING,
+    "lora_merge_cache": _READING,
+    "lora_merge_dtype": _READING,
+    "cuda": _READING,
+    "device": _READING,
+    "trust_remote_code": _READING,
+    "gpu_rich": _READING,
+    "multi_gpu": ("check",),
+    "lazy_unpickle": _COMPUTING,
+    "quiet": _COMPUTING,
+    "read_to_gpu": _COMPUTING,
+    "num_threads": _COMPUTING,
+}
+"""mergekit's option -> the commands beside `merge` that it acts on. `merge` takes every option that mergekit has.
+
+`check` also takes what it only compares with the machine: a merge with `--multi-gpu` is refused without an accelerator.
+"""
+
+
+def _with_merge_options(function: Callable[..., None]) -> click.Command:
+    """Make a command of a function that takes `merge_options`: mergekit's options that act on it, and `-v`."""
+    name = function.__name__
+    command = click.command(cls=PrettyPrintHelp)(add_merge_options(function))
+    command.params = [
+        param
+        for param in command.params
+        if param.name not in MergeOptions.model_fields or name == "merge" or name in ACTING_OPTIONS.get(param.name, ())
+    ]
+    command.params = [param for param in command.params if param.name != "verbosity"]
+    return with_verbose(command, expose_value=True)
+
 
 _verify_option = click.option(
     "--verify", is_flag=True, help="Measure the residual of each merged submodule beside the predicted one"
 )
 
 
-@click.command(cls=PrettyPrintHelp)
+@_with_merge_options
 @click.argument("recipe", type=click.Path())
-@add_merge_options
 def check(merge_options: MergeOptions, recipe: str) -> None:
-    """Check RECIPE against its models and data without reading weights; print the plan and what it costs."""
+    """Check RECIPE, its models and its data; print the plan and its cost.
+
+    No weights are read. What `merge` would refuse is refused here, too.
+    """
     from mergekit_slta.calibration.reuse import check_disk_space, load_matching
     from mergekit_slta.files.targets import check_target
     from mergekit_slta.job.preflight import prepare
@@ -39,15 +83,18 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     click.echo(describe_job(job, estimate(job)))
 
 
-@click.command(cls=PrettyPrintHelp)
+@_with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option(
     "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
 )
 @_verify_option
-@add_merge_options
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
-    """Run the pre-pass of RECIPE alone: write the alphas file, and the statistics beside it."""
+    """Compute the merging weights of RECIPE, without merging.
+
+    Writes the alphas file and, beside it, the statistics that `solve` reads. A run that was killed goes on where it
+    stopped. Several processes share the work under `torchrun --nproc-per-node N -m mergekit_slta calibrate RECIPE`.
+    """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
     from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
     from mergekit_slta.files.output_folder import ALPHAS_NAME
@@ -63,7 +110,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         read = read_recipe(load_config(recipe)[0])
         path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
         check_target(path)
-        if not ranks.is_first:  # after the first: whatever is downloaded or merged on disk is there by then
+        if not ranks.is_first:  # prepares after the first process, which downloads and merges adapters on disk
             mark = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
             return
@@ -75,14 +122,15 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
 
 
-@click.command(cls=PrettyPrintHelp)
+@_with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_verify_option
-@add_merge_options
 def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> None:
-    """Calibrate RECIPE, let mergekit merge it into OUT: what `mergekit-yaml RECIPE OUT` does, wherever .pth files are
-    not read."""
+    """Calibrate RECIPE and merge it into OUT.
+
+    Does what `mergekit-yaml RECIPE OUT` does, and also works where Python reads no .pth files.
+    """
     import mergekit.merge
 
     from mergekit_slta.host.method import register
@@ -100,13 +148,16 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
     run_merge(config, out, options=merge_options, config_source=source, verify_residuals=verify)
 
 
-@click.command(cls=PrettyPrintHelp)
+@_with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Linearity file to write  [default: ./slta_linearity.json]")
 @click.option("--rows", type=int, help="Use the first so many calibration rows of each task  [default: all]")
-@add_merge_options
 def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
-    """Measure how linear the experts of RECIPE are: the whole model, its layers, attention and MLP blocks, heads."""
+    """Measure how linear the experts of RECIPE are.
+
+    Measures the whole model, its layers, attention and MLP blocks and attention heads (the paper's sections 2 and A.1
+    to A.2). A run that was killed goes on where it stopped.
+    """
     from mergekit_slta.analysis.analyse import analyse, check_linearity_target, for_linearity, num_forwards
     from mergekit_slta.files.linearity_file import LINEARITY_NAME
     from mergekit_slta.files.output_folder import check_writable
@@ -123,9 +174,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     check_linearity_target(path)
     job = prepare(for_linearity(read), merge_options, for_merge=False)
     if not merge_options.quiet:
-        click.echo(
-            f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N makes do with fewer rows", err=True
-        )
+        click.echo(f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N takes fewer rows", err=True)
     measured, reused = analyse(job, path, rows)
     if not merge_options.quiet:
         click.echo(describe_linearity(measured))

@@ -22,7 +22,7 @@ from typing import Any
 from mergekit_slta.demo import tasks as data
 from mergekit_slta.demo.measuring import encode_tests, evaluate, markdown_table, measure_baselines, plain, text_table
 from mergekit_slta.demo.training import new_model, one_thread, quiet_transformers, save, train
-from mergekit_slta.errors import RunError
+from mergekit_slta.errors import OutputError, RunError, show
 from mergekit_slta.files.atomic import write_text_atomically
 
 Echo = Callable[[str], None]
@@ -85,7 +85,7 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
         echo: receives the progress lines and the table.
 
     Raises:
-        ValueError: the folder holds something other than an earlier demo.
+        OutputError: the folder holds something other than an earlier demo.
         RunError: the merge command failed.
     """
     from mergekit_slta.reporting.figures.draw import draw_alphas
@@ -169,14 +169,16 @@ def prepare_folder(directory: Path) -> None:
     """Create the folder, or clear what an earlier demo left there; then write the recipe, which marks it as a demo's.
 
     Raises:
-        ValueError: something else is there.
+        OutputError: something else is there.
     """
     recipe = directory / "recipe.yml"
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is not a folder: choose a new or empty one for the demo")
+        raise OutputError(f"{show(directory)} is not a folder: choose a new or empty one", code="not-a-folder")
     if directory.is_dir() and any(directory.iterdir()):
         if not (recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(MARK)):
-            raise ValueError(f"{directory} is not empty and not an earlier demo: choose a new or empty folder")
+            raise OutputError(
+                f"{show(directory)} holds files that no demo wrote: choose a new or empty folder", code="foreign-files"
+            )
         for name in ("merged", "models/base", *(f"models/{task.name}" for task in data.TASKS)):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in ("results.json", "results.md", "alphas.png"):
