@@ -27,9 +27,9 @@ ACTING_OPTIONS = {
     "device": _READING,
     "trust_remote_code": _READING,
     "gpu_rich": _READING,
+    "quiet": _READING,
     "multi_gpu": ("check",),
     "lazy_unpickle": _COMPUTING,
-    "quiet": _COMPUTING,
     "read_to_gpu": _COMPUTING,
     "num_threads": _COMPUTING,
 }
@@ -80,7 +80,8 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     check_disk_space(job, Path.cwd(), [named] if named else [])
     if named:
         load_matching(job, named, must_match=True)
-    click.echo(describe_job(job, estimate(job)))
+    if not merge_options.quiet:
+        click.echo(describe_job(job, estimate(job)))
 
 
 @_with_merge_options

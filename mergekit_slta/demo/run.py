@@ -177,7 +177,7 @@ def prepare_folder(directory: Path) -> None:
     if directory.is_dir() and any(directory.iterdir()):
         if not (recipe.is_file() and recipe.read_text(encoding="utf-8", errors="replace").startswith(MARK)):
             raise OutputError(
-                f"{show(directory)} holds files that no demo wrote: choose a new or empty folder", code="foreign-files"
+                f"{show(directory)} holds files that no demo wrote: choose a new or empty folder", code="foreign-file"
             )
         for name in ("merged", "models/base", *(f"models/{task.name}" for task in data.TASKS)):
             shutil.rmtree(directory / name, ignore_errors=True)
