@@ -19,7 +19,7 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.solve import layout_of
 from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.objectives.gradient_passes import examples_of
-from mergekit_slta.runner import backward as gradients
+from mergekit_slta.runner import head_loss
 from mergekit_slta.runtime.resume import ResumeStore
 
 
@@ -31,7 +31,7 @@ def fresh(models, steps: int, **settings):
 
 def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     """The last step's rows against autograd at the point; the first step's as that step found them, moved there."""
-    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    monkeypatch.setattr(head_loss, "label_uniforms", lambda *_: None)  # the rows' own tokens
     models = specimen("qwen3")
     job, layout = fresh(models, 2), layout_of(fresh(models, 2))
     found = gather_statistics(job)
@@ -41,7 +41,7 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
     groups = [examples_of(job, group) for group in (0, 1)]
     assert [
-        example.number for task in (0, 1) for group in groups for example in group if example.task == task
+        example.row.number for task in (0, 1) for group in groups for example in group if example.task == task
     ] == numbers
     assert len(set(numbers[:6])) == len(set(numbers[6:])) == 6
 
@@ -51,7 +51,7 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
         felt = divergence(experts[example.task], merged, example)
         at_base = divergence(experts[example.task], base, example)
         assert found.divergences[row].tolist() == pytest.approx([at_base.item(), felt.item()], rel=1e-4, abs=1e-5)
-        wanted = torch.tensor(list(example.ids[example.completion :]))
+        wanted = torch.tensor(list(example.row.ids[example.row.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         own = {key: gram[row] for key, gram in found.by_submodule.items()}
@@ -152,7 +152,7 @@ def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
     models = specimen("qwen3")
     job = fresh(models, 3)
     costs = estimate(job)
-    tokens = [sum(len(example.ids) for example in examples_of(job, group)) for group in range(3)]
+    tokens = [sum(len(example.row.ids) for example in examples_of(job, group)) for group in range(3)]
     once = estimate(same(models, steps=0, label_samples=1, num_samples=9))
     expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
     assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))

@@ -19,7 +19,8 @@ from mergekit_slta.job.solve import assemble, layout_of, solve_together
 from mergekit_slta.objectives import costs
 from mergekit_slta.objectives.costs import estimate
 from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
-from mergekit_slta.runner import backward as gradients
+from mergekit_slta.runner import head_loss
+from mergekit_slta.runner.backward import BackwardPass
 from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.runtime.resume import ResumeStore
 
@@ -52,8 +53,8 @@ def merged_model(models, job, point) -> torch.nn.Module:
 
 
 def answer_log_probabilities(model, example) -> torch.Tensor:
-    logits = model(torch.tensor([list(example.ids)]), use_cache=False).logits[0]
-    return torch.log_softmax(logits[example.completion - 1 : -1].float(), dim=-1)
+    logits = model(torch.tensor([list(example.row.ids)]), use_cache=False).logits[0]
+    return torch.log_softmax(logits[example.row.completion - 1 : -1].float(), dim=-1)
 
 
 def divergence(expert, model, example) -> torch.Tensor:
@@ -87,7 +88,7 @@ def slopes_of(loss, merged, models, job) -> dict[str, torch.Tensor]:
 )
 def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # noqa: F811
     """Divergences of base and point, their slopes, and those of a loss with known labels."""
-    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    monkeypatch.setattr(head_loss, "label_uniforms", lambda *_: None)  # the rows' own tokens
     models = specimen(name)
     job = same(models, granularity=granularity, label_samples=1, steps=1)
     found = gather_statistics(job)
@@ -102,7 +103,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
             assert found.divergences[row, place] == pytest.approx(
                 divergence(teacher, model, example).item(), rel=1e-4, abs=1e-5
             )
-        wanted = torch.tensor(list(example.ids[example.completion :]))
+        wanted = torch.tensor(list(example.row.ids[example.row.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         for key, parts in expected.items():
@@ -243,13 +244,13 @@ def test_the_order_of_the_models_does_not_matter(tiny, tmp_path, write_recipe):
 
 def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F811
     seeds = []
-    original = gradients.Backward.__init__
+    original = BackwardPass.__init__
 
     def spy(self, *args, seed, **kwargs):
         seeds.append(seed)
         original(self, *args, seed=seed, **kwargs)
 
-    monkeypatch.setattr(gradients.Backward, "__init__", spy)
+    monkeypatch.setattr(BackwardPass, "__init__", spy)
     gather_statistics(same(specimen("llama"), seed=7))
     experts, _, first, second = seeds  # the base's pass draws none
     assert len({experts, first, second}) == 3

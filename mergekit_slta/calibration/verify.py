@@ -53,10 +53,10 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
         ModelError, RunError: as in a calibration.
     """
     settings = job.recipe.settings
-    rows = job.examples()
-    row_task = [row.task for row in rows]
+    examples = job.examples()
+    row_task = [example.task for example in examples]
     limit = 0 if settings.granularity == "linear" else BATCH_TOKENS  # as in the calibration
-    batches = plan_task_batches([row.ids for row in rows], row_task, limit)
+    batches = plan_task_batches([example.row.ids for example in examples], row_task, limit)
     slices = weights_by_tensor(alphas.submodules)
     state = ForwardState(
         job.skeleton,
@@ -68,7 +68,7 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     )
     experts = [state.model_coefficients(row_task[batch.rows[0]] + 1) for batch in batches]
     state.coefficients = [[expert, "merged"] for expert in experts]
-    errors = {name: torch.zeros(len(rows), dtype=torch.float64) for name in statistics.by_submodule}
+    errors = {name: torch.zeros(len(examples), dtype=torch.float64) for name in statistics.by_submodule}
     num_groups = len({submodule.forward_group for submodule in job.submodules})
     with job.advice_on_memory(), Progress("Verifying", num_groups, quiet=job.options.quiet) as progress:
         state.announce = progress.announce

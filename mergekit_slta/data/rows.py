@@ -53,6 +53,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A calibration row and its task.
+
+    Attributes:
+        row: the row.
+        task: the canonical number of the task's expert, from 0.
+    """
+
+    row: Row
+    task: int
+
+
+@dataclass(frozen=True)
 class TaskRows:
     """The rows drawn for one task, in the order they were drawn."""
 

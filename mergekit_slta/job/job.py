@@ -17,12 +17,11 @@ from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
-from mergekit_slta.data.rows import TaskRows
+from mergekit_slta.data.rows import Example, TaskRows
 from mergekit_slta.errors import DataError, show
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
-from mergekit_slta.runner.backward import Example
 from mergekit_slta.runtime.progress import advice_on_memory
 
 
@@ -111,7 +110,7 @@ class Job:
         """
         groups = self.recipe.settings.own.row_groups
         return [
-            Example(row.ids, row.completion, task, row.number)
+            Example(row, task)
             for task, drawn in enumerate(self.task_rows())
             for row in (drawn.rows if group is None else drawn.part(group, groups))
         ]

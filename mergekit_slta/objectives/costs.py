@@ -16,7 +16,7 @@ from mergekit_slta.data.batches import BATCH_TOKENS
 from mergekit_slta.job.job import Job
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.objectives import JointSettings
-from mergekit_slta.runner.backward import LOGITS
+from mergekit_slta.runner.head_loss import LOGIT_GRADIENTS
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.activations import activation_bytes
 
@@ -174,7 +174,7 @@ def estimate_gradients(job: Job) -> Costs:
     tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
     tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
     head_size = sizes.parameters[sizes.head]
-    logits = min(LOGITS, longest * head_size // width) * item  # of a row, or of a part of it
+    logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of a part of it
     num_rows = sum(len(rows.rows) for rows in drawn)
     moments = (
         {

@@ -42,8 +42,8 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
     """
-    rows = job.examples()
-    row_task = torch.tensor([row.task for row in rows], dtype=torch.int64, device="cpu")
+    examples = job.examples()
+    row_task = torch.tensor([example.task for example in examples], dtype=torch.int64, device="cpu")
     statistics = Statistics(row_task, num_models=len(job.experts))
     by_group: dict[str, list[str]] = {}
     for submodule in job.submodules:
@@ -61,9 +61,9 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
         if resume is not None and ranks.is_first:
             resume.put(group, {name: statistics.by_submodule[name] for name in by_group[group]})
 
-    # Single matrices take rows one by one: see `runner.layers.matrices`.
+    # Single matrices take rows one by one: see `runner.layers.evaluate_matrices`.
     limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
-    planned = plan_batches([row.ids for row in rows], limit)
+    planned = plan_batches([example.row.ids for example in examples], limit)
     packs = plan_packs(planned, limit)
     sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
     own = [packs[place] for place in ranks.share(sizes)]  # whole packs: no product depends on the number of processes

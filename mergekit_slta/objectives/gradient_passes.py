@@ -28,7 +28,7 @@ from mergekit_slta.maths.gauss_newton import rebase_quadratics
 from mergekit_slta.objectives.joint import solve_together
 from mergekit_slta.objectives.merging import merge_with
 from mergekit_slta.recipe.objectives import JointSettings
-from mergekit_slta.runner.backward import DIVERGENCE, Backward, stages_of
+from mergekit_slta.runner.backward import DIVERGENCE, BackwardPass, backward_layers
 from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
 from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
@@ -93,7 +93,7 @@ class _Passes:
 
     def _begin(self, group: int) -> None:
         self._examples = self._job.examples(group)
-        self._own = self._ranks.share([len(example.ids) for example in self._examples])
+        self._own = self._ranks.share([len(example.row.ids) for example in self._examples])
         self._mine = [self._examples[row] for row in self._own]
         self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
         self._teachers: list[Tensor] = []
@@ -102,7 +102,7 @@ class _Passes:
     @property
     def layers(self) -> list[str]:
         """Names of a backward pass's layers; the head and the embeddings count."""
-        return stages_of(self._job.skeleton)
+        return backward_layers(self._job.skeleton)
 
     def at_experts(self) -> Statistics:
         """Run every row through its own expert, whose outputs become the teacher of later passes."""
@@ -137,7 +137,7 @@ class _Passes:
     def _seed(self) -> int:
         return self._job.recipe.settings.seed
 
-    def _keep_teachers(self, backward: Backward) -> None:
+    def _keep_teachers(self, backward: BackwardPass) -> None:
         """Keep the outputs of a pass through the experts."""
         self._teachers = backward.completion_features()
         if self._resume is not None:
@@ -145,7 +145,7 @@ class _Passes:
             self._resume.put(self._mark + _TEACHERS, {_TEACHERS: flat})
 
     def _load_teachers(self) -> None:
-        lengths = [len(example.ids) - example.completion for example in self._mine]
+        lengths = [len(example.row.ids) - example.row.completion for example in self._mine]
         if self._resume is not None:
             self._teachers = list(self._resume.get(self._mark + _TEACHERS)[_TEACHERS].split(lengths))
 
@@ -220,8 +220,8 @@ class _Passes:
             )  # fmt: skip
 
     def _pass(
-        self, label: str, draws: int, seed: int, then: Callable[[Backward], None] | None = None, *, done: bool = True,
-        **where: Any,
+        self, label: str, draws: int, seed: int, then: Callable[[BackwardPass], None] | None = None, *,
+        done: bool = True, **where: Any,
     ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
         """Run one pass: submodule -> [rows, draws, T] derivatives, and [rows] divergences (zeros without teachers).
 
@@ -267,11 +267,11 @@ class _Passes:
             self._ranks.all_reduce_(part)
         return slopes, divergence
 
-    def _backward(self, store: ActivationStore, seed: int, **where: Any) -> Backward:
+    def _backward(self, store: ActivationStore, seed: int, **where: Any) -> BackwardPass:
         job = self._job
-        return Backward(
-            job.skeleton, self._checkpoints, job.submodules, self._mine, samples=self.settings.label_samples,
-            seed=seed, tape=store, announce=self.progress.announce, **where,
+        return BackwardPass(
+            job.skeleton, self._checkpoints, job.submodules, self._mine,
+            label_samples=self.settings.label_samples, seed=seed, store=store, announce=self.progress.announce, **where,
         )  # fmt: skip
 
     def _put(self, stage: str, found: Mapping[str, Tensor]) -> None:
@@ -282,7 +282,7 @@ class _Passes:
     def _activations(self, label: str, levels: int, draws: int) -> Iterator[ActivationStore]:
         """The store for a pass's activations: in the resume store's folder; without one in memory, or in a temporary
         file."""
-        lengths = [len(example.ids) for example in self._mine]
+        lengths = [len(example.row.ids) for example in self._mine]
         width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
         with ExitStack() as stack:
             folder = None

@@ -1,98 +1,108 @@
-"""Inner products of gradients with the experts' changes, gathered by submodule.
+"""Directional derivatives: inner products of gradients with the experts' task vectors, summed per submodule.
 
-Scope: which part of a tensor belongs to which submodule, and sums. Gradients come as others have made them; those of a
-linear map in blocks that stay in the cache.
+Scope: which slice of a tensor belongs to which submodule, and sums. Autograd makes the gradients, except the weight
+gradients of linear maps: those are made here, block by block, and a whole one never exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.models.submodules import Slice, Submodule
 
-_BLOCK = {"cpu": 2**17}
-"""Elements of a weight's gradient that are made at a time: they should stay in the cache."""
-_BLOCK_ELSEWHERE = 2**24
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a tensor that belongs to a submodule: `axis` None is all of it."""
-
-    submodule: str
-    axis: int | None
-    start: int
-    stop: int
+BLOCK_ELEMENTS = {"cpu": 2**17}
+"""Elements of a linear map's gradient that are made at a time, by type of device: on a CPU they stay in the cache."""
+_BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
 class DirectionalDerivatives:
-    """Sums by submodule, [rows, S, T] float64 on the CPU.
+    """u[row, s, t] = <d loss_s / d theta, theta_t - theta_0> of every submodule's tensors: [rows, S, T] float64, on the
+    CPU.
 
     Args:
-        submodules: which are asked for; tensors of no other are passed over.
-        shape: rows, S draws, T experts.
+        submodules: the submodules to sum for; tensors of no submodule are skipped.
+        shape: number of rows, S losses, T experts.
     """
 
     def __init__(self, submodules: Sequence[Submodule], shape: tuple[int, int, int]) -> None:
         self._shape = shape
-        self._found: dict[str, Tensor] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._sums: dict[str, Tensor] = {}
+        # tensor -> the submodules that own it, with their slices; None is all of it
+        self._owners: dict[str, list[tuple[str, Slice | None]]] = {}
         for submodule in submodules:
             for tensor in submodule.tensors:
-                own = [part for part in submodule.slices if part.tensor == tensor]
-                parts = [_Piece(submodule.name, *part[1:]) for part in own] or [_Piece(submodule.name, None, 0, 0)]
-                self._pieces.setdefault(tensor, []).extend(parts)
+                slices = [part for part in submodule.slices if part.tensor == tensor]
+                self._owners.setdefault(tensor, []).extend((submodule.name, part) for part in slices or [None])
 
     def take(self) -> dict[str, Tensor]:
-        """What was added since the last time, by submodule."""
-        found, self._found = self._found, {}
-        return found
+        """submodule -> the sums since the last call, [rows, S, T]; submodules without any are left out."""
+        sums, self._sums = self._sums, {}
+        return sums
 
     def add(
-        self, name: str, row: int, draw: int, gradient: Tensor, changes: Tensor, start: int = 0, *, whole: bool = False
+        self, name: str, row: int, loss: int, gradient: Tensor, vectors: Tensor, start: int = 0, *, whole: bool = False
     ) -> None:
-        """Add <gradient, change> to the submodules that a tensor belongs to.
+        """Add the inner products of a tensor's gradient with its task vectors, to the submodules that own the tensor.
 
         Args:
             name: the tensor.
-            row, draw: whose gradient.
-            gradient: [...] by the tensor's rows from `start` on.
-            changes: [T, ...] the experts' changes of the same rows.
+            row, loss: whose gradient.
+            gradient: [n, ...] with respect to the tensor's rows from `start` on.
+            vectors: [T, n, ...] the experts' task vectors of the same rows.
             start: see `gradient`.
-            whole: the rows given stand for the whole tensor (a table's rows that occur).
+            whole: the rows given stand for the whole tensor (the embedding table's rows that occur).
         """
-        for piece in self._pieces.get(name, ()):
-            mine, theirs = gradient, changes
-            if piece.axis == 0 and not whole:
-                low, high = max(piece.start - start, 0), min(piece.stop - start, len(gradient))
+        for submodule, part in self._owners.get(name, ()):
+            own_gradient, own_vectors = gradient, vectors
+            if part is not None and part.axis == 0 and not whole:
+                low, high = max(part.start - start, 0), min(part.stop - start, len(gradient))
                 if low >= high:
                     continue
-                mine, theirs = gradient[low:high], changes[:, low:high]
-            elif piece.axis == 1:
-                mine, theirs = gradient[:, piece.start : piece.stop], changes[:, :, piece.start : piece.stop]
-            product = theirs.reshape(self._shape[2], -1).float() @ mine.reshape(-1).float()
-            if piece.submodule not in self._found:
-                self._found[piece.submodule] = torch.zeros(self._shape, dtype=torch.float64, device="cpu")
-            self._found[piece.submodule][row, draw] += product.cpu().double()
+                own_gradient, own_vectors = gradient[low:high], vectors[:, low:high]
+            elif part is not None and part.axis == 1:
+                own_gradient, own_vectors = gradient[:, part.start : part.stop], vectors[:, :, part.start : part.stop]
+            products = own_vectors.reshape(self._shape[2], -1).float() @ own_gradient.reshape(-1).float()  # [T]
+            if submodule not in self._sums:
+                self._sums[submodule] = torch.zeros(self._shape, dtype=torch.float64, device="cpu")
+            self._sums[submodule][row, loss] += products.cpu().double()
 
-    def add_linear(self, name: str, row: int, draw: int, inputs: Tensor, slope: Tensor, changes: Tensor) -> None:
-        """Add a linear map's, from what it was given [.., in] and the gradient by what it made [.., out]."""
-        inputs, slope = inputs.flatten(0, -2), slope.flatten(0, -2)
+    def add_each(
+        self,
+        names: Iterable[str],
+        row: int,
+        loss: int,
+        gradients: Iterable[Tensor | None],
+        vectors: Mapping[str, Tensor],
+    ) -> None:
+        """`add` for several whole tensors; a gradient is None where the loss does not depend on the tensor."""
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                self.add(name, row, loss, gradient, vectors[name])
+
+    def add_linear(self, name: str, row: int, loss: int, inputs: Tensor, grad_out: Tensor, vectors: Tensor) -> None:
+        """`add` for the weight of a linear map.
+
+        Args:
+            name, row, loss: as in `add`.
+            inputs: [..., in] that the map was given.
+            grad_out: [..., out] gradient with respect to its output.
+            vectors: [T, out, in] task vectors of its weight.
+        """
+        inputs, grad_out = inputs.flatten(0, -2), grad_out.flatten(0, -2)
         block = block_rows(inputs)
-        for start in range(0, slope.shape[1], block):
+        for start in range(0, grad_out.shape[1], block):
             part = slice(start, start + block)
-            self.add(name, row, draw, slope[:, part].T @ inputs, changes[:, part], start)
+            self.add(name, row, loss, grad_out[:, part].T @ inputs, vectors[:, part], start)
 
 
 def block_rows(inputs: Tensor) -> int:
-    """Rows of the gradient of a linear map, of inputs [.., in], that are made at a time."""
-    return max(1, _BLOCK.get(inputs.device.type, _BLOCK_ELSEWHERE) // inputs.shape[-1])
+    """Rows of a linear map's weight gradient that are made at a time, for inputs [..., in]."""
+    return max(1, BLOCK_ELEMENTS.get(inputs.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // inputs.shape[-1])
 
 
 def task_vectors(tensors: Sequence[Tensor]) -> Tensor:
-    """[T, ...]: every expert's tensor less the base's, which comes first."""
+    """[T, ...] theta_t - theta_0 of one tensor, from every model's, the base's first."""
     return torch.stack([tensor - tensors[0] for tensor in tensors[1:]])
