@@ -24,7 +24,7 @@ from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.atomic import write_atomically
 
 FORMAT = "mergekit-slta/statistics"
-VERSION = 1
+VERSION = 2
 _ROW_TASK = "row_task"
 _POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
 _FORMS = ("gram", "slope", "step")
@@ -140,8 +140,16 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                if header.get("format") != FORMAT or header.get("version") != str(VERSION):
-                    raise AlphasError(f"{show(path)} is not a statistics file of version {VERSION}; calibrate again")
+                if header.get("format") != FORMAT:
+                    raise AlphasError(
+                        f"{show(path)} is not a statistics file: name the slta_stats.safetensors of a calibration",
+                        code="not-a-statistics-file",
+                    )
+                if header.get("version") != str(VERSION):
+                    raise AlphasError(
+                        f"{show(path)} was made by another version of this package: calibrate again",
+                        code="other-file-version",
+                    )
                 metadata = json.loads(header["metadata"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError) as error:

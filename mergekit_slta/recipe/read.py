@@ -198,7 +198,7 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
         if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
             raise RecipeError(f"`lambda` is {show(leaf)!r}; it must be a finite number", code="invalid-value")
     stated = {key: constant(key, setting) for key, setting in shared.items() if key not in ("lambda", *TASK_KEYS)}
-    name = stated.get("objective", "features")
+    name = stated.get("objective", Settings.model_fields["objective"].default)
     if name not in OBJECTIVES:
         raise RecipeError(
             f"`objective` of the recipe is {show(name)!r}: choose one of {listing(OBJECTIVES)}", code="invalid-value"
