@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_ridge
+from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
 
 TAG = "submodule_linear"
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
@@ -65,7 +66,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         "### Weights",
         _weights(alphas, measured),
         *(f"![{description}]({name})" for description, name in figures),
-        _residual_note(measured, str(alphas.calibration.get("objective"))),
+        _residual_note(alphas, measured),
         "### Flagged",
         _flagged(alphas),
         "### Reproduce",
@@ -100,31 +101,32 @@ def _calibration(alphas: Alphas) -> str:
     for task in tasks:
         data = " ".join(str(task[key]) for key in ("dataset", "dataset_config", "split") if task.get(key))
         rows.append(
-            [code(task["model"]), code(data), str(len(task["rows"])), str(task["tokens"]), code(task["sha256"][:16])]
+            [
+                code(task["model"]),
+                code(data),
+                str(len(task["rows"])),
+                str(task["tokens"] or "-"),
+                code(str(task["sha256"] or "-")[:16]),
+            ]
         )
     settings = [
         f"{key} {code(describe_ridge(used) if key == 'ridge' else used[key])}"
-        for key in (
-            "seed",
-            "max_seq_length",
-            "balance",
-            "ridge",
-            "inputs",
-            "objective",
-            "label_samples",
-            "steps",
-            "fresh_rows",
-            "compute_dtype",
-        )
+        for key in all_shared_keys()
         if key in used
     ]
     table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."
     return f"{table}\n\n{', '.join(settings)}." if settings else table
 
 
+def _objective(alphas: Alphas) -> ObjectiveRow | None:
+    """The row of the objective that the weights minimise; None where it is not installed here."""
+    return OBJECTIVES.get(str(alphas.calibration.get("objective")))
+
+
 def _solves(alphas: Alphas) -> str:
-    steps = int(alphas.calibration.get("steps") or 0)
-    return f", in {1 + steps} solves in turn" if steps else ""
+    row = _objective(alphas)
+    count = 1 if row is None else row.num_solves(alphas.calibration)
+    return f", in {count} solves in turn" if count > 1 else ""
 
 
 def _weights(alphas: Alphas, measured: bool) -> str:
@@ -164,18 +166,13 @@ def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
     return [(label, members) for label, members in ordered if members]
 
 
-def _residual_note(measured: bool, objective: str) -> str:
-    if objective == "joint":
-        return (
-            "Weights are means over the submodules, with their range. All were solved together; the residual is the "
-            "share of what the base loses against the experts that remains, each row predicted by the others."
-        )
-    text = (
-        "Weights are means over the submodules, with their range. The residual is the share of the experts' own change "
-        "of the features that the merged submodule misses: 0 keeps every expert whole, 1 is no better than the base."
-    )
-    if not measured:
-        text += " It is predicted from linearity; `mergekit-slta merge --verify` also measures it."
+def _residual_note(alphas: Alphas, measured: bool) -> str:
+    row = _objective(alphas)
+    text = "Weights are means over the submodules, with their range."
+    if row is not None:
+        text += f" {row.residual}"
+        if row.settings.measures_residuals and not measured:
+            text += " It is predicted from linearity; `mergekit-slta merge --verify` also measures it."
     return text
 
 
