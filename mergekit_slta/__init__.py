@@ -8,16 +8,16 @@ from mergekit_slta import _autoload
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Alphas": "mergekit_slta.alphas",
-    "Linearity": "mergekit_slta.scores",
-    "Recipe": "mergekit_slta.recipe",
-    "Solution": "mergekit_slta.solve",
-    "Statistics": "mergekit_slta.gram",
-    "calibrate": "mergekit_slta.calibration",
-    "load_config": "mergekit_slta.recipe",
-    "non_linearity_score": "mergekit_slta.linearity",
-    "read_recipe": "mergekit_slta.recipe",
-    "register": "mergekit_slta.method",
+    "Alphas": "mergekit_slta.files.alphas_file",
+    "Linearity": "mergekit_slta.files.linearity_file",
+    "Recipe": "mergekit_slta.recipe.recipe",
+    "Solution": "mergekit_slta.maths.closed_form",
+    "Statistics": "mergekit_slta.files.statistics_file",
+    "calibrate": "mergekit_slta.calibration.calibrate",
+    "load_config": "mergekit_slta.recipe.read",
+    "non_linearity_score": "mergekit_slta.maths.linearity",
+    "read_recipe": "mergekit_slta.recipe.read",
+    "register": "mergekit_slta.host.method",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])
 

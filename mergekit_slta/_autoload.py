@@ -11,13 +11,13 @@ ENVIRONMENT_SWITCH = "MERGEKIT_SLTA_AUTOLOAD"
 
 
 def _methods_loaded(module):
-    from mergekit_slta.method import register
+    from mergekit_slta.host.method import register
 
     register()
 
 
 def _merge_loaded(module):
-    from mergekit_slta.method import wrap_run_merge
+    from mergekit_slta.host.wrap import wrap_run_merge
 
     wrap_run_merge(module)
 

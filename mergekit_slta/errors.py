@@ -37,12 +37,19 @@ def listing(values: object, most: int = 12) -> str:
 
 
 class SltaError(click.ClickException):
-    """Base of the package's errors; `message` is one printable line."""
+    """Base of the package's errors.
+
+    Attributes:
+        message: one printable line: cause, value, remedy.
+        code: names the kind of problem, in lower case with hyphens ("unknown-key"). It stays the same when the wording
+            of the message changes.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(show(message, 2000))
+        self.code = code
 
 
 class RecipeError(SltaError):

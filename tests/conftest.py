@@ -30,7 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from mergekit_slta import Alphas
 from mergekit_slta.cli import main as cli
 from mergekit_slta.job.preflight import prepare
-from mergekit_slta.recipe.read import Recipe, read_recipe
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.recipe.recipe import Recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 
@@ -251,8 +252,12 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 # What processes that are forked find imported.
 IMPORTED = [
-    "conftest", "mergekit_slta.host.merge", "mergekit_slta.cli.mergekit_commands", "datasets", "transformers.models.llama.modeling_llama"
-]  # fmt: skip
+    "conftest",
+    "mergekit_slta.host.merge",
+    "mergekit_slta.cli.mergekit_commands",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def _begin(function: Callable, arguments: tuple, output: str, cwd: str, environment: dict[str, str]) -> None:

@@ -307,7 +307,7 @@ def test_one_process_commands_say_so(monkeypatch, command):
 
 def test_heads_that_cannot_be_told_apart(make_models, tmp_path, monkeypatch, caplog):
     """The analysis leaves them out, and says so; where layers cannot be told apart the refusal stands."""
-    split = analysis.split
+    partition = analysis.partition
     refused = ["head_mlp"]
 
     def refuse(names, anatomy, level, tied):
@@ -315,7 +315,7 @@ def test_heads_that_cannot_be_told_apart(make_models, tmp_path, monkeypatch, cap
             raise ModelError("none here")
         return partition(names, anatomy, level, tied=tied)
 
-    monkeypatch.setattr(analysis, "split", refuse)
+    monkeypatch.setattr(analysis, "partition", refuse)
     job = job_of(make_models("qwen2").recipe(num_samples=1, max_seq_length=8))
     with caplog.at_level("WARNING"):
         found, _ = analyse(job, tmp_path / "linearity.json")

@@ -1,121 +1,144 @@
-"""Rooms stay rooms: what each file may import, and that arrows point down."""
+"""The order of the folders holds: what each may import, and what stays unloaded."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
-FLOORS = [
-    {"errors", "_autoload"},
-    {"files", "documents"},
-    {
-        "gram",
-        "solve",
-        "joint",
-        "linearity",
-        "records",
-        "scores",
-        "alphas",
-        "identity",
-        "watch",
-        "outfolder",
-        "distributed",
-        "drawing",
-    },
-    {"newton"},
-    {"method", "recipe", "architectures", "batches", "lora", "headers", "measures", "card", "panels", "levels", "maps"},
-    {"adapters", "depth"},
-    {"submodules", "figures"},
-    {"samples", "plan", "skeleton", "export", "slopes"},
-    {"checkpoints", "fingerprint", "streams"},
-    {"state", "tape"},
-    {"ends", "layers", "observation", "gradients"},
-    {"stream", "fisher"},
-    {"preflight"},
-    {"assembly", "costs", "results"},
-    {"summary"},
-    {"progress"},
-    {"gathering"},
-    {"passes"},
-    {"calibration", "resolve", "analysis"},
-    {"verification", "report"},
-    {"host"},
-    {"demo"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
-]
+ORDER = (
+    "errors < maths < files < libraries < recipe < data < models < checkpoints < runtime < runner < generation < job"
+    " < objectives < calibration < analysis < reporting < host < comparison < demo < cli"
+).split(" < ")
+"""A folder imports only folders to its left."""
+DOOR = ("mergekit_slta/_autoload.py", {"mergekit_slta.host.method", "mergekit_slta.host.wrap"})
+"""The one import to the right: the import hook loads the method when mergekit is loaded."""
+FORBIDDEN = {
+    "maths": {"mergekit", "transformers", "datasets", "accelerate", "peft", "safetensors", "numpy", "pydantic"},
+    "files": {"mergekit", "transformers", "datasets", "accelerate", "peft"},
+}
+"""Other packages that a folder does not import."""
+LONGEST_FILE = 350
 
 
-def imports_of(path: Path, *, top_level: bool = False) -> set[str]:
-    """Names of the modules that a file imports (at its top level only, without TYPE_CHECKING blocks, if asked)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level else list(ast.state(tree))
+def imports_of(source: str, *, top_level: bool = False) -> Iterator[str]:
+    """Modules that a file imports, as `a.b.c` (a name imported from a package counts as `package.name`).
+
+    Imports for type checkers only are left out; with `top_level`, so are those inside functions.
+    """
+    tree = ast.parse(source)
     typing_only = {
-        id(inner)
-        for node in ast.state(tree)
+        inner
+        for node in ast.walk(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.state(node)
+        for inner in ast.walk(node)
     }
-    nodes = [node for node in nodes if id(node) not in typing_only]
-    found: set[str] = set()
-    for node in nodes:
+    for node in tree.body if top_level else ast.walk(tree):
+        if node in typing_only:
+            continue
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}" if alias.name.islower() else node.module
+
+
+def folder_of(module: str) -> str | None:
+    """The folder (or file at the root) that a module of the package is in; None for other packages."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "mergekit_slta" and len(parts) > 1 else None
+
+
+def is_to_the_right(folder: str | None, own: str) -> bool:
+    """Whether `folder` stands to the right of `own`, which may be a file at the root: all folders are right of that."""
+    return folder in ORDER and (own not in ORDER or ORDER.index(folder) > ORDER.index(own))
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Imports of a file of the package that the order forbids; `path` starts with `mergekit_slta/`."""
+    own = Path(path).parts[1].removesuffix(".py")
+    found = []
+    for module in imports_of(source):
+        folder = folder_of(module)
+        if path == DOOR[0]:
+            if folder is not None and ".".join(module.split(".")[:3]) not in DOOR[1]:
+                found.append(module)
+        elif own == "__main__" or (own == "__init__" and folder == "_autoload"):
+            continue
+        elif is_to_the_right(folder, own) or module.split(".")[0] in FORBIDDEN.get(own, ()):
+            found.append(module)
     return found
 
 
-def test_every_room_has_a_floor():
-    """A new file needs a place in the building."""
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"demo"}
-    assert rooms == set().union(*FLOORS)
+def test_every_folder_has_a_place_in_the_order():
+    """A new folder is put into the order."""
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__", "__main__", "_autoload"} <= set(ORDER)
 
 
-def test_arrows_point_down():
-    """A room imports rooms below it only.
-
-    Two lazy imports are doors upward: from the hook to the method, and from the method to the host.
-    """
-    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-    doors = {("method", "host"), ("_autoload", "method"), ("demo", "demo")}
-    for room, level in floor.items():
-        files = PACKAGE.joinpath(room).glob("*.py") if room == "demo" else [PACKAGE / f"{room}.py"]
-        for path in files:
-            for name in imports_of(path):
-                parts = name.split(".")
-                if parts[0] == "mergekit_slta" and len(parts) > 1 and parts[1] in floor:
-                    assert floor[parts[1]] < level or (room, parts[1]) in doors, f"{room} imports {parts[1]}"
+def test_folders_import_only_folders_to_their_left():
+    """No file imports a folder to the right of its own, nor a library that its folder does without."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE.parent).as_posix()
+        if bad := violations(name, path.read_text(encoding="utf-8")):
+            found[name] = bad
+    assert not found
 
 
 @pytest.mark.parametrize(
-    "room", ["gram", "solve", "joint", "newton", "files", "errors", "alphas", "identity", "assembly", "resolve"]
+    ("path", "line"),
+    [
+        ("mergekit_slta/maths/joint.py", "from mergekit_slta.files.atomic import write_atomically"),
+        ("mergekit_slta/maths/joint.py", "import transformers"),
+        ("mergekit_slta/files/atomic.py", "from mergekit.common import ModelReference"),
+        ("mergekit_slta/job/preflight.py", "def f():\n    from mergekit_slta.host import merge"),
+        ("mergekit_slta/host/method.py", "import mergekit_slta.cli.main"),
+        ("mergekit_slta/errors.py", "from mergekit_slta.maths.closed_form import Solution"),
+        ("mergekit_slta/_autoload.py", "from mergekit_slta.recipe.read import read_recipe"),
+    ],
 )
-def test_maths_knows_neither_mergekit_nor_transformers(room):
-    """Statistics and solves are tensors in, tensors out."""
-    roots = {name.split(".")[0] for name in imports_of(PACKAGE / f"{room}.py")}
-    assert not roots & {"mergekit", "transformers", "datasets", "accelerate"}
+def test_an_import_to_the_right_is_found(path, line):
+    """The check sees what it is for, at the top of a file or inside a function."""
+    assert violations(path, line)
 
 
-def test_runner_knows_no_statistics():
-    """The runner hands outputs out; what is made of them is not its business."""
-    for room in ("stream", "state", "ends", "layers", "skeleton", "checkpoints", "gradients", "slopes", "tape"):
-        assert not imports_of(PACKAGE / f"{room}.py") & {
-            f"mergekit_slta.{name}" for name in ("gram", "solve", "alphas", "assembly", "calibration")
-        }
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("mergekit_slta/files/alphas_file.py", "from mergekit_slta.maths.task_arithmetic import WeightedSlice"),
+        ("mergekit_slta/_autoload.py", "def f():\n    from mergekit_slta.host.wrap import wrap_run_merge"),
+        ("mergekit_slta/cli/main.py", "from mergekit_slta.errors import SltaError"),
+        ("mergekit_slta/maths/grams.py", "import torch\nfrom mergekit_slta.maths import ridges"),
+    ],
+)
+def test_an_import_to_the_left_is_allowed(path, line):
+    """Neighbours in a folder, folders to the left, and the one door."""
+    assert not violations(path, line)
+
+
+def test_init_files_are_empty():
+    """Importing one file of a folder loads no other."""
+    for path in PACKAGE.glob("*/**/__init__.py"):
+        assert not path.read_text(encoding="utf-8").strip(), path
+
+
+def test_no_file_is_long():
+    """A file that needs more lines than this holds two subjects."""
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE, path
 
 
 def test_matplotlib_is_loaded_only_to_draw():
     """No file imports it at its top level."""
     for path in PACKAGE.rglob("*.py"):
-        assert not any(name.split(".")[0] == "matplotlib" for name in imports_of(path, top_level=True)), path
+        names = imports_of(path.read_text(encoding="utf-8"), top_level=True)
+        assert not any(name.split(".")[0] == "matplotlib" for name in names), path
 
 
 @pytest.mark.process

@@ -33,7 +33,7 @@ def test_demo_overwrites_nothing_else(tmp_path):
     """A folder that is not the demo's is refused in one line."""
     (tmp_path / "thesis.tex").write_text("precious")
     result = CliRunner().invoke(cli.main, ["demo", str(tmp_path), "--quick"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Error: " in result.output
     assert "Traceback" not in result.output
     assert (tmp_path / "thesis.tex").read_text() == "precious"

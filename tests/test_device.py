@@ -14,7 +14,7 @@ from transformers import Gemma2Config, masking_utils
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.models.skeleton import Skeleton
-from mergekit_slta.objectives.costs import estimate
+from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.recipe.read import read_recipe
 
 

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 import mergekit_slta.recipe.stock_recipe as export_room
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.files.alphas_file import Alphas, WeightedSlice
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.maths.task_arithmetic import WeightedSlice
 from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]

@@ -19,9 +19,7 @@ from mergekit_slta.errors import AlphasError, OutputError
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity
 from mergekit_slta.maths.linearity import PAIR_GRID
-from mergekit_slta.reporting.figures import heatmaps as maps
-from mergekit_slta.reporting.figures import levels
-from mergekit_slta.reporting.figures import style as drawing
+from mergekit_slta.reporting.figures import heatmaps, levels, style
 from mergekit_slta.reporting.figures.draw import draw, draw_alphas
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
 
@@ -109,7 +107,7 @@ def make_linearity(num_models=3, num_layers=NUM_LAYERS, names=None, spoil=lambda
 @pytest.fixture(autouse=True)
 def _on_paper():
     """Figures are made with the settings that they are written with."""
-    with drawing.paper():
+    with style.figure_style():
         yield
 
 
@@ -385,7 +383,7 @@ def test_levels_have_panels_for_what_was_merged(num_models, panels):
 def test_distances_are_the_matrices_of_the_file_beside_a_straight_line():
     """Whole model, middle layer and its MLP in one row per expert, on one colour scale."""
     linearity = make_linearity(2)
-    figure = maps.distances_figure(linearity)
+    figure = heatmaps.distances_figure(linearity)
     meshes = [axis.collections[0] for axis in figure.axes[:-1]]
     by_name = {entry.name: entry for entry in linearity.submodules}
     for place, name in enumerate(["model", "layer1", "mlp1"]):
@@ -403,15 +401,15 @@ def test_distances_are_the_matrices_of_the_file_beside_a_straight_line():
 def test_what_is_cut_is_said():
     """Four of ten experts, three of their pairs."""
     linearity = make_linearity(10, 1)
-    assert "first 4 of 10 experts" in texts(maps.distances_figure(linearity))
-    assert "first 3 of 45 pairs" in texts(maps.disentanglement_figure(linearity))
-    assert "Shown" not in texts(maps.distances_figure(make_linearity(2)))
+    assert "first 4 of 10 experts" in texts(heatmaps.distances_figure(linearity))
+    assert "first 3 of 45 pairs" in texts(heatmaps.disentanglement_figure(linearity))
+    assert "Shown" not in texts(heatmaps.distances_figure(make_linearity(2)))
 
 
 def test_disentanglement_is_laid_out_by_both_weights():
     """First expert's weight across, second's up; layers are means; next tokens have a scale of their own."""
     linearity = make_linearity(3)
-    figure = maps.disentanglement_figure(linearity)
+    figure = heatmaps.disentanglement_figure(linearity)
     grids = [np.asarray(axis.collections[0].get_array()) for axis in figure.axes[:15]]
     whole = linearity.submodules[-1]
     layers = [entry for entry in linearity.submodules if entry.kind == "layer"]
@@ -433,7 +431,7 @@ def test_cells_hold_short_percentages():
     """Whole numbers, tenths below one."""
     known = {0.0: "0", 0.0031: ".3", 0.0099: "1", 0.0094: ".9", 0.124: "12", 1.5: "150"}
     values = tuple(itertools.islice(itertools.cycle(known), len(PAIR_GRID) ** 2))
-    figure = maps.disentanglement_figure(make_linearity(2, 1, spoil=lambda _: values))
+    figure = heatmaps.disentanglement_figure(make_linearity(2, 1, spoil=lambda _: values))
     cells = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(text for text in cells if text in known.values()) == sorted(known[value] for value in values)
 
@@ -441,19 +439,19 @@ def test_cells_hold_short_percentages():
 def test_numbers_that_are_missing_leave_grey_cells(tmp_path):
     """NaN may stand anywhere in a linearity file; nothing at all may be left of it."""
     holes = make_linearity(3, spoil=lambda values: (None, *values[1:]))
-    figure = maps.distances_figure(holes)
+    figure = heatmaps.distances_figure(holes)
     assert np.ma.getmaskarray(np.ma.masked_invalid(figure.axes[0].collections[0].get_array()))[:, 0].all()
     assert "unchanged" in texts(figure)
-    assert "–" in [text.get_text() for text in maps.disentanglement_figure(holes).axes[0].texts]
+    assert "–" in [text.get_text() for text in heatmaps.disentanglement_figure(holes).axes[0].texts]
     empty = make_linearity(2, 1, spoil=lambda values: (None,) * len(values))
     assert len(draw(empty, tmp_path)) == 6
 
 
 def test_colours_survive_black_and_white():
     """The map's lightness rises evenly; series differ in marker as well as in hue."""
-    shades = matplotlib.colormaps[drawing.MAP](np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
+    shades = matplotlib.colormaps[style.MAP](np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(shades) > 0).all()
-    looks = [drawing.Look.of(place) for place in range(10)]
+    looks = [style.Look.of(place) for place in range(10)]
     assert len({look.marker for look in looks}) == 10
     assert all(np.dot(to_rgb(look.color), (0.2126, 0.7152, 0.0722)) < 0.7 for look in looks)  # on white paper
 

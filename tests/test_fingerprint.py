@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 from mergekit.config import MergeConfiguration
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mergekit_slta.files.identity import differences, statistics_identity
-from mergekit_slta.job.identity import checkpoint_fingerprint
+from mergekit_slta.calibration.calibrate import statistics_fingerprint
+from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
+from mergekit_slta.files.identity import differences, hash_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 
 
+def prepared(recipe, options):
+    return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options)
+
+
 def identity(recipe, options):
-    return prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options).identity
+    return prepared(recipe, options).identity
 
 
 def with_task(recipe: dict, **parameters: object) -> dict:
@@ -44,20 +50,46 @@ CHANGES = {
 def test_changes_are_noticed(tiny, options, change):
     """Everything but `lambda` moves the fingerprint; what only re-weighs leaves the statistics' part."""
     build, moves_statistics = CHANGES[change]
-    before, after = identity(tiny.recipe(2), options), identity(build(tiny), options)
-    assert hash_identity(before) != hash_identity(after)
-    assert differences(before, after)
-    assert (statistics_identity(before) != statistics_identity(after)) == moves_statistics
+    before, after = prepared(tiny.recipe(2), options), prepared(build(tiny), options)
+    assert hash_identity(before.identity) != hash_identity(after.identity)
+    assert differences(before.identity, after.identity)
+    assert (statistics_fingerprint(before) != statistics_fingerprint(after)) == moves_statistics
 
 
 def test_what_does_not_matter_changes_nothing(tiny, options):
-    """`lambda`, `out_dtype`, where the alphas lie, and the order of the models."""
+    """`lambda`, `out_dtype`, the alphas file's path, the order of the models, and settings that choose the same rows."""
     before = identity(tiny.recipe(2), options)
     reordered = tiny.recipe(2)
     reordered["models"].reverse()
     others = [{**tiny.recipe(2, **{"lambda": 0.5}), "out_dtype": "float16"}, tiny.recipe(2, alphas="x.json"), reordered]
+    every = tiny.recipe(2, num_samples=12)
     for recipe in others:
         assert identity(recipe, options) == before
+    more = [tiny.recipe(2, num_samples=40), tiny.recipe(2, num_samples=12, max_seq_length=24)]
+    for recipe in more:
+        assert identity(recipe, options) == identity(every, options)
+
+
+def test_the_config_counts_as_its_file_says(tiny, options, tmp_path, monkeypatch):
+    """Defaults that another transformers adds, and its version in the file, change nothing; a value in the file does."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base, base)
+    recipe = {**tiny.recipe(2), "base_model": str(base)}
+
+    def of_config() -> str:
+        return identity(recipe, options)["config of the base"]
+
+    def edit(**settings: object) -> None:
+        stored = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(stored | settings))
+
+    before = of_config()
+    edit(transformers_version="99.0")
+    original = LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: original(self) | {"a_new_default": 1})
+    assert of_config() == before
+    edit(rms_norm_eps=0.01)
+    assert of_config() != before
 
 
 def test_every_tensor_of_every_checkpoint_counts(tiny, options, tmp_path):

@@ -16,10 +16,8 @@ from mergekit_slta.errors import DataError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import layout_of
-from mergekit_slta.objectives.costs import estimate
-from mergekit_slta.objectives.gradient_passes import examples_of
-from mergekit_slta.runner import backward as gradients
+from mergekit_slta.job.layout import layout_of
+from mergekit_slta.objectives.registry import estimate
 
 
 def fresh(models, steps: int, **settings):
@@ -30,7 +28,7 @@ def fresh(models, steps: int, **settings):
 
 def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     """The last step's rows against autograd at the point; the first step's as that step found them, moved there."""
-    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    monkeypatch.setattr(head_loss, "label_uniforms", lambda *_: None)  # the rows' own tokens
     models = specimen("qwen3")
     job, layout = fresh(models, 2), layout_of(fresh(models, 2))
     found = gather_statistics(job)
@@ -38,9 +36,9 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     assert found.row_task.tolist() == [0] * 6 + [1] * 6
     drawn = {job.recipe.label(task.model): rows.rows for task, rows in zip(job.recipe.tasks, job.rows, strict=True)}
     numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
-    groups = [examples_of(job, group) for group in (0, 1)]
+    groups = [job.examples(group) for group in (0, 1)]
     assert [
-        example.number for task in (0, 1) for group in groups for example in group if example.task == task
+        example.row.number for task in (0, 1) for group in groups for example in group if example.task == task
     ] == numbers
     assert len(set(numbers[:6])) == len(set(numbers[6:])) == 6
 
@@ -50,7 +48,7 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
         felt = divergence(experts[example.task], merged, example)
         at_base = divergence(experts[example.task], base, example)
         assert found.divergences[row].tolist() == pytest.approx([at_base.item(), felt.item()], rel=1e-4, abs=1e-5)
-        wanted = torch.tensor(list(example.ids[example.completion :]))
+        wanted = torch.tensor(list(example.row.ids[example.row.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         own = {key: gram[row] for key, gram in found.by_submodule.items()}
@@ -115,7 +113,7 @@ def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, ca
     with caplog.at_level(logging.WARNING):
         job = same(models, fresh_rows=True, steps=3, num_samples=count)
     assert f"fewer than num_samples = {count} for each of 3 steps, {3 * count} in all: using all" in caplog.text
-    sizes = [sum(example.task == 0 for example in examples_of(job, group)) for group in range(3)]
+    sizes = [sum(example.task == 0 for example in job.examples(group)) for group in range(3)]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
     with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
@@ -134,7 +132,7 @@ def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
     models = specimen("qwen3")
     job = fresh(models, 3)
     costs = estimate(job)
-    tokens = [sum(len(example.ids) for example in examples_of(job, group)) for group in range(3)]
+    tokens = [sum(len(example.row.ids) for example in job.examples(group)) for group in range(3)]
     once = estimate(same(models, steps=0, label_samples=1, num_samples=9))
     expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
     assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))

@@ -19,12 +19,12 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.objectives import gradient_passes as passes
-from mergekit_slta.objectives.costs import estimate
-from mergekit_slta.objectives.gradient_passes import examples_of, gather_slopes
+from mergekit_slta.objectives.gradient_passes import gather_derivatives
+from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.reporting.card import section
 from mergekit_slta.reporting.terminal import describe_job
-from mergekit_slta.runner import backward as gradients
-from mergekit_slta.runner.directional import _BLOCK
+from mergekit_slta.runner import head_loss
+from mergekit_slta.runner.directional import BLOCK_ELEMENTS
 from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.runtime.resume import ResumeStore
 
@@ -45,12 +45,12 @@ def reference_slopes(models, job, labels=None) -> dict[str, torch.Tensor]:
     rename = job.skeleton.renamed
     every = [whole_model(path) for path in (models.base, *models.experts)]
     states = [dict(model.named_parameters()) for model in every]
-    examples = examples_of(job)
+    examples = job.examples(0)
     found = {submodule.name: torch.zeros(len(examples), len(every) - 1) for submodule in job.submodules}
     for row, example in enumerate(examples):
         model = every[example.task + 1]
         model.zero_grad()
-        loss = row_loss(model, example.ids, example.completion, None if labels is None else labels[row])
+        loss = row_loss(model, example.row.ids, example.row.completion, None if labels is None else labels[row])
         loss.backward()
         for submodule in job.submodules:
             for tensor in submodule.tensors:
@@ -96,7 +96,7 @@ def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
 )
 def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa: F811
     """In blocks that are smaller than the tensors, and that heads' slices begin and end within."""
-    monkeypatch.setitem(_BLOCK, "cpu", 100)
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 100)
     models = specimen(name)
     job = job_of(models, granularity=granularity, objective="joint", label_samples=0, steps=0)
     found = gather_statistics(job).by_submodule
@@ -108,18 +108,18 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  #
     models = specimen("llama")
     job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=3, steps=0)
     drawn: list[torch.Tensor] = []
-    original = gradients._drawn
+    original = head_loss.sample_labels
 
-    def spy(chances, heights):
-        drawn.append(original(chances, heights))
+    def spy(probs, uniforms):
+        drawn.append(original(probs, uniforms))
         return drawn[-1]
 
-    monkeypatch.setattr(gradients, "_drawn", spy)
-    monkeypatch.setattr(gradients, "LOGITS", 320 * 5)  # five positions at a time
+    monkeypatch.setattr(head_loss, "sample_labels", spy)
+    monkeypatch.setattr(head_loss, "LOGIT_GRADIENTS", 320 * 5)  # five positions at a time
     found = gather_statistics(job).by_submodule
     labels: list[list[torch.Tensor]] = []  # row -> draw -> tokens
-    for example in examples_of(job):
-        parts = -(-(len(example.ids) - example.completion) // 5)
+    for example in job.examples(0):
+        parts = -(-(len(example.row.ids) - example.row.completion) // 5)
         pieces = [[drawn.pop(0) for _ in range(3)] for _ in range(parts)]
         labels.append([torch.cat([piece[draw] for piece in pieces]) for draw in range(3)])
     for draw in range(3):
@@ -141,7 +141,7 @@ def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
     models = specimen("qwen3")
     job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=0, steps=0)
     slopes = gather_statistics(job).by_submodule
-    examples = examples_of(job)
+    examples = job.examples(0)
     generator = torch.Generator().manual_seed(3)
     step = {name: torch.randn(2, generator=generator, dtype=torch.float64) for name in slopes}
     every = [whole_model(path).double() for path in (models.base, *models.experts)]
@@ -158,9 +158,9 @@ def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
                         for expert in range(2):
                             change = states[expert + 1][tensor] - states[0][tensor]
                             parameters[tensor].add_(change * size * float(step[submodule.name][expert]))
-                logits = moved(torch.tensor([list(example.ids)]), use_cache=False).logits[0]
-                wanted = torch.tensor(list(example.ids[example.completion :]))
-                losses.append(float(cross_entropy(logits[example.completion - 1 : -1], wanted, reduction="sum")))
+                logits = moved(torch.tensor([list(example.row.ids)]), use_cache=False).logits[0]
+                wanted = torch.tensor(list(example.row.ids[example.row.completion :]))
+                losses.append(float(cross_entropy(logits[example.row.completion - 1 : -1], wanted, reduction="sum")))
         assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(predicted, rel=5e-3, abs=2e-3)
 
 
@@ -243,8 +243,8 @@ class Share:
 def test_processes_share_the_rows(specimen):  # noqa: F811
     """Two halves add up to the whole: labels and slopes of a row do not depend on who computes it."""
     job = job_of(specimen("llama"), objective="joint", steps=0)
-    whole = gather_slopes(job, records=None, ranks=ALONE).by_submodule
-    halves = [gather_slopes(job, records=None, ranks=Share(rank)).by_submodule for rank in (0, 1)]
+    whole = gather_derivatives(job, resume=None, ranks=ALONE).by_submodule
+    halves = [gather_derivatives(job, resume=None, ranks=Share(rank)).by_submodule for rank in (0, 1)]
     for name, slopes in whole.items():
         torch.testing.assert_close(halves[0][name] + halves[1][name], slopes, rtol=1e-10, atol=1e-10)
 

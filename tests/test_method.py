@@ -12,9 +12,10 @@ from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
-from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, WeightedSlice
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
 from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, merge_tensor, register, wrap_run_merge
+from mergekit_slta.maths.task_arithmetic import WeightedSlice
 
 ALPHA = (0.25, -0.5, 1.25)
 

@@ -13,15 +13,18 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
+from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import assemble, layout_of, solve_together
+from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives import costs
-from mergekit_slta.objectives.costs import estimate
-from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
-from mergekit_slta.runner import backward as gradients
+from mergekit_slta.objectives.gradient_passes import _Passes, gather_derivatives
+from mergekit_slta.objectives.joint import solve_together
+from mergekit_slta.objectives.registry import estimate
+from mergekit_slta.runner import head_loss
+from mergekit_slta.runner.backward import BackwardPass
 from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.runtime.resume import ResumeStore
 
@@ -59,8 +62,8 @@ def merged_model(models, job, point) -> torch.nn.Module:
 
 
 def answer_log_probabilities(model, example) -> torch.Tensor:
-    logits = model(torch.tensor([list(example.ids)]), use_cache=False).logits[0]
-    return torch.log_softmax(logits[example.completion - 1 : -1].float(), dim=-1)
+    logits = model(torch.tensor([list(example.row.ids)]), use_cache=False).logits[0]
+    return torch.log_softmax(logits[example.row.completion - 1 : -1].float(), dim=-1)
 
 
 def divergence(expert, model, example) -> torch.Tensor:
@@ -95,7 +98,7 @@ def slopes_of(loss, merged, models, job) -> dict[str, torch.Tensor]:
 )
 def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # noqa: F811
     """Divergences of base and point, their slopes, and those of a loss with known labels."""
-    monkeypatch.setattr(gradients.Backward, "_heights", lambda *_: None)  # the rows' own tokens
+    monkeypatch.setattr(head_loss, "label_uniforms", lambda *_: None)  # the rows' own tokens
     models = specimen(name)
     job = same(models, granularity=granularity, label_samples=1, steps=1)
     found = gather_statistics(job)
@@ -103,14 +106,14 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
     experts = [whole_model(path) for path in models.experts]
     base, merged = whole_model(models.base), merged_model(models, job, found.point)
     expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.by_submodule}
-    for row, example in enumerate(examples_of(job)):
+    for row, example in enumerate(job.examples(0)):
         teacher = experts[example.task]
         felt = divergence(teacher, merged, example)
         for place, model in enumerate((base, merged)):
             assert found.divergences[row, place] == pytest.approx(
                 divergence(teacher, model, example).item(), rel=1e-4, abs=1e-5
             )
-        wanted = torch.tensor(list(example.ids[example.completion :]))
+        wanted = torch.tensor(list(example.row.ids[example.row.completion :]))
         loss = -answer_log_probabilities(merged, example).gather(1, wanted[:, None]).sum()
         both = [slopes_of(part, merged, models, job) for part in (felt, loss)]
         for key, parts in expected.items():
@@ -174,7 +177,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, settings, stops):  # n
 def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F811
     """One row per task is enough; nothing is divided by what is missing."""
     job = same(specimen("llama"), num_samples=1)
-    found = gather_slopes(job, records=None, ranks=ALONE)
+    found = gather_derivatives(job, resume=None, ranks=ALONE)
     alphas = solve_job(job, found)
     assert all(entry.stderr is None for entry in alphas.submodules)
     found.save(tmp_path / "stats.safetensors")
@@ -218,7 +221,8 @@ def test_costs_are_counted(specimen, tmp_path):  # noqa: F811
         def put(self, step, tensors):
             nonlocal largest
             super().put(step, tensors)
-            largest = max([largest, *(path.stat().st_size for path in self.folder.glob("*streams/tape.bin"))])
+            stores = self.folder.glob("*activations/activations.bin")
+            largest = max([largest, *(path.stat().st_size for path in stores)])
 
     with Watching(tmp_path / ".partial", "same") as records:
         records.open()
@@ -258,13 +262,13 @@ def test_the_order_of_the_models_does_not_matter(tiny, tmp_path, write_recipe):
 
 def test_every_pass_draws_labels_of_its_own(specimen, monkeypatch):  # noqa: F811
     seeds = []
-    original = gradients.Backward.__init__
+    original = BackwardPass.__init__
 
     def spy(self, *args, seed, **kwargs):
         seeds.append(seed)
         original(self, *args, seed=seed, **kwargs)
 
-    monkeypatch.setattr(gradients.Backward, "__init__", spy)
+    monkeypatch.setattr(BackwardPass, "__init__", spy)
     gather_statistics(same(specimen("llama"), seed=7))
     experts, _, first, second = seeds  # the base's pass draws none
     assert len({experts, first, second}) == 3

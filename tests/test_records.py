@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mergekit_slta.errors import OutputError
+from mergekit_slta.runtime.activations import ActivationStore
 from mergekit_slta.runtime.resume import ResumeStore
-from mergekit_slta.streams import Streams
 
 
 def opened(folder, fingerprint: str) -> ResumeStore:
@@ -25,7 +25,7 @@ def test_records_come_back(tmp_path):
         assert not (tmp_path / "work").exists()
         records.put("layer/1", {"x": torch.arange(3.0, dtype=torch.float64)})
     with opened(tmp_path / "work", "a") as again:
-        assert again.steps == {"layer/1"}
+        assert again.finished == {"layer/1"}
         assert again.get("layer/1")["x"].tolist() == [0.0, 1.0, 2.0]
         again.remove()
     assert not (tmp_path / "work").exists()
@@ -63,7 +63,7 @@ def test_damaged_records_are_dropped(tmp_path):
         assert len(records.finished) == 1
 
 
-@pytest.mark.parametrize("left", [[".records.json.x1"], ["streams"], ["0" * 24 + ".safetensors"]])
+@pytest.mark.parametrize("left", [[".resume.json.x1"], ["activations"], ["0" * 24 + ".safetensors"]])
 def test_killed_while_beginning_or_removing(tmp_path, left):
     """A folder of ours without its marker is swept away, not refused."""
     (tmp_path / "work").mkdir()
@@ -95,46 +95,64 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
 
 
-@pytest.mark.parametrize("damage", ["missing side", "other size", "other layout"])
-def test_streams_that_lost_a_side_start_over(tmp_path, damage):
-    """The depth counts only for the very features it was written for."""
-    tokens = {0: 2, 1: 3}
-    streams = Streams(tokens, 4, torch.float32, tmp_path / "streams")
-    for key, count in tokens.items():
-        streams.write(key, torch.ones(count, 4))
-    streams.commit()
-    del streams
-    if damage == "missing side":
-        (tmp_path / "streams" / "side1.bin").unlink()
-    elif damage == "other size":
-        tokens[1] = 4
+def store(lengths, folder, depths: int = 2, dtype=torch.float32) -> ActivationStore:
+    return ActivationStore(lengths, depths, 1, 4, dtype, folder)
+
+
+@pytest.mark.parametrize("damage", ["missing file", "missing marker", "other size", "other layout"])
+def test_activations_of_other_rows_start_over(tmp_path, damage):
+    """A depth counts as stored only for the very rows it was written for."""
+    activations = store([2, 3], tmp_path / "activations")
+    for row, length in enumerate([2, 3]):
+        activations.put_features(0, row, torch.ones(length, 4))
+    activations.finish_depth()
+    del activations
+    lengths = [2, 3]
+    if damage == "missing file":
+        (tmp_path / "activations" / "activations.bin").unlink()
+    elif damage == "missing marker":
+        (tmp_path / "activations" / "activations.json").unlink()
     else:
-        tokens = {0: 3, 1: 2}
-    assert Streams(tokens, 4, torch.float32, tmp_path / "streams").depth == -1
+        lengths = [2, 4] if damage == "other size" else [3, 2]
+    assert store(lengths, tmp_path / "activations").depths_done == 0
+
+
+@pytest.mark.parametrize("depths", [1, 2, 4])
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_hold_what_was_written(tmp_path, on_disk, dtype, depths):
+    """Features are read at the depth they were stored at; on disk, a new object continues at the last finished one."""
+    folder = tmp_path / "activations" if on_disk else None
+    activations = store([2, 3], folder, depths, dtype)
+    for depth in range(3):
+        for row, length in enumerate([2, 3]):
+            activations.put_features(depth, row, torch.full((length, 4), depth + length))
+        activations.finish_depth()
+        assert activations.features(depth, 1).tolist() == [[depth + 3.0] * 4] * 3
+    if on_disk:
+        again = store([2, 3], folder, depths, dtype)
+        assert again.depths_done == 3
+        assert again.features(2, 0).tolist() == [[4.0] * 4] * 2
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streams_hold_what_was_written(tmp_path, on_disk, dtype):
-    """Reads give the last commit's features; on disk, a new object goes on at the depth of the last commit."""
-    folder = tmp_path / "streams" if on_disk else None
-    tokens = {(0, "a"): 2, (1, "b"): 3}
-    streams = Streams(tokens, 4, dtype, folder)
-    assert streams.depth == -1
-    for depth in range(3):
-        for key, count in tokens.items():
-            streams.write(key, torch.full((count, 4), depth + count, dtype=dtype))
-        streams.commit()
-        assert streams.depth == depth
-        assert streams.read((1, "b")).tolist() == [[depth + 3.0] * 4] * 3
-    if on_disk:
-        streams.write((0, "a"), torch.full((2, 4), 99, dtype=dtype))  # never committed
-        again = Streams(tokens, 4, dtype, folder)
-        assert again.depth == 2
-        assert again.read((0, "a")).tolist() == [[4.0] * 4] * 2
+def test_gradients_are_read_once_their_layer_is_finished(tmp_path, on_disk):
+    """What a layer reads is not what it writes; `rewind` begins with the first layer again and keeps the features."""
+    activations = store([2], tmp_path / "activations" if on_disk else None)
+    activations.put_features(0, 0, torch.ones(2, 4))
+    activations.put_gradients(0, torch.full((1, 2, 4), 1.0))
+    activations.finish_layer()
+    activations.put_gradients(0, torch.full((1, 2, 4), 2.0))
+    assert activations.gradients(0).unique().tolist() == [1.0]
+    activations.finish_layer()
+    assert activations.gradients(0).unique().tolist() == [2.0]
+    assert activations.layers_done == 2
+    activations.rewind()
+    assert activations.layers_done == 0
+    assert activations.features(0, 0).unique().tolist() == [1.0]
 
 
-def test_no_room_for_streams_is_said(tmp_path):
+def test_no_room_for_activations_is_said(tmp_path):
     """A folder that cannot be made, and the size that was asked for."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="GiB of features"):

@@ -15,7 +15,7 @@ from conftest import slta
 from safetensors.torch import save_file
 
 from mergekit_slta.calibration import resolve
-from mergekit_slta.calibration.resolve import first_rows, parse_importance, read_layout, solve_again
+from mergekit_slta.calibration.resolve import first_rows, parse_importance, solve_again
 from mergekit_slta.errors import AlphasError, RecipeError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
@@ -265,9 +265,9 @@ def test_merged_inputs_cannot_be_solved_again(saved, change):
     """With `inputs: merged` the features depended on these; the values of the calibration are no change."""
     statistics = Statistics.load(saved)
     layout = json.loads(statistics.metadata["layout"])
-    layout["calibration"]["inputs"] = "merged"
+    layout |= {"solve_dependence": "inputs", "settings": {**layout["settings"], "inputs": "merged"}}
     statistics.metadata["layout"] = json.dumps(layout)
-    with pytest.raises(RecipeError, match="with `inputs: merged` the features themselves depend on"):
+    with pytest.raises(RecipeError, match="with `inputs: merged` the statistics themselves depend on"):
         solve_again(statistics, **change)
     solve_again(statistics, ridge=0.02, balance=True, importance={"expert3": 2.0}, rows=6)
 
@@ -280,7 +280,7 @@ def drop(*keys: str):
 
 
 def fewer_rows(layout: dict) -> dict:
-    layout["calibration"]["tasks"][0]["rows"].pop()
+    layout["tasks"][0]["rows"].pop()
     return layout
 
 
@@ -300,7 +300,7 @@ def tensor_twice(layout: dict) -> dict:
 
 
 def no_number(layout: dict) -> dict:
-    layout["identity"]["ridge"] = "much"
+    layout["solve"]["ridge"] = "much"
     return layout
 
 
@@ -314,7 +314,7 @@ DAMAGES = [
 def test_damaged_layouts(saved, damage):
     """Whatever does not fit the matrices is an AlphasError."""
     statistics = Statistics.load(saved)
-    statistics.metadata["layout"] = json.dumps(damage(read_layout(statistics)))
+    statistics.metadata["layout"] = json.dumps(damage(json.loads(statistics.metadata["layout"])))
     with pytest.raises(AlphasError, match="calibrate again"):
         solve_again(statistics)
 

@@ -410,11 +410,11 @@ def check(bench: Bench) -> dict[str, Any]:
     jobs: dict[str, dict[str, Any]] = {"attn_mlp": {"num_samples": bench.num_rows}}
     jobs |= {name: {"granularity": name, "num_samples": few} for name in ("layer", "head_mlp", "linear", "model")}
     gradients: dict[str, dict[str, Any]] = {
-        "fisher": {}, "joint, steps 0": {"steps": 0}, "joint, the same rows": {"steps": 2, "fresh_rows": False},
+        "joint, steps 0": {"steps": 0}, "joint, the same rows": {"steps": 2, "fresh_rows": False},
         "joint, linear, rows of their own": {"granularity": "linear", "steps": 2},
     }  # fmt: skip
     for name, settings in gradients.items():
-        jobs[name] = {"objective": name.partition(",")[0], "num_samples": few, **settings}
+        jobs[name] = {"objective": "joint", "num_samples": few, **settings}
     lines = []
     for name, settings in jobs.items():
         recipe = made.recipe(**settings)

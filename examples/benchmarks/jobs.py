@@ -18,8 +18,9 @@ from measure import Clock
 from workload import from_mapping, make
 
 _TRANSFORMERS = ("torch", "transformers", "transformers.models.llama.modeling_llama")
-_PACKAGE = (*_TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta.calibration", "mergekit_slta.costs",
-            "mergekit_slta.host")  # fmt: skip
+_PACKAGE = (*_TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta.calibration.calibrate",
+            "mergekit_slta.objectives.costs",
+            "mergekit_slta.host.merge")  # fmt: skip
 
 
 def make_workload(clock: Clock, workload: dict[str, Any], lengths: list[list[int]]) -> None:
@@ -32,7 +33,7 @@ def _prepare(clock: Clock, recipe: dict[str, Any]) -> Any:
     from mergekit.options import MergeOptions
 
     from mergekit_slta import read_recipe
-    from mergekit_slta.preflight import prepare
+    from mergekit_slta.job.preflight import prepare
 
     with clock.phase("prepare"):
         configuration = MergeConfiguration.model_validate(recipe)
@@ -41,8 +42,8 @@ def _prepare(clock: Clock, recipe: dict[str, Any]) -> Any:
 
 def calibrate(clock: Clock, recipe: dict[str, Any], save: str | None = None) -> dict[str, Any]:
     """`mergekit_slta.calibrate(recipe)` in its three parts; the alphas in `save`, if asked for."""
-    from mergekit_slta.calibration import gather_statistics, solve_job
-    from mergekit_slta.costs import estimate
+    from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+    from mergekit_slta.objectives.costs import estimate
 
     with clock.phase("work"):
         job = _prepare(clock, recipe)
@@ -66,8 +67,8 @@ def calibrate_with_floor(
     """A calibration between two measurements of the matrix products alone; optionally under the profiler."""
     from products import floor
 
-    from mergekit_slta.batches import plan_batches
-    from mergekit_slta.calibration import gather_statistics, solve_job
+    from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+    from mergekit_slta.data.batches import plan_batches
 
     with clock.phase("work"):
         job = _prepare(clock, recipe)
@@ -121,7 +122,7 @@ def count(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from products import CountedProducts
 
-    from mergekit_slta.calibration import gather_statistics
+    from mergekit_slta.calibration.calibrate import gather_statistics
 
     job = _prepare(clock, recipe)
     original = LazyTensorLoader.get_tensor

@@ -19,7 +19,7 @@ from methods import Candidate
 from scoring import exact_matches, general_loss, general_passages, score, task_rows
 from shared import load_model, load_tokenizer, read_json, write_json
 
-from mergekit_slta.samples import sample_numbers
+from mergekit_slta.data.rows import sample_numbers
 
 RANDOM_SEED = 7
 """Of the methods that drop at random."""
@@ -163,7 +163,7 @@ def calibrate(workdir: Path, name: str, recipe: dict[str, Any], device: str) -> 
 
     The recipe's paths start at the current folder, which is WORKDIR.
     """
-    from mergekit_slta.cli import main
+    from mergekit_slta.cli.main import main
 
     folder = workdir / "calibrations" / name
     statistics = folder / "slta_stats.safetensors"

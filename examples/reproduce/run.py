@@ -33,8 +33,8 @@ from shared import write_json
 from tables import write_tables
 
 from mergekit_slta import Alphas
-from mergekit_slta.gram import Statistics
-from mergekit_slta.resolve import solve_again
+from mergekit_slta.calibration.resolve import solve_again
+from mergekit_slta.files.statistics_file import Statistics
 
 ROWS_STUDIED = ("layer", "attn_mlp")
 """Granularities whose number of rows is varied, as in the paper's Table 11; the last also beyond the usual number."""
@@ -177,7 +177,6 @@ def blocks(run: Run, seed: int) -> None:
         own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}
         run.score([*calibrated_for(run, seed, sets, **own)])
     run.score([*our_candidates(run, "attn_mlp", seed, objective="joint", steps=0)])
-    run.score([*our_candidates(run, "attn_mlp", seed, objective="fisher")])
     run.score([*our_candidates(run, "attn_mlp", seed)])
 
 

@@ -1,0 +1,97 @@
+"""What a state at interpolated experts shows of one step: evaluations in, the paper's measures out.
+
+Scope: which points of an evaluation are looked at, and what is kept of them; the formulas are `linearity.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.maths.linearity import Grid, Point, Products, RowMeasures
+from mergekit_slta.maths.linearity_summary import Measures
+from mergekit_slta.runner.state import Evaluation
+
+
+class Observation:
+    """What is gathered of the submodules of one step: products per row, and the most likely tokens.
+
+    Args:
+        row_task: the task of each row.
+        grids: per batch of the state, the points at which it is evaluated.
+        step: whose.
+    """
+
+    def __init__(self, row_task: Sequence[int], grids: Sequence[Grid], step: str = "") -> None:
+        self.step = step
+        self._row_task = row_task
+        self._grids = grids
+        self._products: dict[str, dict[int, Products]] = {}
+        self._best: dict[tuple[int, Point], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, int] = {}
+        self._predicted: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Evaluate a submodule (or a part of the vocabulary) at every point of its batch's grid."""
+        grid = self._grids[evaluation.batch]
+        products = self._products.setdefault(evaluation.submodule.name, {})
+        lengths = list(evaluation.lengths)
+        predicts = evaluation.submodule.kind in ("model", "head")
+        base = evaluation.base
+
+        def change(point: Point) -> Tensor:
+            features = evaluation.outputs_at(point)
+            if predicts:
+                self._keep_best(evaluation.batch, point, features)
+            return (features - base).flatten(1).to(torch.float64)
+
+        anchors = torch.stack([change(point) for point in grid.anchors])  # [K, N, d]
+        parts = [part.flatten(1) for part in anchors.split(lengths, dim=1)]  # per row [K, n d]
+        for row, part in zip(evaluation.rows, parts, strict=True):
+            products.setdefault(row, Products.zeros(grid)).add_anchors(part)
+        for place, point in enumerate(grid.mixed):
+            for row, part, mixed in zip(evaluation.rows, parts, change(point).split(lengths), strict=True):
+                products[row].add_mixed(place, mixed.flatten(), part)
+        if predicts:
+            self._seen[evaluation.batch] = self._seen.get(evaluation.batch, 0) + base.shape[-1]
+            self._predicted[evaluation.batch] = evaluation.rows, lengths
+
+    def _keep_best(self, batch: int, point: Point, logits: Tensor) -> None:
+        value, place = logits.max(-1)  # [tokens]
+        place = place + self._seen.get(batch, 0)
+        if (batch, point) in self._best:
+            before, other = self._best[batch, point]
+            value, place = torch.maximum(value, before), torch.where(value > before, place, other)
+        self._best[batch, point] = value, place
+
+    def _disagreement(self) -> dict[int, Tensor]:
+        """row -> [C]: the share of tokens on which a mixed point and the own expert at its weight disagree."""
+        shares = {}
+        for batch, (rows, lengths) in self._predicted.items():
+            grid = self._grids[batch]
+            parts = torch.zeros((len(grid.mixed), len(rows)), dtype=torch.float64)
+            for place, point in enumerate(grid.mixed):
+                apart = self._best[batch, point][1] != self._best[batch, grid.alone(point)][1]
+                parts[place] = torch.stack([part.double().mean() for part in apart.cpu().split(list(lengths))])
+            shares |= zip(rows, parts.T, strict=True)
+        return shares
+
+    def measures(self) -> dict[str, Tensor]:
+        """`name|field` -> what the rows say together."""
+        found = {}
+        for name, products in self._products.items():
+            rows = [
+                (self._row_task[row], RowMeasures.of(products[row], Grid(self._row_task[row], self._num_models)))
+                for row in sorted(products)
+            ]
+            shares = self._disagreement()
+            apart = [shares[row] for row in sorted(products)] if shares else None
+            measures = Measures.of(rows, self._num_models, apart)
+            found |= {f"{name}|{field}": value for field, value in vars(measures).items()}
+        return found
+
+    @property
+    def _num_models(self) -> int:
+        return self._grids[0].num_models

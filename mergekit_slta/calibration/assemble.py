@@ -1,0 +1,50 @@
+"""Statistics and their layout -> the alphas of a file.
+
+Scope: the one place that solves for a file, after a calibration and when saved statistics are solved again. Statistics
+are in canonical order (experts sorted by name), the file in the recipe's.
+"""
+
+from __future__ import annotations
+
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.identity import hash_identity
+from mergekit_slta.files.layout import Layout
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.objectives.registry import objective
+
+
+def assemble(statistics: Statistics, layout: Layout) -> Alphas:
+    """Solve every submodule by the layout's solve settings.
+
+    Raises:
+        AlphasError: the statistics lack a submodule of the layout, or its objective is unknown.
+    """
+    solve = layout.solve
+    solved = objective(layout.objective).solve(statistics, layout)
+    identity = dict(sorted({**layout.identity, **solve_identity(layout)}.items()))
+    chosen = {} if solved.ridge is None else {"ridge_used": solved.ridge}
+    return Alphas(
+        granularity=layout.granularity,
+        base_model=layout.base_model,
+        models=layout.models,
+        submodules=solved.entries,
+        copied=layout.copied,
+        calibration={
+            **layout.settings,
+            "tasks": [task.model_dump(mode="json") for task in layout.tasks],
+            "balance": solve.balance,
+            "ridge": solve.ridge,
+            **chosen,
+            "importance": {name: solve.importance[name] for name in layout.models},
+        },
+        provenance={**layout.versions, "fingerprint": hash_identity(identity), "identity": identity},
+    )
+
+
+def solve_identity(layout: Layout) -> dict[str, str]:
+    """The labels of an identity that another solve changes."""
+    return {
+        "balance": str(layout.solve.balance),
+        "ridge": str(layout.solve.ridge),
+        **{f"importance of {name}": str(weight) for name, weight in layout.solve.importance.items()},
+    }

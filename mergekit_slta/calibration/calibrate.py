@@ -1,0 +1,138 @@
+"""The pre-pass: recipe -> rows -> statistics -> solve -> alphas.
+
+Scope: the order of the steps, and the fingerprints that say what statistics and unfinished work belong to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_slta.calibration.assemble import assemble
+from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
+from mergekit_slta.errors import show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.identity import hash_identity
+from mergekit_slta.files.layout import KEY
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.identity import statistics_identity
+from mergekit_slta.job.job import Job
+from mergekit_slta.job.layout import layout_of
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.objectives.registry import objective
+from mergekit_slta.recipe.read import load_config, read_recipe
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.runner.state import HEAD_ELEMENTS
+from mergekit_slta.runtime.distributed import ALONE, Ranks
+from mergekit_slta.runtime.resume import ResumeStore
+
+LOG = logging.getLogger(__name__)
+MAX_RELATIVE_DISTANCE = 0.7
+"""An expert's change of a layer over the layer, as Frobenius norms, from which a warning is given: two models that were
+trained apart have about 1.4, full fine-tuning rarely passes 0.1."""
+
+
+def calibrate(
+    recipe: Recipe | MergeConfiguration | dict[str, Any] | str | os.PathLike[str],
+    options: MergeOptions | None = None,
+) -> Alphas:
+    """Compute the alphas of a recipe; writes nothing.
+
+    Args:
+        recipe: a recipe file's path, its content as a mapping or as mergekit's configuration, or a `Recipe`.
+        options: mergekit's options (device, caches, ...); the CPU and its defaults otherwise.
+
+    Raises:
+        SltaError: whatever is wrong with the recipe, the data or the models, in one line.
+    """
+    if isinstance(recipe, (str, os.PathLike)):
+        recipe = load_config(recipe)[0]
+    if isinstance(recipe, dict):
+        recipe = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
+    if isinstance(recipe, MergeConfiguration):
+        recipe = read_recipe(recipe)
+    job = prepare(recipe, options or MergeOptions(quiet=True), for_merge=False)
+    return solve_job(job, gather_statistics(job))
+
+
+def solve_job(job: Job, statistics: Statistics) -> Alphas:
+    """Solve every submodule of a job from its statistics, in the recipe's order of models."""
+    return assemble(statistics, layout_of(job))
+
+
+def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks = ALONE) -> Statistics:
+    """The statistics of a job's rows that its objective is solved from.
+
+    Args:
+        job: the recipe, prepared.
+        resume: the finished work of an earlier run of the same job, and where this one keeps its own.
+        ranks: processes that share the rows.
+
+    Raises:
+        DataError: an expert without rows.
+        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+    """
+    job.check_rows()
+    if ranks.is_first:
+        warn_of_distance(job)
+    statistics = objective(job.recipe.settings.objective).gather(job, resume, ranks)
+    statistics.metadata = statistics_metadata(job)
+    return statistics
+
+
+def statistics_metadata(job: Job) -> dict[str, str]:
+    """What is kept with statistics so that they can be solved again without the models: fingerprint and layout."""
+    return {"fingerprint": statistics_fingerprint(job), KEY: layout_of(job).to_metadata()}
+
+
+def statistics_fingerprint(job: Job) -> str:
+    """Hash of everything that a job's statistics depend on."""
+    return hash_identity(statistics_identity(job.recipe, job.identity))
+
+
+def work_fingerprint(job: Job) -> str:
+    """Hash of what unfinished work belongs to: the statistics, and the versions and device, which round differently."""
+    versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
+    plan = {"device": job.device.type, "batches": f"{BATCH_TOKENS} {PADDING} {HEAD_ELEMENTS}"}
+    return hash_identity({"statistics": statistics_fingerprint(job), **versions, **plan})
+
+
+def statistics_match(job: Job, statistics: Statistics) -> bool:
+    """Whether saved statistics are those that this job would gather."""
+    return statistics.metadata.get("fingerprint") == statistics_fingerprint(job)
+
+
+def warn_of_distance(job: Job) -> None:
+    """Warn of experts whose middle layer is so far from the base's that they were hardly fine-tuned from it.
+
+    Raises:
+        ModelError: a tensor there is missing, or holds NaN or Inf.
+    """
+    prefix = f"{job.skeleton.layers_path}.{job.skeleton.num_layers // 2}."
+    checkpoints = job.checkpoints()
+
+    def squared_norms(name: str) -> Tensor:
+        """Of the base's tensor, and of every expert's task vector, [T + 1] float64."""
+        base, *experts = (weights[name] for weights in checkpoints.load([name]))
+        parts = [base, *(expert - base for expert in experts)]
+        return torch.tensor([float(part.float().square().sum()) for part in parts], dtype=torch.float64)
+
+    squares = torch.zeros(len(job.plan.models), dtype=torch.float64)
+    for name in job.plan.tensors:
+        if name.startswith(prefix) and len(job.skeleton.shapes.get(name, ())) > 1:
+            squares += squared_norms(name)
+    for model, square in zip(job.experts, squares[1:].tolist(), strict=True):
+        share = (square / max(float(squares[0]), 1e-30)) ** 0.5
+        if share > MAX_RELATIVE_DISTANCE:
+            LOG.warning(
+                "%s differs from the base by %.0f%% of the weights in %s: was it fine-tuned from this very base?",
+                show(job.recipe.names[model]), 100 * share, prefix[:-1],
+            )  # fmt: skip

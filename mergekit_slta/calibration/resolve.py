@@ -1,0 +1,205 @@
+"""Saved statistics -> new alphas; no model, dataset or tokenizer is read.
+
+Scope: which settings a new solve takes over from the calibration, and what a file made from fewer rows or models says
+of itself. The solving itself is `assemble.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import ValidationError
+
+from mergekit_slta.calibration.assemble import assemble
+from mergekit_slta.errors import AlphasError, RecipeError, listing, show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
+from mergekit_slta.files.statistics_file import Statistics
+
+
+def solve_again(
+    statistics: Statistics,
+    *,
+    ridge: float | None = None,
+    importance: Mapping[str, float] | None = None,
+    balance: bool | None = None,
+    rows: int | None = None,
+    without: Sequence[str] = (),
+) -> Alphas:
+    """New alphas from saved statistics. What is not given stays as it was calibrated.
+
+    Args:
+        statistics: as `Statistics.load` reads them.
+        ridge: relative ridge, >= 0.
+        importance: w_t by model; a model is named as in the recipe, or by the last part of its path.
+        balance: Eq. 33-34 or Eq. 14.
+        rows: only the first so many rows of each task: what a calibration with `num_samples: rows` gives.
+        without: experts to leave out with their tasks, named as in `importance`: what calibrating the others gives.
+
+    Raises:
+        AlphasError: the statistics carry no layout, or one that does not fit them.
+        RecipeError: a value out of range, a model that is not there, no model left, more rows than were calibrated, or
+            a change that the statistics themselves depend on.
+    """
+    layout = Layout.of(statistics)
+    changed: list[str] = []
+    if without:
+        _refuse_dependent(layout, ["models"])
+        dropped = {_model(given, layout.models, "--without") for given in without}
+        statistics, layout = _leave_out(statistics, layout, dropped)
+    weights = dict(layout.solve.importance)
+    for given, weight in (importance or {}).items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise RecipeError(
+                f"`importance` of {show(given)} is {show(weight)}: give a positive number", code="invalid-value"
+            )
+        weights[_model(given, layout.models, "`importance`")] = weight
+    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
+        raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more", code="invalid-value")
+    chosen = {
+        "ridge": layout.solve.ridge if ridge is None else ridge,
+        "importance": weights,
+        "balance": layout.solve.balance if balance is None else balance,
+    }
+    changed += [key for key, value in chosen.items() if value != getattr(layout.solve, key)]
+    if rows is not None and rows != layout.settings.get("num_samples"):
+        fewer = first_rows_layout(layout, rows)
+        changed.append("num_samples")
+        layout, statistics = fewer, first_rows(statistics, rows)
+    _refuse_dependent(layout, changed)
+    layout = layout.model_copy(update={"solve": layout.solve.model_copy(update=chosen)})
+    try:
+        return assemble(statistics, layout)
+    except ValidationError as error:
+        raise damaged_layout(error.errors()[0]["msg"]) from error
+    except torch.linalg.LinAlgError as error:  # matrices that no features have
+        raise AlphasError(
+            f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
+        ) from error
+
+
+def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
+    """Refuse a change that moves the statistics themselves, which were gathered at weights solved before it."""
+    key = layout.solve_dependence
+    if changed and key is not None:
+        raise RecipeError(
+            f"with `{key}: {show(layout.settings.get(key))}` the statistics themselves depend on "
+            f"{listing(f'`{name}`' for name in changed)}: change the recipe and calibrate again",
+            code="needs-calibration",
+        )
+
+
+def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tuple[Statistics, Layout]:
+    """Statistics and layout as if some experts had never been calibrated.
+
+    Nothing that an expert brings depends on the others: its rows, and its places in every matrix, are left out.
+    """
+    kept = [place for place, name in enumerate(layout.canonical) if name not in dropped]
+    if not kept:
+        raise RecipeError(
+            f"--without leaves out all of {listing(layout.models)}: keep one of them", code="missing-expert"
+        )
+    own = torch.isin(statistics.row_task, torch.tensor(kept))
+    renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
+    matrices = {name: matrix[own][..., kept] for name, matrix in statistics.by_submodule.items()}
+    if statistics.form == "gram":
+        matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
+    lost = {f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped}
+    fewer = layout.model_copy(
+        update={
+            "models": tuple(name for name in layout.models if name not in dropped),
+            "canonical": tuple(name for name in layout.canonical if name not in dropped),
+            "tasks": tuple(task for task in layout.tasks if task.model not in dropped),
+            "solve": layout.solve.model_copy(
+                update={"importance": {k: v for k, v in layout.solve.importance.items() if k not in dropped}}
+            ),
+            "identity": {label: value for label, value in layout.identity.items() if label not in lost},
+        }
+    )
+    return Statistics(renumbered[statistics.row_task[own]], len(kept), matrices, form=statistics.form), fewer
+
+
+def _model(given: str, names: Sequence[str], option: str) -> str:
+    """The one model that is named so, in full or by the last part of its path."""
+    if given in names:
+        return given
+    short = [name for name in names if os.path.basename(name.rstrip("/")) == given]
+    if len(short) == 1:
+        return short[0]
+    reason = "names several models" if short else "is none of the models"
+    raise RecipeError(f"{option}: {show(given)} {reason}: name one of {listing(names)}", code="unknown-model")
+
+
+def parse_importance(texts: Iterable[str]) -> dict[str, float]:
+    """Read `MODEL=W` of the command line.
+
+    Raises:
+        RecipeError: a text of another form, or a model given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not name or math.isnan(value):
+            raise RecipeError(
+                f"--importance {show(text)} is not MODEL=W: name a model and a positive number", code="invalid-value"
+            )
+        if name in found:
+            raise RecipeError(f"--importance names {show(name)} twice: give it one weight", code="duplicate-model")
+        found[name] = value
+    return found
+
+
+def first_rows(statistics: Statistics, count: int) -> Statistics:
+    """The first `count` rows of each task, in the order they were drawn; all rows of a task that has fewer.
+
+    The metadata is dropped: it describes all rows (see `first_rows_layout`).
+    """
+    rank = torch.zeros_like(statistics.row_task)
+    for task in range(statistics.num_models):
+        own = statistics.row_task == task
+        rank[own] = torch.arange(int(own.sum()))
+    kept = (rank < count).nonzero().flatten()
+    rest = {"divergences": statistics.divergences, "row_step": statistics.row_step}
+    return replace(
+        statistics,
+        row_task=statistics.row_task[kept],
+        by_submodule={name: matrix[kept] for name, matrix in statistics.by_submodule.items()},
+        metadata={},
+        **{name: None if tensor is None else tensor[kept] for name, tensor in rest.items()},
+    )
+
+
+def first_rows_layout(layout: Layout, count: int) -> Layout:
+    """The layout of `first_rows`: a task that lost rows has no token count and no hash, and another identity.
+
+    Rows' hashes cover texts, which statistics don't hold. The identity says what the rows are a part of, and equals
+    that of no recipe: such alphas are only used by recipes that name no dataset.
+
+    Raises:
+        RecipeError: `count` is not between 1 and the number of rows that were calibrated.
+    """
+    most = max([*(len(task.rows) for task in layout.tasks), int(layout.settings.get("num_samples") or 0)])
+    if not 1 <= count <= most:
+        raise RecipeError(
+            f"--rows is {count}, the statistics hold up to {most} rows of each task: give 1 to {most}, "
+            "or calibrate with another `num_samples`",
+            code="invalid-value",
+        )
+    identity = dict(layout.identity)
+    tasks: list[LayoutTask] = []
+    for task in layout.tasks:
+        if len(task.rows) > count:
+            label = f"rows of {task.model}"
+            identity[label] = f"first {count} of {identity.get(label)}"
+            task = task.model_copy(update={"rows": task.rows[:count], "tokens": None, "sha256": None})
+        tasks.append(task)
+    settings = {**layout.settings, "num_samples": count}
+    return layout.model_copy(update={"settings": settings, "tasks": tuple(tasks), "identity": identity})

@@ -1,0 +1,224 @@
+"""Alphas for a merge: reused where a file fits, solved again from saved statistics, or calibrated anew.
+
+Scope: which of the three it is, where unfinished work is kept, and whether there is room on the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergekit_slta.calibration.calibrate import (
+    gather_statistics,
+    solve_job,
+    statistics_fingerprint,
+    statistics_match,
+    statistics_metadata,
+    work_fingerprint,
+)
+from mergekit_slta.calibration.verify import is_verified, verify
+from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.identity import describe, differences
+from mergekit_slta.files.output_folder import ALPHAS_NAME, STATISTICS_NAME, free_bytes
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.files.targets import check_target, write_results
+from mergekit_slta.job.identity import ROW_SETTINGS
+from mergekit_slta.job.job import Job
+from mergekit_slta.objectives.registry import estimate
+from mergekit_slta.runtime.distributed import ALONE, Ranks
+from mergekit_slta.runtime.resume import ResumeStore
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
+    """Keep the finished parts of a calibration whose alphas go to `path`, until it is through."""
+    with ResumeStore(path.with_name(f".{path.name}.partial"), work_fingerprint(job)) as resume:
+        yield resume
+        resume.remove()  # the results have been written
+
+
+def reuse_or_calibrate(
+    job: Job,
+    places: Sequence[Path],
+    *,
+    must_match: bool,
+    verified: bool = False,
+    resume: ResumeStore | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Alphas, Statistics | None]:
+    """Alphas of a job: from a file that fits, else from the statistics beside one, else from a calibration.
+
+    Args:
+        job: what is to be merged.
+        places: the alphas file, then other places where an earlier run may have left one.
+        must_match: a file that exists and does not fit is an error (the recipe names it), not a reason to calibrate.
+        verified: with measured residuals. A new calibration under `inputs: merged` always has them.
+        resume: unfinished work.
+        ranks: processes that share a calibration.
+
+    Returns:
+        The alphas, and the statistics where they have to be written.
+
+    Raises:
+        AlphasError: the file is not an alphas file, or is for something else and `must_match`.
+        DataError: residuals have to be measured, and an expert has no rows.
+        RecipeError: residuals are asked for, and the objective has none.
+    """
+    settings = job.recipe.settings
+    if verified and not settings.own.measures_residuals:
+        raise RecipeError(
+            f"--verify compares the base's features, which `objective: {settings.objective}` does not use: "
+            "drop --verify",
+            code="conflicting-keys",
+        )
+
+    def gather() -> Statistics:
+        if resume is not None:
+            resume.open()
+            if resume.finished:
+                job.say(f"Resuming an earlier run: {len(resume.finished)} parts of the calibration are done")
+        ranks.broadcast(True)  # the others wait in `help_calibrate`
+        try:
+            return gather_statistics(job, resume, ranks)
+        except ModelError:  # a second run would end there, too
+            if resume is not None:
+                resume.remove()
+            raise
+
+    alphas, statistics = _reuse_or_calibrate(job, places, gather, must_match=must_match)
+    fresh = statistics is not None and settings.own.inputs_are_merged
+    wanted = (verified or fresh) and not is_verified(alphas)
+    if wanted and statistics is None:
+        statistics = statistics_beside(job, places[0]) or gather()
+    ranks.broadcast(False)
+    if wanted and statistics is not None:
+        alphas = verify(job, alphas, statistics)
+    return alphas, statistics
+
+
+def _reuse_or_calibrate(
+    job: Job, places: Sequence[Path], gather: Callable[[], Statistics], *, must_match: bool
+) -> tuple[Alphas, Statistics | None]:
+    for place, path in enumerate(places):
+        alphas = load_matching(job, path, must_match=must_match)
+        if alphas is not None:
+            job.say(f"Reusing the alphas in {show(path)}")
+            return alphas, None if place == 0 else statistics_beside(job, path)
+    for path in places:
+        statistics = statistics_beside(job, path)
+        if statistics is not None:
+            job.say(f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
+            statistics.metadata = statistics_metadata(job)  # with the settings of this solve
+            return solve_job(job, statistics), statistics
+    statistics = gather()
+    return solve_job(job, statistics), statistics
+
+
+def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
+    """Compute another process's share of every calibration that the first process starts.
+
+    Args:
+        job: as this process sees it.
+        ranks: all processes.
+        fingerprint: of the job's statistics, as the first process sees it.
+
+    Raises:
+        SltaError: the share failed, this process sees another job, or another process is gone.
+    """
+    if statistics_fingerprint(job) != fingerprint:
+        raise RunError(
+            f"process {ranks.rank} sees other models or data than the first one: give all the same files and versions",
+            code="processes-differ",
+        )
+    while ranks.broadcast(None):
+        gather_statistics(job, None, ranks)
+
+
+def statistics_beside(job: Job, alphas: Path) -> Statistics | None:
+    """The statistics beside an alphas file; None where there are none, or not those that the job would gather."""
+    beside = alphas.with_name(STATISTICS_NAME)
+    if not beside.is_file():
+        return None
+    try:
+        statistics = Statistics.load(beside)
+    except AlphasError as error:
+        LOG.warning("%s; they are gathered anew", error.message)
+        return None
+    return statistics if statistics_match(job, statistics) else None
+
+
+def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
+    """The alphas at `path` if they fit the job; None where there is no file, or one that does not and need not fit.
+
+    Raises:
+        AlphasError: see `reuse_or_calibrate`.
+    """
+    if not path.exists():
+        return None
+    try:
+        alphas = Alphas.load(path)
+        unlike = [*differences(job.identity, alphas.identity), *_other_row_settings(job, alphas)]
+        if not unlike:
+            return alphas
+        reason, code = f"is for another merge (other {describe(sorted(unlike))})", "alphas-of-another-merge"
+    except AlphasError as error:
+        if must_match or path.name != ALPHAS_NAME:
+            raise
+        reason, code = f"cannot be used ({error.message})", error.code  # this package's own file, damaged
+    if must_match:
+        raise AlphasError(f"the alphas file {show(path)} {reason}: calibrate again, or correct the recipe", code=code)
+    job.say(f"{show(path)} {reason}: computing it anew")
+    return None
+
+
+def _other_row_settings(job: Job, alphas: Alphas) -> list[str]:
+    """Settings of the rows that a recipe without rows states, and that differ from the file's."""
+    if None not in job.rows:
+        return []
+    settings = job.recipe.settings
+    stated = [key for key in ROW_SETTINGS if key in settings.stated]
+    return [key for key in stated if alphas.calibration.get(key) != getattr(settings, key)]
+
+
+def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
+    """Refuse a disk that the merged model does not fit on.
+
+    Args:
+        job: what is to be merged.
+        out: a path on the disk.
+        places: where alphas may have been left. If there are any, the calibration's activations need no room.
+
+    Raises:
+        OutputError: with both figures.
+    """
+    costs = estimate(job)
+    calibrated = any(path.exists() or path.with_name(STATISTICS_NAME).exists() for path in places)
+    needed = costs.written_bytes + (0 if calibrated else costs.scratch_bytes)
+    free = free_bytes(out)
+    if needed > free:
+        raise OutputError(
+            f"{show(out)} needs {needed / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB left: "
+            "free some, or choose another folder",
+            code="disk-full",
+        )
+
+
+def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks = ALONE) -> tuple[Alphas, bool]:
+    """Calibrate a job and write its alphas to `path`; returns them, and whether they were there already.
+
+    Raises:
+        OutputError, AlphasError: see `check_target` and `reuse_or_calibrate`.
+    """
+    check_target(path)
+    with resumable(job, path) as resume:
+        alphas, statistics = reuse_or_calibrate(
+            job, [path], must_match=False, verified=verified, resume=resume, ranks=ranks
+        )
+        if statistics is not None:
+            write_results(alphas, statistics, path)
+    return alphas, statistics is None

@@ -1,0 +1,159 @@
+"""The models' configs and the tokenizer: read, checked, and compared with the base's.
+
+Scope: `config.json` and tokenizer files. No weights are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+from mergekit.tokenizer.build import build_tokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.errors import DataError, ModelError, listing, show
+from mergekit_slta.models.architectures import architecture
+from mergekit_slta.recipe.recipe import Recipe
+
+LOG = logging.getLogger(__name__)
+_MUST_MATCH = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""Keys of a config that decide tensor shapes: every model must have the base's value."""
+_MAY_DIFFER = frozenset(
+    "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
+    "bos_token_id eos_token_id pad_token_id model_type".split()
+)
+"""Keys of a config that do not change the forward pass, or that are checked elsewhere."""
+
+
+def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
+    """Read the config of every model and check that it fits the base's.
+
+    Returns:
+        model -> config, in the recipe's order, base first.
+
+    Raises:
+        ModelError: a config cannot be read, the architecture is not supported or differs from the base's, sizes differ
+            from the base's, or an adapter needs a merged copy on disk and there is no `--lora-merge-cache`.
+    """
+    configs = {model: _read_config(model, recipe, options) for model in recipe.models}
+    base = configs[recipe.base]
+    _warn_of_differing_configs(configs, recipe.names)
+    same_vocabulary = not (
+        recipe.config.tokenizer or recipe.config.tokenizer_source or options.unsafe_truncate_embeddings
+    )
+    for model, config in configs.items():
+        name = show(recipe.names[model])
+        if config.architectures != base.architectures:
+            raise ModelError(
+                f"{name} is a {show(config.architectures[0])}, the base a {show(base.architectures[0])}: "
+                "all models of a merge need the same architecture",
+                code="differing-architectures",
+            )
+        for key in (*_MUST_MATCH, *(["vocab_size"] if same_vocabulary else [])):
+            found, expected = getattr(config, key, None), getattr(base, key, None)
+            if found == expected:
+                continue
+            hint, code = "the experts must be fine-tuned from this very base", "differing-sizes"
+            if key == "vocab_size":
+                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+                code = "differing-vocabularies"
+            raise ModelError(f"{name} has {key} {show(found)}, the base {show(expected)}: {hint}", code=code)
+    return configs
+
+
+def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -> PretrainedConfig:
+    name = show(recipe.names[model])
+    reason = "it is the base" if model.lora and model == recipe.base else needs_merged_copy(model)
+    if reason and not options.lora_merge_cache:
+        raise ModelError(
+            f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
+            "add --lora-merge-cache DIR",
+            code="adapter-needs-copy",
+        )
+    try:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
+        path = model.model.path
+        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
+            raise ModelError(
+                f"there is no model folder {name}; paths start at the current one", code="missing-model"
+            ) from error
+        raise ModelError(
+            f"cannot read the config of {name}: {show(error)}; check the path or Hub id", code="unreadable-config"
+        ) from error
+    architecture(config.architectures, name)
+    return config
+
+
+def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:
+    """Name the keys that differ: the merged model runs with the base's config, which an expert may not suit."""
+    models = list(configs)
+    base = configs[models[0]].to_dict()
+    for model in models[1:]:
+        other = configs[model].to_dict()
+        keys = sorted(key for key in (base.keys() | other.keys()) - _MAY_DIFFER if base.get(key) != other.get(key))
+        if keys:
+            LOG.warning("the config of %s has other %s; the base's is used", show(names[model]), listing(keys))
+
+
+def ties_embeddings(config: PretrainedConfig) -> bool:
+    """Whether the config says that the output projection is the embedding table."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def stored_settings(model: ModelReference) -> dict[str, Any]:
+    """What a checkpoint's `config.json` says, without the defaults that transformers adds when it loads it.
+
+    Left out are keys that start with `_` and the version of transformers that wrote the file: neither says anything
+    about the model.
+    """
+    settings, _ = PretrainedConfig.get_config_dict(model.model.path, revision=model.model.revision)
+    if model.override_architecture:
+        settings["architectures"] = [model.override_architecture]
+    return {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
+
+
+def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
+    """The merged model's tokenizer: the base's, or the one that mergekit builds where the recipe asks for one.
+
+    Returns:
+        The tokenizer, and what mergekit built; None where the base's own is used.
+
+    Raises:
+        DataError: there is none, or it cannot be loaded.
+    """
+    config = recipe.config
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    try:
+        if source is not None:
+            info = build_tokenizer(
+                base_model=recipe.base,
+                referenced_models=list(recipe.models),
+                tokenizer_source=source,
+                trust_remote_code=options.trust_remote_code,
+                add_tokens=list((config.tokenizer.tokens or {}) if config.tokenizer else {}),
+            )
+            return info.tokenizer, info
+        base = recipe.base.model
+        return AutoTokenizer.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
+        ), None
+    except Exception as error:
+        raise DataError(
+            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
+            "the base needs one, to read the calibration rows",
+            code="unreadable-tokenizer",
+        ) from error

@@ -1,0 +1,58 @@
+"""Hash of a checkpoint's contents: headers, file sizes, and a sample of each tensor's bytes.
+
+Training moves nearly all weights and so changes the hash, and 100 GB take seconds. An edit of single elements between
+the samples goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+from mergekit_slta.checkpoints.headers import TensorHeader
+
+_SAMPLES = 4
+"""Samples of a tensor's bytes."""
+_FILE_SAMPLES = 64
+"""Samples of a shard that is not safetensors."""
+_SAMPLE_BYTES = 1024
+_BLOCK_BYTES = 2**20
+"""Bytes read at a time of a file that is hashed as a whole."""
+
+
+def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, TensorHeader] | None) -> str:
+    """SHA-256 of the size and sampled bytes of every shard (safetensors: of every tensor), as hexadecimal digits.
+
+    An adapter's files are hashed as a whole, together with the dtype that its sums are rounded to.
+
+    Args:
+        loader: mergekit's loader, or an adapter's.
+        headers: tensor name -> header; None for checkpoints that are not safetensors.
+    """
+    digest = hashlib.sha256(str(getattr(loader, "dtype", None)).encode())
+    for path in getattr(loader, "fingerprint_files", ()):  # of an adapter
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    for shard in sorted(loader.index.shards, key=lambda shard: shard.filename):
+        path = os.path.join(loader.index.base_path, shard.filename)
+        size = os.path.getsize(path)
+        digest.update(f"{size};".encode())
+        with open(path, "rb", buffering=0) as file:
+            if headers is None:
+                ranges = [(0, size, _FILE_SAMPLES)]
+            else:
+                ranges = []
+                for name in sorted(shard.contained_keys):
+                    header = headers[name]
+                    digest.update(f"{name};{header.dtype};{header.shape};".encode())
+                    ranges.append((header.start, header.stop, _SAMPLES))
+            for start, stop, samples in ranges:
+                stride = max(_SAMPLE_BYTES, (stop - start - _SAMPLE_BYTES) // max(1, samples - 1))
+                for offset in range(start, stop, stride):
+                    file.seek(offset)
+                    digest.update(file.read(min(_SAMPLE_BYTES, stop - offset)))
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""`mergekit-slta ...`: the table of commands, and what a failed command prints.
+
+Scope: click and the standard library only. A command's file is imported when that command is used, so `--help` does
+not wait for torch, transformers and mergekit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from typing import NamedTuple
+
+import click
+
+from mergekit_slta import __version__
+from mergekit_slta.cli.verbosity import is_verbose
+from mergekit_slta.errors import RunError, show
+
+
+class _Entry(NamedTuple):
+    module: str
+    summary: str
+
+
+_MERGEKIT, _PLAIN = "mergekit_slta.cli.mergekit_commands", "mergekit_slta.cli.plain_commands"
+COMMANDS = {
+    "check": _Entry(_MERGEKIT, "Check RECIPE, its models and its data; print the plan and its cost."),
+    "calibrate": _Entry(_MERGEKIT, "Compute the merging weights of RECIPE, without merging."),
+    "merge": _Entry(_MERGEKIT, "Calibrate RECIPE and merge it into OUT."),
+    "report": _Entry(_PLAIN, "Draw the figures of a saved file or of a merged model."),
+    "solve": _Entry(_PLAIN, "Compute new weights from saved statistics, with other settings."),
+    "export": _Entry(_PLAIN, "Write a stock mergekit recipe that gives the same merge."),
+    "linearity": _Entry(_MERGEKIT, "Measure how linear the experts of RECIPE are."),
+    "demo": _Entry(_PLAIN, "Train tiny models, merge them, and compare with other methods."),
+}
+"""Every command in the order of use. The summaries are the first lines of the commands' docstrings (a test compares
+them)."""
+
+
+class _LazyGroup(click.Group):
+    """Loads a command when it is used, and turns unexpected errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(COMMANDS[cmd_name].module), cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, click.UsageError):
+            raise
+        except Exception as error:
+            if is_verbose(ctx):
+                traceback.print_exc()
+            if isinstance(error, click.ClickException):
+                raise
+            hint = "" if is_verbose(ctx) else "; -v shows where"
+            raise RunError(f"{type(error).__name__}: {show(error)}{hint}", code="unexpected-error") from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit-slta")
+def main() -> None:
+    """Merge fine-tuned language models submodule by submodule, with weights in closed form."""

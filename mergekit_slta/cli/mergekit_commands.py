@@ -1,0 +1,182 @@
+"""The commands that read models: they take mergekit's options, by mergekit's names.
+
+Scope: parse, call, print. Importing this file takes seconds, because mergekit's options come with torch, transformers
+and peft; everything else is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_slta.cli.verbosity import with_verbose
+from mergekit_slta.errors import show
+
+_READING = ("check", "calibrate", "linearity")
+_COMPUTING = ("calibrate", "linearity")
+ACTING_OPTIONS = {
+    "unsafe_truncate_embeddings": _READING,
+    "transformers_cache": _READING,
+    "lora_merge_cache": _READING,
+    "lora_merge_dtype": _READING,
+    "cuda": _READING,
+    "device": _READING,
+    "trust_remote_code": _READING,
+    "gpu_rich": _READING,
+    "quiet": _READING,
+    "multi_gpu": ("check",),
+    "lazy_unpickle": _COMPUTING,
+    "read_to_gpu": _COMPUTING,
+    "num_threads": _COMPUTING,
+}
+"""mergekit's option -> the commands beside `merge` that it acts on. `merge` takes every option that mergekit has.
+
+`check` also takes what it only compares with the machine: a merge with `--multi-gpu` is refused without an accelerator.
+"""
+
+
+def _with_merge_options(function: Callable[..., None]) -> click.Command:
+    """Make a command of a function that takes `merge_options`: mergekit's options that act on it, and `-v`."""
+    name = function.__name__
+    command = click.command(cls=PrettyPrintHelp)(add_merge_options(function))
+    command.params = [
+        param
+        for param in command.params
+        if param.name not in MergeOptions.model_fields or name == "merge" or name in ACTING_OPTIONS.get(param.name, ())
+    ]
+    command.params = [param for param in command.params if param.name != "verbosity"]
+    return with_verbose(command, expose_value=True)
+
+
+_verify_option = click.option(
+    "--verify", is_flag=True, help="Measure the residual of each merged submodule beside the predicted one"
+)
+
+
+@_with_merge_options
+@click.argument("recipe", type=click.Path())
+def check(merge_options: MergeOptions, recipe: str) -> None:
+    """Check RECIPE, its models and its data; print the plan and its cost.
+
+    No weights are read. What `merge` would refuse is refused here, too.
+    """
+    from mergekit_slta.calibration.reuse import check_disk_space, load_matching
+    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.objectives.registry import estimate
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_job
+
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
+    if named:
+        check_target(named)
+    job = prepare(read, merge_options, need_rows=not (named and named.exists()))
+    check_disk_space(job, Path.cwd(), [named] if named else [])
+    if named:
+        load_matching(job, named, must_match=True)
+    if not merge_options.quiet:
+        click.echo(describe_job(job, estimate(job)))
+
+
+@_with_merge_options
+@click.argument("recipe", type=click.Path())
+@click.option(
+    "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
+)
+@_verify_option
+def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
+    """Compute the merging weights of RECIPE, without merging.
+
+    Writes the alphas file and, beside it, the statistics that `solve` reads. A run that was killed goes on where it
+    stopped. Several processes share the work under `torchrun --nproc-per-node N -m mergekit_slta calibrate RECIPE`.
+    """
+    from mergekit_slta.calibration.calibrate import statistics_fingerprint
+    from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
+    from mergekit_slta.files.output_folder import ALPHAS_NAME
+    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_alphas
+    from mergekit_slta.runtime.distributed import joined, own_device
+
+    merge_options.apply_global_options()
+    with joined() as ranks:
+        merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
+        read = read_recipe(load_config(recipe)[0])
+        path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
+        check_target(path)
+        if not ranks.is_first:  # prepares after the first process, which downloads and merges adapters on disk
+            mark = ranks.broadcast(None)
+            help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
+            return
+        job = prepare(read, merge_options, for_merge=False)
+        ranks.broadcast(statistics_fingerprint(job))
+        alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
+    if not merge_options.quiet:
+        click.echo(describe_alphas(alphas))
+    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
+
+
+@_with_merge_options
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@_verify_option
+def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> None:
+    """Calibrate RECIPE and merge it into OUT.
+
+    Does what `mergekit-yaml RECIPE OUT` does, and also works where Python reads no .pth files.
+    """
+    import mergekit.merge
+
+    from mergekit_slta.host.method import register
+    from mergekit_slta.host.wrap import wrap_run_merge
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("merge")
+    merge_options.apply_global_options()
+    register()
+    wrap_run_merge(mergekit.merge)
+    config, source = load_config(recipe)
+    read_recipe(config)
+    run_merge: Any = mergekit.merge.run_merge
+    run_merge(config, out, options=merge_options, config_source=source, verify_residuals=verify)
+
+
+@_with_merge_options
+@click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="Linearity file to write  [default: ./slta_linearity.json]")
+@click.option("--rows", type=int, help="Use the first so many calibration rows of each task  [default: all]")
+def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
+    """Measure how linear the experts of RECIPE are.
+
+    Measures the whole model, its layers, attention and MLP blocks and attention heads (the paper's sections 2 and A.1
+    to A.2). A run that was killed goes on where it stopped.
+    """
+    from mergekit_slta.analysis.analyse import analyse, check_linearity_target, for_linearity, num_forwards
+    from mergekit_slta.files.linearity_file import LINEARITY_NAME
+    from mergekit_slta.files.output_folder import check_writable
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.reporting.terminal import describe_linearity
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("linearity")
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    path = Path(output or LINEARITY_NAME).absolute()
+    check_writable(path.parent)
+    check_linearity_target(path)
+    job = prepare(for_linearity(read), merge_options, for_merge=False)
+    if not merge_options.quiet:
+        click.echo(f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N takes fewer rows", err=True)
+    measured, reused = analyse(job, path, rows)
+    if not merge_options.quiet:
+        click.echo(describe_linearity(measured))
+    click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)

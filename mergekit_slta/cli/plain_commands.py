@@ -1,0 +1,148 @@
+"""The commands that read saved files, and the demo: no option of mergekit acts on them.
+
+Scope: parse, call, print. What a command needs is imported inside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mergekit_slta.cli.verbosity import with_verbose
+from mergekit_slta.errors import show
+
+SOLVED_NAME = "slta_alphas_solved.json"
+"""Name of what `solve` writes beside a merged model, whose own alphas file must stay."""
+
+
+@with_verbose
+@click.command()
+@click.argument("target", metavar="OUT_OR_FILE", type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the figures  [default: beside]")
+def report(target: Path, output: Path | None) -> None:
+    """Draw the figures of a saved file or of a merged model.
+
+    OUT_OR_FILE is an alphas, statistics or linearity file, or the folder of a merged model. A merged model's card
+    (README.md) also gets its section on the merge.
+    """
+    from mergekit_slta.reporting.report import report
+
+    for path in report(target, output):
+        click.echo(f"Written: {show(path)}", err=True)
+
+
+@with_verbose
+@click.command()
+@click.argument("stats", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Alphas file to write  [default: slta_alphas.json beside STATS, or slta_alphas_solved.json if a model is "
+    "there]",
+)
+@click.option("--ridge", type=float, help="Relative ridge  [default: as calibrated]")
+@click.option(
+    "--importance",
+    "importances",
+    metavar="MODEL=W",
+    multiple=True,
+    help="Weight of a model's task in the objective; may be repeated  [default: as calibrated]",
+)
+@click.option("--balance/--no-balance", default=None, help="Per-sample balancing  [default: as calibrated]")
+@click.option("--rows", type=int, help="Use the first so many rows of each task  [default: all]")
+@click.option("--without", metavar="MODEL", multiple=True, help="Leave an expert and its task out; may be repeated")
+def solve(
+    stats: Path,
+    output: Path | None,
+    ridge: float | None,
+    importances: tuple[str, ...],
+    balance: bool | None,
+    rows: int | None,
+    without: tuple[str, ...],
+) -> None:
+    """Compute new weights from saved statistics, with other settings.
+
+    STATS is the statistics file of a calibration (slta_stats.safetensors). No model is read.
+    """
+    from mergekit_slta.calibration.resolve import parse_importance, solve_again
+    from mergekit_slta.files.alphas_file import describe_ridge
+    from mergekit_slta.files.output_folder import ALPHAS_NAME, weight_files
+    from mergekit_slta.files.statistics_file import Statistics
+    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.reporting.terminal import describe_alphas
+
+    beside_model = bool(weight_files(stats.parent))
+    path = (output or stats.with_name(SOLVED_NAME if beside_model else ALPHAS_NAME)).absolute()
+    check_target(path)
+    alphas = solve_again(
+        Statistics.load(stats),
+        ridge=ridge,
+        importance=parse_importance(importances),
+        balance=balance,
+        rows=rows,
+        without=without,
+    )
+    alphas.save(path)
+    click.echo(describe_alphas(alphas))
+    used = alphas.calibration
+    click.echo(
+        f"Solved with ridge {describe_ridge(used)}; balance {used['balance']}, {used['num_samples']} rows"
+        + " for each step" * bool(used.get("fresh_rows")),
+        err=True,
+    )
+    click.echo(f"Written: {show(path)}", err=True)
+    if beside_model:
+        ridge_key = f"`ridge: {used['ridge']}`, " if used["ridge"] is not None else ""
+        click.echo(
+            "The model in this folder was merged with other alphas. To merge with these, set in its recipe `alphas` "
+            f"(this file), {ridge_key}`balance: {str(used['balance']).lower()}`"
+            + (", and no `dataset`" if rows else ""),
+            err=True,
+        )
+
+
+@with_verbose
+@click.command()
+@click.argument("alphas", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write  [default: standard output]")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="The recipe that ALPHAS are for  [default: mergekit_config.yml beside ALPHAS]",
+)
+def export(alphas: Path, output: Path | None, recipe: Path | None) -> None:
+    """Write a stock mergekit recipe that gives the same merge.
+
+    ALPHAS is the alphas file (slta_alphas.json). The recipe needs mergekit alone, without this plugin.
+    """
+    from mergekit_slta.files.atomic import write_text_atomically
+    from mergekit_slta.recipe.stock_recipe import check_recipe_target, export
+
+    text, notes, source = export(alphas, recipe)
+    if output is not None:
+        check_recipe_target(output, [alphas, source])
+    for note in notes:
+        click.echo(note, err=True)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text_atomically(output, text)
+    click.echo(f"Written: {show(output)}", err=True)
+
+
+@with_verbose
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("slta-demo"))
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of data and training")
+@click.option("--quick", is_flag=True, help="Train for a few steps only: everything runs, the scores mean nothing")
+def demo(directory: Path, seed: int, quick: bool) -> None:
+    """Train tiny models, merge them, and compare with other methods.
+
+    Everything is written to DIRECTORY (default: slta-demo): a base of a million parameters, three experts, their data,
+    the recipe and the merged model. Takes about three minutes on two CPU cores; nothing is downloaded.
+    """
+    from mergekit_slta.demo.run import run_demo
+
+    run_demo(directory, seed=seed, quick=quick, echo=click.echo)

@@ -1,0 +1,195 @@
+"""The alphas file: which weight every submodule of every expert gets, how it was found, and for what it is valid.
+
+Scope: the file's layout, reading and writing it, and looking a tensor's weights up. JSON, no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mergekit_slta.errors import show
+from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.json_file import DocumentType, read_document
+
+if TYPE_CHECKING:
+    from mergekit_slta.maths.task_arithmetic import WeightedSlice
+
+FORMAT = "mergekit-slta/alphas"
+VERSION = 1
+LARGEST_BYTES = 256 * 2**20
+"""A file larger than this is none of ours: 100 layers x 100 heads x 10 experts stay far below."""
+DOCUMENT = DocumentType(
+    noun="alphas file",
+    article="an",
+    format=FORMAT,
+    version=VERSION,
+    largest_bytes=LARGEST_BYTES,
+    command="mergekit-slta calibrate",
+    remedy="name the file that `mergekit-slta calibrate` wrote, or remove it to calibrate again",
+)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+"""[axis, start, stop)"""
+
+
+class SubmoduleAlphas(BaseModel):
+    """One submodule of the file.
+
+    Attributes:
+        name, kind, layer, tensors: see `submodules.Submodule`; tensor names are those of the merged model.
+        alpha: one weight per model of the file.
+        stderr: jackknife standard errors of `alpha` over the calibration rows; None with a single row per task.
+        condition: of the system that was solved; None where it lost rank.
+        rank: of that system.
+        residual: predicted by linearity, relative to the experts' own changes.
+        residual_measured: the same, of the merged submodule's real features; None where it was not verified.
+        slices: of tensors that it owns a part of: [axis, start, stop], or a list of such parts.
+        flags: what is remarkable: "unchanged", "rank_deficient", "ill_conditioned"; "nonlinear" where the measured
+            residual parts from the predicted one.
+        unchanged: models that equal the base here, whose alpha is 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: str
+    layer: int | None
+    tensors: tuple[str, ...]
+    slices: dict[str, Part | tuple[Part, ...]] = {}
+    alpha: tuple[Finite, ...]
+    stderr: tuple[Finite, ...] | None
+    condition: Finite | None
+    rank: int
+    residual: Finite
+    residual_measured: Finite | None = None
+    flags: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+
+    def parts(self, tensor: str) -> tuple[Part, ...]:
+        """The slices of a tensor that belong here; none where all of it does."""
+        slices = self.slices.get(tensor, ())
+        return (slices,) if slices and isinstance(slices[0], int) else slices  # type: ignore[return-value]
+
+
+class Alphas(BaseModel):
+    """An alphas file. `models` are the recipe's experts in the recipe's order, base left out.
+
+    Attributes:
+        copied: tensors that are no parameters and are taken from the base as they are.
+        calibration: settings and rows that the weights come from.
+        provenance: versions, the fingerprint, and `identity`: everything the fingerprint was taken over.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["mergekit-slta/alphas"] = FORMAT
+    version: Literal[1] = VERSION
+    granularity: str
+    base_model: str
+    models: tuple[str, ...]
+    submodules: tuple[SubmoduleAlphas, ...]
+    copied: tuple[str, ...] = ()
+    calibration: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Alphas:
+        if len(set(self.models)) != len(self.models) or not self.models:
+            raise ValueError("models are missing or listed twice")
+        whole: set[str] = set()
+        parts: dict[str, list[Part]] = {}
+        for submodule in self.submodules:
+            if len(submodule.alpha) != len(self.models):
+                raise ValueError(
+                    f"{show(submodule.name)} has {len(submodule.alpha)} alphas for {len(self.models)} models"
+                )
+            if not set(submodule.slices) <= set(submodule.tensors):
+                raise ValueError(f"{show(submodule.name)} slices tensors that are not its own")
+            for tensor in submodule.tensors:
+                if tensor in submodule.slices:
+                    parts.setdefault(tensor, []).extend(submodule.parts(tensor))
+                elif tensor in whole:
+                    raise ValueError(f"{show(tensor)} belongs to two submodules")
+                else:
+                    whole.add(tensor)
+        for tensor, slices in parts.items():
+            ordered = sorted(slices)
+            gaps = any(one[2] != other[1] for one, other in pairwise(ordered))
+            if tensor in whole or len({part[0] for part in ordered}) > 1 or ordered[0][1] != 0 or gaps:
+                raise ValueError(f"the slices of {show(tensor)} overlap or leave a gap")
+        return self
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the weights are valid for, by label: `weights of X`, `rows of X`, settings."""
+        identity = self.provenance.get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, tuple[WeightedSlice, ...]]:
+        return weights_by_tensor(self.submodules)
+
+    def pieces(self, tensor: str) -> tuple[WeightedSlice, ...] | None:
+        """How a tensor is merged, slice by slice; None where the file does not cover it."""
+        return self._by_tensor.get(tensor)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically; the same alphas give the same bytes.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        content = self.model_dump(mode="json")
+        if not content["copied"]:
+            del content["copied"]
+        for submodule in content["submodules"]:
+            if not submodule["slices"]:
+                del submodule["slices"]
+            if submodule["residual_measured"] is None:
+                del submodule["residual_measured"]
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_text_atomically(Path(path), text + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Alphas:
+        """Read an alphas file.
+
+        Raises:
+            AlphasError: it is missing, unreadable, too large, not JSON, of another format or version, or inconsistent.
+        """
+        return read_document(path, cls, DOCUMENT)
+
+
+def describe_ridge(calibration: Mapping[str, Any]) -> str:
+    """The ridge of an alphas file's settings: as given, or as it was chosen."""
+    given, chosen = calibration.get("ridge"), calibration.get("ridge_used")
+    if given is None and chosen is not None:
+        return f"{chosen:.3g}, chosen by leaving out rows" if isinstance(chosen, float) else show(chosen)
+    return show(given)
+
+
+def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[WeightedSlice, ...]]:
+    """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
+    from mergekit_slta.maths.task_arithmetic import WeightedSlice  # torch: not needed to read a file
+
+    pieces: dict[str, list[WeightedSlice]] = {}
+    for submodule in submodules:
+        for tensor in submodule.tensors:
+            parts = submodule.parts(tensor) or ((None, 0, 0),)
+            pieces.setdefault(tensor, []).extend(WeightedSlice(*part, submodule.alpha) for part in parts)
+    return {tensor: tuple(sorted(found, key=lambda piece: piece.start)) for tensor, found in pieces.items()}
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,207 @@
+"""The linearity file: how linear every submodule of a merge's experts is, and what that was measured on.
+
+Scope: the file's layout, reading and writing it. JSON; NaN (nothing changes) is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_slta.errors import AlphasError
+from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.json_file import DocumentType, read_document
+
+FORMAT = "mergekit-slta/linearity"
+VERSION = 1
+LINEARITY_NAME = "slta_linearity.json"
+DOCUMENT = DocumentType(
+    noun="linearity file",
+    article="a",
+    format=FORMAT,
+    version=VERSION,
+    largest_bytes=1024 * 2**20,
+    command="mergekit-slta linearity",
+    remedy="name the file that `mergekit-slta linearity` wrote",
+)
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+Vector = tuple[Number, ...]
+
+
+class MeanStd(BaseModel):
+    """Mean and standard deviation over submodules and, as the paper has it, over experts or merging weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> MeanStd | None:
+        """None where nothing was measured."""
+        found = [value for value in values if value is not None]
+        return cls(mean=_rounded(statistics.fmean(found)), std=_rounded(statistics.pstdev(found))) if found else None
+
+
+class Combined(BaseModel):
+    """A measure of merging over pairs and over triples of experts.
+
+    In a level: spreads. In a submodule: a row per combination, in the file's order, of one number per configuration,
+    the last expert's weight varying fastest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: tuple[Vector, ...] = ()
+    triples: tuple[Vector, ...] = ()
+
+
+class CombinedMeanStd(BaseModel):
+    """See `Combined`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: MeanStd | None
+    triples: MeanStd | None
+
+    @classmethod
+    def of(cls, values: Iterable[Combined]) -> CombinedMeanStd:
+        """Over the submodules of a level."""
+        values = list(values)
+        return cls(
+            pairs=MeanStd.of(number for one in values for row in one.pairs for number in row),
+            triples=MeanStd.of(number for one in values for row in one.triples for number in row),
+        )
+
+
+class SubmoduleLinearity(BaseModel):
+    """One submodule of the file.
+
+    Attributes:
+        name, kind, layer: see `submodules.Submodule`.
+        non_linearity, non_linearity_std: Eq. 19 per model of the file: mean and standard deviation over its rows.
+        distances: per model, the mean matrix of distance ratios (Fig. 6), 11 x 11; left out for attention heads.
+        projection_distance: Eq. 8.
+        cosine: Eq. 16.
+        cosine_base: Eq. 17.
+        disentanglement: per pair, the weight disentanglement error at every pair of weights, on features.
+        disagreement: the same on the most likely next token; of what predicts tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: str
+    layer: int | None
+    non_linearity: Vector
+    non_linearity_std: Vector
+    distances: tuple[tuple[Vector, ...], ...] | None = None
+    projection_distance: Combined
+    cosine: Combined
+    cosine_base: Number
+    disentanglement: tuple[Vector, ...]
+    disagreement: tuple[Vector, ...] | None = None
+
+
+class Level(BaseModel):
+    """All submodules of a kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int
+    non_linearity: MeanStd | None
+    projection_distance: CombinedMeanStd
+    cosine: CombinedMeanStd
+    cosine_base: MeanStd | None
+    disentanglement: MeanStd | None
+    disagreement: MeanStd | None
+
+    @classmethod
+    def of(cls, members: list[SubmoduleLinearity]) -> Level:
+        """Gather the submodules of one kind."""
+        return cls(
+            count=len(members),
+            non_linearity=MeanStd.of(number for one in members for number in one.non_linearity),
+            projection_distance=CombinedMeanStd.of(one.projection_distance for one in members),
+            cosine=CombinedMeanStd.of(one.cosine for one in members),
+            cosine_base=MeanStd.of(one.cosine_base for one in members),
+            disentanglement=MeanStd.of(number for one in members for row in one.disentanglement for number in row),
+            disagreement=MeanStd.of(number for one in members for row in one.disagreement or () for number in row),
+        )
+
+
+class Linearity(BaseModel):
+    """A linearity file.
+
+    Attributes:
+        models: the experts, sorted by name: the file does not depend on the order of the recipe.
+        pairs, triples: indices of `models`, the combinations that were merged.
+        settings: grids, rows and precision that the measures were taken with.
+        submodules: in the order of a forward pass: layers, blocks, then the whole model.
+        levels: kind -> its submodules together.
+        provenance: versions and fingerprint.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["mergekit-slta/linearity"] = FORMAT
+    version: Literal[1] = VERSION
+    base_model: str
+    models: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    triples: tuple[tuple[int, int, int], ...]
+    settings: dict[str, Any]
+    submodules: tuple[SubmoduleLinearity, ...]
+    levels: dict[str, Level]
+    provenance: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically; the same measures give the same bytes.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        content = self.model_dump(mode="json")
+        for submodule in content["submodules"]:
+            for key in ("distances", "disagreement"):
+                if submodule[key] is None:
+                    del submodule[key]
+        # One line per submodule: a file of thousands of numbers that can still be read and compared.
+        rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in content.pop("submodules"))
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_text_atomically(Path(path), text[:-2] + ',\n "submodules": [\n' + rows + "\n ]\n}\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Linearity:
+        """Read a linearity file.
+
+        Raises:
+            AlphasError: it is missing, unreadable, too large, or not such a file.
+        """
+        return read_document(path, cls, DOCUMENT)
+
+
+def is_linearity_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a sound linearity file."""
+    try:
+        Linearity.load(path)
+    except AlphasError:
+        return False
+    return True
+
+
+def number(value: float) -> float | None:
+    """A measure for the file: six digits, and null for what could not be measured."""
+    return _rounded(value) if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

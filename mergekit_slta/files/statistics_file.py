@@ -1,0 +1,229 @@
+"""The statistics: a small tensor per submodule and calibration row, and nothing else.
+
+Scope: accumulate them, save and load them. What is made of them is `solve.py`, `joint.py` and `newton.py`. Forms:
+
+    gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
+    slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
+    step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model; of rows that
+           an earlier step brought, moved there (see `newton.rebase_quadratics`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.files.atomic import write_atomically
+
+FORMAT = "mergekit-slta/statistics"
+VERSION = 2
+_ROW_TASK = "row_task"
+_POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
+_FORMS = ("gram", "slope", "step")
+
+
+def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
+    """Gram matrices of packed rows.
+
+    Args:
+        outputs: T times [N, d], any floating dtype; the rows' tokens one after another, N = sum(lengths).
+        lengths: tokens of each row.
+        base: [N, d] outputs that are subtracted; `outputs` are differences already if None.
+
+    Returns:
+        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `outputs`:
+        df is a small difference of large outputs, and G squares it.
+    """
+    if outputs[0].device.type == "mps":  # the one backend without float64
+        outputs, base = [part.cpu() for part in outputs], None if base is None else base.cpu()
+    grams = []
+    start = 0
+    for length in lengths:  # row by row: a row's differences stay in the cache, and no second copy of all is made
+        own = slice(start, start + length)
+        start += length
+        first = outputs[0][own]
+        changes = torch.empty((len(outputs), *first.shape), dtype=torch.float64, device=first.device)
+        for into, part in zip(changes, outputs, strict=True):
+            into.copy_(part[own] if base is None else part[own] - base[own])
+        flat = changes.flatten(1)  # [T, tokens * d]
+        grams.append(flat @ flat.T)
+    return torch.stack(grams).cpu()
+
+
+@dataclass
+class Statistics:
+    """Gram matrices, or slopes, of every submodule over the calibration rows.
+
+    Attributes:
+        row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
+        num_models: T.
+        by_submodule: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are
+            [rows, S, T].
+        metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
+        form: "gram", "slope" or "step".
+        point: of a step, the alphas of the model that slopes were taken at: the names of `by_submodule` -> [T] float64.
+        divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
+        row_step: where every step has rows of its own, [rows] int64, the step that brought each row; else None.
+    """
+
+    row_task: Tensor
+    num_models: int
+    by_submodule: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    form: str = "gram"
+    point: dict[str, Tensor] = field(default_factory=dict)
+    divergences: Tensor | None = None
+    row_step: Tensor | None = None
+
+    def add(
+        self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
+        base: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add the products of `outputs` (less `base`, see `row_grams`) to the rows' matrices of `name`."""
+        self.begin(name)
+        places = torch.as_tensor(list(rows), device="cpu")
+        self.by_submodule[name].index_add_(0, places, row_grams(outputs, lengths, base))
+
+    def begin(self, name: str) -> None:
+        """Zeros for `name`, where nothing has been added yet."""
+        if name not in self.by_submodule:
+            shape = (len(self.row_task), self.num_models, self.num_models)
+            self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+
+    @classmethod
+    def join(cls, parts: Sequence[Statistics]) -> Statistics:
+        """Statistics of different rows of the same tasks: task by task, within a task in the order of the parts."""
+        order = torch.argsort(torch.cat([part.row_task for part in parts]), stable=True)
+
+        def joined(each: Callable[[Statistics], Tensor | None]) -> Tensor | None:
+            found = [each(part) for part in parts]
+            whole = [tensor for tensor in found if tensor is not None]
+            return torch.cat(whole)[order] if len(whole) == len(found) else None
+
+        return replace(
+            parts[-1],
+            row_task=joined(lambda part: part.row_task),
+            by_submodule={
+                name: joined(lambda part, name=name: part.by_submodule[name]) for name in parts[0].by_submodule
+            },
+            metadata={},
+            divergences=joined(lambda part: part.divergences),
+            row_step=joined(lambda part: part.row_step),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
+        tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.by_submodule.items())}
+        tensors[_ROW_TASK] = self.row_task.to(torch.int64)
+        tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
+        for name, tensor in ((_DIVERGENCES, self.divergences), (_ROW_STEP, self.row_step)):
+            if tensor is not None:
+                tensors[name] = tensor.contiguous()
+        header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            AlphasError: the file is missing, corrupt, of another format or version, or inconsistent in itself.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise AlphasError(
+                        f"{show(path)} is not a statistics file: name the slta_stats.safetensors of a calibration",
+                        code="not-a-statistics-file",
+                    )
+                if header.get("version") != str(VERSION):
+                    raise AlphasError(
+                        f"{show(path)} was made by another version of this package: calibrate again",
+                        code="other-file-version",
+                    )
+                metadata = json.loads(header["metadata"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
+        row_task = tensors.pop(_ROW_TASK, None)
+        divergences, row_step = (tensors.pop(name, None) for name in (_DIVERGENCES, _ROW_STEP))
+        start = f"{_POINT}."
+        point = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+        form = next(iter(tensors), "").partition(".")[0]
+        grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
+        _check(path, row_task, grams, metadata, form)
+        num_models = next(iter(grams.values())).shape[-1]
+        found = cls(row_task, num_models, grams, metadata, form, point, divergences, row_step)
+        if not _fits(found):
+            raise _unfit(path)
+        return found
+
+
+def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object, form: str) -> None:
+    shapes = {tuple(gram.shape) for gram in grams.values()}
+    sound = (
+        row_task is not None
+        and form in _FORMS
+        and row_task.dtype == torch.int64
+        and row_task.dim() == 1
+        and len(shapes) == 1
+        and all(len(shape) == 3 and shape[0] == len(row_task) for shape in shapes)
+        and all(form != "gram" or shape[1] == shape[2] for shape in shapes)
+        and all(gram.dtype == torch.float64 and bool(torch.isfinite(gram).all()) for gram in grams.values())
+        and isinstance(metadata, dict)
+        and all(isinstance(value, str) for value in metadata.values())
+        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[2])).all())
+    )
+    if not sound:
+        raise _unfit(path)
+
+
+def _fits(statistics: Statistics) -> bool:
+    """Whether a step has its point and its divergences, and nothing else has."""
+    point, divergences = statistics.point, statistics.divergences
+    row_step = statistics.row_step
+    if statistics.form != "step":
+        return not point and divergences is None and row_step is None
+    if row_step is not None and not _is_row_step(row_step, statistics.row_task):
+        return False
+    parts = [*point.values(), *([] if divergences is None else [divergences])]
+    return (
+        divergences is not None
+        and point.keys() == statistics.by_submodule.keys()
+        and all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts)
+        and all(part.shape == (statistics.num_models,) for part in point.values())
+        and divergences.shape == (len(statistics.row_task), 2)
+        and all(gram.shape[1] > 1 for gram in statistics.by_submodule.values())
+    )
+
+
+def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
+    """Whether it could be: every step, from 1, brings a row of each task."""
+    return (
+        row_step.dtype == torch.int64
+        and row_step.shape == row_task.shape
+        and bool(((row_step >= 1) & (row_step <= len(row_task))).all())
+        and len(row_step) > 0
+    )
+
+
+def _unfit(path: Path) -> AlphasError:
+    return AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")
+
+
+def is_statistics_file(path: Path) -> bool:
+    """Whether a file says of itself that it is one of these; a damaged file of that name does not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,136 @@
+"""Around mergekit's `run_merge`: the pre-pass before it, and an output folder that never holds a mixture.
+
+Scope: what happens before and after mergekit's own merge, on the main thread, before OUT exists.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
+from mergekit_slta.checkpoints.plan import forget_loaders
+from mergekit_slta.errors import RunError, SltaError, show
+from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.output_folder import (
+    ALPHAS_NAME,
+    STATISTICS_NAME,
+    calibrating,
+    check_output,
+    forget_calibration,
+    pending,
+    staged,
+)
+from mergekit_slta.files.targets import check_target, save_results, write_results
+from mergekit_slta.host.method import ActiveMerge, active
+from mergekit_slta.job.job import Job
+from mergekit_slta.job.preflight import prepare
+from mergekit_slta.recipe.read import check_content, read_recipe
+from mergekit_slta.reporting.report import add_section
+
+LOG = logging.getLogger(__name__)
+
+
+def run(
+    original: Callable[..., Any],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+    *,
+    verify_residuals: bool = False,
+) -> Any:
+    """mergekit's `run_merge`, with the pre-pass before it and the model card's section behind it.
+
+    Args:
+        original: mergekit's own function.
+        merge_config, out_path, options, config_source: as mergekit's; the configuration is not changed.
+        verify_residuals: measure the residual that remains in each merged submodule; see `verification.py`.
+
+    Raises:
+        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. Where it
+            failed, OUT is left without weights of this run, and with those that it held before.
+    """
+    try:
+        return _run(original, merge_config, out_path, options, config_source, verify_residuals)
+    except SltaError as error:
+        if options.verbosity:
+            LOG.exception("the merge was refused or failed")
+        raise error
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if options.verbosity:
+            LOG.exception("the merge failed")
+        raise RunError(
+            f"the merge failed ({type(error).__name__}): {show(error)}; -v shows where", code="merge-failed"
+        ) from error
+
+
+def _run(
+    original: Callable[..., Any],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None,
+    verify_residuals: bool,
+) -> Any:
+    if config_source is not None:
+        check_content(yaml.safe_load(config_source))
+    recipe = read_recipe(merge_config)
+    out = Path(out_path)
+    check_output(out, [model.model.path for model in recipe.models])
+    named = recipe.settings.alphas
+    path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
+    check_target(path, out)
+    job = prepare(recipe, options, need_rows=not (named and path.exists()))
+    places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
+    check_disk_space(job, out, places)
+    own = places[0] if named else places[1]
+    with resumable(job, own) as resume:
+        alphas, statistics = reuse_or_calibrate(
+            job, places, must_match=named is not None, verified=verify_residuals, resume=resume
+        )
+        if statistics is not None:
+            write = write_results if named else save_results
+            write(alphas, statistics, own)
+
+    config = recipe.config.model_copy(deep=True)
+    config.parameters = {**(config.parameters or {}), "alphas": str(path)}
+    columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}
+    merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
+    try:
+        with staged(out) as folder, active(str(path), merge):
+            alphas.save(folder / ALPHAS_NAME)  # what OUT is merged with stays with it
+            kept = statistics or statistics_beside(job, path)
+            if kept is not None:
+                kept.save(folder / STATISTICS_NAME)
+            result = original(config, str(folder), options, config_source or merge_config.to_yaml())
+            _untie_config(job, folder)
+            if options.write_model_card:
+                add_section(folder)
+        forget_calibration(out)
+        return result
+    finally:
+        forget_loaders(recipe.models)
+
+
+def _untie_config(job: Job, out: Path) -> None:
+    """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
+    transformers drop it."""
+    path = out / "config.json"
+    if job.plan.is_tied or not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if job.base_is_tied:
+        config["tie_word_embeddings"] = False
+        write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        job.say("The base's embeddings are tied and an expert's are not: the merged model is written untied")

@@ -1,0 +1,70 @@
+"""What alphas are valid for: a labelled record of settings, calibration rows and checkpoint contents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from mergekit_slta.checkpoints.configs import stored_settings
+from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
+from mergekit_slta.checkpoints.plan import Plan
+from mergekit_slta.data.rows import TaskRows
+from mergekit_slta.files.identity import hash_text
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import Settings
+
+ROW_SETTINGS = ("num_samples", "max_seq_length", "seed")
+"""Settings that only choose rows. The rows' hashes stand for them; where a recipe names no dataset, those that it
+states are compared with the alphas file's."""
+
+
+def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) -> dict[str, str]:
+    """Everything that moves the weights, by label.
+
+    Args:
+        recipe: the recipe; `lambda` only acts at merge time and is left out.
+        plan: mergekit's plan, for the checkpoints.
+        rows: the rows of each of the recipe's tasks; None where the recipe names no dataset.
+
+    Returns:
+        label -> value. Where an expert names no dataset, only those settings that the recipe states.
+    """
+    settings = recipe.settings
+    record = {
+        key: str(value) for key, value in _settings(settings).items() if key in settings.stated or None not in rows
+    }
+    record["dtype"] = str(recipe.config.dtype)
+    tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
+    record["tokenizer"] = str(tokenizer)
+    record["config of the base"] = hash_text(json.dumps(stored_settings(recipe.base), sort_keys=True))
+    for task, drawn in zip(recipe.tasks, rows, strict=True):
+        name = recipe.label(task.model)
+        if drawn is not None:
+            record[f"rows of {name}"] = drawn.sha256
+        if drawn is not None or "importance" in task.model_fields_set:
+            record[importance_label(name)] = str(task.importance)
+    for model in plan.models:
+        record[f"weights of {recipe.label(model)}"] = checkpoint_fingerprint(
+            plan.loaders[model], plan.headers.get(model)
+        )
+    return dict(sorted(record.items()))
+
+
+def _settings(settings: Settings) -> dict[str, object]:
+    """The shared settings that move the weights, whatever the rows are."""
+    left_out = {"alphas", "own", "stated", *ROW_SETTINGS} - ({"seed"} if settings.own.uses_seed else set())
+    return {**settings.model_dump(exclude=left_out), **settings.own.effective()}
+
+
+def importance_label(model: str) -> str:
+    """The label of a task's share in the objective."""
+    return f"importance of {model}"
+
+
+def statistics_identity(recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:
+    """The part of a job's identity that its statistics depend on: all of it where they depend on earlier solves, else
+    what another solve cannot change."""
+    if recipe.settings.own.solve_dependence is not None:
+        return identity
+    solve_only = {"balance", "ridge", *(importance_label(recipe.label(task.model)) for task in recipe.tasks)}
+    return {label: value for label, value in identity.items() if label not in solve_only}

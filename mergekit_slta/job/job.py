@@ -1,0 +1,130 @@
+"""A job: a recipe that has passed every check, with all that is known of its models and rows.
+
+Everything is computed in canonical order, the experts sorted by name, so that the order of the recipe's models does not
+change a digit.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import click
+import torch
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+
+from mergekit_slta.checkpoints.plan import Plan
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data.rows import Example, TaskRows
+from mergekit_slta.errors import DataError, show
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.runtime.progress import advice_on_memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has passed every check.
+
+    Attributes:
+        recipe, options: what the user asked for.
+        rows: calibration rows of each of the recipe's tasks, in its order; None where it names no dataset.
+        tokenizer: what mergekit makes for the output, where the recipe changes the vocabulary.
+        skeleton, plan, submodules: the parts of the model.
+        identity: what alphas of this job are valid for, by label (see `job.identity`).
+        base_is_tied: whether the base's config ties its embeddings.
+        merged_copies: adapters that mergekit merges into a full copy on disk -> why.
+    """
+
+    recipe: Recipe
+    options: MergeOptions
+    rows: tuple[TaskRows | None, ...]
+    tokenizer: TokenizerInfo | None
+    skeleton: Skeleton
+    plan: Plan
+    submodules: tuple[Submodule, ...]
+    identity: dict[str, str]
+    base_is_tied: bool
+    merged_copies: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where mergekit's options want the arithmetic."""
+        return torch.device(self.options.device or "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the forward passes."""
+        return getattr(torch, self.recipe.settings.compute_dtype)
+
+    @property
+    def experts(self) -> tuple[ModelReference, ...]:
+        """The experts in canonical order."""
+        return self.plan.models[1:]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """The recipe's names of the experts, in canonical order."""
+        return [self.recipe.names[model] for model in self.experts]
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens of all tasks."""
+        return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
+
+    def check_rows(self) -> None:
+        """Refuse to calibrate where an expert names no rows.
+
+        Raises:
+            DataError: an expert without a `dataset`.
+        """
+        for task, drawn in zip(self.recipe.tasks, self.rows, strict=True):
+            if drawn is None:
+                raise DataError(
+                    f"{show(self.recipe.names[task.model])} has no `dataset`: name its calibration rows, or an "
+                    "existing file with `alphas`",
+                    code="missing-dataset",
+                )
+
+    def task_rows(self) -> list[TaskRows]:
+        """Every task's rows, in canonical order.
+
+        Raises:
+            DataError: an expert without a `dataset`.
+        """
+        self.check_rows()
+        by_model = {task.model: drawn for task, drawn in zip(self.recipe.tasks, self.rows, strict=True)}
+        return [drawn for model in self.experts if (drawn := by_model[model]) is not None]
+
+    def examples(self, group: int | None = None) -> list[Example]:
+        """All calibration rows in canonical order.
+
+        Args:
+            group: which of the `row_groups` parts of each task's rows; all of them by default.
+
+        Raises:
+            DataError: an expert without a `dataset`.
+        """
+        groups = self.recipe.settings.own.row_groups
+        return [
+            Example(row, task)
+            for task, drawn in enumerate(self.task_rows())
+            for row in (drawn.rows if group is None else drawn.part(group, groups))
+        ]
+
+    def checkpoints(self) -> Checkpoints:
+        """The models' tensors, base first, in the precision of the forward passes."""
+        return Checkpoints(self.plan, self.recipe.names, self.device, self.dtype, self.tokenizer)
+
+    def advice_on_memory(self) -> AbstractContextManager[None]:
+        """Turn an allocation that fails inside into a line that names this job's settings."""
+        settings = self.recipe.settings
+        return advice_on_memory(self.device, max_seq_length=settings.max_seq_length, num_samples=settings.num_samples)
+
+    def say(self, text: str) -> None:
+        """Print a line to stderr, unless --quiet."""
+        if not self.options.quiet:
+            click.echo(text, err=True)

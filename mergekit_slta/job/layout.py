@@ -1,0 +1,78 @@
+"""The layout of a job's alphas file: everything that is known before anything is solved."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from mergekit_slta.files.layout import Layout, LayoutSubmodule, LayoutTask, SolveSettings
+from mergekit_slta.job.job import Job
+from mergekit_slta.models.submodules import Submodule
+
+_SETTINGS = ("seed", "objective", "compute_dtype", "max_seq_length", "num_samples")
+
+
+def layout_of(job: Job) -> Layout:
+    """Describe a job's models, submodules, rows and settings."""
+    recipe, settings = job.recipe, job.recipe.settings
+    return Layout(
+        granularity=settings.granularity,
+        objective=settings.objective,
+        base_model=recipe.label(recipe.base),
+        models=tuple(recipe.label(task.model) for task in recipe.tasks),
+        canonical=tuple(recipe.label(model) for model in job.experts),
+        submodules=tuple(_submodule(job, submodule) for submodule in job.submodules),
+        copied=tuple(job.plan.copied),
+        settings={**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()},
+        tasks=_tasks(job),
+        solve=SolveSettings(
+            ridge=settings.ridge,
+            balance=settings.balance,
+            importance={recipe.label(task.model): task.importance for task in recipe.tasks},
+        ),
+        solve_dependence=settings.own.solve_dependence,
+        identity=job.identity,
+        versions={
+            "mergekit_slta": version("mergekit-slta"),
+            **{package: version(package) for package in ("mergekit", "transformers", "torch")},
+        },
+    )
+
+
+def _submodule(job: Job, submodule: Submodule) -> LayoutSubmodule:
+    shared = job.plan.is_tied and submodule.kind == "embed"
+    return LayoutSubmodule(
+        name=submodule.name,
+        kind=submodule.kind,
+        layer=submodule.layer,
+        tensors=submodule.tensors,
+        slices=_slices(submodule),
+        objectives=("embed", "head") if shared else (submodule.name,),
+    )
+
+
+def _slices(submodule: Submodule) -> dict[str, Any]:
+    """tensor -> [axis, start, stop], or a list of these where a fused tensor holds several parts."""
+    slices: dict[str, Any] = {}
+    for tensor in dict.fromkeys(part.tensor for part in submodule.slices):
+        parts = [list(part[1:]) for part in submodule.slices if part.tensor == tensor]
+        slices[tensor] = parts[0] if len(parts) == 1 else parts
+    return slices
+
+
+def _tasks(job: Job) -> tuple[LayoutTask, ...]:
+    return tuple(
+        LayoutTask(
+            model=job.recipe.label(task.model),
+            dataset=drawn.dataset,
+            dataset_config=task.dataset_config,
+            split=task.split,
+            text=task.text,
+            completion=task.completion,
+            rows=tuple(row.number for row in drawn.rows),
+            tokens=drawn.num_tokens,
+            sha256=drawn.sha256,
+        )
+        for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
+        if drawn is not None
+    )

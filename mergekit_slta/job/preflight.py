@@ -1,0 +1,109 @@
+"""Everything that can be refused before a weight is read.
+
+Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first; what may download
+weights comes last.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+from collections.abc import Mapping
+
+import torch
+from mergekit._data import chat_templates
+from mergekit.options import MergeOptions
+
+from mergekit_slta.checkpoints.configs import load_tokenizer, read_configs, ties_embeddings
+from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.checkpoints.plan import find_ties, make_plan, reconcile
+from mergekit_slta.data.rows import draw_rows
+from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
+from mergekit_slta.job.identity import job_identity
+from mergekit_slta.job.job import Job
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.models.submodules import partition
+from mergekit_slta.recipe.recipe import Recipe
+
+LOG = logging.getLogger(__name__)
+
+
+def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
+    """Check a recipe against its models and data.
+
+    Args:
+        recipe: the validated recipe.
+        options: mergekit's options.
+        need_rows: whether every expert must name a dataset; not so where an existing alphas file is to be used.
+        for_merge: refuse checkpoints that mergekit cannot represent; without it that is a warning.
+
+    Raises:
+        ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
+    """
+    _check_device(options)
+    _check_chat_template(recipe.config.chat_template)
+    configs = read_configs(recipe, options)
+    tokenizer, info = load_tokenizer(recipe, options)
+    rows = []
+    for task in recipe.tasks:
+        name = recipe.names[task.model]
+        rows.append(draw_rows(task, name, recipe.settings, tokenizer) if need_rows or task.dataset else None)
+    dtype = getattr(torch, recipe.settings.compute_dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        LOG.warning(
+            "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
+            recipe.settings.compute_dtype,
+        )
+    device = torch.device(options.device or "cpu")
+    config = configs[recipe.base]
+    skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
+    plan = make_plan(recipe, options)
+    problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
+    if problems and for_merge:
+        raise ModelError(problems[0], code="plan-does-not-fit")
+    for problem in problems:
+        LOG.warning("the alphas can be computed, but not merged: %s", problem)
+    plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
+    submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
+    record = job_identity(recipe, plan, rows)
+    _warn_of_same_weights(recipe, record)
+    reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
+    copies = {name: reason for name, reason in reasons.items() if reason}
+    return Job(
+        recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, ties_embeddings(config), copies
+    )
+
+
+def _check_device(options: MergeOptions) -> None:
+    if options.multi_gpu and not torch.accelerator.is_available():
+        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it", code="unusable-device")
+    try:
+        torch.empty(0, device=options.device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device",
+            code="unusable-device",
+        ) from error
+
+
+def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
+    """Warn of an expert with the same weights as the base or as another expert: most likely a wrong path."""
+    names: dict[str, str] = {}
+    for model in recipe.models:
+        name = show(recipe.names[model])
+        earlier = names.setdefault(record[f"weights of {recipe.label(model)}"], name)
+        if earlier != name:
+            LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
+
+
+def _check_chat_template(template: str | None) -> None:
+    """Refuse a chat template that mergekit would refuse only after the merge, when it writes the tokenizer."""
+    if template is None or template == "auto":
+        return
+    known = [entry.name.removesuffix(".jinja") for entry in importlib.resources.files(chat_templates).iterdir()]
+    if template not in known and (len(template) < 20 or "{" not in template):
+        raise RecipeError(
+            f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
+            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}",
+            code="invalid-value",
+        )

@@ -1,0 +1,257 @@
+"""The paper's closed form, with the evidence for it.
+
+Scope: Gram matrices in, merging weights out; tensors only. Everything is float64 on the CPU: T is a handful.
+
+    c_x = tr(G_x) / T  if balance else 1                          (Eq. 33-34)
+    S_a = mean over rows x of task a of  G_x / c_x
+    A   = sum_a w_a S_a ;   b_j = sum_a w_a S_a[j, a]             (Eq. 13, 31)
+    alpha = solve(A, b)                                           (Eq. 12, 32)
+
+Where the paper is silent:
+- a row whose G is zero says nothing about this submodule and is left out of the mean;
+- an expert that never moves this submodule (its diagonal is zero in every row) gets alpha 0 and is `unchanged`;
+- where A has lost rank otherwise (duplicated experts), the solution of minimum norm is taken and flagged;
+- `ridge` is relative to A's mean diagonal and pulls towards 1/T, the plain average of the task vectors;
+- several objectives for one submodule (tied embeddings: `embed` and `head`) are added, each balanced by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK_TOLERANCE = 1e-12
+"""An eigenvalue of the correlation form of A below this share of the largest counts as zero: float32 forward passes
+leave distinct experts above it, and duplicates (bit-equal features) below it."""
+ILL_CONDITIONED = 1e6
+"""Condition number from which a solve is flagged; errors of the forward passes (about 1e-7) then reach percents."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Merging weights of one submodule and how far to trust them.
+
+    Attributes:
+        alpha: T weights.
+        stderr: T jackknife standard errors over rows; None where a task has fewer than two rows.
+        condition: 2-norm condition number of A over the experts that changed; inf where rank was lost, 1 for none.
+        rank: rank of A.
+        residual: share of sum_a ||df_a||^2 that linearity predicts to remain; 0 where no expert changed anything.
+        unchanged: T marks of experts that equal the base here.
+        flags: of "unchanged", "rank_deficient", "ill_conditioned".
+    """
+
+    alpha: tuple[float, ...]
+    stderr: tuple[float, ...] | None
+    condition: float
+    rank: int
+    residual: float
+    unchanged: tuple[bool, ...]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Balanced matrices of the rows that count: `grams` [R, T, T], their `task` [R] and the tasks' `counts` [T]."""
+
+    grams: Tensor
+    task: Tensor
+    counts: Tensor
+
+
+def solve_closed_form(
+    grams: Tensor | Sequence[Tensor],
+    row_task: Tensor,
+    *,
+    importance: Sequence[float] | None = None,
+    balance: bool = True,
+    ridge: float = 0.0,
+) -> Solution:
+    """Minimise Eq. 11 (Eq. 33 with `balance`) for one submodule.
+
+    Args:
+        grams: [rows, T, T] float64, or several such objectives that share one alpha.
+        row_task: [rows] int64, the task of each row.
+        importance: T weights w_a of the tasks in the objective; all 1 by default.
+        balance: divide each row by c_x, so that long rows and large features do not dominate.
+        ridge: relative ridge, >= 0.
+    """
+    objectives = [grams] if isinstance(grams, Tensor) else list(grams)
+    num_models = objectives[0].shape[-1]
+    weights = torch.ones(num_models, dtype=torch.float64)
+    if importance is not None:
+        weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    parts = [_usable_rows(gram, row_task, balance) for gram in objectives]
+    shares = [_task_means(part, num_models) for part in parts]  # [T, T, T] each
+    a, b = _normal_equations(torch.stack(shares).sum(0), weights)
+
+    changed = torch.stack([gram.diagonal(dim1=1, dim2=2).sum(0) for gram in objectives]).sum(0) > 0  # [T]
+    alpha, rank, condition = _solve_changed(a, b, changed, ridge)
+    flags = ["unchanged"] * bool((~changed).any())
+    if rank < int(changed.sum()):
+        flags.append("rank_deficient")
+    elif condition > ILL_CONDITIONED:
+        flags.append("ill_conditioned")
+    residual = _residual(torch.stack(shares).sum(0), weights, alpha)
+    stderr = _jackknife(parts, shares, len(row_task), row_task, weights, changed, rank, ridge)
+    return Solution(
+        alpha=tuple(alpha.tolist()),
+        stderr=stderr,
+        condition=condition,
+        rank=rank,
+        residual=residual,
+        unchanged=tuple((~changed).tolist()),
+        flags=tuple(flags),
+    )
+
+
+def measured_residual(
+    errors: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    row_task: Tensor,
+    *,
+    importance: Sequence[float],
+    balance: bool,
+) -> float:
+    """What `Solution.residual` predicts, from the features of a merged submodule.
+
+    Args:
+        errors: per objective, [rows] float64: ||f(x; merged) - f(x; theta_a)||^2 of row x of task a.
+        grams: per objective, [rows, T, T] float64, as in `solve`.
+        row_task, importance, balance: as in `solve`.
+
+    Returns:
+        sum_a w_a E errors / c_x over sum_a w_a E ||df_a||^2 / c_x; 0 where no expert changed anything.
+    """
+    weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    remaining, whole = 0.0, 0.0
+    for error, gram in zip(errors, grams, strict=True):
+        used = _usable_rows(gram, row_task, balance)
+        scaled = _usable_rows(gram, row_task, balance, error)
+        remaining += float((weights * _task_means(scaled, len(weights))[:, 0, 0]).sum())
+        whole += float(torch.einsum("a,aaa->", weights, _task_means(used, len(weights))))
+    return remaining / whole if whole > 0 else 0.0
+
+
+def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool, values: Tensor | None = None) -> _Rows:
+    """The rows' matrices, or other values of theirs ([R], handed out as [R, 1, 1]), balanced."""
+    trace = grams.diagonal(dim1=1, dim2=2).sum(-1)  # [R]
+    used = trace > 0
+    num_models = grams.shape[-1]
+    scale = trace / num_models if balance else torch.ones_like(trace)  # c_x, Eq. 34
+    balanced = torch.where(used, 1 / torch.where(used, scale, 1.0), 0.0)[:, None, None]
+    balanced = balanced * (grams if values is None else values[:, None, None])
+    counts = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, used.to(torch.float64))
+    return _Rows(balanced, row_task, counts)
+
+
+def _task_means(rows: _Rows, num_models: int) -> Tensor:
+    """S: [T, T, T], the mean matrix of every task (zero for a task without a row that counts)."""
+    sums = torch.zeros((num_models, *rows.grams.shape[1:]), dtype=torch.float64)
+    sums.index_add_(0, rows.task, rows.grams)
+    return sums / rows.counts.clamp(min=1)[:, None, None]
+
+
+def _normal_equations(means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A [..., T, T] and b [..., T] of Eq. 31 from the tasks' means S [..., T, T, T]."""
+    a = torch.einsum("a,...ajk->...jk", weights, means)
+    b = torch.einsum("a,...aja->...j", weights, means)
+    return a, b
+
+
+def _with_ridge(a: Tensor, b: Tensor, ridge: float, num_models: int) -> tuple[Tensor, Tensor]:
+    size = a.shape[-1]
+    strength = ridge * a.diagonal(dim1=-2, dim2=-1).mean(-1)  # [...]
+    eye = torch.eye(size, dtype=torch.float64)
+    return a + strength[..., None, None] * eye, b + strength[..., None] / num_models
+
+
+def _solve_changed(a: Tensor, b: Tensor, changed: Tensor, ridge: float) -> tuple[Tensor, int, float]:
+    """(alpha [T], rank, condition number): solved over the experts that changed, 0 for the others."""
+    alpha = torch.zeros_like(b)
+    index = changed.nonzero().flatten()
+    if len(index) == 0:
+        return alpha, 0, 1.0
+    a, b = _with_ridge(a[index][:, index], b[index], ridge, len(alpha))
+    scale = _scale(a)
+    correlation = torch.linalg.eigvalsh(a / scale[:, None] / scale[None, :])
+    rank = int((correlation > RANK_TOLERANCE * correlation.max()).sum())
+    full = rank == len(index)
+    alpha[index] = _solutions(a, b, full)
+    return alpha, rank, float(torch.linalg.cond(a)) if full else math.inf
+
+
+def _solutions(a: Tensor, b: Tensor, full: bool) -> Tensor:
+    """[..., T] exact solutions, or those of minimum norm where rank was lost."""
+    if full:
+        return torch.linalg.solve(a, b)
+    if a.dim() > 2:
+        return torch.stack([_solutions(one, other, full) for one, other in zip(a, b, strict=True)])
+    # What is null is decided on the correlation form: an expert with small features is not a lost one.
+    scale = _scale(a)
+    values, vectors = torch.linalg.eigh(a / scale[:, None] / scale[None, :])
+    kept = values > RANK_TOLERANCE * values.max()
+    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    some = (inverse @ (b / scale)) / scale
+    null, _ = torch.linalg.qr(vectors[:, ~kept] / scale[:, None])  # a basis of what changes nothing
+    return some - null @ (null.T @ some)
+
+
+def _scale(a: Tensor) -> Tensor:
+    return a.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+
+
+def _residual(means: Tensor, weights: Tensor, alpha: Tensor) -> float:
+    """sum_a w_a E ||sum_t alpha_t df_t - df_a||^2 / sum_a w_a E ||df_a||^2 under Property 2."""
+    target = torch.einsum("a,aaa->", weights, means)
+    if target <= 0:
+        return 0.0
+    a, b = _normal_equations(means, weights)
+    return max(0.0, float((alpha @ a @ alpha - 2 * alpha @ b + target) / target))
+
+
+def _jackknife(
+    parts: Sequence[_Rows],
+    shares: Sequence[Tensor],
+    num_rows: int,
+    row_task: Tensor,
+    weights: Tensor,
+    changed: Tensor,
+    rank: int,
+    ridge: float,
+) -> tuple[float, ...] | None:
+    """Delete-one standard errors, rows stratified by task.
+
+    var(alpha) = sum_a (n_a - 1) / n_a * sum_{x in a} (alpha_(-x) - mean_{y in a} alpha_(-y))^2
+    """
+    counts = torch.bincount(row_task, minlength=len(weights)).to(torch.float64)
+    if counts.min() < 2:
+        return None
+    index = changed.nonzero().flatten()
+    if len(index) == 0:
+        return (0.0,) * len(weights)
+    means = torch.zeros((num_rows, *shares[0].shape), dtype=torch.float64)  # [R, T, T, T], each without one row
+    every = torch.arange(num_rows)
+    for part, share in zip(parts, shares, strict=True):
+        used = part.grams.diagonal(dim1=1, dim2=2).sum(-1) > 0  # [R]
+        left = (part.counts[row_task] - used.to(torch.float64)).clamp(min=1)  # [R]
+        total = share[row_task] * part.counts[row_task].clamp(min=1)[:, None, None]  # [R, T, T]
+        without = share.expand(num_rows, *share.shape).clone()
+        without[every, row_task] = (total - part.grams) / left[:, None, None]
+        means += without
+    a, b = _normal_equations(means, weights)
+    a, b = _with_ridge(a[:, index][:, :, index], b[:, index], ridge, len(weights))
+    leave_one_out = torch.zeros((num_rows, len(weights)), dtype=torch.float64)
+    try:
+        leave_one_out[:, index] = _solutions(a, b, rank == len(index))
+    except torch.linalg.LinAlgError:  # without one row, rank is lost that was there with it
+        leave_one_out[:, index] = _solutions(a, b, False)
+    group_mean = torch.zeros((len(weights), len(weights)), dtype=torch.float64)
+    group_mean.index_add_(0, row_task, leave_one_out)
+    deviation = (leave_one_out - (group_mean / counts[:, None])[row_task]) ** 2
+    factor = ((counts - 1) / counts)[row_task]
+    return tuple((deviation * factor[:, None]).sum(0).sqrt().tolist())

@@ -1,0 +1,206 @@
+"""What a calibration will cost, predicted from headers and rows alone.
+
+Floating point operations and bytes are exact counts. Memory is a sum of named parts, times one margin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mergekit_slta.checkpoints.plan import total_bytes
+from mergekit_slta.data.batches import BATCH_TOKENS
+from mergekit_slta.job.job import Job
+from mergekit_slta.models.submodules import partition
+from mergekit_slta.recipe.objectives import JointSettings
+from mergekit_slta.runner.head_loss import LOGIT_GRADIENTS
+from mergekit_slta.runner.state import HEAD_ELEMENTS
+from mergekit_slta.runtime.activations import activation_bytes
+
+MEMORY_MARGIN = 1.5
+"""Peak memory over the sum of its parts: the allocator keeps freed blocks for the next tensors of their size."""
+_SOLVE_MATRICES = 5
+"""Matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
+_DERIVATIVE_COPIES = 6
+"""Copies of all derivatives that rebasing, joining and solving them holds at a time."""
+_SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
+"""granularity -> the one whose forward groups hold the same tensors at a time."""
+_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in safetensors headers."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Predictions for a calibration and its merge.
+
+    Attributes:
+        flops: floating point operations of the calibration.
+        read_bytes: bytes of checkpoints that the calibration reads.
+        memory: part -> bytes in use at the moment of the peak, without the libraries.
+        largest_bytes: the largest single allocation.
+        written_bytes: bytes of the merged model.
+        scratch_bytes: bytes of activations on disk during the calibration.
+    """
+
+    flops: float
+    read_bytes: int
+    memory: dict[str, int]
+    largest_bytes: int
+    written_bytes: int
+    scratch_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of anonymous memory at the peak, without the libraries."""
+        return int(MEMORY_MARGIN * sum(self.memory.values()))
+
+
+class _Sizes:
+    """Counts that both estimates share."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.models = len(job.plan.models)
+        self.item = torch.finfo(job.dtype).bits // 8
+        self.parameters = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
+        self.table = job.skeleton.embedding_weight
+        self.head = self.table if job.plan.is_tied else job.skeleton.head_weight
+        config = job.skeleton.config
+        self.width = int(config.hidden_size)
+        self.inner_width = max(int(getattr(config, "intermediate_size", 0) or 4 * self.width), self.width)
+        self.row_lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
+        self.longest = max(self.row_lengths, default=job.recipe.settings.max_seq_length)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of every decoder layer."""
+        prefix = self.job.skeleton.layers_path + "."
+        sizes = [0] * self.job.skeleton.num_layers
+        for name, size in self.parameters.items():
+            if name.startswith(prefix):
+                sizes[int(name[len(prefix) :].partition(".")[0])] += size
+        return sizes
+
+    def copies(self, name: str) -> int:
+        """In how many models a tensor is cast or moved to a device, which takes memory of its own; elsewhere the mapped
+        file is used."""
+        job = self.job
+        if job.device.type != "cpu":
+            return self.models
+        count = 0
+        for model in job.plan.models:
+            header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
+            count += header is None or header.dtype != _SAFETENSORS.get(job.dtype)
+        return count
+
+    def written_bytes(self) -> int:
+        """Bytes of the merged model."""
+        config = self.job.recipe.config
+        dtype = config.out_dtype or config.dtype
+        if dtype is None:
+            return total_bytes(self.job.plan, [self.job.plan.models[0]])
+        return sum(self.parameters.values()) * torch.finfo(getattr(torch, dtype.removeprefix("torch."))).bits // 8
+
+
+def estimate_features(job: Job) -> Costs:
+    """Costs of the forward pass behind `objective: features`: (T+1) x tokens x 2 x parameters, every byte read once.
+
+    The peak is in the layer, the head or the embeddings: a forward group's weights of every model with the features of
+    a pack of batches, or a part of the vocabulary with its logits.
+    """
+    sizes = _Sizes(job)
+    models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
+    group_bytes: dict[str, int] = {}  # that are not mapped files
+    in_layers = 0
+    granularity = job.recipe.settings.granularity
+    for submodule in partition(job.plan.tensors, job.skeleton.anatomy, _SAME_GROUPS[granularity]):
+        if submodule.layer is not None:
+            in_layers += sum(sizes.parameters[name] for name in submodule.tensors)
+            copied = sum(sizes.parameters[name] * item * sizes.copies(name) for name in submodule.tensors)
+            group_bytes[submodule.forward_group] = group_bytes.get(submodule.forward_group, 0) + copied
+    head_size = sizes.parameters[sizes.head]
+    tokens = min(max(job.num_tokens, 1), max(BATCH_TOKENS, longest))
+    if granularity == "linear":  # row by row
+        tokens = longest
+    part = min(head_size // width, max(1, HEAD_ELEMENTS // tokens))  # rows of the vocabulary at a time
+    used = len({token for drawn in job.rows if drawn is not None for row in drawn.rows for token in row.ids})
+    moments = (
+        {
+            "weights of a forward group of every model": max(group_bytes.values(), default=0),
+            "activations": tokens * (3 * sizes.inner_width + (4 + models) * width) * item,
+            "differences in float64": (models - 1) * longest * width * 8,
+        },
+        {
+            "weights of a part of the head of every model": part * width * item * sizes.copies(sizes.head),
+            "logits": models * tokens * part * item,
+            "differences in float64": (models - 1) * longest * part * 8,
+        },
+        {"embeddings of the rows' tokens of every model": used * width * item * models},
+    )
+    peak = max(moments, key=lambda parts: sum(parts.values()))
+    weights = max(
+        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
+    )
+    return Costs(
+        flops=models * job.num_tokens * 2.0 * (in_layers + head_size),
+        read_bytes=total_bytes(job.plan),
+        memory={"hidden states of all rows": job.num_tokens * width * item, **peak},
+        largest_bytes=max(weights, tokens * sizes.inner_width * item, tokens * part * item),
+        written_bytes=sizes.written_bytes(),
+    )
+
+
+def estimate_gradients(job: Job) -> Costs:
+    """Costs of the passes behind `objective: joint`.
+
+    Every row runs forward, and back with the forward repeated, through its own expert; with steps also forward through
+    the base, and in each step through the merged model as through the expert, with one derivative more. Where every
+    step has rows of its own, each row is part of one step, and those of later steps run forward through their experts
+    once more. The activations of all layers are on disk, those of one pass at a time.
+    """
+    settings, sizes = job.recipe.settings.own, _Sizes(job)
+    assert isinstance(settings, JointSettings)
+    models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
+    steps, draws = settings.steps, max(1, settings.label_samples)
+    derivatives = draws + (steps > 0)
+    drawn = [rows for rows in job.rows if rows is not None]
+    parts = [
+        sum(len(row.ids) for rows in drawn for row in rows.part(number, settings.row_groups))
+        for number in range(settings.row_groups)
+    ]
+    tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
+    tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
+    head_size = sizes.parameters[sizes.head]
+    logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of a part of it
+    num_rows = sum(len(rows.rows) for rows in drawn)
+    moments = (
+        {
+            "weights of a layer of every model": (models + 1 + (steps > 0)) * max(sizes.layers, default=0) * item,
+            "activations of a row": longest * (6 * sizes.inner_width + 12 * width) * item,
+        },
+        {
+            "output projections": head_size * item * ((sizes.copies(sizes.head) > 0) + (steps > 0)),
+            # The teacher's beside the model's own; the gradients twice.
+            "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
+        },
+        {
+            "matrices of the solve": _SOLVE_MATRICES * (draws * num_rows) ** 2 * 8,
+            "derivatives": _DERIVATIVE_COPIES * num_rows * derivatives * (models - 1) * len(job.submodules) * 8,
+        },
+    )
+    total, base = total_bytes(job.plan), total_bytes(job.plan, [job.recipe.base])
+    read = 2 * total * (1 + steps) + len(parts) * (steps > 0) * base + (len(parts) - 1) * (total - base)
+    weights = max(
+        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
+    )
+    return Costs(
+        flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
+        read_bytes=read,
+        memory=max(moments, key=lambda parts: sum(parts.values())),
+        largest_bytes=max(weights, logits * derivatives),
+        written_bytes=sizes.written_bytes(),
+        scratch_bytes=activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype),
+    )

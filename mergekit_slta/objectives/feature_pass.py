@@ -1,0 +1,153 @@
+"""The forward pass behind `objective: features`: Gram matrices of every submodule (Eq. 14) for every calibration row.
+
+Scope: in one process or several, from the start or from where a killed run stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
+from mergekit_slta.errors import RunError, show
+from mergekit_slta.files.alphas_file import weights_by_tensor
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.job import Job
+from mergekit_slta.job.layout import layout_of
+from mergekit_slta.maths.task_arithmetic import WeightedSlice
+from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.objectives.features import solve_submodule
+from mergekit_slta.objectives.merging import merge_with
+from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.state import Evaluation, ForwardState, MergeGroup
+from mergekit_slta.runtime.distributed import Ranks
+from mergekit_slta.runtime.progress import Progress
+from mergekit_slta.runtime.resume import ResumeStore
+
+
+@torch.inference_mode()
+def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
+    """Feed all rows through the base and evaluate every expert's submodules on the base's inputs.
+
+    Args:
+        job: the recipe, prepared.
+        resume: forward groups that an earlier run has finished, and where this one keeps its own; None keeps none.
+        ranks: processes that share the rows; each gets the matrices of all.
+
+    Returns:
+        Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order.
+
+    Raises:
+        DataError: an expert without rows.
+        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+    """
+    examples = job.examples()
+    row_task = torch.tensor([example.task for example in examples], dtype=torch.int64, device="cpu")
+    statistics = Statistics(row_task, num_models=len(job.experts))
+    by_group: dict[str, list[str]] = {}
+    for submodule in job.submodules:
+        by_group.setdefault(submodule.forward_group, []).append(submodule.name)
+    finished = _load_finished(statistics, by_group, resume, ranks)
+
+    def finish(group: str) -> None:
+        """Sum a group's matrices over the processes once all rows have passed it, and keep them."""
+        if group in finished:
+            return
+        finished.add(group)
+        for name in by_group[group]:
+            statistics.begin(name)
+            ranks.all_reduce_(statistics.by_submodule[name])
+        if resume is not None and ranks.is_first:
+            resume.put(group, {name: statistics.by_submodule[name] for name in by_group[group]})
+
+    # Single matrices take rows one by one: see `runner.layers.evaluate_matrices`.
+    limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
+    planned = plan_batches([example.row.ids for example in examples], limit)
+    packs = plan_packs(planned, limit)
+    sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
+    own = [packs[place] for place in ranks.share(sizes)]  # whole packs: no product depends on the number of processes
+    whole_models = job.recipe.settings.granularity == "model"
+    merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.own.inputs_are_merged else None
+    state = ForwardState(
+        job.skeleton,
+        job.checkpoints(),
+        [planned[number] for pack in own for number in pack],
+        packs=_renumber(own),
+        merge=merge,
+        merged_inputs=merge is not None,
+        max_pack_tokens=max(sizes),
+        skip=frozenset(finished),
+        folder=resume.activations_folder() if resume is not None and ranks.size == 1 and whole_models else None,
+    )
+    quiet = job.options.quiet or not ranks.is_first
+    with job.advice_on_memory(), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
+        state.announce = progress.announce
+        progress.advance(len(finished))
+        group = ""
+        for evaluation in evaluate_submodules(state, job.submodules) if own else ():
+            if group and evaluation.submodule.forward_group != group:
+                finish(group)
+            group = evaluation.submodule.forward_group
+            progress.work_on(group)
+            _accumulate(statistics, state, evaluation, job.expert_names)
+            del evaluation  # frees this group's weights before the next group's are loaded
+        for group in by_group:
+            finish(group)
+    return statistics
+
+
+def _renumber(packs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same packs, with their batches numbered from 0."""
+    places = iter(range(sum(len(pack) for pack in packs)))
+    return [[next(places) for _ in pack] for pack in packs]
+
+
+def _load_finished(
+    statistics: Statistics, by_group: Mapping[str, Sequence[str]], resume: ResumeStore | None, ranks: Ranks
+) -> set[str]:
+    """Load the matrices of the groups that an earlier run has finished, in every process; returns the groups."""
+    known = [group for group in by_group if resume is not None and group in resume.finished]
+    finished: list[str] = ranks.broadcast(known)
+    for group in finished:
+        found = resume.get(group) if resume is not None and ranks.is_first else {}
+        for name in by_group[group]:
+            statistics.begin(name)
+            if name in found:
+                statistics.by_submodule[name] += found[name]
+            ranks.all_reduce_(statistics.by_submodule[name])
+    return set(finished)
+
+
+def _accumulate(statistics: Statistics, state: ForwardState, evaluation: Evaluation, names: Sequence[str]) -> None:
+    name, base = evaluation.submodule.name, evaluation.base
+    experts = [state.model_coefficients(model) for model in range(1, state.num_models)]
+    outputs = [evaluation.outputs_at(coefficients) for coefficients in experts]  # T x [N, d]
+    statistics.add(name, evaluation.rows, outputs, evaluation.lengths, base)
+    grams = statistics.by_submodule[name][list(evaluation.rows)]  # [rows, T, T]
+    diagonal = grams.diagonal(dim1=1, dim2=2)  # [rows, T]
+    if not torch.isfinite(diagonal).all():
+        model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
+        raise RunError(
+            f"the features of {show(model)} behind {show(name)} hold NaN or Inf: "
+            "use `compute_dtype: float32`, or check that expert",
+            code="not-finite",
+        )
+
+
+def _merge_as_solved(job: Job, statistics: Statistics, finish: Callable[[str], None]) -> MergeGroup:
+    """For `inputs: merged` (A.5.3): solve each forward group, and let the rows move on through its merged submodules.
+
+    `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone,
+    since the head's is not known yet; the file's alpha is solved for both. Heads of one attention block, and matrices
+    of one layer, see what the base makes of the merged features before that block or layer."""
+    layout = layout_of(job)
+    by_name = {submodule.name: submodule for submodule in layout.submodules}
+
+    def weights_of(group: Sequence[Submodule]) -> Mapping[str, Sequence[WeightedSlice]]:
+        finish(group[0].forward_group)
+        return weights_by_tensor(
+            [solve_submodule(by_name[part.name], statistics, layout, objectives=[part.name]) for part in group]
+        )
+
+    return merge_with(job, layout.models, weights_of)

@@ -1,0 +1,299 @@
+"""The passes behind `objective: joint`: one through the experts, then one through the merged model for every step.
+
+Scope: which passes there are, and what each starts from. One pass is `runner.backward`, one solve `objectives.joint`.
+The statistics are the derivatives of the last pass, since those before it only led to the model that it runs through.
+Where every step has rows of its own, the derivatives of earlier rows are kept, too, and rebased to the last model.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.files.alphas_file import weights_by_tensor
+from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.job import Job
+from mergekit_slta.job.layout import layout_of
+from mergekit_slta.maths.gauss_newton import rebase_quadratics
+from mergekit_slta.objectives.joint import solve_together
+from mergekit_slta.objectives.merging import merge_with
+from mergekit_slta.recipe.objectives import JointSettings
+from mergekit_slta.runner.backward import DIVERGENCE, BackwardPass, backward_layers
+from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
+from mergekit_slta.runtime.distributed import Ranks
+from mergekit_slta.runtime.progress import Progress
+from mergekit_slta.runtime.resume import ResumeStore
+
+LOG = logging.getLogger(__name__)
+ACTIVATIONS_IN_MEMORY = 2**28
+"""Bytes of activations that a pass without a resume store keeps in memory; more go to a temporary file."""
+NEW_ROWS_TOLERANCE = 1.25
+"""A step on new rows is suspected of harm where the divergence left is this many times what the rows before showed:
+other rows differ a little anyway."""
+_TEACHERS, _BASE = "teachers", "base"
+
+
+@torch.no_grad()
+def gather_derivatives(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
+    """Feed every row forward and back, and keep the derivative of its loss along each submodule's task vectors.
+
+    Args:
+        job: the recipe, prepared; its objective is `joint`.
+        resume: layers that an earlier run has finished, and where this one keeps its own; None keeps none.
+        ranks: processes that share the rows; each gets the derivatives of all.
+
+    Returns:
+        Derivatives at the experts; with `steps`, those of the last step, with its point and its divergences. Where
+        every step has rows of its own, also those of the steps before it, rebased to that point.
+
+    Raises:
+        DataError: an expert without rows.
+        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+        OutputError: no room for the activations of all layers.
+    """
+    passes = _Passes(job, resume, ranks)
+    steps, groups = passes.settings.steps, passes.settings.row_groups
+    total = len(passes.layers) * (1 + steps) + groups * (steps > 0) + (groups - 1)
+    quiet = job.options.quiet or not ranks.is_first
+    with job.advice_on_memory(), Progress("Calibrating", total, quiet=quiet) as progress:
+        passes.progress = progress
+        statistics = passes.at_experts()
+        for number in range(1, steps + 1):
+            if number > 1 and groups > 1:
+                passes.take_rows(number - 1)
+            if number == 1 or groups > 1:
+                base = passes.at_base()
+            statistics = passes.at_merged(number, statistics, base)
+    return statistics
+
+
+class _Passes:
+    """The passes of one job over the current group of rows. A pass that the resume store holds is loaded from there."""
+
+    def __init__(self, job: Job, resume: ResumeStore | None, ranks: Ranks) -> None:
+        self._job, self._ranks = job, ranks
+        self._resume = resume if ranks.size == 1 else None
+        own = job.recipe.settings.own
+        assert isinstance(own, JointSettings)
+        self.settings = own
+        self._checkpoints = job.checkpoints()
+        self._layout = layout_of(job)
+        self.progress: Progress
+        self._begin(0)
+
+    def _begin(self, group: int) -> None:
+        self._examples = self._job.examples(group)
+        self._own = self._ranks.share([len(example.row.ids) for example in self._examples])
+        self._mine = [self._examples[row] for row in self._own]
+        self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
+        self._teachers: list[Tensor] = []
+        self._mark = f"{group}-" if group else ""  # of these rows' records before their step
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of a backward pass's layers; the head and the embeddings count."""
+        return backward_layers(self._job.skeleton)
+
+    def at_experts(self) -> Statistics:
+        """Run every row through its own expert, whose outputs become the teacher of later passes."""
+        settings = self.settings
+        known = self._is_recorded(_TEACHERS)
+        slopes, _ = self._pass(
+            "",
+            max(1, settings.label_samples),
+            self._seed,
+            self._keep_teachers if settings.steps else None,
+            done=known or not settings.steps,
+        )
+        if known and settings.steps:
+            self._load_teachers()
+        return Statistics(self._row_task, len(self._job.plan.models) - 1, slopes, form="slope")
+
+    def take_rows(self, group: int) -> None:
+        """Go over to other rows, with their experts' outputs as the teacher."""
+        self._begin(group)
+        if self._is_recorded(_TEACHERS):
+            self._load_teachers()
+            self._forget(f"{self._mark}experts-")
+        elif self._mine:
+            self.progress.announce("experts")
+            with self._activations(f"{self._mark}experts-", 2, 0) as store:
+                backward = self._backward(store, self._seed)
+                backward.forward()
+                self._keep_teachers(backward)
+        self.progress.advance(1)
+
+    @property
+    def _seed(self) -> int:
+        return self._job.recipe.settings.seed
+
+    def _keep_teachers(self, backward: BackwardPass) -> None:
+        """Keep the outputs of a pass through the experts."""
+        self._teachers = backward.completion_features()
+        if self._resume is not None:
+            flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
+            self._resume.put(self._mark + _TEACHERS, {_TEACHERS: flat})
+
+    def _load_teachers(self) -> None:
+        lengths = [len(example.row.ids) - example.row.completion for example in self._mine]
+        if self._resume is not None:
+            self._teachers = list(self._resume.get(self._mark + _TEACHERS)[_TEACHERS].split(lengths))
+
+    def _is_recorded(self, what: str) -> bool:
+        """Whether the resume store holds it for the current rows."""
+        return self._resume is not None and self._mark + what in self._resume.finished
+
+    def at_base(self) -> Tensor:
+        """Every row's KL(expert || base) in nats, [rows] float64: what there is to recover."""
+        found = torch.zeros(len(self._examples), dtype=torch.float64)
+        label = f"{self._mark}{_BASE}-"
+        if self._resume is not None and self._is_recorded(_BASE):
+            found[self._own] = self._resume.get(self._mark + _BASE)[DIVERGENCE]
+            self._forget(label)
+        elif self._mine:
+            self.progress.announce("base")
+            with self._activations(label, 2, 0) as store:
+                backward = self._backward(store, self._seed, at="base", teachers=self._teachers)
+                found[self._own] = backward.divergences()
+            self._put(self._mark + _BASE, {DIVERGENCE: found[self._own]})
+        self.progress.advance(1)
+        self._ranks.all_reduce_(found)
+        return found
+
+    def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
+        """Run all rows through the model that the statistics `before` solve to; earlier rows are rebased to it."""
+        settings = self.settings
+        entries = solve_together(before, self._layout).entries
+        slices, models = weights_by_tensor(entries), self._layout.models
+        columns = [models.index(name) for name in self._layout.canonical]
+        merge_group = merge_with(self._job, models, lambda _: slices)
+
+        def merge(weights: Sequence[Weights]) -> Weights:
+            return merge_group([], weights)
+
+        slopes, divergence = self._pass(
+            f"step-{number}-", settings.label_samples + 1, self._seed + number, at=merge, teachers=self._teachers
+        )
+        divergences = torch.stack([base, divergence], dim=1)
+        self._say(number, before, divergences)
+        point = {
+            entry.name: torch.tensor([entry.alpha[column] for column in columns], dtype=torch.float64)
+            for entry in entries
+        }
+        found = Statistics(
+            self._row_task, before.num_models, slopes, form="step", point=point, divergences=divergences
+        )  # fmt: skip
+        if settings.row_groups == 1:
+            return found
+        found.row_step = torch.full_like(self._row_task, number)
+        if before.divergences is None:
+            return found
+        moved, other = rebase_quadratics(point, before.by_submodule, before.point, before.divergences)
+        return Statistics.join([replace(before, by_submodule=moved, point=point, divergences=other), found])
+
+    def _say(self, number: int, before: Statistics, divergences: Tensor) -> None:
+        """Report the divergence at a step's point; warn where the step before has increased it."""
+        left = (divergences[:, 1].sum() / divergences[:, 0].sum()).item()
+        LOG.info("before step %d, %.1f%% of the base's divergence from the experts is left", number, 100 * left)
+        if before.divergences is None:
+            return
+        of_others = before.row_step is not None
+        if of_others and number == 2:  # the solve at the experts was fitted to the first rows
+            return
+        seen = before.divergences[before.row_step == before.row_step.max()] if of_others else before.divergences
+        earlier = (seen[:, 1].sum() / seen[:, 0].sum()).item()
+        if left > earlier * (NEW_ROWS_TOLERANCE if of_others else 1):
+            LOG.warning(
+                "step %d increased the divergence from the experts from %.1f%% of the base's to %.1f%%: "
+                "set a larger `ridge`, more `num_samples`, a coarser `granularity`, or fewer `steps`",
+                number - 1, 100 * earlier, 100 * left,
+            )  # fmt: skip
+
+    def _pass(
+        self, label: str, draws: int, seed: int, then: Callable[[BackwardPass], None] | None = None, *,
+        done: bool = True, **where: Any,
+    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        """Run one pass: submodule -> [rows, draws, T] derivatives, and [rows] divergences (zeros without teachers).
+
+        Args:
+            label: of its records.
+            draws: derivatives per row.
+            seed: of the label draws.
+            then: called when the pass is through, while its activations are still there.
+            done: whether `then` has run already, in an earlier run.
+            where: further arguments of the pass.
+        """
+        experts = len(self._job.plan.models) - 1
+        shape = (len(self._examples), draws, experts)
+        slopes = {submodule.name: torch.zeros(shape, dtype=torch.float64) for submodule in self._job.submodules}
+        divergence = torch.zeros(len(self._examples), dtype=torch.float64)
+
+        def add(found: Mapping[str, Tensor]) -> None:
+            for name, part in found.items():
+                (divergence if name == DIVERGENCE else slopes[name])[self._own] += part
+
+        kept = self._resume.finished if self._resume is not None else frozenset()
+        labels = [label + stage for stage in self.layers]
+        if self._resume is not None and done and kept.issuperset(labels):
+            for stage in labels:
+                add(self._resume.get(stage))
+            self._forget(label)
+            self.progress.advance(len(labels))
+        elif self._mine:
+            with self._activations(label, self._job.skeleton.num_layers + 1, draws) as store:
+                if not kept.issuperset(labels[: store.layers_done]):
+                    store.rewind()  # a record was damaged: start at the loss again, the activations are there
+                for stage in labels[: store.layers_done]:
+                    add(self._resume.get(stage) if self._resume is not None else {})
+                self.progress.advance(store.layers_done)
+                backward = self._backward(store, seed, **where)
+                for stage, found in backward.run():
+                    add(found)
+                    self._put(label + stage, found)
+                    self.progress.advance(1)
+                if then is not None:
+                    then(backward)
+        for part in (*slopes.values(), divergence):
+            self._ranks.all_reduce_(part)
+        return slopes, divergence
+
+    def _backward(self, store: ActivationStore, seed: int, **where: Any) -> BackwardPass:
+        job = self._job
+        return BackwardPass(
+            job.skeleton, self._checkpoints, job.submodules, self._mine,
+            label_samples=self.settings.label_samples, seed=seed, store=store, announce=self.progress.announce, **where,
+        )  # fmt: skip
+
+    def _put(self, stage: str, found: Mapping[str, Tensor]) -> None:
+        if self._resume is not None:
+            self._resume.put(stage, found)
+
+    @contextmanager
+    def _activations(self, label: str, levels: int, draws: int) -> Iterator[ActivationStore]:
+        """The store for a pass's activations: in the resume store's folder; without one in memory, or in a temporary
+        file."""
+        lengths = [len(example.row.ids) for example in self._mine]
+        width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
+        with ExitStack() as stack:
+            folder = None
+            if self._resume is not None:
+                folder = self._resume.activations_folder(label)
+            elif activation_bytes(sum(lengths), levels, draws, width, dtype) > ACTIVATIONS_IN_MEMORY:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="mergekit-slta-")))
+            yield ActivationStore(lengths, levels, draws, width, dtype, folder)
+        self._forget(label)
+
+    def _forget(self, label: str) -> None:
+        """Remove a pass's activations once all its derivatives are recorded."""
+        if self._resume is not None:
+            shutil.rmtree(self._resume.activations_folder(label), ignore_errors=True)

@@ -1,0 +1,296 @@
+"""Read a recipe: mergekit's YAML, validated for `submodule_linear` to the last key.
+
+Scope: what the recipe says, nothing about models or data. Every refusal here needs the recipe alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from pydantic import BaseModel, ValidationError
+
+from mergekit_slta.errors import RecipeError, listing, show
+from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
+from mergekit_slta.recipe.recipe import Recipe, Task
+from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number
+
+_TOP_KEYS = (*MergeConfiguration.model_fields, "name")
+"""Keys beside `merge_method`; `name` is mergekit-multi's."""
+_MODEL_KEYS = tuple(InputModelDefinition.model_fields)
+
+
+def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
+    """Read a recipe file; returns mergekit's configuration and the file's text.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or is not a recipe that mergekit accepts.
+    """
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(source)
+        check_content(content, path)
+        config = MergeConfiguration.model_validate(content)
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {show(path)}: {error.strerror}", code="unreadable-recipe") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {show(path)} is not a UTF-8 text file", code="unreadable-recipe") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {show(path)} is not valid YAML: {show(error)}", code="not-yaml") from error
+    except ValidationError as error:
+        raise RecipeError(
+            f"the recipe {show(path)} is not a merge recipe: {_first(error)}", code="not-a-recipe"
+        ) from error
+    except RuntimeError as error:  # mergekit's own validators
+        raise RecipeError(
+            f"the recipe {show(path)} is not a merge recipe: {show(error)}", code="not-a-recipe"
+        ) from error
+    return config, source
+
+
+def check_content(content: object, path: str | os.PathLike[str] | None = None) -> None:
+    """Refuse keys that mergekit would ignore, and keys without a value.
+
+    Args:
+        content: the recipe's YAML, loaded.
+        path: its file, for messages.
+
+    Raises:
+        RecipeError: it is no mapping, a key is in the wrong place or unknown, or a key has no value.
+    """
+    where = f"the recipe {show(path)}" if path is not None else "the recipe"
+    if not isinstance(content, dict):
+        kind = "empty" if content is None else "not a mapping of keys to values"
+        raise RecipeError(f"{where} is {kind}: it starts with `merge_method: {METHOD}`", code="not-a-recipe")
+    models = content.get("models")
+    entries = [entry for entry in (models if isinstance(models, list) else ()) if isinstance(entry, dict)]
+    if content.get("merge_method") == METHOD:
+        _check_places(content, entries)
+    for holder in (content, *entries):
+        parameters = holder.get("parameters")
+        for key, value in parameters.items() if isinstance(parameters, dict) else ():
+            if value is None:
+                raise RecipeError(
+                    f"`{show(key)}` in {where} has no value: give it one, or remove the line", code="missing-value"
+                )
+
+
+def _check_places(content: Mapping[Any, Any], entries: Sequence[Mapping[Any, Any]]) -> None:
+    """Refuse keys beside `merge_method`, or beside a model's `model`, that mergekit's own layout does not have."""
+    for key in content:
+        if key in all_shared_keys():
+            _refuse_place(key, "beside `merge_method`", "under the top-level `parameters:`")
+        elif key in TASK_KEYS:
+            _refuse_place(key, "beside `merge_method`", "under `parameters:` of its model")
+        elif key not in _TOP_KEYS:
+            _refuse_unknown(str(key), (*_TOP_KEYS, *all_shared_keys(), *TASK_KEYS), "beside `merge_method`")
+    for entry in entries:
+        where = f"beside `model: {show(entry.get('model'))}`"
+        for key in entry:
+            if key in TASK_KEYS:
+                _refuse_place(key, where, "under `parameters:` of that model")
+            elif key in all_shared_keys():
+                _refuse_place(key, where, "under the top-level `parameters:`")
+            elif key not in _MODEL_KEYS:
+                _refuse_unknown(str(key), (*_MODEL_KEYS, *TASK_KEYS), where)
+
+
+def _refuse_place(key: str, where: str, place: str) -> None:
+    raise RecipeError(f"`{show(key)}` stands {where}, where it is ignored: move it {place}", code="misplaced-key")
+
+
+def read_recipe(config: MergeConfiguration) -> Recipe:
+    """Validate mergekit's configuration for this method.
+
+    Raises:
+        RecipeError: another method, `slices` or `modules`, no base, no expert, an expert twice, an unknown key or
+            value, or a value that differs between tensors.
+    """
+    if config.merge_method != METHOD:
+        raise RecipeError(
+            f"merge_method is {show(config.merge_method)!r}; this command runs {METHOD!r} recipes only",
+            code="other-method",
+        )
+    for layout in ("slices", "modules"):
+        if getattr(config, layout):
+            raise RecipeError(
+                f"{METHOD} merges whole models: replace `{layout}:` by `models:`", code="unsupported-layout"
+            )
+    if config.base_model is None:
+        raise RecipeError(
+            f"{METHOD} needs the model that the experts were fine-tuned from: add `base_model:`", code="missing-base"
+        )
+    for key in ("dtype", "out_dtype"):
+        dtype = getattr(config, key)
+        if dtype is not None and dtype.removeprefix("torch.") not in get_args(ComputeDtype):
+            raise RecipeError(
+                f"`{key}` is {show(dtype)!r}: choose one of {listing(get_args(ComputeDtype))}", code="invalid-value"
+            )
+    absolute = config.model_copy(deep=True)
+    names: dict[ModelReference, str] = {}
+    base = _absolute(config.base_model)
+    names[base] = str(config.base_model)
+    absolute.base_model = base
+
+    tasks = []
+    for given, entry in zip(config.models or [], absolute.models or [], strict=True):
+        entry.model = _absolute(given.model)
+        parameters = entry.parameters or {}
+        if entry.model == base:
+            if parameters:
+                raise RecipeError(
+                    f"the base model {show(given.model)} takes no parameters; give them to the experts",
+                    code="misplaced-key",
+                )
+            continue
+        if entry.model in names:
+            raise RecipeError(f"{show(given.model)} is listed twice; list each expert once", code="duplicate-model")
+        names[entry.model] = str(given.model)
+        tasks.append(_task(entry.model, str(given.model), parameters, config.parameters or {}))
+    if not tasks:
+        raise RecipeError(
+            f"{METHOD} needs at least one expert besides the base: add it under `models:`", code="missing-expert"
+        )
+    return Recipe(
+        base=base,
+        tasks=tuple(tasks),
+        settings=_settings(config.parameters or {}),
+        config=absolute,
+        names=names,
+        labels={model: _label(name) for model, name in names.items()},
+    )
+
+
+def _label(name: str) -> str:
+    parts = [os.path.normpath(part) if os.path.exists(part) else part for part in name.split("+")]
+    return "+".join(parts)
+
+
+def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
+    for key in own:
+        if key in all_shared_keys():
+            raise RecipeError(
+                f"`{key}` of {show(name)} is shared by all models: move it to the top-level `parameters:`",
+                code="misplaced-key",
+            )
+        if key not in TASK_KEYS:
+            _refuse_unknown(key, TASK_KEYS, f"under {show(name)}")
+    given = {key: own.get(key, shared.get(key)) for key in TASK_KEYS if key in own or key in shared}
+    values = {key: constant(key, setting) for key, setting in given.items()}
+    return _validated(Task, {"model": model, **values}, name)
+
+
+def _settings(shared: Mapping[str, Any]) -> Settings:
+    for key in shared:
+        if key not in (*all_shared_keys(), *TASK_KEYS):
+            _refuse_unknown(key, (*all_shared_keys(), *TASK_KEYS), "under the top-level `parameters:`")
+    for leaf in _leaves(shared.get("lambda", 1.0)):
+        try:
+            scale = to_number(leaf)
+        except ValueError:
+            scale = None
+        if not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
+            raise RecipeError(f"`lambda` is {show(leaf)!r}; it must be a finite number", code="invalid-value")
+    stated = {key: constant(key, setting) for key, setting in shared.items() if key not in ("lambda", *TASK_KEYS)}
+    name = stated.get("objective", Settings.model_fields["objective"].default)
+    if name not in OBJECTIVES:
+        raise RecipeError(
+            f"`objective` of the recipe is {show(name)!r}: choose one of {listing(OBJECTIVES)}", code="invalid-value"
+        )
+    objective = OBJECTIVES[name]
+    for key in stated:
+        if key not in SHARED_KEYS and key not in objective.settings.model_fields:
+            raise RecipeError(
+                f"`{key}` only applies to `objective: {listing(owners_of(key))}`, and this recipe's is {name!r}: "
+                f"drop `{key}`, or change `objective`",
+                code="key-of-another-objective",
+            )
+    own = _validated(
+        objective.settings, {key: value for key, value in stated.items() if key not in SHARED_KEYS}, "the recipe"
+    )
+    values = {**objective.defaults, **{key: value for key, value in stated.items() if key in SHARED_KEYS}}
+    settings = _validated(Settings, {**values, "own": own, "stated": frozenset(stated)}, "the recipe")
+    if settings.granularity not in objective.granularities:
+        raise RecipeError(
+            f"`objective` is {name!r} and `granularity` is {settings.granularity!r}: choose one of "
+            f"{listing(objective.granularities)}, or another objective",
+            code="conflicting-keys",
+        )
+    own.check_shared(settings)
+    return settings
+
+
+def _refuse_unknown(key: str, known: Sequence[str], where: str) -> None:
+    if key == "weight":
+        raise RecipeError(
+            f"unknown key `weight` {where}: the weights are what {METHOD} computes; `importance` sets a task's share",
+            code="unknown-key",
+        )
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {listing(known, 20)}"
+    raise RecipeError(f"unknown key `{show(key)}` {where}: {hint}", code="unknown-key")
+
+
+def constant(key: str, setting: Any) -> Any:
+    """The one value of a mergekit setting.
+
+    Raises:
+        RecipeError: filters or gradients give different tensors different values, or leave some without one.
+    """
+    leaves = list(_leaves(setting))
+    conditions = (
+        [setting] if isinstance(setting, ConditionalParameter) else setting if isinstance(setting, list) else []
+    )
+    filtered = bool(conditions) and all(isinstance(entry, ConditionalParameter) for entry in conditions)
+    covers_all = not filtered or any(entry.filter in (None, "*") for entry in conditions)
+    if not leaves or not covers_all or any(repr(leaf) != repr(leaves[0]) for leaf in leaves):
+        raise RecipeError(
+            f"`{key}` differs between tensors (filters or a gradient): give one value for all of them",
+            code="value-differs-between-tensors",
+        )
+    return leaves[0]
+
+
+def _leaves(setting: Any) -> Iterator[Any]:
+    if isinstance(setting, ConditionalParameter):
+        yield from _leaves(setting.value)
+    elif isinstance(setting, list):
+        for entry in setting:
+            yield from _leaves(entry)
+    else:
+        yield setting
+
+
+def _validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0]) if problem["loc"] else "?"
+        allowed = get_args(model.model_fields[key].annotation) if problem["type"] == "literal_error" else ()
+        remedy = f"choose one of {listing(allowed)}" if allowed else problem["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"`{key}` of {show(where)} is {show(problem['input'])!r}: {show(remedy)}", code="invalid-value"
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return show(f"{place}: {problem['msg']}" if place else problem["msg"])
+
+
+def _absolute(model: ModelReference) -> ModelReference:
+    """Local paths made absolute: offline, mergekit's model card asks the Hub about a relative `a/b`."""
+    changes = {}
+    for part in ("model", "lora"):
+        path = getattr(model, part)
+        if path is not None and os.path.exists(path.path):
+            changes[part] = path.model_copy(update={"path": os.path.realpath(path.path)})
+    return model.model_copy(update=changes) if changes else model

@@ -1,0 +1,234 @@
+"""An alphas file as a stock mergekit recipe: the same merge where this package is not installed.
+
+Scope: what `task_arithmetic` with filters can say of a merge, and the refusal of what it cannot. Filters are
+substrings and the first that matches wins, so there is one per tensor, with its full name, longer names first; what
+was written is then read back by mergekit's own resolver.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration, evaluate_setting
+from safetensors import SafetensorError, safe_open
+
+from mergekit_slta.errors import AlphasError, OutputError, RecipeError, listing, show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.recipe.read import constant, load_config, read_recipe
+
+SAYABLE = ("model", "layer", "attn_mlp", "linear")
+"""Granularities that filters can express: whole tensors only."""
+MERGED_RECIPE = "mergekit_config.yml"
+"""The recipe that mergekit leaves in the folder of a merged model."""
+_VERBATIM = ("tokenizer", "tokenizer_source", "chat_template")
+_LARGEST_BYTES = 64 * 2**20
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def export(
+    path: str | os.PathLike[str], recipe: str | os.PathLike[str] | None = None
+) -> tuple[str, tuple[str, ...], Path | None]:
+    """The stock recipe of an alphas file.
+
+    Args:
+        path: the alphas file.
+        recipe: the recipe it was made for; by default the `mergekit_config.yml` beside the file, if there is one.
+
+    Returns:
+        The recipe's text; notes for the user, a line each; and the recipe that was used, if any.
+
+    Raises:
+        AlphasError: the file cannot be read, or says what filters cannot.
+        RecipeError: the recipe is not the one of these alphas, or asks for what a stock recipe cannot do.
+    """
+    alphas = Alphas.load(path)
+    notes = []
+    source = Path(recipe) if recipe is not None else None
+    beside = Path(path).absolute().with_name(MERGED_RECIPE)
+    if source is None and beside.is_file():
+        source = beside
+        notes.append(f"Output dtype, tokenizer and lambda are those of {show(beside)}; --recipe names another")
+    given: dict[str, Any] = {}
+    if source is None:
+        _check_without_recipe(alphas)
+    else:
+        given = _from_recipe(alphas, source)
+    if any(key.startswith("tokenizer") for key in given.get("extra", ())):
+        notes.append(
+            "Rows of the vocabulary that mergekit makes up (tokens that a model lacks, padding) are averaged in "
+            "float32 here, in the checkpoints' dtype with the plugin: they may differ in rounding"
+        )
+    if "out_dtype" not in given:
+        folders = [] if source is None else [Path(alphas.base_model)] + [beside.parent] * (source == beside)
+        found = [(dtype, folder) for folder in folders if (dtype := weights_dtype(folder))]
+        if found:
+            given["out_dtype"], folder = found[0]
+            notes.append(
+                f"out_dtype is {given['out_dtype']}, as of the weights in {show(folder)}: the recipe names none"
+            )
+        else:
+            cause = "no recipe is at hand, name it with --recipe" if source is None else "the recipe names no out_dtype"
+            notes.append(f"Warning: the merged model will be float32 ({cause}); `out_dtype` changes that")
+    return stock_recipe(alphas, **given), tuple(notes), source
+
+
+def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
+    """Arguments of `stock_recipe` that the recipe supplies."""
+    config, text = load_config(path)
+    read = read_recipe(config)
+    names = [read.names[model] for model in read.models]
+    ours = [alphas.base_model, *alphas.models]
+    same = sorted(map(_place, names[1:])) == sorted(map(_place, ours[1:])) and _place(names[0]) == _place(ours[0])
+    stated = read.settings.stated
+    if not same or ("granularity" in stated and read.settings.granularity != alphas.granularity):
+        raise RecipeError(
+            f"{show(path)} is not the recipe of these alphas, which are for {show(alphas.granularity)} of "
+            f"{listing(ours)}: name theirs with --recipe"
+        )
+    _check_dtype(config.dtype)
+    content: dict[str, Any] = yaml.safe_load(text)
+    arguments: dict[str, Any] = {"extra": {key: content[key] for key in _VERBATIM if content.get(key) is not None}}
+    arguments["scale"] = float(constant("lambda", (config.parameters or {}).get("lambda", 1.0)))
+    if config.out_dtype or config.dtype:
+        arguments["out_dtype"] = config.out_dtype or config.dtype
+    return arguments
+
+
+def _check_without_recipe(alphas: Alphas) -> None:
+    """Refuse what the alphas file's identity tells of a recipe that is not at hand."""
+    dtype = alphas.identity.get("dtype", "None")
+    _check_dtype(None if dtype == "None" else dtype)
+    if alphas.identity.get("tokenizer", "None") != "None":
+        raise RecipeError("these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe")
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype.removeprefix("torch.") != "float32":
+        raise RecipeError(
+            f"the recipe casts its inputs to `dtype: {show(dtype)}`, which a stock recipe that computes in float32 "
+            f"cannot: where the checkpoints are {show(dtype)} already, name a recipe with `out_dtype` in the place of "
+            "`dtype` (--recipe)"
+        )
+
+
+def _place(name: str) -> str:
+    return os.path.realpath(name) if os.path.exists(name) else name
+
+
+def stock_recipe(
+    alphas: Alphas,
+    *,
+    scale: float = 1.0,
+    out_dtype: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> str:
+    """A `task_arithmetic` recipe that needs no plugin, as YAML.
+
+    Args:
+        alphas: the weights.
+        scale: the recipe's `lambda`.
+        out_dtype: the merged model's; float32 if None, for that is what the arithmetic is in.
+        extra: further top-level keys (tokenizer, chat template), taken over as they are.
+
+    Raises:
+        AlphasError: slices of a tensor have weights of their own, or mergekit does not read the filters as meant.
+    """
+    weights = _weights(alphas)
+    names = filter_order(weights)
+    content: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": _reachable(alphas.base_model),
+        "models": [
+            {
+                "model": _reachable(model),
+                "parameters": {"weight": [{"filter": name, "value": weights[name][column]} for name in names]},
+            }
+            for column, model in enumerate(alphas.models)
+        ],
+        "parameters": {"normalize": False} | ({} if scale == 1.0 else {"lambda": scale}),
+        "dtype": "float32",
+        **({} if out_dtype is None else {"out_dtype": out_dtype}),
+        **(extra or {}),
+    }
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=2**20)
+    _check_filters(text, alphas, weights)
+    print_ = show(alphas.provenance.get("fingerprint"), 16)
+    return (
+        f"# Made by `mergekit-slta export` from alphas {print_} ({show(alphas.granularity)}): no plugin needed.\n{text}"
+    )
+
+
+def _reachable(model: str) -> str:
+    """Local folders by their whole path: stock mergekit's model card asks the Hub about a relative one, and offline
+    that ends the merge. Everything else as it is spelled."""
+    return "+".join(os.path.realpath(part) if os.path.isdir(part) else part for part in model.split("+"))
+
+
+def _weights(alphas: Alphas) -> dict[str, tuple[float, ...]]:
+    """Tensor -> its weights, one per model."""
+    weights = {}
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            pieces = alphas.pieces(name) or ()
+            if getattr(entry, "slices", None) or len(pieces) != 1 or pieces[0].axis is not None:
+                raise AlphasError(
+                    f"under `granularity: {show(alphas.granularity)}` slices of {show(name)} have weights "
+                    f"of their own, which a filter cannot say: export alphas of {listing(SAYABLE)}"
+                )
+            weights[name] = pieces[0].alpha
+    return weights
+
+
+def filter_order(names: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Tensor names in an order in which none stands before one that contains it; as given among equal lengths."""
+    return sorted(names, key=len, reverse=True)
+
+
+def _check_filters(text: str, alphas: Alphas, weights: Mapping[str, Sequence[float]]) -> None:
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    for column, entry in enumerate(config.models or []):
+        setting = (entry.parameters or {})["weight"]
+        for name, alpha in weights.items():
+            found = evaluate_setting(name, setting, validate=float)
+            if found != alpha[column]:
+                raise AlphasError(
+                    f"mergekit's filters give {show(name)} of {show(alphas.models[column])} the weight {show(found)}, "
+                    f"not {alpha[column]}: this file cannot be exported, merge with `mergekit-slta merge`"
+                )
+
+
+def weights_dtype(folder: Path) -> str | None:
+    """The one floating dtype of a folder's safetensors weights; None where there are none, or several dtypes."""
+    found = set()
+    try:
+        for path in sorted(folder.glob("model*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError):
+        return None
+    return _DTYPES.get(found.pop()) if len(found) == 1 else None
+
+
+def check_recipe_target(path: Path, sources: Sequence[Path | None]) -> None:
+    """Refuse to write a recipe over what is no recipe, or over one that the export was made from.
+
+    Raises:
+        OutputError: `path` is a link, a folder, another kind of file, or one of `sources`.
+    """
+    remedy = "name another file with -o"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{show(path)} is no plain file: {remedy}")
+    if not path.exists():
+        return
+    if any(source is not None and source.exists() and path.samefile(source) for source in sources):
+        raise OutputError(f"{show(path)} is what the export is made from: {remedy}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_BYTES else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict) or "merge_method" not in content:
+        raise OutputError(f"{show(path)} is not a mergekit recipe, and would be overwritten: {remedy}")

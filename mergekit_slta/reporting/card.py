@@ -1,0 +1,202 @@
+"""The model card's section on a merge, as Markdown: what was merged, how, and what to look out for.
+
+Scope: text from an alphas file. Names come from strangers' recipes: they are shown as code, on one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mergekit_slta.errors import show
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_ridge
+from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
+
+TAG = "submodule_linear"
+START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
+_SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
+_MOST_FLAGS = 20
+_KINDS = {
+    "model": "whole model",
+    "layer": "decoder layers",
+    "attention": "attention blocks",
+    "attention_head": "attention heads",
+    "mlp": "MLP blocks",
+    "linear": "matrices",
+    "norm": "norms",
+}
+_MEANINGS = {
+    "unchanged": "an expert equals the base here; its weight is 0",
+    "rank_deficient": "experts say the same here; the weights of smallest norm were taken",
+    "ill_conditioned": "experts are hard to tell apart here; the weights may be far off (`ridge` helps)",
+    "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)",
+    "nonlinear": "the merged features depart from the linear prediction",
+}
+
+
+def replace_section(card: str, section: str) -> str:
+    """A card with the section in the place of an earlier one, or at its end."""
+    if _SECTION.search(card):
+        return _SECTION.sub(lambda _: section, card, count=1)
+    return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
+
+
+def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0) -> str:
+    """The section, between its two markers.
+
+    Args:
+        alphas: what the model was merged with.
+        figures: description and file name (beside the card) of each figure.
+        scale: the recipe's `lambda`, which multiplies every weight; None where it differs between tensors.
+    """
+    measured = any(entry.residual_measured is not None for entry in alphas.submodules)
+    parts = [
+        START,
+        "## Submodule-wise merge (SLTA)",
+        "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
+        f"come in closed form from a few calibration rows per task{_solves(alphas)}, without training or tuning "
+        "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
+        "(https://arxiv.org/abs/2504.10902), ICLR 2025).",
+        f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
+        f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
+        f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
+        *([_scaled(scale)] if scale != 1.0 else []),
+        "### Calibration",
+        _calibration(alphas),
+        "### Weights",
+        _weights(alphas, measured),
+        *(f"![{description}]({name})" for description, name in figures),
+        _residual_note(alphas, measured),
+        "### Flagged",
+        _flagged(alphas),
+        "### Reproduce",
+        _reproduce(alphas),
+        END,
+    ]
+    return "\n\n".join(parts)
+
+
+def _scaled(scale: float | None) -> str:
+    factor = "the recipe's `lambda`, which differs between tensors," if scale is None else f"`lambda` = {scale:g}"
+    return f"All weights below were multiplied by {factor} in the merge."
+
+
+def code(value: object) -> str:
+    """Any text as inline code that ends where it should, also within a table."""
+    text = show(value, 120).replace("`", "'").replace("|", "¦").strip()
+    return f"`{text or ' '}`"
+
+
+def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The first `names` columns to the left, numbers to the right."""
+    header, *body = rows
+    lines = [header, ["---"] * names + ["---:"] * (len(header) - names), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _calibration(alphas: Alphas) -> str:
+    used = alphas.calibration
+    tasks = used.get("tasks", [])
+    rows = [["expert", "data", "rows", "tokens", "SHA-256 of the rows"]]
+    for task in tasks:
+        data = " ".join(str(task[key]) for key in ("dataset", "dataset_config", "split") if task.get(key))
+        rows.append(
+            [
+                code(task["model"]),
+                code(data),
+                str(len(task["rows"])),
+                str(task["tokens"] or "-"),
+                code(str(task["sha256"] or "-")[:16]),
+            ]
+        )
+    settings = [
+        f"{key} {code(describe_ridge(used) if key == 'ridge' else used[key])}"
+        for key in all_shared_keys()
+        if key in used
+    ]
+    table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."
+    return f"{table}\n\n{', '.join(settings)}." if settings else table
+
+
+def _objective(alphas: Alphas) -> ObjectiveRow | None:
+    """The row of the objective that the weights minimise; None where it is not installed here."""
+    return OBJECTIVES.get(str(alphas.calibration.get("objective")))
+
+
+def _solves(alphas: Alphas) -> str:
+    row = _objective(alphas)
+    count = 1 if row is None else row.num_solves(alphas.calibration)
+    return f", in {count} solves in turn" if count > 1 else ""
+
+
+def _weights(alphas: Alphas, measured: bool) -> str:
+    header = ["submodules", "number", *(code(model) for model in alphas.models), "residual, predicted"]
+    rows = [header + ["measured"] * measured]
+    for label, members in _groups(alphas):
+        cells = [label, str(len(members))]
+        for column in range(len(alphas.models)):
+            values = [entry.alpha[column] for entry in members]
+            low, high = min(values), max(values)
+            mean_std = f" ({low:.2f} to {high:.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3f}{mean_std}")
+        cells.append(f"{sum(entry.residual for entry in members) / len(members):.3f}")
+        if measured:
+            found = [entry.residual_measured for entry in members if entry.residual_measured is not None]
+            cells.append(f"{sum(found) / len(found):.3f}" if found else "")
+        rows.append(cells)
+    return _table(rows)
+
+
+def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
+    """Submodules by kind and third of the depth, in the order of a forward pass."""
+    num_layers = 1 + max((entry.layer for entry in alphas.submodules if entry.layer is not None), default=-1)
+    groups: dict[tuple[int, str], list[SubmoduleAlphas]] = {}
+    for entry in alphas.submodules:
+        third = -1 if entry.layer is None else 3 * entry.layer // num_layers
+        groups.setdefault((third, entry.kind), []).append(entry)
+    kinds = list(dict.fromkeys(entry.kind for entry in alphas.submodules if entry.layer is not None))
+    ordered = [("embeddings", groups.get((-1, "embed"))), (_KINDS["model"], groups.get((-1, "model")))]
+    for kind in kinds:
+        for third in range(3):
+            members = groups.get((third, kind), [])
+            layers = sorted({entry.layer for entry in members if entry.layer is not None})
+            span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}" if layers else ""
+            ordered.append((f"{_KINDS.get(kind, kind)}, layers {span}", members))
+    ordered += [("final norm", groups.get((-1, "norm"))), ("head", groups.get((-1, "head")))]
+    return [(label, members) for label, members in ordered if members]
+
+
+def _residual_note(alphas: Alphas, measured: bool) -> str:
+    row = _objective(alphas)
+    text = "Weights are means over the submodules, with their range."
+    if row is not None:
+        text += f" {row.residual}"
+        if row.settings.measures_residuals and not measured:
+            text += " It is predicted from linearity; `mergekit-slta merge --verify` also measures it."
+    return text
+
+
+def _flagged(alphas: Alphas) -> str:
+    flagged = [entry for entry in alphas.submodules if entry.flags]
+    if not flagged:
+        return "Nothing."
+    lines = []
+    for flag in dict.fromkeys(flag for entry in flagged for flag in entry.flags):
+        names = [entry.name for entry in flagged if flag in entry.flags]
+        rest = f" and {len(names) - _MOST_FLAGS} more" if len(names) > _MOST_FLAGS else ""
+        meaning = f" ({_MEANINGS[flag]})" if flag in _MEANINGS else ""
+        lines.append(f"- {code(flag)}{meaning}: {', '.join(code(name) for name in names[:_MOST_FLAGS])}{rest}")
+    return "\n".join(lines)
+
+
+def _reproduce(alphas: Alphas) -> str:
+    own = (
+        "With the plugin, from the recipe (the models and data named above must be at hand):\n\n"
+        "```sh\npip install mergekit-slta\nmergekit-yaml mergekit_config.yml out/\n```"
+    )
+    if alphas.granularity == "head_mlp":
+        return own + "\n\nA stock mergekit recipe cannot express weights of single attention heads."
+    return own + (
+        "\n\nWithout it: this writes a stock mergekit recipe with all weights in it, which gives the same merge.\n\n"
+        "```sh\nmergekit-slta export slta_alphas.json -o stock.yml\nmergekit-yaml stock.yml out/\n```"
+    )

@@ -1,0 +1,93 @@
+"""Figures, drawn from saved files only. matplotlib is imported when something is drawn, and not before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.reporting.figures.heatmaps import disentanglement_figure, distances_figure
+from mergekit_slta.reporting.figures.levels import levels_figure
+from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
+from mergekit_slta.reporting.figures.style import FORMATS, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list[Path]:
+    """Draw all figures that a file allows, each as PNG and SVG.
+
+    Of alphas: `alphas` (the paper's Fig. 5) and `residuals`. Of linearity: `levels` (Fig. 1-4), `distances` (Fig. 6)
+    and, with two experts or more, `disentanglement`.
+
+    Args:
+        source: a file's content.
+        folder: where to; files are named `{prefix}_{figure}.png` and `.svg`, and those of the same names replaced.
+        prefix: see `folder`.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        AlphasError: an alphas file lists no submodules, or a linearity file contradicts itself.
+        OutputError: a figure cannot be written.
+    """
+    figures: dict[str, Callable[[], Figure | None]]
+    if isinstance(source, Alphas):
+        _check_alphas(source)
+        figures = {"alphas": lambda: alphas_figure(source), "residuals": lambda: residuals_figure(source)}
+    else:
+        _check_linearity(source)
+        figures = {
+            "levels": lambda: levels_figure(source),
+            "distances": lambda: distances_figure(source),
+            "disentanglement": lambda: disentanglement_figure(source),
+        }
+    written = []
+    for figure, make in figures.items():
+        written += save_figure(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
+    return written
+
+
+def draw_alphas(alphas: str | os.PathLike[str] | Alphas, path: str | os.PathLike[str]) -> None:
+    """The merging weight of every expert over the depth of the model (the paper's Fig. 5), as PNG or SVG.
+
+    Args:
+        alphas: the alphas, or their file.
+        path: where to draw; the suffix chooses the format.
+
+    Raises:
+        AlphasError: the file cannot be read, or lists no submodules.
+        OutputError: the figure cannot be written.
+    """
+    loaded = alphas if isinstance(alphas, Alphas) else Alphas.load(alphas)
+    _check_alphas(loaded)
+    save_figure(lambda: alphas_figure(loaded), Path(path))
+
+
+def _check_alphas(alphas: Alphas) -> None:
+    if not alphas.submodules:
+        raise AlphasError("there is nothing to draw: the alphas file lists no submodules; calibrate again")
+
+
+def _check_linearity(linearity: Linearity) -> None:
+    """Raises AlphasError where the lengths of a file's parts do not fit together."""
+    from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID
+
+    models, pairs, side, cells = len(linearity.models), len(linearity.pairs), NUM_INTERVALS + 1, len(PAIR_GRID) ** 2
+    known = all(0 <= model < models for pair in linearity.pairs for model in pair)
+    for entry in linearity.submodules:
+        grids = [*entry.disentanglement, *(entry.disagreement or ())]
+        counts = {len(entry.disentanglement), len(entry.disagreement or entry.disentanglement)}
+        matrices = entry.distances or (((None,) * side,) * side,) * models
+        square = all(len(matrix) == side and {*map(len, matrix)} == {side} for matrix in matrices)
+        whole = len(entry.non_linearity) == len(matrices) == models and square
+        if not (known and whole and counts == {pairs} and all(len(grid) == cells for grid in grids)):
+            raise AlphasError(
+                f"the linearity file contradicts itself at {show(entry.name)}: run `mergekit-slta linearity` again"
+            )

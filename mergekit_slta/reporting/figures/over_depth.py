@@ -1,0 +1,247 @@
+"""Figures over the depth of a model, from an alphas file: merging weights (the paper's Fig. 5) and residuals.
+
+Scope: a panel per kind of submodule, decoder layers from left to right, what comes before and after them at the ends.
+Where a layer has several submodules of a kind (heads, matrices) a panel shows their mean and range. Whatever makes a
+number doubtful is marked above it. A file without layers becomes a list of its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.reporting.figures.panels import PANELS, Depth, Series, at_depth, panels_of, value_range
+from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, clean_axes, escape, short_name, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 5
+"""More experts than this are drawn in panels of their own."""
+_DASHES = (0, (6, 3))
+_MARK_INCHES = 0.12
+_MARKS = {
+    "rank_deficient": ("X", "black", "rank lost: minimum-norm solution"),
+    "ill_conditioned": ("v", "white", "ill-conditioned solve"),
+    "nonlinear": ("*", "black", "measured residual parts from the predicted"),
+}
+
+
+def alphas_figure(alphas: Alphas) -> Figure:
+    """The merging weight of every expert in every submodule, with jackknife standard errors."""
+    count = len(alphas.models)
+    series = [
+        Series(
+            (f"{place + 1}  " if count > MOST_LINES else "") + model,
+            Look.of(place),
+            lambda entry, place=place: entry.alpha[place],
+            lambda entry, place=place: entry.stderr[place] if entry.stderr else 0.0,
+            lambda entry, place=place: "unchanged" in entry.flags and entry.alpha[place] == 0,
+        )
+        for place, model in enumerate(short_names(alphas.models, 30))
+    ]
+    bars = "Bars: jackknife standard errors where a point is one submodule, often smaller than its marker."
+    if all(entry.stderr is None for entry in alphas.submodules):
+        bars = "No standard errors: there was one calibration row per task."
+    return _draw(
+        alphas,
+        f"Merging weight α of {'the expert' if count == 1 else f'each of {count} experts'}",
+        f"{_about(alphas)}. 0 leaves the base as it is, 1 adds all that the expert learned.\n{bars}",
+        "merging weight α",
+        series,
+        0.5 / count,
+        reference=(1 / count, f"plain average, 1/{count}") if count > 1 else None,
+    )
+
+
+def residuals_figure(alphas: Alphas) -> Figure:
+    """How much of the experts' own changes the merge misses: predicted by linearity, and measured where it was."""
+    series = [Series("predicted by linearity", Look.of(0), lambda entry: entry.residual)]
+    measured = any(entry.residual_measured is not None for entry in alphas.submodules)
+    if measured:
+        series.append(Series("measured after merging", Look.of(1), lambda entry: entry.residual_measured))
+    verdict = "Where the two part, a submodule is not linear." if measured else "Not measured on merged submodules."
+    return _draw(
+        alphas,
+        "What the merge loses: residual, lower is better" + ("" if measured else " (predicted only)"),
+        f"{_about(alphas)}. 0: on every task's rows, merged submodules do what that task's expert does; 1: they are "
+        f"as far from it as the base is. {verdict}",
+        "residual (share of squared change)",
+        series,
+        0.25,
+        floor=0.0,
+    )
+
+
+def _about(alphas: Alphas) -> str:
+    return f"Base model {short_name(alphas.base_model)}, granularity {escape(alphas.granularity, 20)}"
+
+
+def _draw(
+    alphas: Alphas,
+    title: str,
+    notes: str,
+    unit: str,
+    series: Sequence[Series],
+    usual: float,
+    *,
+    reference: tuple[float, str] | None = None,
+    floor: float | None = None,
+) -> Figure:
+    """Draw a figure of either quantity.
+
+    Args:
+        usual: a mean_std of the numbers that is nothing unusual; see `value_range`.
+        reference: a value to compare with, and its name.
+        floor: where the axis begins, if not near the lowest value.
+    """
+    if all(entry.layer is None for entry in alphas.submodules):
+        return _list(alphas, title, notes, unit, series, reference)
+    depth = Depth.of(alphas)
+    panels = panels_of(alphas)
+    size = math.ceil(len(series) / math.ceil(len(series) / MOST_LINES))
+    chunks = [series[start : start + size] for start in range(0, len(series), size)]
+    count = len(panels) * len(chunks)
+    limits, beyond = value_range(alphas, series, usual, reference, floor)
+    handles = _handles(alphas, series, reference, beyond)
+    columns = 3 if max(len(handle.get_label()) for handle in handles) < 26 else 2
+    present = [flag for flag in _MARKS if any(flag in entry.flags for entry in alphas.submodules)]
+    high, gap = 1.75 if count < 3 else 1.3, 0.38 + _MARK_INCHES * len(present)
+    sheet = Sheet.new(title, notes, (high + gap) * count + 0.55 + 0.19 * math.ceil(len(handles) / columns))
+    for number in range(count):
+        key, chunk = list(panels)[number // len(chunks)], chunks[number % len(chunks)]
+        axis = sheet.panel(0.75, gap + (high + gap) * number, WIDTH - 0.87, high)
+        several = _draw_panel(axis, panels[key], chunk, depth, limits)
+        _draw_marks(axis, panels[key], depth, present, _MARK_INCHES / high)
+        heading = PANELS.get(key, escape(key, 40)) + (": mean and range within a layer" if several else "")
+        if len(chunks) > 1:
+            first = series.index(chunk[0]) + 1
+            heading += f" · experts {first}–{first + len(chunk) - 1}"
+        axis.set_title(heading, pad=5 + 72 * _MARK_INCHES * len(present))
+        axis.set_ylim(*limits)
+        if reference is not None:
+            axis.axhline(reference[0], color=GREY, linewidth=1, linestyle=_DASHES, zorder=1)
+        depth.dress(axis, labels=number == count - 1)
+        clean_axes(axis)
+    axis.set_xlabel("decoder layer")
+    sheet.label(unit, (high + gap) * count)
+    sheet.figure.legend(handles=handles, loc="lower center", ncols=columns, handlelength=3.2, borderaxespad=0.1)
+    return sheet.figure
+
+
+def _draw_panel(
+    axis: Axes, entries: Sequence[SubmoduleAlphas], series: Sequence[Series], depth: Depth, limits: tuple[float, float]
+) -> bool:
+    """Draw a panel's lines; returns whether a place of it holds several submodules."""
+    inside = at_depth(depth, [entry for entry in entries if entry.layer is not None])
+    outside = at_depth(depth, [entry for entry in entries if entry.layer is None])
+    several = any(len(members) > 1 for members in inside.values())
+    size = 4.5 if depth.layers <= 40 else 3.0
+    for number, one in enumerate(series):
+        shift = (number - (len(series) - 1) / 2) * 0.11
+        _draw_line(axis, inside, one, 0 if several else shift, limits, size, one.look.line)
+        _draw_line(axis, outside, one, shift, limits, size, "none")
+    return several
+
+
+def _draw_line(
+    axis: Axes,
+    places: dict[float, list[SubmoduleAlphas]],
+    series: Series,
+    shift: float,
+    limits: tuple[float, float],
+    size: float,
+    line: Any,
+) -> None:
+    x, middle, error, low, high = [], [], [], [], []
+    for place, members in places.items():
+        values = [value for member in members if (value := series.measured(member)) is not None] or [math.nan]
+        x.append(place + shift)
+        middle.append(statistics.fmean(values))
+        error.append(series.error(members[0]) if len(members) == 1 else 0.0)
+        low.append(min(values))
+        high.append(max(values))
+    style = {**series.look.style(size), "linewidth": 1.2}
+    axis.errorbar(x, middle, yerr=error, label=series.label, capsize=2, elinewidth=1, zorder=3, linestyle=line, **style)
+    if any(len(members) > 1 for members in places.values()):
+        axis.fill_between(x, low, high, color=series.look.color, alpha=0.18, linewidth=0, zorder=2)
+    rings = [place + 2 * shift for place, members in places.items() if any(series.zero(member) for member in members)]
+    axis.plot(rings, [0] * len(rings), "o", markersize=size + 3, fillstyle="none", color=series.look.color, zorder=4)
+    for edge, marker, sign in zip(limits, "v^", (-1, 1), strict=True):
+        out = [place for place, value in zip(x, middle, strict=True) if sign * (value - edge) > 0]
+        axis.plot(out, [edge] * len(out), marker, markersize=6, color=series.look.color, clip_on=False, zorder=5)
+
+
+def _draw_marks(
+    axis: Axes, entries: Sequence[SubmoduleAlphas], depth: Depth, present: Sequence[str], step: float
+) -> None:
+    """Above the panel, a row for each flag; a faint line leads down to the number in doubt."""
+    for row, flag in enumerate(present):
+        flagged = list(at_depth(depth, [entry for entry in entries if flag in entry.flags]))
+        for place in flagged:
+            axis.axvline(place, color="#bbbbbb", linewidth=0.8, zorder=1)
+        style = {"transform": axis.get_xaxis_transform(), "clip_on": False, "zorder": 5, **_mark(flag)}
+        axis.plot(flagged, [1 + (row + 0.5) * step] * len(flagged), **style)
+
+
+def _mark(flag: str) -> dict[str, Any]:
+    marker, face, label = _MARKS[flag]
+    size = 7 if marker == "*" else 5
+    style = {"marker": marker, "markersize": size, "markerfacecolor": face, "linestyle": "none"}
+    return {"color": "black", "label": label, **style}
+
+
+def _handles(alphas: Alphas, series: Sequence[Series], reference: tuple[float, str] | None, beyond: bool) -> list[Any]:
+    """What the legend explains: only what occurs."""
+    from matplotlib.lines import Line2D
+
+    marks: list[dict[str, Any]] = [
+        {"label": one.label, "linestyle": one.look.line, "linewidth": 1.2, **one.look.style(5)} for one in series
+    ]
+    if reference is not None:
+        marks.append({"label": reference[1], "color": GREY, "linewidth": 1, "linestyle": _DASHES})
+    if any(one.zero(entry) for one in series for entry in alphas.submodules):
+        ring = {"marker": "o", "markersize": 7.5, "fillstyle": "none", "linestyle": "none"}
+        marks.append({"label": "at 0: expert equals the base here", "color": GREY, **ring})
+    marks += [_mark(flag) for flag in _MARKS if any(flag in entry.flags for entry in alphas.submodules)]
+    if beyond:
+        marks.append({"label": "at the edge: beyond the axis", "marker": "^", "color": GREY, "linestyle": "none"})
+    return [Line2D([], [], **mark) for mark in marks]
+
+
+def _list(
+    alphas: Alphas,
+    title: str,
+    notes: str,
+    unit: str,
+    series: Sequence[Series],
+    reference: tuple[float, str] | None,
+) -> Figure:
+    """A row per series (and submodule), its number written beside it."""
+    rows = [(entry, one) for entry in alphas.submodules for one in series]
+    if flags := sorted({flag for entry in alphas.submodules for flag in entry.flags}):
+        notes += f" Flagged: {escape(', '.join(flags).replace('_', ' '))}."
+    prefix = len(alphas.submodules) > 1
+    labels = [(f"{short_name(entry.name, 20)}: " if prefix else "") + one.label for entry, one in rows]
+    left = 0.2 + 0.075 * max(len(label) for label in labels)
+    sheet = Sheet.new(title, notes, 0.82 + 0.26 * len(rows))
+    axis = sheet.panel(left, 0.3, WIDTH - left - 1.1, 0.26 * len(rows))
+    axis.axvline(0, color=GREY, linewidth=1)
+    for height, (entry, one) in enumerate(rows):
+        if (value := one.value(entry)) is not None:
+            error = one.error(entry)
+            axis.errorbar(value, height, xerr=error, capsize=2.5, linestyle="none", **one.look.style(6))
+            text = f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
+            axis.text(1.02, height, text, transform=axis.get_yaxis_transform(), va="center")
+    axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    if reference is not None:
+        axis.axvline(reference[0], color=GREY, linewidth=1, linestyle=_DASHES)
+        axis.text(reference[0], 1.02, reference[1], transform=axis.get_xaxis_transform(), ha="center", va="bottom")
+    axis.set_xlabel(unit)
+    clean_axes(axis, "x")
+    return sheet.figure

@@ -1,0 +1,151 @@
+"""Which submodule of an alphas file is drawn in which panel, and what the panels' axes span. Nothing is drawn here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.reporting.figures.style import Look, short_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PANELS = {
+    "layer": "Decoder layers",
+    "attention_head": "Attention heads, by key/value group",
+    "attention": "Attention blocks",
+    "attention_rest": "Rest of attention, what no head owns (norms, biases)",
+    "attention_matrix": "Attention matrices",
+    "mlp_matrix": "MLP matrices",
+    "mlp": "MLP blocks",
+    "norm": "Norms",
+}
+"""In the order of drawing."""
+_ATTENTION = {"attn", "self_attn", "attention", "self_attention"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel.
+
+    Attributes:
+        label: for the legend.
+        look: how it is drawn.
+        value: of a submodule; None where there is none.
+        error: half the height of its error bar.
+        zero: whether the value is 0 by rule, not by measurement.
+    """
+
+    label: str
+    look: Look
+    value: Callable[[SubmoduleAlphas], float | None]
+    error: Callable[[SubmoduleAlphas], float] = lambda entry: 0.0
+    zero: Callable[[SubmoduleAlphas], bool] = lambda entry: False
+
+    def measured(self, entry: SubmoduleAlphas) -> float | None:
+        """The value, unless it is 0 by rule."""
+        return None if self.zero(entry) else self.value(entry)
+
+
+def panels_of(alphas: Alphas) -> dict[str, list[SubmoduleAlphas]]:
+    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are at the ends of every panel."""
+    found: dict[str, list[SubmoduleAlphas]] = {}
+    for entry in alphas.submodules:
+        if not _is_end(entry):
+            found.setdefault(_panel(entry, alphas.granularity), []).append(entry)
+    order = [*PANELS, *(key for key in found if key not in PANELS)]
+    ends = [entry for entry in alphas.submodules if _is_end(entry)]
+    return {key: [*found[key], *ends] for key in order if key in found}
+
+
+def _is_end(entry: SubmoduleAlphas) -> bool:
+    return entry.layer is None and entry.kind in ("embed", "head")
+
+
+def _panel(entry: SubmoduleAlphas, granularity: str) -> str:
+    if granularity == "head_mlp" and entry.kind == "attention":
+        return "attention_rest"
+    if granularity != "linear" or entry.kind not in ("linear", "mlp"):
+        return entry.kind
+    return "attention_matrix" if _ATTENTION & set(entry.name.split(".")) else "mlp_matrix"
+
+
+def at_depth(depth: Depth, entries: Iterable[SubmoduleAlphas]) -> dict[float, list[SubmoduleAlphas]]:
+    """place on the depth axis -> the submodules there, from left to right."""
+    found: dict[float, list[SubmoduleAlphas]] = {}
+    for entry in entries:
+        found.setdefault(depth.place(entry), []).append(entry)
+    return dict(sorted(found.items()))
+
+
+def value_range(
+    alphas: Alphas,
+    series: Sequence[Series],
+    usual: float,
+    reference: tuple[float, str] | None,
+    floor: float | None,
+) -> tuple[tuple[float, float], bool]:
+    """The range to show, and whether numbers lie beyond it.
+
+    A few that are far off (ill-conditioned solves) must not flatten all others: with 20 numbers or more, the axis ends
+    two spans beyond the middle 90 per cent of them, a span being that of the middle or, if larger, `usual`.
+    """
+    found = [(value, one.error(entry)) for entry in alphas.submodules for one in series
+             if (value := one.measured(entry)) is not None] or [(0.0, 0.0)]  # fmt: skip
+    low, high = min(value - error for value, error in found), max(value + error for value, error in found)
+    if len(found) >= 20:
+        first, *_, last = statistics.quantiles([value for value, _ in found], n=20)
+        reach = 2 * max(last - first, usual)
+        low, high = max(low, first - reach), min(high, last + reach)
+    if any(one.zero(entry) for entry in alphas.submodules for one in series):
+        low, high = min(low, 0.0), max(high, 0.0)
+    if reference is not None:
+        low, high = min(low, reference[0]), max(high, reference[0])
+    low = low if floor is None else min(low, floor)
+    margin = 0.06 * (high - low) or 0.05
+    limits = low - (margin if low != floor else 0), high + margin
+    return limits, any(not limits[0] <= value <= limits[1] for value, _ in found)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The depth axis: decoder layers at their numbers, and what is outside of them.
+
+    Attributes:
+        layers: how many there are.
+        ends: name -> place, of submodules outside of the layers.
+    """
+
+    layers: int
+    ends: dict[str, float]
+
+    @classmethod
+    def of(cls, alphas: Alphas) -> Depth:
+        """In the order of the file: before the first layer, and after it."""
+        numbers = [entry.layer for entry in alphas.submodules]
+        layers = max(number for number in numbers if number is not None) + 1
+        first = next(place for place, number in enumerate(numbers) if number is not None)
+        before = [entry.name for entry in alphas.submodules[:first]]
+        after = [entry.name for entry in alphas.submodules[first:] if entry.layer is None]
+        step = max(0.8, layers * 0.085)
+        ends = {one: step * (number - len(before)) for number, one in enumerate(before)}
+        return cls(layers, ends | {one: layers - 1 + step * (number + 1) for number, one in enumerate(after)})
+
+    def place(self, entry: SubmoduleAlphas) -> float:
+        return self.ends[entry.name] if entry.layer is None else float(entry.layer)
+
+    def dress(self, axis: Axes, *, labels: bool) -> None:
+        """Ticks at layers and ends, and a shade behind the ends, which are of no panel's kind."""
+        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, self.layers) if self.layers / step <= 10)
+        ticks = {float(layer): str(layer) for layer in range(0, self.layers, step)}
+        ticks |= {place: short_name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}
+        axis.set_xticks(list(ticks), list(ticks.values()) if labels else [""] * len(ticks))
+        last, margin = self.layers - 1, max(0.4, self.layers * 0.04)
+        low, high = min([0, *ticks]) - margin, max([last, *ticks]) + margin
+        axis.set_xlim(low, high)
+        for start, stop in ((low, -margin), (last + margin, high)):
+            if start < stop:
+                axis.axvspan(start, stop, color="#f3f3f3", zorder=0)

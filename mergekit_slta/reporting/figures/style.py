@@ -1,0 +1,170 @@
+"""What all figures share: their look, how names enter them, and how they reach the disk.
+
+Scope: knows no file of ours. A figure is 7 inches wide, 700 pixels on a model card, so a point of type is 1.4 pixels
+there. White paper under everything: the same picture is read in print and on a dark page. Hues are Okabe and Ito's,
+always paired with a marker and a line style; maps are cividis, whose lightness rises evenly: both survive colour
+blindness and a black-and-white printer.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_slta.errors import OutputError, show
+from mergekit_slta.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 7.0
+"""Inches."""
+FORMATS = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+}
+"""format -> the metadata that would make the same figure differ from run to run."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MAP = "cividis"
+FAINT, GREY = "#e4e4e4", "#666666"
+_SETTINGS = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GREY,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "mergekit-slta",
+    "savefig.dpi": 200,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+class Look(NamedTuple):
+    """How one series is told from the others."""
+
+    color: str
+    marker: str
+    line: Any
+    hollow: bool
+
+    @classmethod
+    def of(cls, place: int) -> Look:
+        """Of the series at `place`; all ten experts of a large merge differ."""
+        marker, line = MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
+        return cls(COLORS[place % len(COLORS)], marker, line, place >= len(COLORS))
+
+    def style(self, size: float = 4.5) -> dict[str, Any]:
+        """Keyword arguments for matplotlib's lines, without a line style."""
+        face = "white" if self.hollow else self.color
+        return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": face}
+
+
+def short_name(model: object, longest: int = 32) -> str:
+    """A model's or submodule's name as a text of matplotlib's: the last part of its path, shortened in its middle."""
+    return short_names([str(model)], longest)[0]
+
+
+def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
+    """As `short_name`, with as many parts of the paths as it takes to tell the models apart
+    (`run1/final`, `run2/final`)."""
+    paths = [[part for part in re.split(r"[/\\]", show(model, 4096)) if part] or [show(model)] for model in models]
+    for depth in range(1, max(map(len, paths)) + 1):
+        ends = ["/".join(path[-depth:]) for path in paths]
+        if len(set(ends)) == len(ends):
+            break
+    keep = longest // 2
+    return [escape(end if len(end) <= longest else f"{end[: longest - keep - 1]}…{end[-keep:]}") for end in ends]
+
+
+def escape(text: object, longest: int = 200) -> str:
+    """A stranger's text for matplotlib, which sets what is between dollars as a formula and drops `_x` from legends."""
+    shown = show(text, longest).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Draw with this file's settings and matplotlib's own fonts, whatever the user's `matplotlibrc` says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+class Sheet(NamedTuple):
+    """A figure laid out in inches: type has a size in inches too, so what fits once fits with any number of panels.
+
+    Attributes:
+        figure: with its heading.
+        height: of the space below the heading.
+    """
+
+    figure: Figure
+    height: float
+
+    @classmethod
+    def new(cls, title: str, notes: str, height: float) -> Sheet:
+        """A title, notes on how to read the figure, and empty space below."""
+        from matplotlib.figure import Figure
+
+        lines = [line for note in notes.split("\n") for line in textwrap.wrap(note, 104)]
+        total = height + 0.38 + 0.17 * len(lines)
+        figure = Figure(figsize=(WIDTH, total))
+        figure.text(0.012, 1 - 0.08 / total, title, va="top", fontsize=11.5, fontweight="bold")
+        figure.text(0.012, 1 - 0.32 / total, "\n".join(lines), va="top", color="#333333", linespacing=1.3)
+        return cls(figure, height)
+
+    def panel(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes at a place below the heading."""
+        total = self.figure.get_figheight()
+        return self.figure.add_axes((left / WIDTH, (self.height - top - height) / total, width / WIDTH, height / total))
+
+    def label(self, text: str, height: float) -> None:
+        """The common vertical axis of the panels in the uppermost `height` inches."""
+        place = (self.height - height / 2) / self.figure.get_figheight()
+        self.figure.text(0.012, place, text, rotation="vertical", va="center")
+
+
+def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
+    """Make a figure and write it to every path, in the format of its suffix; the same figure gives the same bytes.
+
+    Returns:
+        The paths; none where there is no figure.
+
+    Raises:
+        OutputError: it cannot be written, or not in that format.
+    """
+    formats = [path.suffix.lstrip(".").lower() or "png" for path in paths]
+    for path, form in zip(paths, formats, strict=True):
+        if form not in FORMATS:
+            raise OutputError(f"cannot draw {show(path)}: figures are .png or .svg")
+    with figure_style():
+        figure = make()
+        if figure is None:
+            return []
+        for path, form in zip(paths, formats, strict=True):
+            write_atomically(path, partial(figure.savefig, format=form, metadata=FORMATS[form]))
+    return list(paths)
+
+
+def clean_axes(axis: Axes, grid: str = "y") -> None:
+    """Take away what carries no number."""
+    axis.grid(axis=grid, color=FAINT, linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)

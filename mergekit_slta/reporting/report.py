@@ -1,0 +1,126 @@
+"""Figures and the model card's section, from saved files only.
+
+Scope: which files there are, and where their figures and the section go.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import yaml
+from huggingface_hub.repocard import metadata_load, metadata_save
+
+from mergekit_slta.calibration.resolve import solve_again
+from mergekit_slta.errors import AlphasError, OutputError, show
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.atomic import write_atomically
+from mergekit_slta.files.linearity_file import LINEARITY_NAME, Linearity, is_linearity_file
+from mergekit_slta.files.output_folder import ALPHAS_NAME
+from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
+from mergekit_slta.recipe.read import load_config
+from mergekit_slta.recipe.stock_recipe import MERGED_RECIPE
+from mergekit_slta.reporting.card import TAG, replace_section, section
+from mergekit_slta.reporting.figures.draw import draw
+
+LOG = logging.getLogger(__name__)
+CARD_NAME = "README.md"
+_DESCRIPTIONS = {
+    "slta_alphas.png": "Merging weights of every expert over the depth of the model",
+    "slta_residuals.png": "Share of the experts' change that is lost, predicted and measured, over depth",
+    "slta_levels.png": "Linearity of the whole model and of its submodules",
+}
+"""Figures of the card, by file name."""
+
+
+def report(target: Path, folder: Path | None = None) -> list[Path]:
+    """Draw what a file or a merged model's folder allows; a folder's model card gets its section.
+
+    Args:
+        target: an alphas, statistics or linearity file, or a folder that holds a merge.
+        folder: where the figures go; beside the files by default. A card is only written beside its model.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        AlphasError: there is nothing to draw from, or a file is damaged.
+        OutputError: a figure or the card cannot be written, or the card's front matter is no YAML.
+    """
+    if target.is_dir():
+        written = _draw_folder(target, folder or target)
+        if (target / ALPHAS_NAME).is_file() and folder is None:
+            written.append(_write_section(target))
+        return written
+    if is_linearity_file(target):
+        return draw(Linearity.load(target), folder or target.parent)
+    if is_statistics_file(target):
+        return draw(solve_again(Statistics.load(target)), folder or target.parent)
+    return draw(Alphas.load(target), folder or target.parent)
+
+
+def add_section(out: Path) -> None:
+    """Figures and the card's section behind a merge. What goes wrong here is said, and does not cost the merge."""
+    try:
+        _draw_folder(out, out)
+        _write_section(out)
+    except Exception as error:
+        LOG.warning(
+            "the model card lacks its section on the merge (%s): `mergekit-slta report OUT` adds it", show(error)
+        )
+
+
+def _draw_folder(source: Path, folder: Path) -> list[Path]:
+    written: list[Path] = []
+    if (source / ALPHAS_NAME).is_file():
+        written += draw(Alphas.load(source / ALPHAS_NAME), folder)
+    if (source / LINEARITY_NAME).is_file():
+        written += draw(Linearity.load(source / LINEARITY_NAME), folder)
+    if not written:
+        raise AlphasError(
+            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder"
+        )
+    return written
+
+
+def _write_section(out: Path) -> Path:
+    """Put the section into the card and the tag into its front matter; a second time changes nothing."""
+    path = out / CARD_NAME
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{show(path)} is no plain file: put the model card in its place")
+    alphas = Alphas.load(out / ALPHAS_NAME)
+    figures = [(text, name) for name, text in _DESCRIPTIONS.items() if (out / name).is_file()]
+    card = path.read_bytes().decode("utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
+    try:
+        metadata = dict((metadata_load(path) if path.exists() else None) or _fresh_metadata())
+    except (ValueError, yaml.YAMLError) as error:
+        raise OutputError(
+            f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again"
+        ) from error
+    tags = metadata.get("tags") or []
+    tags = list(tags) if isinstance(tags, list) else [tags]
+    text = replace_section(card, section(alphas, figures, _scale(out)))
+    if path.exists() and text == card and TAG in tags:
+        return path
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode("utf-8"))
+        if TAG not in tags:  # else what others wrote into the front matter stays as they wrote it
+            metadata_save(temporary, {**metadata, "tags": [*tags, TAG]})
+
+    write_atomically(path, write)
+    return path
+
+
+def _scale(out: Path) -> float | None:
+    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none, None where it differs
+    between tensors."""
+    recipe = out / MERGED_RECIPE
+    if not recipe.is_file():
+        return 1.0
+    found = (load_config(recipe)[0].parameters or {}).get("lambda", 1.0)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def _fresh_metadata() -> dict[str, object]:
+    return {"library_name": "transformers", "tags": ["mergekit", "merge"]}

@@ -1,0 +1,136 @@
+"""Plain text for the terminal: what a job will do, and what a calibration found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import psutil
+
+from mergekit_slta.errors import show
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+
+if TYPE_CHECKING:
+    from mergekit_slta.files.linearity_file import Linearity, MeanStd
+    from mergekit_slta.job.job import Job
+    from mergekit_slta.objectives.costs import Costs
+
+
+def describe_job(job: Job, costs: Costs) -> str:
+    """The resolved plan and its price, for `check`."""
+    recipe, settings = job.recipe, job.recipe.settings
+    lines = [
+        f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
+        f"{job.skeleton.num_layers} layers)",
+    ]
+    for task, drawn in zip(recipe.tasks, job.rows, strict=True):
+        data = "no rows named" if drawn is None else (
+            f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
+        )  # fmt: skip
+        lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
+    shown = {**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()}
+    covered = sum(len(submodule.tensors) for submodule in job.submodules)
+    lines += [
+        f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
+        f"settings    {', '.join(f'{key} {value}' for key, value in shown.items() if value is not None)}",
+    ]
+    if job.plan.is_tied:
+        lines.append("tied        the output projection is the embedding table: its alpha serves both ends")
+    for name, reason in job.merged_copies.items():
+        size = _bytes(costs.written_bytes)
+        lines.append(f"copy        {show(name)} is merged into a full copy first ({show(reason)}): about {size} more")
+    lines += [
+        f"device      {job.device}",
+        f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
+        f"computes    {costs.flops / 1e12:.3g} TFLOP",
+        f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
+        f"allocation is {_bytes(costs.largest_bytes)}",
+        *(f"            {_bytes(size):>8} {part}" for part, size in costs.memory.items()),
+        f"            and half as much again, which the allocator keeps; {_bytes(_libraries())} the libraries",
+        f"writes      {_bytes(costs.written_bytes)}",
+    ]
+    if costs.scratch_bytes:
+        lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features on disk until the calibration is done")
+    return "\n".join(lines)
+
+
+def _libraries() -> int:
+    """Anonymous bytes of this process, which has loaded what a calibration loads and no weights."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, where the system tells them apart
+
+
+_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
+
+
+_MOST_NAMES = 12
+"""Submodules that are named for a flag; the others are counted."""
+
+
+def describe_alphas(alphas: Alphas) -> str:
+    """Mean alphas per kind of submodule and expert, and everything flagged."""
+    kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
+    header = ["submodules", "n", *alphas.models, "residual"]
+    rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
+    lines = table([header, *rows])
+    flagged: dict[str, list[str]] = {}
+    for submodule in alphas.submodules:
+        if submodule.flags:
+            note = f" ({', '.join(show(name) for name in submodule.unchanged)})" if submodule.unchanged else ""
+            flagged.setdefault(f"{', '.join(submodule.flags)}{note}", []).append(submodule.name)
+    for what, names in flagged.items():
+        lines += "".join(f"\n{name}: {what}" for name in names[:_MOST_NAMES])
+        if len(names) > _MOST_NAMES:
+            lines += f"\nand {len(names) - _MOST_NAMES} more: {what}"
+    return lines
+
+
+def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
+    count = len(members)
+    means = [sum(column) / count for column in zip(*(member.alpha for member in members), strict=True)]
+    residual = sum(member.residual for member in members) / count
+    return [kind, str(count), *(f"{mean:.3f}" for mean in means), f"{residual:.3f}"]
+
+
+def describe_linearity(linearity: Linearity) -> str:
+    """The levels side by side, as in the paper's Fig. 1 to 4. 0 is linear in every column."""
+    header = ["level", "n", "non-linearity score", "projection distance", "1 - cosine", "(of the experts)",
+              "disentanglement error"]  # fmt: skip
+    rows = []
+    for kind, level in linearity.levels.items():
+        cosine = level.cosine.pairs
+        rows.append(
+            [
+                kind.replace("_", " "),
+                str(level.count),
+                _spread(level.non_linearity),
+                _spread(level.projection_distance.pairs),
+                _spread(cosine and cosine.model_copy(update={"mean": 1 - cosine.mean})),
+                "-" if level.cosine_base is None else f"{1 - level.cosine_base.mean:.3g}",
+                _spread(level.disentanglement),
+            ]
+        )
+    return table([header, *rows])
+
+
+def _spread(mean_std: MeanStd | None) -> str:
+    return "-" if mean_std is None else f"{mean_std.mean:.3g} ± {mean_std.std:.2g}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    cells = [[show(cell, 48) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
+                  for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    )  # fmt: skip
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")

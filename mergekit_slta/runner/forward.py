@@ -1,0 +1,54 @@
+"""The forward pass, layer by layer: feeds the calibration rows through the base and yields every submodule's outputs.
+
+Scope: at any time one forward group of every model (at most a decoder layer) is in memory, and the features of all
+rows. Knows no Gram matrix and no solve; the caller chooses the weights with which a submodule is evaluated.
+
+Features are packed, [tokens, d] per batch. Token-wise submodules (MLP blocks, the head) run over all tokens at once
+without padding; attention pads rows on the right, where no token looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.runner import embed_head, layers
+from mergekit_slta.runner.state import Evaluation, ForwardState
+
+
+def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Evaluate every submodule on every batch, in the order of a forward pass.
+
+    An evaluation keeps its forward group's weights alive: drop it before asking for the next.
+
+    Args:
+        state: a new one, with no features yet.
+        submodules: all submodules, in the order of a forward pass.
+
+    Raises:
+        ModelError: a weight holds NaN or Inf, or the blocks do not add up to the layer.
+        RunError: a feature holds NaN or Inf; the message names the submodule.
+    """
+    groups = [list(group) for _, group in groupby(submodules, key=lambda submodule: submodule.forward_group)]
+    for group, following in zip(groups, [*groups[1:], []], strict=True):
+        if following and following[0].layer is not None:  # the head is read in parts
+            names = [name for submodule in following for name in submodule.tensors]
+            base_only = following[0].forward_group in state.skip and not state.merged_inputs
+            state.checkpoints.prefetch(names, [0] if base_only else None)
+        kinds = {submodule.kind for submodule in group}
+        if "model" in kinds:
+            yield from embed_head.evaluate_model(state, group[0])
+        elif "embed" in kinds:
+            yield from embed_head.evaluate_embeddings(state, group[0])
+        elif "head" in kinds:
+            yield from embed_head.evaluate_head(state, group[0])
+        elif "attention" in kinds:
+            yield from layers.evaluate_attention(state, group)
+        elif kinds <= {"layer", "mlp"}:
+            yield from layers.evaluate_block(state, group[0])
+        elif group[0].name == group[0].forward_group:  # a norm alone: it feeds both blocks, or the head
+            yield from layers.evaluate_norm(state, group[0])
+        else:
+            yield from layers.evaluate_matrices(state, group)
+        state.checkpoints.flush()

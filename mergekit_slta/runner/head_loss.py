@@ -1,0 +1,201 @@
+"""The losses of every row in the head: their values, and their gradients back to the last layer's output.
+
+Scope: final norm and output projection, for a backward pass or for divergences alone. A loss is the next-token
+cross-entropy, summed over the row's completion. Its labels are drawn from the model's own distribution, S times: the
+gradients' second moment is then the true Fisher information. With S = 0 they are the row's own tokens. With teachers,
+one more loss comes first: the divergence KL(expert of the row's task || model), summed over the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.data.rows import Row
+from mergekit_slta.models.hooks import record_calls
+from mergekit_slta.models.skeleton import finite
+from mergekit_slta.runner.directional import DirectionalDerivatives, block_rows, task_vectors
+from mergekit_slta.runner.row_weights import RowWeights
+from mergekit_slta.runtime.activations import ActivationStore
+
+LOGIT_GRADIENTS = 2**24
+"""Gradients with respect to logits that are held at a time, over rows, losses, positions and vocabulary."""
+
+
+class HeadLoss:
+    """The losses of all rows.
+
+    Args:
+        weights: the weights that each row runs through.
+        store: holds the last layer's outputs; takes the gradients with respect to them.
+        label_samples: S, labels drawn per position; 0 takes the row's own tokens.
+        seed: of the draws.
+        teachers: per row, the last layer's outputs [completion, d] in the expert of its task.
+
+    Attributes:
+        num_losses: losses per row: max(1, S), and one more with teachers.
+        divergences: [rows] float64, KL(expert || model) of every row in nats, summed over its completion; zeros without
+            teachers.
+    """
+
+    def __init__(
+        self,
+        weights: RowWeights,
+        store: ActivationStore,
+        *,
+        label_samples: int,
+        seed: int,
+        teachers: Sequence[Tensor] | None,
+    ) -> None:
+        self._weights, self._store, self._teachers = weights, store, teachers
+        self._skeleton, self._checkpoints = weights.skeleton, weights.checkpoints
+        self._label_samples, self._seed = label_samples, seed
+        self.num_losses = max(1, label_samples) + (teachers is not None)
+        self.divergences = torch.zeros(len(weights.rows), dtype=torch.float64)
+
+    def run(self, derivatives: DirectionalDerivatives | None) -> None:
+        """Compute all rows' losses and gradients.
+
+        Args:
+            derivatives: takes those of every tensor after the layers; None computes the divergences alone.
+
+        Raises:
+            ModelError: a weight holds NaN or Inf.
+            RunError: a gradient holds NaN or Inf.
+        """
+        skeleton, checkpoints = self._skeleton, self._checkpoints
+        names = self._weights.outer_tensors()[1]
+        tied = checkpoints.plan.is_tied or skeleton.head_weight not in checkpoints.plan.tensors
+        source = skeleton.embedding_weight if tied else skeleton.head_weight
+        raw = checkpoints.raw(source)
+        vocabulary = min(tensor.shape[0] for tensor in raw)
+        loaded = checkpoints.load(names)
+        vectors = {}
+        if derivatives is not None:
+            vectors = {name: task_vectors([weights[name] for weights in loaded]) for name in names}
+        shared = self._weights.shared(loaded)
+        if shared is not None:
+            shared[skeleton.head_weight] = self._weights.shared_projection(raw, source)
+        max_positions = max(1, LOGIT_GRADIENTS // vocabulary)
+        for task, rows in self._weights.by_task.items():
+            projection = checkpoints.place(raw[task + 1][:vocabulary], source, task + 1)
+            expert = {**loaded[task + 1], skeleton.head_weight: projection}
+            waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [losses, n, V])
+            for row in rows:
+                for inputs, gradients in self._row_loss(
+                    row, shared or expert, expert, vectors, max_positions, derivatives
+                ):
+                    waiting.append((row, inputs, gradients))
+                    if sum(kept.numel() for *_, kept in waiting) >= LOGIT_GRADIENTS:
+                        self._add_projection(waiting, raw, source, vocabulary, derivatives)
+                        waiting = []
+            self._add_projection(waiting, raw, source, vocabulary, derivatives)
+
+    def _row_loss(
+        self,
+        row: int,
+        weights: Weights,
+        expert: Weights,
+        vectors: Mapping[str, Tensor],
+        max_positions: int,
+        derivatives: DirectionalDerivatives | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute a row's losses, some positions at a time; yields the output projection's inputs [n, d] there, and the
+        gradients with respect to its outputs [losses, n, V].
+
+        Stores the gradients with respect to the last layer's output, and adds the derivatives of all tensors but the
+        projection. Without `derivatives`, yields nothing.
+        """
+        skeleton, num_tokens = self._skeleton, len(self._weights.rows[row].ids)
+        features = self._store.features(skeleton.num_layers, row).to(skeleton.device)
+        grad_in = features.new_zeros((self.num_losses, *features.shape)) if derivatives is not None else None
+        for start in range(self._weights.rows[row].completion - 1, num_tokens - 1, max_positions):
+            positions = slice(start, min(start + max_positions, num_tokens - 1))
+            hidden = features[positions].detach().requires_grad_()
+            own = {name: weights[name].detach().requires_grad_() for name in vectors}
+            with torch.enable_grad(), record_calls({"head": skeleton.model.get_output_embeddings()}) as calls:
+                logits = skeleton.head(hidden[None], {**weights, **own})[0]
+            log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
+            logit_gradients = self._logit_gradients(row, positions, log_probs, expert)
+            if derivatives is None or grad_in is None:
+                next(logit_gradients)
+                continue
+            call, collected = calls["head"][0], []
+            for loss, grad_out in enumerate(logit_gradients):
+                gradients = torch.autograd.grad(
+                    logits, [hidden, *own.values()], grad_out.to(logits.dtype),
+                    retain_graph=loss < self.num_losses - 1, allow_unused=True,
+                )  # fmt: skip
+                grad_in[loss, positions] = finite(gradients[0], "head")
+                derivatives.add_each(own, row, loss, gradients[1:], vectors)
+                collected.append(call.gradient.flatten(0, -2))
+            yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
+        if grad_in is not None:
+            self._store.put_gradients(row, grad_in)
+
+    def _logit_gradients(self, row: int, positions: slice, log_probs: Tensor, expert: Weights) -> Iterator[Tensor]:
+        """Gradients [n, V] of every loss with respect to the logits at `positions`, whose log-probabilities are [n, V].
+
+        Adds the positions' divergence before it yields the first.
+        """
+        own, probs = self._weights.rows[row], log_probs.exp()
+        first = positions.start - own.completion + 1  # position within the completion
+        if self._teachers is not None:
+            taught = self._teachers[row][first : first + len(log_probs)].to(log_probs.device)
+            teacher_log_probs = torch.log_softmax(self._skeleton.head(taught[None], expert)[0].float(), dim=-1)
+            self.divergences[row] += float(
+                (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dtype=torch.float64)
+            )
+            yield probs - teacher_log_probs.exp()
+        uniforms = label_uniforms(own, self._label_samples, self._seed)
+        for sample in range(max(1, self._label_samples)):
+            if uniforms is None:
+                labels = torch.as_tensor(list(own.ids[positions.start + 1 : positions.stop + 1]), device=probs.device)
+            else:
+                labels = sample_labels(probs, uniforms[sample, first : first + len(probs)])
+            gradient = probs.clone()
+            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+            yield gradient
+
+    def _add_projection(
+        self,
+        waiting: Sequence[tuple[int, Tensor, Tensor]],
+        raw: Sequence[Tensor],
+        source: str,
+        vocabulary: int,
+        derivatives: DirectionalDerivatives | None,
+    ) -> None:
+        """Add the output projection's derivatives, in parts of the vocabulary."""
+        if derivatives is None or not waiting:
+            return
+        block = block_rows(raw[0])
+        for start in range(0, vocabulary, block):
+            part = slice(start, min(start + block, vocabulary))
+            vectors = task_vectors(
+                [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
+            )
+            for row, inputs, gradients in waiting:
+                for loss in range(self.num_losses):
+                    derivatives.add(source, row, loss, gradients[loss][:, part].T @ inputs, vectors, start)
+
+
+def label_uniforms(row: Row, samples: int, seed: int) -> Tensor | None:
+    """[S, positions] float64 uniform numbers that choose a row's labels; None without samples.
+
+    They depend on the seed and the row's number in its dataset alone, not on the process or the order of rows.
+    """
+    if not samples:
+        return None
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + row.number) % 2**63)
+    return torch.rand((samples, len(row.ids) - row.completion), generator=generator, dtype=torch.float64)
+
+
+def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """[n] int64 tokens drawn by inverse transform sampling, from distributions [n, V] and uniform numbers [n]."""
+    source = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
+    cumulative = source.double().cumsum(-1)
+    labels = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * cumulative[:, -1:])
+    return labels.flatten().clamp(max=probs.shape[1] - 1).to(probs.device)

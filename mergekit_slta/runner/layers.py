@@ -1,0 +1,181 @@
+"""Evaluate the submodules of a decoder layer: whole layers, blocks, heads, norms and single matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.data.batches import Batch
+from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.runner.state import Coefficients, Evaluation, ForwardState, InterpolatedWeights
+
+
+def _interpolated_weights(state: ForwardState, group: Sequence[Submodule]) -> InterpolatedWeights:
+    names = list(dict.fromkeys(name for submodule in group for name in submodule.tensors))
+    return InterpolatedWeights(state, group, lambda models: state.checkpoints.load(names, models))
+
+
+def evaluate_block(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate a whole layer, or an MLP block, which is token-wise and takes the batches of a pack together."""
+    context = state.context(submodule)
+    interpolated = _interpolated_weights(state, [submodule])
+    packs = state.packs if submodule.kind == "mlp" else [[index] for index in range(len(state.batches))]
+    for pack in packs:
+        rows, lengths, hidden = state.gather_pack(pack, [state.hidden[index] for index in pack])
+
+        def outputs_at(coefficients: Coefficients, index: int = pack[0], hidden: Tensor = hidden) -> Tensor:
+            weights = {**context, **interpolated(coefficients)}
+            output = _block_output(state, submodule, state.batches[index], hidden, weights)
+            return state.check_finite(output, submodule, coefficients)
+
+        evaluation = Evaluation(submodule, pack[0], rows, lengths, outputs_at, state.base_coefficients)
+        if submodule.forward_group not in state.skip:
+            yield evaluation
+        if not state.merged_inputs:
+            sizes = [sum(state.batches[index].lengths) for index in pack]
+            for index, before, after in zip(pack, hidden.split(sizes), evaluation.base.split(sizes), strict=True):
+                state.advance(submodule, index, before, after)
+        del evaluation
+    if state.merged_inputs:
+        _advance_all(state, submodule, {**context, **state.norms, **interpolated("merged")})
+
+
+def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
+    """[tokens, d] -> [tokens, d]: an MLP block over all tokens at once, all else over padded rows."""
+    assert submodule.layer is not None
+    if submodule.kind == "mlp":
+        return state.skeleton.block(submodule.layer, "mlp", hidden[None], weights)[0]
+    if submodule.kind == "attention":
+        return batch.pack(state.skeleton.block(submodule.layer, "attention", batch.pad(hidden), weights))
+    return batch.pack(state.skeleton.layer(submodule.layer, batch.pad(hidden), weights))
+
+
+def _advance_all(state: ForwardState, submodule: Submodule, weights: Weights) -> None:
+    """Move every batch past a layer or block that has the given weights."""
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
+        state.advance(submodule, index, hidden, _block_output(state, submodule, batch, hidden, weights))
+
+
+def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Evaluate an attention block and, where it is divided, its heads by key/value group (A.3.5).
+
+    A head's output is its columns of the output projection applied to the head's features, which come from queries,
+    keys and values at the same coefficients.
+    """
+    block, heads = group[0], group[1:]
+    assert block.layer is not None
+    layer = block.layer
+    if state.parallel is None:
+        state.parallel = state.has_parallel_blocks(block)
+    context = state.context(*group)
+    interpolated = _interpolated_weights(state, group)
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
+        head_features: dict[Coefficients, Tensor] = {}  # [tokens, heads * width]; the batch's heads share them
+
+        def outputs_at(
+            coefficients: Coefficients,
+            batch: Batch = batch,
+            hidden: Tensor = hidden,
+            head_features: dict[Coefficients, Tensor] = head_features,
+        ) -> Tensor:
+            weights = {**context, **interpolated(coefficients)}
+            if not heads:
+                output = _block_output(state, block, batch, hidden, weights)
+                return state.check_finite(output, block, coefficients)
+            output, features = state.skeleton.attention_with_heads(layer, batch.pad(hidden), weights)
+            head_features[coefficients] = batch.pack(features)
+            return state.check_finite(batch.pack(output), block, coefficients)
+
+        evaluation = Evaluation(block, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
+        if block.forward_group not in state.skip:
+            yield evaluation
+            for head in heads:
+                projection = head.slices[-1]
+                columns = slice(projection.start, projection.stop)  # of the features that the projection reads
+
+                def head_outputs_at(
+                    coefficients: Coefficients,
+                    projection: tuple = projection,
+                    columns: slice = columns,
+                    head_features: dict[Coefficients, Tensor] = head_features,
+                    evaluation: Evaluation = evaluation,
+                ) -> Tensor:
+                    if coefficients not in head_features:
+                        evaluation.outputs_at(coefficients)
+                    tensor, axis, start, stop = projection
+                    weight = interpolated(coefficients, [tensor])[tensor].narrow(axis, start, stop - start)
+                    return head_features[coefficients][:, columns] @ (weight.T if axis == 1 else weight)
+
+                yield Evaluation(head, index, batch.rows, batch.lengths, head_outputs_at, state.base_coefficients)
+        if not state.merged_inputs:
+            state.advance(block, index, hidden, evaluation.base)
+        del evaluation
+    if state.merged_inputs:
+        _advance_all(state, block, {**context, **state.norms, **interpolated("merged")})
+
+
+def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
+    """Evaluate a norm that is a submodule of its own; the rows do not move."""
+    interpolated = _interpolated_weights(state, [submodule])
+    for index, batch in enumerate(state.batches):
+        hidden = state.hidden[index].to(state.skeleton.device)
+
+        def outputs_at(coefficients: Coefficients, hidden: Tensor = hidden) -> Tensor:
+            return state.skeleton.module(submodule.name, (hidden[None],), interpolated(coefficients))[0]
+
+        if submodule.forward_group not in state.skip:
+            yield Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
+    if state.merged_inputs:
+        state.norms = interpolated("merged")
+
+
+def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
+    """Evaluate every module of a layer by itself, on the input that it gets inside the base's layer.
+
+    Inputs have whatever shape the model gives them (q/k norms get heads, routers flat tokens), so an output counts
+    whole, flattened to [1, elements]: batches hold one row, which needs no padding.
+    """
+    layer = group[0].layer
+    assert layer is not None
+    interpolated = _interpolated_weights(state, group)
+    modules = [submodule.name for submodule in group]
+    for index, batch in enumerate(state.batches):
+        hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
+        base = interpolated(state.base_coefficients)
+        output, inputs = state.skeleton.layer_with_inputs(layer, hidden, base, modules)
+        output = state.check_finite(batch.pack(output), group[0], state.base_coefficients)
+        for submodule in group if group[0].forward_group not in state.skip else ():
+            # Tensors that are no matrix (fused experts) take the MLP block's weights: the whole block is evaluated.
+            mlp_input = _mlp_input(state, group[0], hidden, base) if submodule.kind == "mlp" else None
+
+            def outputs_at(
+                coefficients: Coefficients,
+                path: str = submodule.name,
+                inputs: tuple = inputs[submodule.name],
+                mlp_input: Tensor | None = mlp_input,
+            ) -> Tensor:
+                weights = interpolated(coefficients)
+                if mlp_input is not None:
+                    return state.skeleton.block(layer, "mlp", mlp_input, weights).reshape(1, -1)
+                return state.skeleton.module(path, inputs, weights).reshape(1, -1)
+
+            yield Evaluation(submodule, index, batch.rows, (1,), outputs_at, state.base_coefficients)
+        if not state.merged_inputs:
+            state.hidden[index] = output.cpu()
+    if state.merged_inputs:
+        merged = interpolated("merged")
+        for index, batch in enumerate(state.batches):
+            hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
+            state.hidden[index] = batch.pack(state.skeleton.layer(layer, hidden, merged)).cpu()
+
+
+def _mlp_input(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
+    """[b, s, d] input of a layer's MLP block, from the layer's input."""
+    if state.parallel is None:
+        state.parallel = state.has_parallel_blocks(submodule)
+    assert submodule.layer is not None
+    return hidden if state.parallel else state.skeleton.block(submodule.layer, "attention", hidden, weights)

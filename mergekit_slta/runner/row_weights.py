@@ -1,0 +1,145 @@
+"""The weights that each row of a backward pass runs through: its own expert's, the base's, or merged ones.
+
+Scope: which tensors to load where in the model, and which rows share them. Evaluates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
+from mergekit_slta.data.rows import Example
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.runner.directional import block_rows
+
+MergeWeights = Callable[[Sequence[Weights]], Weights]
+"""The same tensors of every model -> the merged tensors."""
+
+
+class RowWeights:
+    """The weights of every row, layer by layer.
+
+    Args:
+        skeleton: the model's code.
+        checkpoints: every model's tensors; experts in canonical order.
+        examples: the calibration rows.
+        at: "experts" runs each row through its own expert, "base" all rows through the base, a function through what it
+            merges.
+
+    Attributes:
+        rows: the rows of `examples`.
+        row_task: per row, the canonical number of its task's expert, from 0.
+        by_task: task -> indices of its rows.
+        num_experts: T.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoints: Checkpoints,
+        examples: Sequence[Example],
+        at: MergeWeights | Literal["experts", "base"],
+    ) -> None:
+        self.skeleton, self.checkpoints, self.at = skeleton, checkpoints, at
+        self.rows = [example.row for example in examples]
+        self.row_task = [example.task for example in examples]
+        self.by_task = {
+            task: [row for row, other in enumerate(self.row_task) if other == task]
+            for task in sorted(set(self.row_task))
+        }
+        self.num_experts = len(checkpoints.plan.models) - 1
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """Names of a decoder layer's tensors."""
+        prefix = f"{self.skeleton.layers_path}.{layer}."
+        return [name for name in self.checkpoints.plan.tensors if name.startswith(prefix)]
+
+    def outer_tensors(self) -> tuple[list[str], list[str]]:
+        """Names of the tensors before and after the layers, without the embedding table and the output projection."""
+        skeleton = self.skeleton
+        names = [name for name in self.checkpoints.plan.tensors if not name.startswith(skeleton.layers_path + ".")]
+        prefix = skeleton.head_weight.removesuffix("weight")
+        after = [name for name in names if name.startswith((skeleton.anatomy.final_norm + ".", prefix))]
+        tables = (skeleton.embedding_weight, skeleton.head_weight)
+        return [name for name in names if name not in (*after, *tables)], [name for name in after if name not in tables]
+
+    def shared(self, weights: Sequence[Weights]) -> Weights | None:
+        """The tensors that all rows run through, from every model's; None where each runs through its own expert's."""
+        if self.at == "experts":
+            return None
+        return dict(weights[0]) if self.at == "base" else self.at(weights)
+
+    def load(self, names: Sequence[str], shared: Weights | None = None) -> Iterator[tuple[Weights, Sequence[int]]]:
+        """The named tensors that rows run through, each time with the indices of these rows.
+
+        Args:
+            names: of the tensors.
+            shared: what `shared` gives for them, where that is known; nothing is read then.
+        """
+        every = range(len(self.rows))
+        if shared is not None:
+            yield shared, every
+        elif self.at == "experts":
+            for task, rows in self.by_task.items():
+                yield self.checkpoints.load(names, [task + 1])[0], rows
+        elif self.at == "base":
+            yield self.checkpoints.load(names, [0])[0], every
+        else:
+            yield self.at(self.checkpoints.load(names)), every
+
+    def shared_projection(self, raw: Sequence[Tensor], source: str) -> Tensor | None:
+        """[V, d] output projection that all rows run through; None where each runs through its own expert's.
+
+        Args:
+            raw: every model's, as `Checkpoints.raw` gives it.
+            source: its tensor's name: that of the embedding table where the two are tied.
+        """
+        vocabulary = min(tensor.shape[0] for tensor in raw)
+        if self.at == "experts":
+            return None
+        if self.at == "base":
+            return self.checkpoints.place(raw[0][:vocabulary], source, 0)
+        merged = torch.empty((vocabulary, raw[0].shape[1]), dtype=self.checkpoints.dtype, device=self.skeleton.device)
+        block = block_rows(raw[0])
+        for start in range(0, vocabulary, block):  # in parts: all models' projections never exist at once
+            part = slice(start, min(start + block, vocabulary))
+            placed = [self.checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
+            merged[part] = self.at([{source: tensor} for tensor in placed])[source]
+        return merged
+
+
+class RowEmbeddings:
+    """The tensors before the layers of every model, with only those rows of the embedding table that occur.
+
+    Args:
+        weights: which weights each row runs through.
+    """
+
+    def __init__(self, weights: RowWeights) -> None:
+        checkpoints = weights.checkpoints
+        self._weights = weights
+        self._table = weights.skeleton.embedding_weight
+        self._used = torch.unique(torch.cat([torch.as_tensor(list(row.ids)) for row in weights.rows]))  # [U]
+        self._others = checkpoints.load(weights.outer_tensors()[0])
+        self._table_rows = checkpoints.table_rows(self._table, self._used)
+
+    def of_model(self, row: int, model: int) -> tuple[Weights, Tensor]:
+        """A model's tensors, the table with a row's own tokens alone, and the row's ids [1, tokens] in that table."""
+        device = self._weights.skeleton.device
+        own, ids = torch.unique(torch.as_tensor(list(self._weights.rows[row].ids)), return_inverse=True)
+        used = torch.searchsorted(self._used, own).to(device)
+        return {**self._others[model], self._table: self._table_rows[model][used]}, ids[None].to(device)
+
+    def of_row(self, row: int) -> tuple[Weights, Tensor]:
+        """As `of_model`, with the tensors that the row runs through."""
+        weights = self._weights
+        if weights.at == "experts":
+            return self.of_model(row, weights.row_task[row] + 1)
+        if weights.at == "base":
+            return self.of_model(row, 0)
+        every = [self.of_model(row, model) for model in range(weights.num_experts + 1)]
+        return weights.at([tensors for tensors, _ in every]), every[0][1]

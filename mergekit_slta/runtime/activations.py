@@ -1,0 +1,137 @@
+"""Features of all rows between layers, and the gradients with respect to them, in memory or in one memory-mapped file.
+
+Scope: storage. Size grows with rows, tokens, width and stored depths, not with the model's weights. The file outlives a
+killed run, which continues from the last depth or layer that was finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_slta.errors import OutputError, show
+from mergekit_slta.files.atomic import write_text_atomically
+
+_FILE, _MARKER = "activations.bin", "activations.json"
+
+
+def activation_bytes(tokens: int, depths: int, samples: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes of an `ActivationStore` for so many tokens; the other arguments are the store's own."""
+    return tokens * (depths + 2 * samples) * width * dtype.itemsize
+
+
+class ActivationStore:
+    """Features of every row at several depths, and gradients with respect to them.
+
+    Depth 0 is the output of the embeddings, depth n the output of layer n - 1.
+
+    Args:
+        lengths: tokens of each row.
+        depths: number of stored depths: layers + 1 for a backward pass, 2 (ping-pong) for forward only, 1 to overwrite
+            in place.
+        samples: S, the gradients of each row; 0 for forward only.
+        width: d, the model's hidden size.
+        dtype: of features and gradients.
+        folder: holds the file; None keeps everything in memory.
+
+    Attributes:
+        depths_done: number of depths at which every row's features are stored.
+        layers_done: number of layers (head and embeddings included) whose backward pass is finished.
+
+    Raises:
+        OutputError: the file cannot be made.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], depths: int, samples: int, width: int, dtype: torch.dtype, folder: Path | None
+    ) -> None:
+        self._tokens, total = [], 0  # every row's slice of the token axis
+        for length in lengths:
+            self._tokens.append(slice(total, total + length))
+            total += length
+        self._folder = folder
+        self.depths_done, self.layers_done = 0, 0
+        count = depths + 2 * samples  # gradients of two layers: one is read while the other is written
+        if folder is None:
+            stored = torch.empty((count, total, width), dtype=dtype, device="cpu")
+        else:
+            layout = json.dumps([list(lengths), depths, samples, width, str(dtype)])
+            self._layout = hashlib.sha256(layout.encode()).hexdigest()
+            path, shape = folder / _FILE, (count * total, width * dtype.itemsize)
+            if path.is_file() and path.stat().st_size == shape[0] * shape[1]:
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+                    if marker["layout"] == self._layout:
+                        self.depths_done, self.layers_done = int(marker["depths_done"]), int(marker["layers_done"])
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = mapped(path, shape)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot keep {shape[0] * shape[1] / 2**30:.1f} GiB of features in {show(folder)} "
+                    f"({error.strerror or error}): free some room, or use fewer rows",
+                    code="disk-full" if error.errno == errno.ENOSPC else "cannot-write",
+                ) from error
+            stored = torch.from_numpy(self._file).view(dtype).view(count, total, width)
+        self._features = stored[:depths]
+        self._gradients = stored[depths:].view(2, samples, total, width)
+
+    def features(self, depth: int, row: int) -> Tensor:
+        """[tokens, d] features of a row at a depth."""
+        return self._features[depth % len(self._features), self._tokens[row]]
+
+    def put_features(self, depth: int, row: int, features: Tensor) -> None:
+        """Store a row's features [tokens, d] at a depth."""
+        self._features[depth % len(self._features), self._tokens[row]] = features.cpu()
+
+    def finish_depth(self) -> None:
+        """Record that every row's features at the next depth are stored."""
+        self.depths_done += 1
+        self._mark()
+
+    def gradients(self, row: int) -> Tensor:
+        """[S, tokens, d] gradients of a row with respect to the output of the layer that is worked on."""
+        return self._gradients[self.layers_done % 2, :, self._tokens[row]]
+
+    def put_gradients(self, row: int, gradients: Tensor) -> None:
+        """Store a row's gradients [S, tokens, d] with respect to the layer's input, to be read after `finish_layer`."""
+        self._gradients[(self.layers_done + 1) % 2, :, self._tokens[row]] = gradients.cpu()
+
+    def finish_layer(self) -> None:
+        """Record that a layer's backward pass is finished and its results are saved."""
+        self.layers_done += 1
+        self._mark()
+
+    def rewind(self) -> None:
+        """Start the backward pass over; the features stay."""
+        self.layers_done = 0
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._folder is not None:
+            self._file.flush()
+            content = {"layout": self._layout, "depths_done": self.depths_done, "layers_done": self.layers_done}
+            write_text_atomically(self._folder / _MARKER, json.dumps(content))
+
+
+def mapped(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """Map a file of `shape` bytes; a new file holds zeros, an existing one of that size keeps its content.
+
+    The disk space is allocated at once: running out of space when a mapped page is written would kill the process.
+    """
+    size = shape[0] * shape[1]
+    with open(path, "ab") as file:
+        if file.tell() != size:
+            file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+    return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
