@@ -57,7 +57,7 @@ def test_changes_are_noticed(tiny, options, change):
 
 
 def test_what_does_not_matter_changes_nothing(tiny, options):
-    """`lambda`, `out_dtype`, the alphas file's path, the order of the models, and settings that choose the same rows."""
+    """`lambda`, `out_dtype`, the alphas file's path, the models' order, and settings that choose the same rows."""
     before = identity(tiny.recipe(2), options)
     reordered = tiny.recipe(2)
     reordered["models"].reverse()
@@ -71,7 +71,7 @@ def test_what_does_not_matter_changes_nothing(tiny, options):
 
 
 def test_the_config_counts_as_its_file_says(tiny, options, tmp_path, monkeypatch):
-    """Defaults that another transformers adds, and its version in the file, change nothing; a value in the file does."""
+    """Defaults of another transformers, and its version in the file, change nothing; a value in the file does."""
     base = tmp_path / "base"
     shutil.copytree(tiny.base, base)
     recipe = {**tiny.recipe(2), "base_model": str(base)}

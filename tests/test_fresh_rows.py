@@ -18,6 +18,7 @@ from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives.registry import estimate
+from mergekit_slta.runner import head_loss
 
 
 def fresh(models, steps: int, **settings):

@@ -156,7 +156,7 @@ def test_no_room_for_activations_is_said(tmp_path):
     """A folder that cannot be made, and the size that was asked for."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="GiB of features"):
-        Streams({0: 10}, 4, torch.float32, tmp_path / "file" / "streams")
+        ActivationStore([10], 1, 0, 4, torch.float32, tmp_path / "file" / "streams")
 
 
 def test_a_lock_that_its_holder_has_just_removed(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from mergekit_slta.calibration import resolve
 from mergekit_slta.calibration.resolve import first_rows, parse_importance, solve_again
 from mergekit_slta.errors import AlphasError, RecipeError
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.layout import Layout
 from mergekit_slta.files.statistics_file import Statistics
 
 QUIET = ["--quiet"]
@@ -358,10 +359,10 @@ def test_layouts_for_other_matrices(tiny, tmp_path, write_recipe):
     """A layout whose models are not as many as the matrices have columns is refused."""
     assert slta("calibrate", write_recipe(tiny.recipe()), "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
     statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
-    assert len(read_layout(statistics)["models"]) == statistics.num_models
+    assert len(Layout.of(statistics).models) == statistics.num_models
     other = Statistics(statistics.row_task, statistics.num_models + 1, {}, metadata=statistics.metadata)
-    with pytest.raises(AlphasError, match="the matrices are for"):
-        read_layout(other)
+    with pytest.raises(AlphasError, match="the statistics are for"):
+        Layout.of(other)
 
 
 def test_matrices_without_a_solution(tiny, tmp_path, write_recipe, monkeypatch):
