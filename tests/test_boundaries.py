@@ -97,7 +97,7 @@ def test_folders_import_only_folders_to_their_left():
         ("mergekit_slta/maths/joint.py", "from mergekit_slta.files.atomic import write_atomically"),
         ("mergekit_slta/maths/joint.py", "import transformers"),
         ("mergekit_slta/files/atomic.py", "from mergekit.common import ModelReference"),
-        ("mergekit_slta/job/preflight.py", "def f():\n    from mergekit_slta.host import merge"),
+        ("mergekit_slta/job/preflight.py", "def f():\n    from mergekit_slta.host.merge import merge"),
         ("mergekit_slta/host/method.py", "import mergekit_slta.cli.main"),
         ("mergekit_slta/errors.py", "from mergekit_slta.maths.closed_form import Solution"),
         ("mergekit_slta/_autoload.py", "from mergekit_slta.recipe.read import read_recipe"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mergekit_slta.cli import main as cli
+from mergekit_slta.cli.main import main as cli
 from mergekit_slta.demo.run import merge_by_command, prepare_folder
 from mergekit_slta.errors import RunError
 

@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_slta.calibration.calibrate import statistics_fingerprint
-from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
+from mergekit_slta.checkpoints.tensors.content_hash import checkpoint_fingerprint
 from mergekit_slta.files.identity import differences, hash_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe

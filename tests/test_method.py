@@ -13,7 +13,7 @@ from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
-from mergekit_slta.host import method as module
+from mergekit_slta.host.merge import method as module
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.wrap import wrap_run_merge
 from mergekit_slta.maths.task_arithmetic import WeightedSlice, merge_tensor

@@ -13,8 +13,8 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
-from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.calibration.calibrate.assemble import assemble
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics

@@ -11,8 +11,8 @@ import torch
 from conftest import slta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import calibrate
+from mergekit_slta.calibration.calibrate.assemble import assemble
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.entries import EXPECTED_ALPHA
