@@ -62,7 +62,7 @@ def test_what_does_not_matter_changes_nothing(tiny, options):
 
 
 def test_the_config_counts_as_its_file_says(tiny, options, tmp_path, monkeypatch):
-    """Defaults that another transformers adds, and its version in the file, change nothing; a value of the file does."""
+    """Defaults that another transformers adds, and its version in the file, change nothing; other values do."""
     base = tmp_path / "base"
     shutil.copytree(tiny.base, base)
     recipe = {**tiny.recipe(2), "base_model": str(base)}
