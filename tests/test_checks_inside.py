@@ -41,6 +41,7 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.host import merge as host_module
 from mergekit_slta.host import method
 from mergekit_slta.job.preflight import _check_chat_template, prepare
+from mergekit_slta.libraries.mergekit import run_task
 from mergekit_slta.models.skeleton import Skeleton, _find_layers
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.read import read_recipe
@@ -73,13 +74,12 @@ def test_a_token_beyond_a_table(job):
 def test_a_tensor_that_one_model_lacks(job, monkeypatch):
     checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
     table = job.skeleton.embedding_weight
-    run, last = checkpoints._run, job.plan.models[-1]
+    last = job.plan.models[-1]
 
-    def without_the_last(task):
-        found = run(task)
-        return {model: tensor for model, tensor in found.items() if model != last} if isinstance(found, dict) else found
+    def without_the_last(task, build):
+        return {model: tensor for model, tensor in run_task(task, build).items() if model != last}
 
-    monkeypatch.setattr(checkpoints, "_run", without_the_last)
+    monkeypatch.setattr("mergekit_slta.checkpoints.tensors.run_task", without_the_last)
     assert len(checkpoints.raw(table, [0])) == 1
     with pytest.raises(ModelError, match=f"lacks the tensor {table}"):
         checkpoints.raw(table)
@@ -129,12 +129,10 @@ def test_an_adapter_on_a_broken_base(tiny, tmp_path):
 
 
 def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
-    import mergekit_slta.checkpoints.plan as plan_module
-
     def fail(*_, **__):
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(plan_module, "MergePlanner", fail)
+    monkeypatch.setattr("mergekit.plan.MergePlanner", fail)
     with pytest.raises(ModelError, match=r"mergekit cannot plan this merge: no such thing"):
         make_plan(read(tiny.recipe()), options)
 

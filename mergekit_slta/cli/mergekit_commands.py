@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions
 
 from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
+from mergekit_slta.libraries.mergekit import PrettyPrintHelp, add_merge_options
 
 _READING = ("check", "calibrate", "linearity")
 _COMPUTING = ("calibrate", "linearity")

@@ -17,7 +17,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
-from mergekit_slta.checkpoints.plan import forget_loaders
 from mergekit_slta.errors import RunError, SltaError, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.output_folder import (
@@ -33,6 +32,7 @@ from mergekit_slta.files.targets import check_target, save_results, write_result
 from mergekit_slta.host.method import ActiveMerge, active
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
 

@@ -10,30 +10,44 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, InputModelDefinition, evaluate_setting
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
+from mergekit.options import PrettyPrintHelp, add_merge_options
 
 if TYPE_CHECKING:
+    import torch
     from mergekit.architecture import WeightInfo
     from mergekit.config import MergeConfiguration
     from mergekit.graph import Task
     from mergekit.options import MergeOptions
     from mergekit.tokenizer import TokenizerInfo
 
+__all__ = [
+    "ConditionalParameter",
+    "InputModelDefinition",
+    "LazyTensorLoader",
+    "PrettyPrintHelp",
+    "add_merge_options",
+    "evaluate_setting",
+]
+"""Classes and functions that are used as they are, from here."""
 USED = {
     "mergekit._data.chat_templates": "names of the chat templates (`chat_template_names`)",
     "mergekit.architecture.WeightInfo.aliases": "other names of a tensor (`names_of`)",
     "mergekit.architecture.WeightInfo.tied_names": "other names of a tensor (`names_of`)",
-    "mergekit.architecture.WeightInfo.optional": "planned tensors that a checkpoint may lack (checkpoints/reconcile.py)",
+    "mergekit.architecture.WeightInfo.optional": "tensors that a checkpoint may lack (checkpoints/reconcile.py)",
     "mergekit.architecture.WeightInfo.vocabulary_axis": "tensors with a row per token (checkpoints/reconcile.py)",
-    "mergekit.architecture.conversion.can_convert_checkpoint_keys(model_type, source_keys, target_key)": "`can_convert`",
+    "mergekit.architecture.conversion.can_convert_checkpoint_keys"
+    "(model_type, source_keys, target_key)": "`can_convert`",
     "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
-    "mergekit.common.dtype_from_name(name)": "`--lora-merge-dtype` (checkpoints/lora_loader.py)",
+    "mergekit.common.dtype_from_name(name)": "`dtype_named`",
     "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
+    "mergekit.config.InputModelDefinition": "keys of an entry of `models` (recipe/)",
     "mergekit.config.evaluate_setting(tensor_name, setting)": "how filters are resolved (recipe/)",
     "mergekit.graph.Task.arguments": "tasks that a task needs (`run_task`)",
     "mergekit.graph.Task.execute": "what a task makes of them (`run_task`)",
@@ -130,9 +144,7 @@ def plan_tensors(config: MergeConfiguration, options: MergeOptions, out_config: 
     from mergekit.io.tasks import SaveTensor
     from mergekit.plan import MergePlanner
 
-    planner = MergePlanner(
-        config, get_architecture_info(config, options), options=options, out_model_config=out_config
-    )
+    planner = MergePlanner(config, get_architecture_info(config, options), options=options, out_model_config=out_config)
     merged = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
     return [(task.output_weight, task.gather_tensors) for task in merged]
 
@@ -181,20 +193,49 @@ def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
     return task.model_copy(update={"weight_info": ImmutableMap(sources)})
 
 
-def run_task(task: Task, tokenizers: dict[Task, TokenizerInfo]) -> Any:
+def build_tokenizer(
+    config: MergeConfiguration, models: Sequence[ModelReference], options: MergeOptions
+) -> TokenizerInfo:
+    """The output's tokenizer, as mergekit makes it where the recipe has `tokenizer` or `tokenizer_source`.
+
+    Relies on `build_tokenizer` being all that the planner's `BuildTokenizer` does.
+
+    Args:
+        config: the recipe.
+        models: all its models, base first; the order decides the ids of added tokens under `source: union`.
+        options: mergekit's options.
+    """
+    from mergekit.tokenizer.build import build_tokenizer
+
+    section = config.tokenizer
+    return build_tokenizer(
+        base_model=config.base_model,
+        referenced_models=list(models),
+        tokenizer_source=section.source if section else config.tokenizer_source,
+        trust_remote_code=options.trust_remote_code,
+        add_tokens=list((section.tokens or {}) if section else {}),
+    )
+
+
+def run_task(task: Task, build: Callable[[Task], TokenizerInfo]) -> Any:
     """The result of a task of mergekit's graph, computed here and now with all that it needs.
 
     Args:
         task: any task.
-        tokenizers: tokenizer task -> its result; one that is missing is built and added, since it takes seconds.
+        build: called for the task that builds the output's tokenizer, which takes seconds and is needed once.
     """
     from mergekit.tokenizer import BuildTokenizer
 
     if isinstance(task, BuildTokenizer):
-        if task not in tokenizers:
-            tokenizers[task] = task.execute()
-        return tokenizers[task]
-    return task.execute(**{key: run_task(needed, tokenizers) for key, needed in task.arguments().items()})
+        return build(task)
+    return task.execute(**{key: run_task(needed, build) for key, needed in task.arguments().items()})
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype that one of mergekit's options names ("bfloat16", "float16", ...); None for None."""
+    from mergekit.common import dtype_from_name
+
+    return dtype_from_name(name)
 
 
 def can_convert(model_type: str, present: set[str], name: str) -> bool:

@@ -22,5 +22,8 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
 
 
 def is_built_in(config: PretrainedConfig) -> bool:
-    """Whether a config's class is one of transformers' own; a checkpoint's remote code lives in `transformers_modules`."""
+    """Whether a config's class is one of transformers' own.
+
+    Relies on a checkpoint's remote code being imported under `transformers_modules`.
+    """
     return type(config).__module__.startswith("transformers.")

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mergekit.config import MergeConfiguration, evaluate_setting
+from mergekit.config import MergeConfiguration
 from safetensors import SafetensorError, safe_open
 
 from mergekit_slta.errors import AlphasError, OutputError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.libraries.mergekit import evaluate_setting
 from mergekit_slta.recipe.read import constant, load_config, read_recipe
 
 SAYABLE = ("model", "layer", "attn_mlp", "linear")

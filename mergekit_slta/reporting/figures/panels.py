@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.models.architectures import ATTENTION_NAMES
 from mergekit_slta.reporting.figures.style import Look, short_name
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ PANELS = {
     "norm": "Norms",
 }
 """In the order of drawing."""
-_ATTENTION = {"attn", "self_attn", "attention", "self_attention"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _panel(entry: SubmoduleAlphas, granularity: str) -> str:
         return "attention_rest"
     if granularity != "linear" or entry.kind not in ("linear", "mlp"):
         return entry.kind
-    return "attention_matrix" if _ATTENTION & set(entry.name.split(".")) else "mlp_matrix"
+    return "attention_matrix" if ATTENTION_NAMES & set(entry.name.split(".")) else "mlp_matrix"
 
 
 def at_depth(depth: Depth, entries: Iterable[SubmoduleAlphas]) -> dict[float, list[SubmoduleAlphas]]:
