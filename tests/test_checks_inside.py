@@ -47,7 +47,7 @@ from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.reporting.report import _write_section, add_section
 from mergekit_slta.runtime.distributed import joined
-from mergekit_slta.runtime.resume import _locked
+from mergekit_slta.runtime.resume import ResumeStore
 
 
 def read(recipe: dict):
@@ -298,7 +298,7 @@ def test_a_card_that_cannot_be_written_costs_no_merge(tmp_path, caplog):
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
-    from mergekit_slta.files.output_folder import check_writable
+    from mergekit_slta.files.targets import check_writable
 
     check_writable(tmp_path / "out")
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -315,8 +315,8 @@ def test_a_lock_that_its_holder_has_just_removed(tmp_path, monkeypatch):
         (tmp_path / "work.lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(OutputError, match="another process"), _locked(tmp_path / "work"):
-        pass
+    with pytest.raises(OutputError, match="another process"), ResumeStore(tmp_path / "work", "a") as records:
+        records.open()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
@@ -326,8 +326,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with caplog.at_level("WARNING"), _locked(tmp_path / "work"):
-        pass
+    with caplog.at_level("WARNING"), ResumeStore(tmp_path / "work", "a") as records:
+        records.open()
     assert "cannot be locked" in caplog.text
 
 

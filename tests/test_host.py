@@ -329,7 +329,7 @@ def test_weights_of_others_are_refused(tiny, write_recipe, tmp_path):
     shutil.copy(tmp_path / "slta_alphas.json", out)
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
     assert result.exit_code == 2
-    assert "weights of another origin" in result.output
+    assert "weights that no merge of this package wrote" in result.output
     assert sorted(os.listdir(out)) == sorted([*before, "slta_alphas.json"])
 
 
@@ -384,7 +384,7 @@ def test_stock_merge_into_the_same_folder_is_noticed(tiny, write_recipe, tmp_pat
     before = (out / "model.safetensors").read_bytes()
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
     assert result.exit_code == 2
-    assert "weights of another origin (model.safetensors)" in result.output
+    assert "weights that no merge of this package wrote (model.safetensors)" in result.output
     assert (out / "model.safetensors").read_bytes() == before
 
 

@@ -20,16 +20,15 @@ from mergekit.options import MergeOptions
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
 from mergekit_slta.errors import RunError, SltaError, show
 from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.names import ALPHAS_NAME, CONFIG_NAME, STATISTICS_NAME
 from mergekit_slta.files.output_folder import (
-    ALPHAS_NAME,
-    STATISTICS_NAME,
     calibrating,
     check_output,
     forget_calibration,
     pending,
     staged,
 )
-from mergekit_slta.files.targets import check_target, save_results, write_results
+from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
 from mergekit_slta.host.method import ActiveMerge, active
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
@@ -102,7 +101,7 @@ def _run(
     check_output(out, [model.model.path for model in recipe.models])
     named = recipe.settings.alphas
     path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
-    check_target(path, out)
+    check_alphas_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
     check_disk_space(job, out, places)
@@ -139,7 +138,7 @@ def _run(
 def _untie_config(job: Job, out: Path) -> None:
     """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
     transformers drop it."""
-    path = out / "config.json"
+    path = out / CONFIG_NAME
     if job.plan.is_tied or not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_ridge
+from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
 
 TAG = "submodule_linear"
@@ -192,11 +193,11 @@ def _flagged(alphas: Alphas) -> str:
 def _reproduce(alphas: Alphas) -> str:
     own = (
         "With the plugin, from the recipe (the models and data named above must be at hand):\n\n"
-        "```sh\npip install mergekit-slta\nmergekit-yaml mergekit_config.yml out/\n```"
+        f"```sh\npip install mergekit-slta\nmergekit-yaml {MERGED_RECIPE_NAME} out/\n```"
     )
     if alphas.granularity == "head_mlp":
         return own + "\n\nA stock mergekit recipe cannot express weights of single attention heads."
     return own + (
         "\n\nWithout it: this writes a stock mergekit recipe with all weights in it, which gives the same merge.\n\n"
-        "```sh\nmergekit-slta export slta_alphas.json -o stock.yml\nmergekit-yaml stock.yml out/\n```"
+        f"```sh\nmergekit-slta export {ALPHAS_NAME} -o stock.yml\nmergekit-yaml stock.yml out/\n```"
     )

@@ -15,20 +15,19 @@ from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_atomically
-from mergekit_slta.files.linearity_file import LINEARITY_NAME, Linearity, is_linearity_file
-from mergekit_slta.files.output_folder import ALPHAS_NAME
+from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
+from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
+from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.recipe.read import load_config
-from mergekit_slta.recipe.stock_recipe import MERGED_RECIPE
 from mergekit_slta.reporting.card import TAG, replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
 
 LOG = logging.getLogger(__name__)
-CARD_NAME = "README.md"
 _DESCRIPTIONS = {
-    "slta_alphas.png": "Merging weights of every expert over the depth of the model",
-    "slta_residuals.png": "Share of the experts' change that is lost, predicted and measured, over depth",
-    "slta_levels.png": "Linearity of the whole model and of its submodules",
+    figure_name("alphas"): "Merging weights of every expert over the depth of the model",
+    figure_name("residuals"): "Share of the experts' change that is lost, predicted and measured, over depth",
+    figure_name("levels"): "Linearity of the whole model and of its submodules",
 }
 """Figures of the card, by file name."""
 
@@ -86,8 +85,7 @@ def _draw_folder(source: Path, folder: Path) -> list[Path]:
 def _write_section(out: Path) -> Path:
     """Put the section into the card and the tag into its front matter; a second time changes nothing."""
     path = out / CARD_NAME
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{show(path)} is no plain file: put the model card in its place")
+    check_overwrite(path, "model card", Path.is_file, remedy="put the model card in its place")
     alphas = Alphas.load(out / ALPHAS_NAME)
     figures = [(text, name) for name, text in _DESCRIPTIONS.items() if (out / name).is_file()]
     card = path.read_bytes().decode("utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
@@ -115,7 +113,7 @@ def _write_section(out: Path) -> Path:
 def _scale(out: Path) -> float | None:
     """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none, None where it differs
     between tensors."""
-    recipe = out / MERGED_RECIPE
+    recipe = out / MERGED_RECIPE_NAME
     if not recipe.is_file():
         return 1.0
     found = (load_config(recipe)[0].parameters or {}).get("lambda", 1.0)

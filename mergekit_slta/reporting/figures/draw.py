@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.files.names import FIGURE_PREFIX, figure_name
 from mergekit_slta.reporting.figures.heatmaps import disentanglement_figure, distances_figure
 from mergekit_slta.reporting.figures.levels import levels_figure
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list[Path]:
+def draw(source: Alphas | Linearity, folder: Path, prefix: str = FIGURE_PREFIX) -> list[Path]:
     """Draw all figures that a file allows, each as PNG and SVG.
 
     Of alphas: `alphas` (the paper's Fig. 5) and `residuals`. Of linearity: `levels` (Fig. 1-4), `distances` (Fig. 6)
@@ -50,7 +51,7 @@ def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list
         }
     written = []
     for figure, make in figures.items():
-        written += save_figure(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
+        written += save_figure(make, *(Path(folder) / figure_name(figure, form, prefix) for form in FORMATS))
     return written
 
 
