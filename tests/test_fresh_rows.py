@@ -16,9 +16,8 @@ from mergekit_slta.errors import DataError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import layout_of
-from mergekit_slta.objectives.costs import estimate
-from mergekit_slta.objectives.gradient_passes import examples_of
+from mergekit_slta.job.layout import layout_of
+from mergekit_slta.objectives.costs import estimate_gradients as estimate
 from mergekit_slta.runner import head_loss
 from mergekit_slta.runtime.resume import ResumeStore
 
@@ -38,8 +37,8 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     assert found.row_step.tolist() == [1, 1, 1, 2, 2, 2] * 2
     assert found.row_task.tolist() == [0] * 6 + [1] * 6
     drawn = {job.recipe.label(task.model): rows.rows for task, rows in zip(job.recipe.tasks, job.rows, strict=True)}
-    numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
-    groups = [examples_of(job, group) for group in (0, 1)]
+    numbers = [row.number for name in layout.canonical for row in drawn[name]]
+    groups = [job.examples(group) for group in (0, 1)]
     assert [
         example.row.number for task in (0, 1) for group in groups for example in group if example.task == task
     ] == numbers
@@ -133,7 +132,7 @@ def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, ca
     with caplog.at_level(logging.WARNING):
         job = same(models, fresh_rows=True, steps=3, num_samples=count)
     assert f"fewer than num_samples = {count} for each of 3 steps, {3 * count} in all: using all" in caplog.text
-    sizes = [sum(example.task == 0 for example in examples_of(job, group)) for group in range(3)]
+    sizes = [sum(example.task == 0 for example in job.examples(group)) for group in range(3)]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
     with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
@@ -152,7 +151,7 @@ def test_costs_of_rows_of_their_own_are_counted(specimen):  # noqa: F811
     models = specimen("qwen3")
     job = fresh(models, 3)
     costs = estimate(job)
-    tokens = [sum(len(example.row.ids) for example in examples_of(job, group)) for group in range(3)]
+    tokens = [sum(len(example.row.ids) for example in job.examples(group)) for group in range(3)]
     once = estimate(same(models, steps=0, label_samples=1, num_samples=9))
     expected = 4 * tokens[0] + sum(tokens[1:]) + (1 + 6) * sum(tokens)
     assert costs.flops / once.flops == pytest.approx(expected / (4 * sum(tokens)))

@@ -12,13 +12,16 @@ from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, stop_after, whole_model
 from zoo import ZOO
 
+from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.layout import SolveSettings
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.job.solve import assemble, layout_of, solve_together
+from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives import costs
-from mergekit_slta.objectives.costs import estimate
-from mergekit_slta.objectives.gradient_passes import _Passes, examples_of, gather_slopes
+from mergekit_slta.objectives.costs import estimate_gradients as estimate
+from mergekit_slta.objectives.gradient_passes import _Passes, gather_derivatives
+from mergekit_slta.objectives.joint import solve_together
 from mergekit_slta.runner import head_loss
 from mergekit_slta.runner.backward import BackwardPass
 from mergekit_slta.runtime.distributed import ALONE
@@ -96,7 +99,7 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
     experts = [whole_model(path) for path in models.experts]
     base, merged = whole_model(models.base), merged_model(models, job, found.point)
     expected: dict[str, list[torch.Tensor]] = {key: [] for key in found.by_submodule}
-    for row, example in enumerate(examples_of(job)):
+    for row, example in enumerate(job.examples()):
         teacher = experts[example.task]
         felt = divergence(teacher, merged, example)
         for place, model in enumerate((base, merged)):
@@ -119,8 +122,8 @@ def test_points_follow_from_the_solves_before(specimen):  # noqa: F811
     layout = layout_of(job)
     assert [each.form for each in found] == ["slope", "step", "step"]
     for before, after in itertools.pairwise(found):
-        entries, _ = solve_together(before, layout, importance=[1.0, 1.0], balance=True, ridge=None)
-        names = [layout["models"].index(name) for name in layout["canonical"]]
+        entries = solve_together(before, layout).entries
+        names = [layout.models.index(name) for name in layout.canonical]
         for entry in entries:
             assert after.point[entry.name].tolist() == [entry.alpha[place] for place in names]
     alphas = solve_job(job, found[2])
@@ -159,7 +162,7 @@ def test_goes_on_where_it_was_stopped(specimen, tmp_path, stop):  # noqa: F811
 def test_rows_without_an_answer_and_a_single_row(tmp_path, specimen):  # noqa: F811
     """One row per task is enough; nothing is divided by what is missing."""
     job = same(specimen("llama"), num_samples=1)
-    found = gather_slopes(job, records=None, ranks=ALONE)
+    found = gather_derivatives(job, resume=None, ranks=ALONE)
     alphas = solve_job(job, found)
     assert all(entry.stderr is None for entry in alphas.submodules)
     found.save(tmp_path / "stats.safetensors")
@@ -289,12 +292,13 @@ def test_assembly_keeps_importance_and_ridge(specimen):  # noqa: F811
     layout = layout_of(job)
 
     def alphas(importance, ridge):
-        solved = assemble(found, layout, importance=importance, balance=True, ridge=ridge)
+        how = {"importance": dict(zip(layout.canonical, importance, strict=True)), "balance": True, "ridge": ridge}
+        solved = assemble(found, layout.model_copy(update={"solve": SolveSettings(**how)}))
         return torch.tensor([entry.alpha for entry in solved.submodules])
 
     assert not torch.allclose(alphas([1.0, 1.0], 1.0), alphas([1.0, 9.0], 1.0), atol=1e-3)
-    columns = [layout["canonical"].index(name) for name in layout["models"]]
-    point = torch.stack([found.point[entry["name"]][columns] for entry in layout["submodules"]])
+    columns = [layout.canonical.index(name) for name in layout.models]
+    point = torch.stack([found.point[entry.name][columns] for entry in layout.submodules])
     torch.testing.assert_close(alphas([1.0, 1.0], 1e9).double(), point, rtol=1e-5, atol=1e-6)
 
 
@@ -303,7 +307,9 @@ def test_what_a_step_has_looked_at_is_not_extreme(specimen):  # noqa: F811
     job = same(specimen("llama"), steps=1)
     found = gather_statistics(job)
     found.point = {key: torch.full_like(part, 9.0) for key, part in found.point.items()}
-    entries, _ = solve_together(found, layout_of(job), importance=[1.0, 1.0], balance=True, ridge=1e9)
+    layout = layout_of(job)
+    layout = layout.model_copy(update={"solve": layout.solve.model_copy(update={"ridge": 1e9})})
+    entries = solve_together(found, layout).entries
     assert all(alpha == pytest.approx(9.0) for entry in entries for alpha in entry.alpha)
     assert not any(entry.flags for entry in entries)
 
