@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_slta.calibration.reuse import help_calibrate
 from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.errors import RunError
-from mergekit_slta.host.merge import help_calibrate
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.runtime.distributed import Ranks, own_device

@@ -111,7 +111,7 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     for rows in ("1", "6"):
         result = slta("solve", stats, "--rows", rows, "-o", tmp_path / "other.json")
         assert result.exit_code == 2
-        assert "with `steps: 3` the gradients themselves depend on `num_samples`" in result.output
+        assert "with `steps: 3` the statistics themselves depend on `num_samples`" in result.output
     result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
     assert result.exit_code == 0, result.output
     assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]
