@@ -40,11 +40,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise OutputError(
             f"cannot write {show(path)}: {error.strerror or error}; choose a folder that is writable and has room",
-            code="disk-full" if error.errno in _FULL else "cannot-write",
+            code=write_error_code(error),
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_error_code(error: OSError) -> str:
+    """The `code` of an OutputError for a write that failed."""
+    return "disk-full" if error.errno in _FULL else "cannot-write"
 
 
 def write_text_atomically(path: Path, text: str) -> None:

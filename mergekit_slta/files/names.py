@@ -34,6 +34,9 @@ RESUME_MARKER_NAME = "resume.json"
 """In a resume folder: what is being computed there."""
 ACTIVATIONS_FOLDER = "activations"
 """In a resume folder: ends the name of each folder of stored activations."""
+ACTIVATIONS_NAME = "activations.bin"
+ACTIVATIONS_MARKER_NAME = "activations.json"
+"""Beside `ACTIVATIONS_NAME`: which depths and layers are stored there."""
 
 FIGURE_PREFIX = "slta"
 
