@@ -83,7 +83,7 @@ def test_extreme_weights_are_flagged_with_what_helps(tiny, tmp_path, write_recip
         )
     flagged = [entry.model_copy(update={"flags": ("extreme",)}) for entry in found.submodules]
     text = section(found.model_copy(update={"submodules": tuple(flagged)}), [])
-    assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)" in text
+    assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)" in text
     lines = describe_alphas(found.model_copy(update={"submodules": tuple(flagged)})).splitlines()
     assert sum(line.endswith(": extreme") for line in lines) == 13  # twelve by name
     assert lines[-1] == f"and {len(flagged) - 12} more: extreme"

@@ -1,6 +1,6 @@
-"""Figures and the model card's section, from saved files only.
+"""Draws the figures of saved files, and writes the section on a merge into its model card.
 
-Scope: which files there are, and where their figures and the section go.
+Scope: which files are there, and where the figures and the section are written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, ME
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.recipe.read import load_config
-from mergekit_slta.reporting.card import TAG, replace_section, section
+from mergekit_slta.recipe.settings import METHOD
+from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
 
 LOG = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ _DESCRIPTIONS = {
 
 
 def report(target: Path, folder: Path | None = None) -> list[Path]:
-    """Draw what a file or a merged model's folder allows; a folder's model card gets its section.
+    """Draw the figures of a file or of a merged model's folder; a folder's model card also gets its section.
 
     Args:
         target: an alphas, statistics or linearity file, or a folder that holds a merge.
-        folder: where the figures go; beside the files by default. A card is only written beside its model.
+        folder: where the figures are written; beside the files by default. With it, no card is written.
 
     Returns:
         The files that were written.
@@ -59,7 +60,7 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
 
 
 def add_section(out: Path) -> None:
-    """Figures and the card's section behind a merge. What goes wrong here is said, and does not cost the merge."""
+    """Draw the figures and write the card's section after a merge. A failure is logged and does not fail the merge."""
     try:
         _draw_folder(out, out)
         _write_section(out)
@@ -77,13 +78,14 @@ def _draw_folder(source: Path, folder: Path) -> list[Path]:
         written += draw(Linearity.load(source / LINEARITY_NAME), folder)
     if not written:
         raise AlphasError(
-            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder"
+            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder",
+            code="nothing-to-draw",
         )
     return written
 
 
 def _write_section(out: Path) -> Path:
-    """Put the section into the card and the tag into its front matter; a second time changes nothing."""
+    """Put the section into the card and the tag into its front matter; doing it again changes nothing."""
     path = out / CARD_NAME
     check_overwrite(path, "model card", Path.is_file, remedy="put the model card in its place")
     alphas = Alphas.load(out / ALPHAS_NAME)
@@ -93,26 +95,26 @@ def _write_section(out: Path) -> Path:
         metadata = dict((metadata_load(path) if path.exists() else None) or _fresh_metadata())
     except (ValueError, yaml.YAMLError) as error:
         raise OutputError(
-            f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again"
+            f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again",
+            code="not-yaml",
         ) from error
     tags = metadata.get("tags") or []
     tags = list(tags) if isinstance(tags, list) else [tags]
     text = replace_section(card, section(alphas, figures, _scale(out)))
-    if path.exists() and text == card and TAG in tags:
+    if path.exists() and text == card and METHOD in tags:
         return path
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode("utf-8"))
-        if TAG not in tags:  # else what others wrote into the front matter stays as they wrote it
-            metadata_save(temporary, {**metadata, "tags": [*tags, TAG]})
+        if METHOD not in tags:  # else the front matter keeps the layout that others gave it
+            metadata_save(temporary, {**metadata, "tags": [*tags, METHOD]})
 
     write_atomically(path, write)
     return path
 
 
 def _scale(out: Path) -> float | None:
-    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none, None where it differs
-    between tensors."""
+    """The `lambda` of the recipe beside the model: 1 without a recipe, None where it differs between tensors."""
     recipe = out / MERGED_RECIPE_NAME
     if not recipe.is_file():
         return 1.0
