@@ -31,7 +31,7 @@ from mergekit_slta import Alphas
 from mergekit_slta.cli.main import main as cli
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
-from mergekit_slta.recipe.read.recipe import Recipe
+from mergekit_slta.recipe.recipe import Recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
 

@@ -23,7 +23,6 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_batches
 from mergekit_slta.job.preflight import prepare
-from mergekit_slta.models.architectures import head_layout
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import ForwardState
@@ -150,11 +149,11 @@ class Reference:
             place = anatomy.arch.projections
             path = f"{attention}.{place.output}"
             heads = self.forward(ids, model, own, {path: "in"})[path]
-            layout, group = head_layout(job.skeleton.config), int(submodule.name.rpartition(".")[2])
+            layout, group = anatomy.arch.head_layout(job.skeleton.config), int(submodule.name.rpartition(".")[2])
             width = layout.queries * layout.width
             columns = slice(group * width, (group + 1) * width)
             weight = self.states[model][f"{path}.weight"]
-            return heads[..., columns] @ (weight[columns] if place.transposed else weight[:, columns].T)
+            return heads[..., columns] @ (weight[columns] if anatomy.arch.transposed else weight[:, columns].T)
         if self.species.parallel:
             return self.forward(ids, model, own, {layer: "out"})[layer]
         feeds = [name for name, block in anatomy.arch.norms if block == "mlp"]

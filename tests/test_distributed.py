@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_slta.calibration.calibrate.reuse import help_calibrate
+from mergekit_slta.calibration.reuse import help_calibrate
 from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.errors import RunError
 from mergekit_slta.job.preflight import prepare

@@ -17,7 +17,7 @@ from mergekit_slta.cli.main import main as cli
 from mergekit_slta.errors import SltaError
 from mergekit_slta.models.architectures import ARCHITECTURES
 from mergekit_slta.recipe.read import load_config, read_recipe
-from mergekit_slta.recipe.read.settings import SHARED_KEYS, TASK_KEYS
+from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

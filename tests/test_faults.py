@@ -17,10 +17,10 @@ from conftest import fork, mergekit_yaml, tensors
 from mergekit.scripts import run_yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from mergekit_slta.files import output_folder as outfolder
+from mergekit_slta.files import statistics_file as gram
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.atomic import output_folder as outfolder
-from mergekit_slta.files.atomic import statistics_file as gram
-from mergekit_slta.host.merge import method
+from mergekit_slta.host import method
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.runtime import activations as tape
 from mergekit_slta.runtime import resume as records

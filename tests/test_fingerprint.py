@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_slta.calibration.calibrate import statistics_fingerprint
-from mergekit_slta.checkpoints.tensors.content_hash import checkpoint_fingerprint
+from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.files.identity import differences, hash_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
@@ -71,7 +71,7 @@ def test_what_does_not_matter_changes_nothing(tiny, options):
 
 
 def test_the_config_counts_as_its_file_says(tiny, options, tmp_path, monkeypatch):
-    """Defaults of another transformers, and its version in the file, change nothing; a value in the file does."""
+    """Defaults that another transformers adds, and its version in the file, change nothing; other values do."""
     base = tmp_path / "base"
     shutil.copytree(tiny.base, base)
     recipe = {**tiny.recipe(2), "base_model": str(base)}

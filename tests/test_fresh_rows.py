@@ -17,7 +17,7 @@ from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.layout import layout_of
-from mergekit_slta.objectives.registry import estimate
+from mergekit_slta.objectives.costs import estimate_gradients as estimate
 from mergekit_slta.runner import head_loss
 
 
@@ -36,7 +36,7 @@ def test_every_step_has_rows_of_its_own(specimen, monkeypatch):  # noqa: F811
     assert found.row_step.tolist() == [1, 1, 1, 2, 2, 2] * 2
     assert found.row_task.tolist() == [0] * 6 + [1] * 6
     drawn = {job.recipe.label(task.model): rows.rows for task, rows in zip(job.recipe.tasks, job.rows, strict=True)}
-    numbers = [row.number for name in layout["canonical"] for row in drawn[name]]
+    numbers = [row.number for name in layout.canonical for row in drawn[name]]
     groups = [job.examples(group) for group in (0, 1)]
     assert [
         example.row.number for task in (0, 1) for group in groups for example in group if example.task == task
@@ -93,7 +93,7 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     for rows in ("1", "6"):
         result = slta("solve", stats, "--rows", rows, "-o", tmp_path / "other.json")
         assert result.exit_code == 2
-        assert "with `steps: 3` the gradients themselves depend on `num_samples`" in result.output
+        assert "with `steps: 3` the statistics themselves depend on `num_samples`" in result.output
     result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
     assert result.exit_code == 0, result.output
     assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]

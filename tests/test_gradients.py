@@ -19,8 +19,8 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.objectives import gradient_passes as passes
+from mergekit_slta.objectives.costs import estimate_gradients as estimate
 from mergekit_slta.objectives.gradient_passes import gather_derivatives
-from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.reporting.card import section
 from mergekit_slta.reporting.terminal import describe_job
 from mergekit_slta.runner import head_loss
@@ -45,7 +45,7 @@ def reference_slopes(models, job, labels=None) -> dict[str, torch.Tensor]:
     rename = job.skeleton.renamed
     every = [whole_model(path) for path in (models.base, *models.experts)]
     states = [dict(model.named_parameters()) for model in every]
-    examples = job.examples(0)
+    examples = job.examples()
     found = {submodule.name: torch.zeros(len(examples), len(every) - 1) for submodule in job.submodules}
     for row, example in enumerate(examples):
         model = every[example.task + 1]
@@ -118,7 +118,7 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  #
     monkeypatch.setattr(head_loss, "LOGIT_GRADIENTS", 320 * 5)  # five positions at a time
     found = gather_statistics(job).by_submodule
     labels: list[list[torch.Tensor]] = []  # row -> draw -> tokens
-    for example in job.examples(0):
+    for example in job.examples():
         parts = -(-(len(example.row.ids) - example.row.completion) // 5)
         pieces = [[drawn.pop(0) for _ in range(3)] for _ in range(parts)]
         labels.append([torch.cat([piece[draw] for piece in pieces]) for draw in range(3)])
@@ -141,7 +141,7 @@ def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
     models = specimen("qwen3")
     job = job_of(models, granularity="attn_mlp", objective="joint", label_samples=0, steps=0)
     slopes = gather_statistics(job).by_submodule
-    examples = job.examples(0)
+    examples = job.examples()
     generator = torch.Generator().manual_seed(3)
     step = {name: torch.randn(2, generator=generator, dtype=torch.float64) for name in slopes}
     every = [whole_model(path).double() for path in (models.base, *models.experts)]

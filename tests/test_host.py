@@ -155,6 +155,43 @@ def test_other_methods_pass_through(tiny, write_recipe, tmp_path):
     assert not [name for name in os.listdir(tmp_path / "out") if "slta" in name]
 
 
+def test_arguments_that_a_later_mergekit_adds_pass_through(tiny, tmp_path, options, monkeypatch):
+    """The wrapper hands on what it does not know, by place and by name."""
+    import mergekit.merge
+
+    seen = []
+
+    def later(merge_config, out_path, options, config_source=None, note=None, *, dry=False):
+        seen.append((note, dry))
+        return mergekit.merge.run_merge.__wrapped__(merge_config, out_path, options, config_source)
+
+    config = MergeConfiguration.model_validate(tiny.recipe(2))
+    host.run(later, config, str(tmp_path / "out"), options, None, "a note", dry=True)
+    assert seen == [("a note", True)]
+    assert "model.safetensors" in os.listdir(tmp_path / "out")
+
+
+def test_merges_that_run_at_once_may_share_an_alphas_file(tiny, tmp_path, options, write_recipe):
+    """A merge that begins and ends while another runs leaves it its weights."""
+    import mergekit.merge
+
+    saved = tmp_path / "saved.json"
+    assert slta("calibrate", write_recipe(tiny.recipe(2)), "-o", saved, *QUIET).exit_code == 0
+    recipe = tiny.recipe(2, alphas=str(saved))
+    original = mergekit.merge.run_merge.__wrapped__
+
+    def with_another(*arguments):
+        other = MergeConfiguration.model_validate({**recipe, "out_dtype": "bfloat16"})
+        mergekit.merge.run_merge(other, str(tmp_path / "inner"), options)
+        return original(*arguments)
+
+    config = MergeConfiguration.model_validate(recipe)
+    host.run(with_another, config, str(tmp_path / "outer"), options)
+    host.run(original, config, str(tmp_path / "alone"), options)
+    one, two = tensors(tmp_path / "outer"), tensors(tmp_path / "alone")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
 def test_model_card_and_config_show_the_users_recipe(tiny, write_recipe, tmp_path):
     """mergekit_config.yml is the recipe as written, not as rewritten for mergekit."""
     path = write_recipe(tiny.recipe(2))
@@ -304,7 +341,7 @@ def test_weights_of_others_are_refused(tiny, write_recipe, tmp_path):
     shutil.copy(tmp_path / "slta_alphas.json", out)
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
     assert result.exit_code == 2
-    assert "weights of another origin" in result.output
+    assert "weights that no merge of this package wrote" in result.output
     assert sorted(os.listdir(out)) == sorted([*before, "slta_alphas.json"])
 
 
@@ -355,7 +392,7 @@ def test_stock_merge_into_the_same_folder_is_noticed(tiny, write_recipe, tmp_pat
     before = (out / "model.safetensors").read_bytes()
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
     assert result.exit_code == 2
-    assert "weights of another origin (model.safetensors)" in result.output
+    assert "weights that no merge of this package wrote (model.safetensors)" in result.output
     assert (out / "model.safetensors").read_bytes() == before
 
 

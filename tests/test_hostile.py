@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.errors import SltaError
+from mergekit_slta.files import alphas_file as alphas_module
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.atomic import alphas_file as alphas_module
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.maths.gauss_newton import gauss_newton_step
 from mergekit_slta.recipe.read import load_config, read_recipe

@@ -13,10 +13,12 @@ from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
-from mergekit_slta.host.merge import method as module
+from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.wrap import wrap_run_merge
 from mergekit_slta.maths.task_arithmetic import WeightedSlice, merge_tensor
+from mergekit_slta.recipe.objectives import all_shared_keys
+from mergekit_slta.recipe.settings import TASK_KEYS
 
 ALPHA = (0.25, -0.5, 1.25)
 
@@ -96,6 +98,25 @@ def test_alphas_file_serves_callers_that_bypass_run_merge(tmp_path):
     (found,) = merge_methods.get("submodule_linear")([group], parameters={"alphas": str(path)})
     expected = merge_tensor(base, experts, (WeightedSlice(None, 0, 0, ALPHA),), 1.0, torch.bfloat16)
     assert torch.equal(found, expected)
+
+
+def test_a_rewritten_alphas_file_is_read_again(tmp_path):
+    """The weights are those that the file holds now, not those of an earlier call."""
+    path = tmp_path / "slta_alphas.json"
+    base, *experts = tensors(torch.float32)
+    group = TensorGroup.from_tensors([base, *experts], ids=["base", "a", "b", "c"], base_index=0, name="w")
+    for alpha in (ALPHA, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)):
+        alphas = make_alphas()
+        entry = alphas.submodules[0].model_copy(update={"alpha": alpha})
+        alphas.model_copy(update={"submodules": (entry,)}).save(path)
+        (found,) = merge_methods.get("submodule_linear")([group], parameters={"alphas": str(path)})
+        assert torch.equal(found, merge_tensor(base, experts, (WeightedSlice(None, 0, 0, alpha),), 1.0, torch.float32))
+
+
+def test_the_methods_parameters_are_the_recipes_keys():
+    """mergekit is told of every key that a recipe may have."""
+    spec = merge_methods.get("submodule_linear").spec
+    assert {parameter.name for parameter in spec.parameters} == {*all_shared_keys(), *TASK_KEYS}
 
 
 def test_lookup_works_from_worker_threads():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mergekit_slta.files.lock as lock_module
 import mergekit_slta.files.output_folder as module
 from mergekit_slta.errors import OutputError
 from mergekit_slta.files.output_folder import check_output, check_writable, staged, weight_files
@@ -121,7 +122,7 @@ def test_weights_that_no_merge_recorded_are_refused(out: Path, change: str):
     if change == "no record":
         (out / "slta_merge.json").unlink()
     before = content(out)
-    with pytest.raises(OutputError, match="weights of another origin"):
+    with pytest.raises(OutputError, match="weights that no merge of this package wrote"):
         check_output(out, [])
     assert content(out) == before
 
@@ -140,7 +141,7 @@ def test_weights_added_after_a_killed_merge_are_somebodys(out: Path, monkeypatch
 
 def test_a_second_merge_is_refused_while_one_runs(out: Path, monkeypatch):
     """Checking, and merging, into a folder that is being merged into: refused, and nothing of it is touched."""
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(lock_module.time, "sleep", lambda _: None)
     with staged(out) as folder:
         (folder / "model.safetensors").write_text("second")
         for attempt in (lambda: check_output(out, []), lambda: merge(out, "third", ONE)):
@@ -190,11 +191,11 @@ def test_other_files_of_an_earlier_merge_go_with_it(out: Path):
 
 def test_file_systems_without_locks(out: Path, monkeypatch, caplog):
     """Where flock is not implemented a merge runs unguarded, instead of never, and says so."""
-    monkeypatch.setattr(module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
+    monkeypatch.setattr(lock_module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
     with caplog.at_level("WARNING"):
         merge(out, "second", ONE)
     assert content(out) == whole("second", ONE)
-    assert "the output folder cannot be locked" in caplog.text
+    assert "cannot be locked" in caplog.text
 
 
 def test_folders_where_files_belong(out: Path):

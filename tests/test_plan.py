@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import read
 
+from mergekit_slta.checkpoints import plan
 from mergekit_slta.checkpoints.plan import make_plan
-from mergekit_slta.checkpoints.tensors import plan
 from mergekit_slta.errors import ModelError
 
 

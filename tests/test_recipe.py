@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_slta.errors import RecipeError, SltaError
 from mergekit_slta.recipe.read import load_config, read_recipe
-from mergekit_slta.recipe.read.settings import SHARED_KEYS, TASK_KEYS
+from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
 BASE = {
     "merge_method": "submodule_linear",

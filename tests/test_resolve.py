@@ -14,11 +14,11 @@ import yaml
 from conftest import slta
 from safetensors.torch import save_file
 
-from mergekit_slta.calibration.calibrate import resolve
+from mergekit_slta.calibration import resolve
 from mergekit_slta.calibration.resolve import first_rows, parse_importance, solve_again
 from mergekit_slta.errors import AlphasError, RecipeError
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.atomic.layout import Layout
+from mergekit_slta.files.layout import Layout
 from mergekit_slta.files.statistics_file import Statistics
 
 QUIET = ["--quiet"]

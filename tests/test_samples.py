@@ -14,6 +14,7 @@ from mergekit.common import ModelReference
 
 from mergekit_slta.data.rows import completion_start, draw_rows, encode, load_rows, renderer, sample_numbers
 from mergekit_slta.errors import DataError
+from mergekit_slta.recipe.objectives import FeaturesSettings, JointSettings
 from mergekit_slta.recipe.read import Settings, Task
 
 ROWS = [{"question": f"q{number}", "answer": f"a{number}", "number": number} for number in range(10)]
@@ -45,7 +46,8 @@ def draw(tokenizer, dataset, text=None, split="train", completion=None, **settin
     task = Task(
         model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split, completion=completion
     )
-    return draw_rows(task, "org/a", Settings(**settings), tokenizer)
+    own = JointSettings(steps=0) if settings.get("objective") == "joint" else FeaturesSettings()
+    return draw_rows(task, "org/a", Settings(own=own, **settings), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def answers(tokenizer, drawn) -> list[str]:
 def test_completion_follows_the_text_and_is_marked(folder, tokenizer):
     """`text` and `completion` make one row; only a loss asks where the answer begins."""
     keys = {"text": "{question}: ", "completion": "{answer}!"}
-    drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", steps=0, num_samples=10)
+    drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=10)
     assert [row.text for row in drawn.rows] == [f"q{row.number}: a{row.number}!" for row in drawn.rows]
     for row, answer in zip(drawn.rows, answers(tokenizer, drawn), strict=True):
         assert answer.strip() == f"a{row.number}!"
@@ -271,7 +273,7 @@ def test_the_last_message_of_a_chat_is_the_answer(tmp_path, tokenizer):
     ]  # fmt: skip
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    drawn = draw(tokenizer, path, objective="joint", steps=0, num_samples=3)
+    drawn = draw(tokenizer, path, objective="joint", num_samples=3)
     by_number = dict(zip((row.number for row in drawn.rows), answers(tokenizer, drawn), strict=True))
     assert by_number[0] == "<|assistant|>dog</s>"  # this template writes no header before the answer
     assert by_number[1] == "<|assistant|>two</s>"
@@ -293,12 +295,12 @@ def test_answers_that_were_cut_off_are_said(folder, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         keys = {"text": "{question} and a very long introduction: ", "completion": "{answer}"}
         with pytest.raises(DataError, match="all 4 rows of .* raise `max_seq_length`"):
-            draw(tokenizer, folder / "rows.json", **keys, objective="joint", steps=0, num_samples=4, max_seq_length=5)
+            draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=4, max_seq_length=5)
         keys["text"] = "{question}"
         path = folder / "uneven.jsonl"
         rows = [{"question": "one two " * (1 + 40 * (number == 2)), "answer": "three"} for number in range(4)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        drawn = draw(tokenizer, path, **keys, objective="joint", steps=0, num_samples=4, max_seq_length=30)
+        drawn = draw(tokenizer, path, **keys, objective="joint", num_samples=4, max_seq_length=30)
     assert "1 of 4 rows" in caplog.text
     assert "raise `max_seq_length`" in caplog.text
     assert sum(row.completion == len(row.ids) for row in drawn.rows) == 1
@@ -312,7 +314,7 @@ def test_chats_whose_answer_cannot_be_told_are_said(tmp_path, tokenizer, caplog)
     ]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     with caplog.at_level(logging.WARNING):
-        drawn = draw(tokenizer, path, objective="joint", steps=0, num_samples=2)
+        drawn = draw(tokenizer, path, objective="joint", num_samples=2)
         assert "1 of 2 chats" in caplog.text
         assert sorted(row.completion > 1 for row in drawn.rows) == [False, True]
         caplog.clear()

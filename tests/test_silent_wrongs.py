@@ -11,8 +11,8 @@ import torch
 from conftest import slta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import calibrate
-from mergekit_slta.calibration.calibrate.assemble import assemble
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.entries import EXPECTED_ALPHA
@@ -84,7 +84,7 @@ def test_extreme_weights_are_flagged_with_what_helps(tiny, tmp_path, write_recip
         )
     flagged = [entry.model_copy(update={"flags": ("extreme",)}) for entry in found.submodules]
     text = section(found.model_copy(update={"submodules": tuple(flagged)}), [])
-    assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)" in text
+    assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)" in text
     lines = describe_alphas(found.model_copy(update={"submodules": tuple(flagged)})).splitlines()
     assert sum(line.endswith(": extreme") for line in lines) == 13  # twelve by name
     assert lines[-1] == f"and {len(flagged) - 12} more: extreme"

@@ -22,9 +22,10 @@ from torch import Tensor
 from mergekit_slta.analysis.measurements import Observation
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
-from mergekit_slta.errors import ModelError, OutputError, RecipeError, show
+from mergekit_slta.errors import ModelError, RecipeError
 from mergekit_slta.files.identity import hash_identity
-from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
+from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, number
+from mergekit_slta.files.names import resume_folder
 from mergekit_slta.job.identity import importance_label
 from mergekit_slta.job.job import Job
 from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
@@ -79,7 +80,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
             return found, True
     entries: list[SubmoduleLinearity] = []
     with (
-        ResumeStore(path.with_name(f".{path.name}.partial"), mark) as records,
+        ResumeStore(resume_folder(path), mark) as records,
         torch.inference_mode(),
         job.advice_on_memory(),
     ):
@@ -93,16 +94,6 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
         result.save(path)
         records.remove()
     return result, False
-
-
-def check_linearity_target(path: Path) -> None:
-    """Refuse to write over what is no linearity file.
-
-    Raises:
-        OutputError: it is one of another kind.
-    """
-    if path.is_symlink() or (path.exists() and not (path.is_file() and is_linearity_file(path))):
-        raise OutputError(f"{show(path)} is no linearity file and is not overwritten: name another with -o")
 
 
 def num_forwards(num_experts: int) -> int:

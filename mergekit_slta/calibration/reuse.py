@@ -22,9 +22,10 @@ from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.identity import describe, differences
-from mergekit_slta.files.output_folder import ALPHAS_NAME, STATISTICS_NAME, free_bytes
+from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, resume_folder
+from mergekit_slta.files.output_folder import free_bytes
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.files.targets import check_target, write_results
+from mergekit_slta.files.targets import check_alphas_target, write_results
 from mergekit_slta.job.identity import ROW_SETTINGS
 from mergekit_slta.job.job import Job
 from mergekit_slta.objectives.registry import estimate
@@ -37,7 +38,7 @@ LOG = logging.getLogger(__name__)
 @contextmanager
 def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
     """Keep the finished parts of a calibration whose alphas go to `path`, until it is through."""
-    with ResumeStore(path.with_name(f".{path.name}.partial"), work_fingerprint(job)) as resume:
+    with ResumeStore(resume_folder(path), work_fingerprint(job)) as resume:
         yield resume
         resume.remove()  # the results have been written
 
@@ -212,9 +213,9 @@ def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks =
     """Calibrate a job and write its alphas to `path`; returns them, and whether they were there already.
 
     Raises:
-        OutputError, AlphasError: see `check_target` and `reuse_or_calibrate`.
+        OutputError, AlphasError: see `check_alphas_target` and `reuse_or_calibrate`.
     """
-    check_target(path)
+    check_alphas_target(path)
     with resumable(job, path) as resume:
         alphas, statistics = reuse_or_calibrate(
             job, [path], must_match=False, verified=verified, resume=resume, ranks=ranks

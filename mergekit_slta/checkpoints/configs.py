@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import TokenizerInfo
-from mergekit.tokenizer.build import build_tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.errors import DataError, ModelError, listing, show
+from mergekit_slta.libraries.mergekit import build_tokenizer
 from mergekit_slta.models.architectures import architecture
 from mergekit_slta.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mergekit_slta.libraries.mergekit import TokenizerInfo
 
 LOG = logging.getLogger(__name__)
 _MUST_MATCH = (
@@ -135,17 +137,9 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
     Raises:
         DataError: there is none, or it cannot be loaded.
     """
-    config = recipe.config
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     try:
-        if source is not None:
-            info = build_tokenizer(
-                base_model=recipe.base,
-                referenced_models=list(recipe.models),
-                tokenizer_source=source,
-                trust_remote_code=options.trust_remote_code,
-                add_tokens=list((config.tokenizer.tokens or {}) if config.tokenizer else {}),
-            )
+        if recipe.config.tokenizer or recipe.config.tokenizer_source:
+            info = build_tokenizer(recipe.config, recipe.models, options)
             return info.tokenizer, info
         base = recipe.base.model
         return AutoTokenizer.from_pretrained(

@@ -10,9 +10,8 @@ import hashlib
 import os
 from collections.abc import Mapping
 
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-
 from mergekit_slta.checkpoints.headers import TensorHeader
+from mergekit_slta.libraries.mergekit import LazyTensorLoader
 
 _SAMPLES = 4
 """Samples of a tensor's bytes."""

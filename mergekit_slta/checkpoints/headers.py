@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, shapes and byte ranges of tensors, read without any of the tensors."""
+"""Headers of safetensors files: names, shapes and byte ranges of tensors. No tensor is read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import os
 from dataclasses import dataclass
 
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-
 from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.libraries.mergekit import LazyTensorLoader
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape, dtype name and byte range of one tensor in a safetensors file."""
+    """Shape, dtype name and byte range [start, stop) of one tensor in a safetensors file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -22,7 +21,11 @@ class TensorHeader:
 
 
 def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]:
-    """Headers of all tensors of a safetensors checkpoint.
+    """Tensor name -> header, for all tensors of a safetensors checkpoint.
+
+    Args:
+        loader: the checkpoint's loader.
+        name: the model's name, for messages.
 
     Raises:
         ModelError: a shard is missing, truncated or corrupt, or lacks a tensor that the index promises.
@@ -34,11 +37,15 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
             entries = _read_header(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
-                f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again"
+                f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again",
+                code="corrupt-checkpoint",
             ) from error
         lacking = [key for key in shard.contained_keys if key not in entries]
         if lacking:
-            raise ModelError(f"{show(path)} of {show(name)} lacks {listing(lacking, 3)}, which its index promises")
+            raise ModelError(
+                f"{show(path)} of {show(name)} lacks {listing(lacking, 3)}, which its index promises; fetch it again",
+                code="corrupt-checkpoint",
+            )
         headers |= {key: entries[key] for key in shard.contained_keys}
     return headers
 

@@ -1,44 +1,42 @@
 """LoRA adapters ("base+adapter" in a recipe) added to their base tensor by tensor, without a merged copy on disk.
 
-Scope: a loader that mergekit takes for a checkpoint's. What is more than a sum of base tensors and products of two
-matrices (DoRA, trained embeddings, ...) is named and left to mergekit's own way.
+Scope: a loader that mergekit uses like a checkpoint's. Adapters that are more than products of two matrices added to
+base tensors (DoRA, trained embeddings, ...) are left to mergekit, which merges a full copy on disk.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_slta.checkpoints.lora_adapter import LowRank, check_shapes, find_updates, merge_reason, read_adapter
 from mergekit_slta.errors import ModelError, show
+from mergekit_slta.libraries.mergekit import LazyTensorLoader, dtype_named, loader_of_file
 
 _SUMMABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdapterLoader(LazyTensorLoader):
-    """A base checkpoint's lazy tensors with an adapter's products added; a drop-in for mergekit's loader.
+    """A base checkpoint's tensors with an adapter's products added; a drop-in for mergekit's loader.
 
-    The product is computed in float32 (float64 for float64 weights) and the sum is rounded once, to the base tensor's
-    dtype. peft does the same unless it is told not to keep adapters in float32 (then it rounds the product, too).
-    Tensors that the adapter leaves alone are the base's, bit by bit. Nothing is kept between calls: the matrices are
-    read from the adapter's mapped file. Calls may come from any thread: both inner loaders lock, and nothing else
-    changes.
+    The product is computed in float32 (float64 for float64 weights), and the sum is rounded once, to the base tensor's
+    dtype. peft does the same, unless it is told not to keep adapters in float32: then it rounds the product as well.
+    Tensors without an update are the base's to the last bit. Nothing is kept between calls: the matrices are read from
+    the adapter's mapped file. Threads may share a loader: both inner loaders lock, and nothing else changes.
 
     Args:
-        base: the base model's loader; it may be shared with others.
+        base: the base model's loader; others may use it, too.
         adapter: a loader of the adapter's file.
         updates: name in the base checkpoint -> what is added.
-        files: the adapter's files.
+        files: the adapter's config and weights.
         dtype: what floating tensors are rounded to instead (mergekit's --lora-merge-dtype).
 
     Attributes:
-        index: the base's, so that headers, shards and names are those of the base.
+        index: the base's: names, shards and headers are those of the base.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class AdapterLoader(LazyTensorLoader):
 
     @property
     def fingerprint_files(self) -> list[str]:
-        """Paths of the adapter's config and weights: with the base's shards, all that the tensors depend on."""
+        """Paths of the adapter's config and weights; the tensors depend on these and on the base's shards."""
         return list(self._files)
 
     def get_tensor(
@@ -68,7 +66,7 @@ class AdapterLoader(LazyTensorLoader):
 
         Raises:
             KeyError: the base checkpoint lacks the tensor (None is returned where `raise_on_missing` is false).
-            ModelError: the sum is not defined: shapes differ, or the base's weights are quantized.
+            ModelError: shapes differ, or the base's weights are quantized.
         """
         if key not in self.index.tensor_paths:
             key = next((alias for alias in aliases or () if alias in self.index.tensor_paths), key)
@@ -81,7 +79,7 @@ class AdapterLoader(LazyTensorLoader):
         return tensor.to(dtype)
 
     def flush(self) -> None:
-        """Close what is open in the base and in the adapter, which unmaps it; both open again when needed."""
+        """Close the open files of base and adapter, which unmaps them; they are opened again when needed."""
         self.base.flush()
         self.adapter.flush()
 
@@ -90,7 +88,8 @@ class AdapterLoader(LazyTensorLoader):
         if weight.dtype not in _SUMMABLE:
             raise ModelError(
                 f"{show(name)} is stored as {show(weight.dtype)}, which an adapter cannot be added to: "
-                "use a base that is not quantized"
+                "use a base that is not quantized",
+                code="quantized-weights",
             )
         transposed = update.is_transposed(name, tuple(weight.shape))
         precise = torch.promote_types(weight.dtype, torch.float32)
@@ -100,9 +99,9 @@ class AdapterLoader(LazyTensorLoader):
 
 
 def needs_merged_copy(model: ModelReference) -> str | None:
-    """Why an adapter cannot be added tensor by tensor, in a few words; None where it can (or there is none).
+    """Why a model's adapter cannot be added tensor by tensor, in a few words; None where it can, or there is none.
 
-    Only the adapter's config and the header of its weights are read.
+    Reads the adapter's config and the header of its weights.
 
     Raises:
         ModelError: the adapter is missing or damaged.
@@ -113,18 +112,18 @@ def needs_merged_copy(model: ModelReference) -> str | None:
 def open_adapter(
     model: ModelReference, options: MergeOptions, *, base: LazyTensorLoader | None = None
 ) -> AdapterLoader | None:
-    """A loader of "base+adapter" for mergekit's `LoaderCache().loaders[model]`.
+    """A loader of "base+adapter", to be put where mergekit looks for it.
 
     Args:
         model: the reference.
-        options: the caches and `lazy_unpickle` of the base's loader, and `lora_merge_dtype`.
-        base: the base model's loader where there is one to share; opened here otherwise.
+        options: the base's caches and `lazy_unpickle`, and `lora_merge_dtype`.
+        base: the base model's loader, to be shared; None opens one.
 
     Returns:
-        None where mergekit has to merge a copy (see `needs_merged_copy`) or the model has no adapter.
+        The loader; None where the model has no adapter or mergekit has to merge a copy (see `needs_merged_copy`).
 
     Raises:
-        ModelError: the adapter is missing or damaged, adapts what its base lacks, or has other shapes.
+        ModelError: the adapter is missing or damaged, adapts a module that its base lacks, or has other shapes.
     """
     if model.lora is None:
         return None
@@ -138,22 +137,15 @@ def open_adapter(
     except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
         raise ModelError(
             f"cannot open the checkpoint of {show(plain)}, the base of an adapter ({show(error)}): "
-            "check the path or Hub id"
+            "check the path or Hub id",
+            code="unreadable-checkpoint",
         ) from error
     updates = find_updates(adapter, base, config)
     check_shapes(base, updates)
-    folder, file = os.path.split(adapter.weights_file)
-    names = list(adapter.shapes)
-    index = ShardedTensorIndex(
-        base_path=folder,
-        is_safetensors=file.endswith(".safetensors"),
-        tensor_paths=dict.fromkeys(names, file),
-        shards=[ShardInfo(file, names)],
-    )
     return AdapterLoader(
         base,
-        LazyTensorLoader(index, lazy_unpickle=False),  # for pickles: torch's own `weights_only`
+        loader_of_file(adapter.weights_file, list(adapter.shapes)),
         updates,
         (adapter.config_file, adapter.weights_file),
-        dtype_from_name(options.lora_merge_dtype),
+        dtype_named(options.lora_merge_dtype),
     )

@@ -1,8 +1,7 @@
-"""mergekit's own plan of a merge: which tensors OUT will hold, and the tasks that read them from every model.
+"""mergekit's own plan of a merge: the tensors that OUT will hold, and the tasks that read them from every model.
 
-Scope: the one place that builds mergekit's planner and compares its plan with what the checkpoints hold. Only headers
-are read. Calibration reads through the same tasks as the merge, so that LoRA references, aliases, conversions and the
-recipe's `dtype` and `tokenizer:` treatment are what it sees.
+Scope: builds the plan and opens the checkpoints. Only headers are read. Calibration reads through the same tasks as the
+merge, so it sees adapters, aliases, conversions and the recipe's `dtype` and `tokenizer:` exactly as the merge does.
 """
 
 from __future__ import annotations
@@ -10,23 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from mergekit.architecture import WeightInfo, get_architecture_info
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.common import ImmutableMap, ModelReference
-from mergekit.graph import Task as GraphTask
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 
 from mergekit_slta.checkpoints.headers import TensorHeader, read_headers
 from mergekit_slta.checkpoints.lora_loader import open_adapter
 from mergekit_slta.errors import ModelError, show
+from mergekit_slta.libraries.mergekit import (
+    LazyTensorLoader,
+    forget_loaders,
+    names_of,
+    open_loader,
+    place_loader,
+    plan_tensors,
+    sources_of,
+)
 from mergekit_slta.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mergekit_slta.libraries.mergekit import Task, WeightInfo
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,26 @@ class PlannedTensor:
 
     Attributes:
         weight: mergekit's description; `weight.name` is the name in OUT and in the alphas file.
-        gather: the task that hands it to the merge method, from every model.
+        gather: the task that reads it from every model, for the merge method.
         sources: model -> mergekit's description of the tensor in that model's checkpoint.
     """
 
     weight: WeightInfo
-    gather: GraphTask
+    gather: Task
     sources: Mapping[ModelReference, WeightInfo]
 
 
 @dataclass
 class Plan:
-    """What mergekit will do, tensor by tensor, and what the checkpoints say about it.
+    """What mergekit will do, tensor by tensor, and what the checkpoints hold.
 
     Attributes:
         models: base first, then the experts in canonical order (sorted by the recipe's names).
         tensors: name in OUT -> planned tensor, in the plan's order.
         loaders: mergekit's lazy loaders of the models.
         headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
-        is_tied: the output projection is the embedding table, in every model: the plan lacks it, or holds a copy.
-        copied: tensors of the plan that are no parameters; the merge takes the base's, and refuses models that differ.
+        is_tied: the output projection is the embedding table in every model: the plan lacks it, or holds a copy.
+        copied: tensors of the plan that are not parameters. The merge takes the base's, and refuses models that differ.
     """
 
     models: tuple[ModelReference, ...]
@@ -65,193 +68,59 @@ class Plan:
     copied: list[str] = field(default_factory=list)
 
     def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
-        """Shape of an output's tensor in a model's checkpoint; None where the header does not tell."""
+        """Shape of an output's tensor in a model's checkpoint; None where no header gives it."""
         source = self.source_name(name, model)
         header = self.headers.get(model, {}).get(source) if source else None
         return header.shape if header else None
 
     def source_name(self, name: str, model: ModelReference) -> str | None:
-        """The name under which a model's checkpoint holds an output's tensor; None where it is converted or missing."""
+        """The name of an output's tensor in a model's checkpoint; None where it is converted from others or missing."""
         present = self.loaders[model].index.tensor_paths
-        return next((other for other in _names(self.tensors[name].sources[model]) if other in present), None)
-
-
-def forget_loaders(models: Sequence[ModelReference]) -> None:
-    """Take the models' loaders out of mergekit's cache, which outlives a merge: their files may change before the
-    next, and other methods merge adapters their own way."""
-    for model in models:
-        LoaderCache().loaders.pop(model, None)
+        return next((other for other in names_of(self.tensors[name].sources[model]) if other in present), None)
 
 
 def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
-    """Base, then the experts by name: the order in which everything is computed, whatever the recipe's order."""
+    """Base, then the experts sorted by name: the order of every computation, whatever the recipe's order."""
     return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
 
 
 def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
-    """Plan the merge as `run_merge` will, and open the checkpoints' headers.
+    """Plan the merge as `run_merge` will, and open the checkpoints and read their headers.
 
     Raises:
         ModelError: a checkpoint cannot be found or read, or mergekit cannot plan the recipe.
     """
-    cache = LoaderCache()
-    cache.setup(options=options)
-    loaders: dict[ModelReference, LazyTensorLoader] = {}
     forget_loaders(recipe.models)
+    loaders: dict[ModelReference, LazyTensorLoader] = {}
     for model in recipe.models:
         try:
             adapter = open_adapter(model, options, base=loaders.get(ModelReference(model=model.model)))
             if adapter is not None:
-                cache.loaders[model] = adapter  # where mergekit's warm-up finds it, instead of merging a copy on disk
-            loaders[model] = cache.get(model)
+                place_loader(model, adapter)
+            loaders[model] = open_loader(model, options)
         except ModelError:
             raise
         except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
             raise ModelError(
                 f"cannot open the checkpoint of {show(recipe.names[model])} ({show(error)}): "
-                "a file is missing or corrupt, fetch it again"
+                "a file is missing or corrupt, fetch it again",
+                code="unreadable-checkpoint",
             ) from error
     headers = {
         model: read_headers(loader, recipe.names[model])
         for model, loader in loaders.items()
         if loader.index.is_safetensors
     }
-    config = recipe.config.model_copy(deep=True)
     try:
-        planner = MergePlanner(
-            config,
-            get_architecture_info(config, options),
-            options=options,
-            out_model_config=recipe.base.config(trust_remote_code=options.trust_remote_code),
+        planned = plan_tensors(
+            recipe.config.model_copy(deep=True),
+            options,
+            recipe.base.config(trust_remote_code=options.trust_remote_code),
         )
-        # Nothing is written: the tasks only describe what would be. (`plan_in_memory` fails under pydantic 2.14.)
-        planned = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
     except Exception as error:
-        raise ModelError(f"mergekit cannot plan this merge: {show(error)}") from error
-    tensors = {task.output_weight.name: _planned(task) for task in planned}
+        raise ModelError(f"mergekit cannot plan this merge: {show(error)}", code="cannot-plan") from error
+    tensors = {weight.name: PlannedTensor(weight, gather, sources_of(gather)) for weight, gather in planned}
     return Plan(canonical(recipe), tensors, loaders, headers)
-
-
-def _planned(task: ExecuteMergeMethodTask) -> PlannedTensor:
-    gather = task.gather_tensors
-    direct = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
-    return PlannedTensor(task.output_weight, gather, dict(direct.weight_info.items()))
-
-
-def _names(weight: WeightInfo) -> list[str]:
-    return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
-
-
-def reconcile(
-    plan: Plan,
-    names: Mapping[ModelReference, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    configs: Mapping[ModelReference, Any],
-) -> list[str]:
-    """Compare the plan with what the models need and the checkpoints hold; mergekit drops without a word what its
-    definitions do not list.
-
-    The plan's tensors become those that the model class has, so that calibration sees the whole model: what mergekit
-    would drop is added, read by name; buffers that it lists beside the parameters are left out.
-
-    Args:
-        plan: the plan; its tensors are changed.
-        names: the recipe's names of the models.
-        shapes: the model class's parameters, by the plan's names.
-        configs: the models' configs.
-
-    Returns:
-        Why mergekit cannot merge these checkpoints as they are; empty where it can.
-
-    Raises:
-        ModelError: the checkpoints do not fit each other or the model class.
-    """
-    problems = []
-    present = {model: set(plan.loaders[model].index.tensor_paths) for model in plan.models}
-
-    def holds(name: str, model: ModelReference) -> bool:
-        planned = plan.tensors.get(name)
-        found = planned is not None and plan.source_name(name, model) is not None
-        return found or can_convert_checkpoint_keys(configs[model].model_type, present[model], name)
-
-    for name in list(plan.tensors):
-        lacking = [model for model in plan.models if not holds(name, model)]
-        if not lacking:
-            if name not in shapes and not plan.tensors[name].weight.optional:
-                plan.copied.append(name)  # a buffer that older transformers saved, computed from the config today
-                del plan.tensors[name]
-            continue
-        if name in shapes and len(lacking) < len(plan.models):
-            raise ModelError(
-                f"{show(names[lacking[0]])} lacks the tensor {show(name)}, which "
-                f"{show(names[next(model for model in plan.models if model not in lacking)])} has: "
-                "all models of a merge need the same tensors"
-            )
-        problems.append(
-            f"mergekit plans to merge {show(name)}, which {show(names[lacking[0]])} does not have: its definition of "
-            "this architecture does not fit this checkpoint"
-        )
-        del plan.tensors[name]
-    for name in shapes:
-        if name in plan.tensors:
-            continue
-        having = [model for model in plan.models if holds(name, model)]
-        if len(having) == len(plan.models):
-            weights = {model: WeightInfo(name=name) for model in plan.models}
-            plan.tensors[name] = PlannedTensor(
-                weights[plan.models[0]], GatherTensors(weight_info=ImmutableMap(data=weights)), weights
-            )
-        if having:
-            problems.append(
-                f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
-                "does not list it, and the output would load with zeros there"
-            )
-    _check_shapes(plan, names)
-    return problems
-
-
-def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, projection: str) -> bool:
-    """Whether the output projection is the embedding table in every model.
-
-    Some checkpoints of tied models store it a second time; mergekit plans it as soon as one of them does. A copy that
-    equals the table, where the config ties the two, is the same tensor; any other is one of its own.
-
-    Args:
-        plan: the plan.
-        configs: the models' configs.
-        table, projection: names of the embedding's and of the projection's weights.
-    """
-    if projection not in plan.tensors:
-        return True
-    for model in plan.models:
-        if not getattr(configs[model], "tie_word_embeddings", False):
-            return False
-        stored = plan.source_name(projection, model)
-        embedded = plan.source_name(table, model)
-        if stored != embedded:
-            loader = plan.loaders[model]
-            same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
-            loader.flush()
-            if not same:
-                return False
-    return True
-
-
-def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
-    base = plan.models[0]
-    for name, planned in plan.tensors.items():
-        wanted = plan.shape(name, base)
-        realigned = not isinstance(planned.gather, GatherTensors)  # mergekit's tokenizer treatment changes the rows
-        for model in plan.models[1:]:
-            found = plan.shape(name, model)
-            if wanted is None or found is None or realigned or found == wanted:
-                continue
-            hint = "all models of a merge need the same shapes"
-            if planned.weight.vocabulary_axis is not None:
-                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
-            raise ModelError(
-                f"{show(name)} is {list(found)} in {show(names[model])} and {list(wanted)} in the base: {hint}"
-            )
 
 
 def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> int:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions
 
 from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
+from mergekit_slta.libraries.mergekit import PrettyPrintHelp, add_merge_options
 
 _READING = ("check", "calibrate", "linearity")
 _COMPUTING = ("calibrate", "linearity")
@@ -65,7 +66,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     No weights are read. What `merge` would refuse is refused here, too.
     """
     from mergekit_slta.calibration.reuse import check_disk_space, load_matching
-    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.objectives.registry import estimate
     from mergekit_slta.recipe.read import load_config, read_recipe
@@ -75,7 +76,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     read = read_recipe(load_config(recipe)[0])
     named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
     if named:
-        check_target(named)
+        check_alphas_target(named)
     job = prepare(read, merge_options, need_rows=not (named and named.exists()))
     check_disk_space(job, Path.cwd(), [named] if named else [])
     if named:
@@ -98,8 +99,8 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
     from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
-    from mergekit_slta.files.output_folder import ALPHAS_NAME
-    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.files.names import ALPHAS_NAME
+    from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.recipe.read import load_config, read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas
@@ -110,7 +111,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
         read = read_recipe(load_config(recipe)[0])
         path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
-        check_target(path)
+        check_alphas_target(path)
         if not ranks.is_first:  # prepares after the first process, which downloads and merges adapters on disk
             mark = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
@@ -159,9 +160,9 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     Measures the whole model, its layers, attention and MLP blocks and attention heads (the paper's sections 2 and A.1
     to A.2). A run that was killed goes on where it stopped.
     """
-    from mergekit_slta.analysis.analyse import analyse, check_linearity_target, for_linearity, num_forwards
-    from mergekit_slta.files.linearity_file import LINEARITY_NAME
-    from mergekit_slta.files.output_folder import check_writable
+    from mergekit_slta.analysis.analyse import analyse, for_linearity, num_forwards
+    from mergekit_slta.files.names import LINEARITY_NAME
+    from mergekit_slta.files.targets import check_linearity_target
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.recipe.read import load_config, read_recipe
     from mergekit_slta.reporting.terminal import describe_linearity
@@ -171,7 +172,6 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
     path = Path(output or LINEARITY_NAME).absolute()
-    check_writable(path.parent)
     check_linearity_target(path)
     job = prepare(for_linearity(read), merge_options, for_merge=False)
     if not merge_options.quiet:

@@ -12,9 +12,6 @@ import click
 from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
 
-SOLVED_NAME = "slta_alphas_solved.json"
-"""Name of what `solve` writes beside a merged model, whose own alphas file must stay."""
-
 
 @with_verbose
 @click.command()
@@ -68,14 +65,15 @@ def solve(
     """
     from mergekit_slta.calibration.resolve import parse_importance, solve_again
     from mergekit_slta.files.alphas_file import describe_ridge
-    from mergekit_slta.files.output_folder import ALPHAS_NAME, weight_files
+    from mergekit_slta.files.names import ALPHAS_NAME, SOLVED_NAME
+    from mergekit_slta.files.output_folder import weight_files
     from mergekit_slta.files.statistics_file import Statistics
-    from mergekit_slta.files.targets import check_target
+    from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.reporting.terminal import describe_alphas
 
     beside_model = bool(weight_files(stats.parent))
     path = (output or stats.with_name(SOLVED_NAME if beside_model else ALPHAS_NAME)).absolute()
-    check_target(path)
+    check_alphas_target(path)
     alphas = solve_again(
         Statistics.load(stats),
         ridge=ridge,

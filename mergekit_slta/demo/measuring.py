@@ -67,17 +67,17 @@ def _baseline(method: str, experts: Sequence[str], weight: float) -> dict[str, A
 def _merge_in_process(recipe: dict[str, Any], folder: Path) -> None:
     """One merge by mergekit, quietly."""
     from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
+
+    from mergekit_slta.libraries.mergekit import forget_loaders
 
     config = MergeConfiguration.model_validate(recipe)
     try:
         run_merge(config, str(folder), MergeOptions(quiet=True, write_model_card=False))
     finally:
         # mergekit keeps open files by path for the whole process: a later demo would read what it has overwritten.
-        for model in config.referenced_models():
-            LoaderCache().loaders.pop(model, None)
+        forget_loaders(config.referenced_models())
 
 
 def encode_tests(splits: Mapping[str, data.Split], directory: Path) -> dict[str, list[data.Encoded]]:

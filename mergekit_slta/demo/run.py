@@ -24,6 +24,7 @@ from mergekit_slta.demo.measuring import encode_tests, evaluate, markdown_table,
 from mergekit_slta.demo.training import new_model, one_thread, quiet_transformers, save, train
 from mergekit_slta.errors import OutputError, RunError, show
 from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.names import ALPHAS_NAME
 
 Echo = Callable[[str], None]
 
@@ -120,7 +121,7 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
     }
     write_text_atomically(directory / "results.json", json.dumps(results, indent=2) + "\n")
     write_text_atomically(directory / "results.md", markdown_table(table))
-    draw_alphas(directory / "merged" / "slta_alphas.json", directory / "alphas.png")
+    draw_alphas(directory / "merged" / ALPHAS_NAME, directory / "alphas.png")
     echo(f"\nexact match in % (loss in nats per answer token), {results['test_rows']} held-out rows per task\n")
     echo(text_table(table))
     echo(f"\nresults.md, results.json, alphas.png, recipe.yml and the models are in {directory}")

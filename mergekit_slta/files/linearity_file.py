@@ -21,7 +21,6 @@ from mergekit_slta.files.json_file import DocumentType, read_document
 
 FORMAT = "mergekit-slta/linearity"
 VERSION = 1
-LINEARITY_NAME = "slta_linearity.json"
 DOCUMENT = DocumentType(
     noun="linearity file",
     article="a",

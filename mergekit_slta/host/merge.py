@@ -5,6 +5,7 @@ Scope: what happens before and after mergekit's own merge, on the main thread, b
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -17,26 +18,27 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
-from mergekit_slta.checkpoints.plan import forget_loaders
 from mergekit_slta.errors import RunError, SltaError, show
 from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.names import ALPHAS_NAME, CONFIG_NAME, STATISTICS_NAME
 from mergekit_slta.files.output_folder import (
-    ALPHAS_NAME,
-    STATISTICS_NAME,
     calibrating,
     check_output,
     forget_calibration,
     pending,
     staged,
 )
-from mergekit_slta.files.targets import check_target, save_results, write_results
+from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
 from mergekit_slta.host.method import ActiveMerge, active
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
 
 LOG = logging.getLogger(__name__)
+_MERGES = itertools.count(1)
+"""Numbers the merges of this process: two that run at once may name the same alphas file."""
 
 
 def run(
@@ -45,22 +47,31 @@ def run(
     out_path: str,
     options: MergeOptions,
     config_source: str | None = None,
-    *,
+    *args: Any,
     verify_residuals: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """mergekit's `run_merge`, with the pre-pass before it and the model card's section behind it.
+    """Run the pre-pass, mergekit's `run_merge`, and add the section to the model card.
 
     Args:
         original: mergekit's own function.
         merge_config, out_path, options, config_source: as mergekit's; the configuration is not changed.
-        verify_residuals: measure the residual that remains in each merged submodule; see `verification.py`.
+        args, kwargs: further arguments of mergekit's function, passed on as they are.
+        verify_residuals: measure the residual of each merged submodule; see `calibration.verify`.
+
+    Returns:
+        What mergekit's function returns.
 
     Raises:
         SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. Where it
             failed, OUT is left without weights of this run, and with those that it held before.
     """
+
+    def merge_into(folder: Path, config: MergeConfiguration) -> Any:
+        return original(config, str(folder), options, config_source or merge_config.to_yaml(), *args, **kwargs)
+
     try:
-        return _run(original, merge_config, out_path, options, config_source, verify_residuals)
+        return _run(merge_into, merge_config, out_path, options, config_source, verify_residuals)
     except SltaError as error:
         if options.verbosity:
             LOG.exception("the merge was refused or failed")
@@ -76,7 +87,7 @@ def run(
 
 
 def _run(
-    original: Callable[..., Any],
+    merge_into: Callable[[Path, MergeConfiguration], Any],
     merge_config: MergeConfiguration,
     out_path: str,
     options: MergeOptions,
@@ -90,7 +101,7 @@ def _run(
     check_output(out, [model.model.path for model in recipe.models])
     named = recipe.settings.alphas
     path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
-    check_target(path, out)
+    check_alphas_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
     check_disk_space(job, out, places)
@@ -104,16 +115,17 @@ def _run(
             write(alphas, statistics, own)
 
     config = recipe.config.model_copy(deep=True)
-    config.parameters = {**(config.parameters or {}), "alphas": str(path)}
+    key = f"{path}#{next(_MERGES)}"
+    config.parameters = {**(config.parameters or {}), "alphas": key}
     columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
     try:
-        with staged(out) as folder, active(str(path), merge):
+        with staged(out) as folder, active(key, merge):
             alphas.save(folder / ALPHAS_NAME)  # what OUT is merged with stays with it
             kept = statistics or statistics_beside(job, path)
             if kept is not None:
                 kept.save(folder / STATISTICS_NAME)
-            result = original(config, str(folder), options, config_source or merge_config.to_yaml())
+            result = merge_into(folder, config)
             _untie_config(job, folder)
             if options.write_model_card:
                 add_section(folder)
@@ -126,7 +138,7 @@ def _run(
 def _untie_config(job: Job, out: Path) -> None:
     """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
     transformers drop it."""
-    path = out / "config.json"
+    path = out / CONFIG_NAME
     if job.plan.is_tied or not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))

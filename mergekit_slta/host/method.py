@@ -1,12 +1,13 @@
-"""The merge method: look a tensor's weights up by name, and take the weighted sum; and its registration with mergekit.
+"""The merge method: looks up a tensor's weights by name and takes the weighted sum; registers itself with mergekit.
 
-Scope: pure functions of the group that mergekit hands over and of an alphas file. No calibration, no thread-local
-state: it runs on whatever device and thread mergekit's executor chooses.
+Scope: functions of the group that mergekit hands over and of an alphas file. No calibration and no thread-local state:
+mergekit's executor chooses the thread and the device.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,20 +21,21 @@ from torch import Tensor
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.maths.task_arithmetic import merge_tensor
+from mergekit_slta.recipe.objectives import all_shared_keys
+from mergekit_slta.recipe.settings import METHOD, TASK_KEYS
 
-NAME = "submodule_linear"
 OLDEST_MERGEKIT = "0.1.5"
 REFERENCE_URL = "https://arxiv.org/abs/2504.10902"
 
 
 @dataclass(frozen=True)
 class ActiveMerge:
-    """Alphas in use by a running merge.
+    """The weights that a running merge uses.
 
     Attributes:
-        alphas: the file's content.
-        columns: input id -> position in `alphas.models`.
-        keep_precision: return the sum as it was accumulated, since mergekit casts it to the recipe's `out_dtype`.
+        alphas: the content of the alphas file.
+        columns: id of an input of a group -> position in `alphas.models`.
+        keep_precision: return the sum in the dtype it was taken in; mergekit casts it to the recipe's `out_dtype`.
     """
 
     alphas: Alphas
@@ -42,29 +44,42 @@ class ActiveMerge:
 
 
 _ACTIVE: dict[str, ActiveMerge] = {}
-"""Merges that run in this process, by the path of their alphas file. Shared by all threads, written by the host."""
+"""Merges that run in this process, by the value of their recipe's `alphas`. Every thread of an executor reads it."""
 
 
 @contextmanager
-def active(path: str, merge: ActiveMerge) -> Iterator[None]:
-    """Let `merge_group` use `merge` for recipes whose `alphas` is `path`."""
-    _ACTIVE[path] = merge
+def active(key: str, merge: ActiveMerge) -> Iterator[None]:
+    """Let `merge_group` use `merge` for recipes whose `alphas` is `key`, which no other running merge may have."""
+    _ACTIVE[key] = merge
     try:
         yield
     finally:
-        _ACTIVE.pop(path, None)
+        del _ACTIVE[key]
+
+
+def _load(path: str) -> ActiveMerge:
+    """Read an alphas file for a caller that does not pass through `run_merge`; models are found by their names in it.
+
+    Raises:
+        AlphasError: it is missing or damaged.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _load_version(path, ())
+    return _load_version(path, (status.st_mtime_ns, status.st_size, status.st_ino))
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(path: str) -> ActiveMerge:
-    """For callers that do not pass through `run_merge`: the file alone, models found by their names in it."""
+def _load_version(path: str, version: tuple[int, ...]) -> ActiveMerge:
+    """Called for every tensor, so cached; `version` changes when the file is rewritten."""
     alphas = Alphas.load(path)
     return ActiveMerge(alphas, {name: column for column, name in enumerate(alphas.models)}, keep_precision=False)
 
 
 @functools.cache
 def method() -> Any:
-    """The method object, one per process.
+    """The method object; one per process.
 
     Raises:
         RegistrationError: the installed mergekit is older than the API this is written for.
@@ -80,22 +95,22 @@ def method() -> Any:
         TensorGroup,
     )
 
-    shared = ("granularity", "num_samples", "max_seq_length", "seed", "balance", "inputs", "objective",
-              "label_samples", "steps", "fresh_rows", "ridge", "compute_dtype", "alphas")  # fmt: skip
-    per_model = ("dataset", "dataset_config", "split", "text", "completion", "importance")
-
     class SubmoduleLinear(GroupMergeMethod):
-        """Weights per submodule from a calibration pre-pass (SLTA, ICLR 2025); see `host.py` for the pre-pass."""
+        """Weights per submodule from a calibration pre-pass (SLTA, ICLR 2025); `host.merge` runs the pre-pass."""
 
         spec = MergeMethodSpec(
-            name=NAME,
+            name=METHOD,
             pretty_name="Submodule Linear (SLTA)",
             reference_url=REFERENCE_URL,
-            # Values are validated by `recipe.py`, before the planner meets them, with better messages.
+            # `recipe.read` validates the values before the planner meets them.
             parameters=(
-                *(ParameterSpec(key, Any, ParameterScope.SHARED, default=None) for key in shared),
                 ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
-                *(ParameterSpec(key, Any, ParameterScope.NON_BASE, default=None) for key in per_model),
+                *(
+                    ParameterSpec(key, Any, ParameterScope.SHARED, default=None)
+                    for key in all_shared_keys()
+                    if key != "lambda"
+                ),
+                *(ParameterSpec(key, Any, ParameterScope.NON_BASE, default=None) for key in TASK_KEYS),
             ),
             contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
         )
@@ -110,45 +125,56 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
     name = group.metadata.name
     if path is None:
         raise AlphasError(
-            f"{NAME} was called without its pre-pass and without `alphas`: run `mergekit-yaml` or "
-            "`mergekit-slta merge`, or name an existing alphas file"
+            f"{METHOD} was called without its pre-pass and without `alphas`: run `mergekit-yaml` or "
+            "`mergekit-slta merge`, or name an existing alphas file",
+            code="missing-alphas",
         )
-    merge = _ACTIVE.get(path) or _loaded(path)
+    merge = _ACTIVE.get(path) or _load(path)
     if name in merge.alphas.copied:
         if any(not torch.equal(entry.tensor, group.entries[0].tensor) for entry in group.entries):
-            raise ModelError(f"the buffer {show(name)} differs between the models, and cannot be merged")
+            raise ModelError(
+                f"the buffer {show(name)} differs between the models, and cannot be merged", code="differing-buffers"
+            )
         return group.entries[0].tensor.clone()
-    pieces = merge.alphas.pieces(name)
-    if pieces is None:
-        raise AlphasError(f"the alphas file {show(path)} does not cover the tensor {show(name)}: calibrate again")
+    slices = merge.alphas.pieces(name)
+    if slices is None:
+        raise AlphasError(
+            f"the alphas file {show(path)} does not cover the tensor {show(name)}: calibrate again",
+            code="uncovered-tensor",
+        )
     experts: list[Tensor | None] = [None] * len(merge.alphas.models)
     for entry in group.non_base:
         column = merge.columns.get(entry.id, merge.columns.get(str(entry.id)))
         if column is None:
             raise AlphasError(
                 f"the alphas file {show(path)} knows no model {show(entry.id)}; "
-                f"it is for {listing(merge.alphas.models)}"
+                f"it is for {listing(merge.alphas.models)}",
+                code="unknown-model",
             )
         experts[column] = entry.tensor
     missing = [model for model, tensor in zip(merge.alphas.models, experts, strict=True) if tensor is None]
     if missing or group.base is None:
         raise ModelError(
-            f"tensor {show(name)} is missing in {listing(missing or ['the base'])}, so it cannot be merged"
+            f"tensor {show(name)} is missing in {listing(missing or ['the base'])}, so it cannot be merged",
+            code="missing-tensor",
         )
     base = group.base.tensor
     wide = torch.promote_types(base.dtype, torch.float32)
-    return merge_tensor(base, experts, pieces, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
+    return merge_tensor(base, experts, slices, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
 
 
 def _check_mergekit() -> None:
     try:
         found = version("mergekit")
     except PackageNotFoundError as error:
-        raise RegistrationError("mergekit is not installed: pip install 'mergekit>=0.1.5'") from error
+        raise RegistrationError(
+            f"mergekit is not installed: pip install 'mergekit>={OLDEST_MERGEKIT}'", code="missing-mergekit"
+        ) from error
     if Version(found) < Version(OLDEST_MERGEKIT):
         raise RegistrationError(
-            f"{NAME} needs mergekit {OLDEST_MERGEKIT} or newer, but {show(found)} is installed: "
-            f"pip install -U 'mergekit>={OLDEST_MERGEKIT}'"
+            f"{METHOD} needs mergekit {OLDEST_MERGEKIT} or newer, but {show(found)} is installed: "
+            f"pip install -U 'mergekit>={OLDEST_MERGEKIT}'",
+            code="old-mergekit",
         )
 
 
@@ -161,12 +187,13 @@ def register() -> None:
     instance = method()
     from mergekit import merge_methods
 
-    taken = {known.spec.name: known for known in merge_methods.registered_methods()}.get(NAME)
+    taken = {known.spec.name: known for known in merge_methods.registered_methods()}.get(METHOD)
     if taken is instance:
         return
     if taken is not None:
         raise RegistrationError(
-            f"the name {NAME} is already registered with mergekit {version('mergekit')} by "
-            f"{type(taken).__module__}: uninstall one of the two"
+            f"the name {METHOD} is already registered with mergekit {version('mergekit')} by "
+            f"{type(taken).__module__}: uninstall one of the two",
+            code="name-taken",
         )
     merge_methods.register(instance)

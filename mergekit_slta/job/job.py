@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
@@ -23,6 +23,9 @@ from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.runtime.progress import advice_on_memory
+
+if TYPE_CHECKING:
+    from mergekit_slta.libraries.mergekit import TokenizerInfo
 
 
 @dataclass(frozen=True)

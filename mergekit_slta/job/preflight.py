@@ -6,21 +6,21 @@ weights comes last.
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 from collections.abc import Mapping
 
 import torch
-from mergekit._data import chat_templates
 from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.configs import load_tokenizer, read_configs, ties_embeddings
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
-from mergekit_slta.checkpoints.plan import find_ties, make_plan, reconcile
+from mergekit_slta.checkpoints.plan import make_plan
+from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.data.rows import draw_rows
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.job.identity import job_identity
 from mergekit_slta.job.job import Job
+from mergekit_slta.libraries.mergekit import chat_template_names
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
@@ -100,10 +100,9 @@ def _check_chat_template(template: str | None) -> None:
     """Refuse a chat template that mergekit would refuse only after the merge, when it writes the tokenizer."""
     if template is None or template == "auto":
         return
-    known = [entry.name.removesuffix(".jinja") for entry in importlib.resources.files(chat_templates).iterdir()]
+    known = chat_template_names()
     if template not in known and (len(template) < 20 or "{" not in template):
         raise RecipeError(
-            f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of "
-            f"{listing(sorted(name for name in known if not name.startswith('_')), 20)}",
+            f"`chat_template` is {show(template)!r}: write `auto`, a Jinja template, or one of {listing(known, 20)}",
             code="invalid-value",
         )

@@ -1,8 +1,12 @@
-"""The supported model classes, and what has to be known of each to take it apart. Everything else its forward tells."""
+"""The supported model classes, and all that is known about each by name.
+
+Scope: names of modules, packing of heads, layout of weights. Everything else is found out by running the model's own
+code (skeleton.py). A new architecture is an entry here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,20 +19,37 @@ _PRE_NORMS: tuple[tuple[str, Block], ...] = (("input_layernorm", "attention"), (
 
 @dataclass(frozen=True)
 class Projections:
-    """Where an attention branch keeps its heads.
+    """Where an attention block keeps its heads.
 
     Attributes:
         inputs: modules that make queries, keys and values (in this order), or the one that makes all of them.
         output: the module that reads the heads.
         packing: "separate" modules; one whose rows are "stacked" [all q | all k | all v]; or one whose rows are
             "grouped" by key/value group, each with its queries, key and value.
-        transposed: weights are stored [in, out] (GPT-2's Conv1D).
     """
 
     inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
     packing: Packing = "separate"
-    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Sizes of an attention block: key/value groups, query heads in each group, and features of a head."""
+
+    groups: int
+    queries: int
+    width: int
+
+
+def _key_value_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _falcon_key_value_heads(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return 1 if config.multi_query else int(config.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -36,12 +57,16 @@ class Architecture:
     """A model class.
 
     Attributes:
-        attention, mlp: names of a decoder layer's two branches.
+        attention, mlp: names of a decoder layer's two blocks.
         norms: the layer's own norms -> the block that each belongs to: the one that it feeds or, for post-norms,
-            follows. Where no norm of the MLP's is there, attention's feeds both blocks and is a submodule of its own.
+            follows. A layer without any of the MLP's norms has one norm that feeds both blocks; that norm is a
+            submodule of its own.
         final_norm: the norm before the output projection, under the base model.
-        projections: the attention branch's heads.
-        renamed: names of mergekit's plan that differ from transformers', in some of its versions (`Skeleton.renamed`).
+        projections: the attention block's heads.
+        key_value_heads: number of key/value heads, from the config.
+        transposed: linear layers store their weights as [in, out] (transformers' Conv1D).
+        renamed: (name in mergekit's plan, name in transformers) of parameters whose name differs in some version of
+            transformers.
     """
 
     attention: str = "self_attn"
@@ -49,11 +74,20 @@ class Architecture:
     norms: tuple[tuple[str, Block], ...] = _PRE_NORMS
     final_norm: str = "norm"
     projections: Projections = Projections()
+    key_value_heads: Callable[[Any], int] = _key_value_heads
+    transposed: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
 
-    def branch(self, block: Block) -> str:
-        """The name of a block's branch in the layer."""
+    def block_name(self, block: Block) -> str:
+        """The name of a block's module in the layer."""
         return self.attention if block == "attention" else self.mlp
+
+    def head_layout(self, config: Any) -> HeadLayout:
+        """A config's heads by key/value group; without grouped-query attention every head is a group of its own."""
+        heads = int(config.num_attention_heads)
+        groups = self.key_value_heads(config)
+        width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return HeadLayout(groups, heads // groups, width)
 
 
 _LLAMA = Architecture()
@@ -85,31 +119,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attn",
         norms=(("ln_1", "attention"), ("ln_2", "mlp")),
         final_norm="ln_f",
-        projections=Projections(("c_attn",), "c_proj", "stacked", transposed=True),
+        projections=Projections(("c_attn",), "c_proj", "stacked"),
+        transposed=True,
     ),
     "FalconForCausalLM": Architecture(
         attention="self_attention",
         norms=(*_PRE_NORMS, ("ln_attn", "attention"), ("ln_mlp", "mlp")),
         final_norm="ln_f",
         projections=Projections(("query_key_value",), "dense", "grouped"),
+        key_value_heads=_falcon_key_value_heads,
     ),
     "MixtralForCausalLM": _LLAMA,
     "Qwen2MoeForCausalLM": _LLAMA,
     "Qwen3MoeForCausalLM": _LLAMA,
 }
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """Sizes of an attention branch: key/value groups, query heads in each, and features of a head."""
-
-    groups: int
-    queries: int
-    width: int
+ATTENTION_NAMES = frozenset(entry.attention for entry in ARCHITECTURES.values())
+"""Names of attention blocks in the layers of all supported classes."""
+BASE_MODEL_NAMES = ("model", "transformer")
+"""First parts of a parameter's name that checkpoints saved without their head lack (the Hub's GPT-2)."""
+OUTPUT_PROJECTION = "lm_head"
+"""The output projection's name in transformers."""
 
 
 def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
     """The entry for a config's `architectures`.
+
+    Args:
+        class_names: the config's value.
+        model: the model's name, for the message.
 
     Raises:
         ModelError: the class is not supported; the message lists those that are.
@@ -117,16 +154,13 @@ def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
     name = class_names[0] if class_names else "none"
     if name not in ARCHITECTURES:
         raise ModelError(
-            f"architecture {show(name)} of {show(model)} is not supported; supported are {listing(ARCHITECTURES, 40)}"
+            f"architecture {show(name)} of {show(model)} is not supported; supported are {listing(ARCHITECTURES, 40)}",
+            code="unsupported-architecture",
         )
     return ARCHITECTURES[name]
 
 
-def head_layout(config: Any) -> HeadLayout:
-    """Heads of a config, by key/value group (a head of its own without grouped-query attention)."""
-    heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if config.model_type == "falcon":  # its groups hide behind two flags
-        groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else heads
-    return HeadLayout(int(groups), heads // int(groups), width)
+def is_norm(module: str) -> bool:
+    """Whether a module is a norm, by its path: `input_layernorm`, GPT-2's `ln_1`, StableLM's `q_layernorm.norms.0`."""
+    parents, _, last = module.rpartition(".")
+    return "norm" in last or last.startswith("ln_") or parents.rpartition(".")[2] == "norms"

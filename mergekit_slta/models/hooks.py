@@ -1,4 +1,4 @@
-"""What modules are given while a model runs, and the gradients by what they make."""
+"""Record what modules are given while a model runs, and the gradients with respect to their outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModuleCall:
 
     Attributes:
         inputs: its positional arguments.
-        gradient: of whatever the last backward pass began with, by the module's output; None before one.
+        gradient: of the last backward pass, with respect to the module's output and in its shape; None before one.
     """
 
     inputs: tuple[Any, ...]
@@ -25,10 +25,18 @@ class ModuleCall:
 
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[ModuleCall]]]:
-    """Keep the calls of modules, by the names given to these."""
+    """Record the calls of modules inside the context.
+
+    Args:
+        modules: name -> module.
+
+    Yields:
+        name -> the module's calls so far, in order. Gradients are there where the output is one tensor that requires
+        a gradient, after a backward pass.
+    """
     seen: dict[str, list[ModuleCall]] = {name: [] for name in modules}
 
-    def keep(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             call = ModuleCall(inputs)
             seen[name].append(call)
@@ -37,7 +45,7 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Mo
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(recorder(name)) for name, module in modules.items()]
     try:
         yield seen
     finally:

@@ -2,11 +2,14 @@
 
 Scope: names and slices only; no tensor is read here. Tensor names are those of mergekit's plan.
 
-Where the paper is silent: `embed` is everything before the first decoder layer and `head` everything after the last.
-With tied embeddings the plan has no tensor for the output projection: the shared table belongs to `embed` and is
-solved for both objectives, the final norm to `head`. Under `head_mlp` a head is a key/value group with its queries;
-what cannot be divided by heads (norms, the output's bias, q/k norms) takes the attention block's weight. Under
-`linear` what is no matrix, norm or bias of a module's own (fused MoE experts) takes the MLP block's.
+Rules where the paper is silent:
+- `embed` is everything before the first decoder layer, `head` everything after the last.
+- With tied embeddings the plan has no tensor for the output projection. The shared table belongs to `embed` and is
+  solved for both objectives together; the final norm belongs to `head`.
+- Under `head_mlp` a head is a key/value group with its queries. Tensors that cannot be divided by head (norms, the
+  output's bias, q/k norms) take the attention block's alpha.
+- Under `linear` a tensor that is neither a matrix nor a norm nor a bias of its own module (fused MoE experts) takes
+  the MLP block's alpha.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from mergekit_slta.errors import ModelError, show
-from mergekit_slta.models.architectures import Architecture, HeadLayout, head_layout
+from mergekit_slta.models.architectures import Architecture, HeadLayout, is_norm
 
 Kind = Literal["model", "embed", "layer", "attention", "attention_head", "mlp", "norm", "linear", "head"]
 
@@ -32,15 +35,15 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Submodule:
-    """A part of the model that gets weights of its own.
+    """A part of the model with an alpha of its own for each expert.
 
     Attributes:
-        name: the module's path in the plan's terms; `embed`, `head`, or `model`; heads are numbered under their
+        name: the module's path in the plan's terms, or `embed`, `head`, `model`. Heads are numbered under their
             attention block.
         kind: what it is.
-        layer: the decoder layer's number; None outside of the layers.
-        tensors: plan names of the tensors that its alpha merges; empty where another submodule owns them all.
-        slices: for tensors of which it owns a part only, which.
+        layer: the decoder layer's number; None outside the layers.
+        tensors: plan names of the tensors that its alphas merge; empty where another submodule owns them all.
+        slices: which part it owns, of tensors that it shares with other submodules.
         forward_group: submodules of the same group are evaluated by the same forward pass.
     """
 
@@ -57,11 +60,12 @@ class Anatomy:
     """A model's structure in the plan's terms.
 
     Attributes:
-        arch, config: the model class's entry, and the base's config.
-        layers_path: path of the list of decoder layers, as in `model.layers`.
+        arch: what is known of the model class.
+        config: the base's config.
+        layers_path: path of the list of decoder layers (`model.layers`).
         num_layers: how many there are.
         head_weight: name of the output projection's weight; the plan lacks it where embeddings are tied.
-        modules: paths of modules whose own parameters are called `weight` or `bias`.
+        modules: paths of modules that have a parameter called `weight` or `bias`.
     """
 
     arch: Architecture
@@ -79,13 +83,13 @@ class Anatomy:
 
 
 def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
-    """Divide a model's tensors among submodules, in the order in which a forward pass meets these.
+    """Divide a model's tensors among submodules, which are returned in the order of a forward pass.
 
     Args:
         tensors: names of all tensors of mergekit's plan.
         anatomy: the model's structure.
         granularity: "model", "layer", "attn_mlp", "head_mlp" or "linear".
-        tied: the output projection is the embedding table; a copy of it among the tensors gets the table's weight.
+        tied: the output projection is the embedding table; a copy of it among the tensors goes to `embed`.
 
     Raises:
         ModelError: a tensor belongs to no submodule by the rules above.
@@ -100,11 +104,11 @@ def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tie
         if name.startswith(anatomy.layers_path + "."):
             index = name[len(anatomy.layers_path) + 1 :].partition(".")[0]
             if not index.isdecimal() or int(index) >= anatomy.num_layers:
-                raise _homeless(name)
+                raise _unknown_tensor(name)
             layers[int(index)].append(name)
         else:
-            behind = name.startswith((anatomy.final_norm + ".", head_prefix))
-            (after if behind and not (tied and name == anatomy.head_weight) else before).append(name)
+            in_head = name.startswith((anatomy.final_norm + ".", head_prefix))
+            (after if in_head and not (tied and name == anatomy.head_weight) else before).append(name)
     result = [Submodule("embed", "embed", None, tuple(before), forward_group="embed")]
     divide = {"layer": _whole_layer, "attn_mlp": _blocks, "head_mlp": _heads, "linear": _matrices}[granularity]
     for index, owned in enumerate(layers):
@@ -116,8 +120,11 @@ def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tie
     return [*result, Submodule("head", "head", None, tuple(after), forward_group="head")]
 
 
-def _homeless(tensor: str) -> ModelError:
-    return ModelError(f"tensor {show(tensor)} belongs to no submodule that is known here; please report the model")
+def _unknown_tensor(tensor: str) -> ModelError:
+    return ModelError(
+        f"tensor {show(tensor)} belongs to no submodule that is known here; please report the model",
+        code="unknown-tensor",
+    )
 
 
 def _path(index: int, anatomy: Anatomy, local: str = "") -> str:
@@ -130,7 +137,7 @@ def _whole_layer(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[S
 
 
 def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """Attention and MLP with their norms; before them, norms that feed both."""
+    """Attention and MLP with their norms. A norm that feeds both blocks comes first, as a submodule of its own."""
     arch, prefix = anatomy.arch, _path(index, anatomy) + "."
     norms = dict(arch.norms)
     modules = {name[len(prefix) :].partition(".")[0] for name in tensors}
@@ -141,9 +148,9 @@ def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submod
         if module in (arch.attention, arch.mlp):
             owner = module
         elif module in norms:
-            owner = module if shared else arch.branch(norms[module])
+            owner = module if shared else arch.block_name(norms[module])
         else:
-            raise _homeless(name)
+            raise _unknown_tensor(name)
         owned.setdefault(owner, []).append(name)
     result = []
     for module, kind in (*((name, "norm") for name in norms), (arch.attention, "attention"), (arch.mlp, "mlp")):
@@ -154,13 +161,16 @@ def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submod
 
 
 def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """As `_blocks`, with the attention block divided by key/value group; what is left of it keeps the block's name."""
+    """As `_blocks`, with the attention block divided by key/value group.
+
+    The tensors that cannot be divided stay in a submodule with the block's name.
+    """
     result = []
     for block in _blocks(index, tensors, anatomy):
         if block.kind != "attention":
             result.append(block)
             continue
-        layout = head_layout(anatomy.config)
+        layout = anatomy.arch.head_layout(anatomy.config)
         groups = [head_slices(block.name, block.tensors, anatomy.arch, layout, group) for group in range(layout.groups)]
         divided = {part.tensor for part in groups[0]}
         result.append(replace(block, tensors=tuple(name for name in block.tensors if name not in divided)))
@@ -172,29 +182,38 @@ def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodu
 
 
 def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: HeadLayout, group: int) -> list[Slice]:
-    """The parts of an attention branch's tensors that belong to one key/value group: rows that make its queries, keys
-    and values, and columns that read them."""
-    present, place = set(tensors), arch.projections
+    """The parts of an attention block's tensors that belong to one key/value group.
+
+    These are the rows that make its queries, keys and values, and the columns of the output that read them; rows and
+    columns change places where the architecture stores weights as [in, out].
+
+    Args:
+        path: the attention block.
+        tensors: names of its tensors; those it lacks (biases) get no slice.
+        arch, layout: how the heads are stored, and their sizes.
+        group: number of the key/value group.
+    """
+    present, projections = set(tensors), arch.projections
     query, width = layout.queries * layout.width, layout.width
     starts = {"q": (group * query, query), "k": (group * width, width), "v": (group * width, width)}
-    if place.packing == "separate":
-        rows = [(module, *starts[part]) for module, part in zip(place.inputs, "qkv", strict=True)]
-    elif place.packing == "stacked":
+    if projections.packing == "separate":
+        rows = [(module, *starts[part]) for module, part in zip(projections.inputs, "qkv", strict=True)]
+    elif projections.packing == "stacked":
         offsets = {"q": 0, "k": layout.groups * query, "v": layout.groups * (query + width)}
-        rows = [(place.inputs[0], offsets[part] + start, size) for part, (start, size) in starts.items()]
+        rows = [(projections.inputs[0], offsets[part] + start, size) for part, (start, size) in starts.items()]
     else:
-        rows = [(place.inputs[0], group * (query + 2 * width), query + 2 * width)]
+        rows = [(projections.inputs[0], group * (query + 2 * width), query + 2 * width)]
     slices = []
     for module, start, size in rows:
-        slices.append(Slice(f"{path}.{module}.weight", 1 if place.transposed else 0, start, start + size))
+        slices.append(Slice(f"{path}.{module}.weight", 1 if arch.transposed else 0, start, start + size))
         slices.append(Slice(f"{path}.{module}.bias", 0, start, start + size))
-    column = 0 if place.transposed else 1
-    slices.append(Slice(f"{path}.{place.output}.weight", column, group * query, (group + 1) * query))
+    column = 0 if arch.transposed else 1
+    slices.append(Slice(f"{path}.{projections.output}.weight", column, group * query, (group + 1) * query))
     return [part for part in slices if part.tensor in present]
 
 
 def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """Every module with a weight by itself; what is left of the MLP takes the block's weight."""
+    """Every module with a weight or bias by itself; the MLP's other tensors together, as the MLP block."""
     forward_group = _path(index, anatomy)
     owned: dict[str, list[str]] = {}
     mlp = _path(index, anatomy, anatomy.arch.mlp)
@@ -205,17 +224,11 @@ def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Subm
         elif name.startswith(mlp + "."):
             owned.setdefault(mlp, []).append(name)
         else:
-            raise _homeless(name)
+            raise _unknown_tensor(name)
     kinds = {mlp: "mlp"}
     for module in owned:
-        kinds.setdefault(module, "norm" if "norm" in module.rpartition(".")[2] or _is_norm(module) else "linear")
+        kinds.setdefault(module, "norm" if is_norm(module) else "linear")
     return [
         Submodule(module, kinds[module], index, tuple(names), forward_group=forward_group)  # type: ignore[arg-type]
         for module, names in owned.items()
     ]
-
-
-def _is_norm(module: str) -> bool:
-    """GPT-2's `ln_1`, Falcon's `ln_attn`, StableLM's `norms.0`."""
-    last, before = module.rpartition(".")[2], module.split(".")[-2]
-    return last.startswith("ln_") or before == "norms"

@@ -13,10 +13,11 @@ from typing import Any, get_args
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
 from mergekit_slta.errors import RecipeError, listing, show
+from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition
 from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
 from mergekit_slta.recipe.recipe import Recipe, Task
 from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number

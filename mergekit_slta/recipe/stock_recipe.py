@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mergekit.config import MergeConfiguration, evaluate_setting
+from mergekit.config import MergeConfiguration
 from safetensors import SafetensorError, safe_open
 
-from mergekit_slta.errors import AlphasError, OutputError, RecipeError, listing, show
+from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.names import MERGED_RECIPE_NAME
+from mergekit_slta.files.targets import check_overwrite
+from mergekit_slta.libraries.mergekit import evaluate_setting
 from mergekit_slta.recipe.read import constant, load_config, read_recipe
 
 SAYABLE = ("model", "layer", "attn_mlp", "linear")
 """Granularities that filters can express: whole tensors only."""
-MERGED_RECIPE = "mergekit_config.yml"
-"""The recipe that mergekit leaves in the folder of a merged model."""
 _VERBATIM = ("tokenizer", "tokenizer_source", "chat_template")
 _LARGEST_BYTES = 64 * 2**20
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -48,7 +49,7 @@ def export(
     alphas = Alphas.load(path)
     notes = []
     source = Path(recipe) if recipe is not None else None
-    beside = Path(path).absolute().with_name(MERGED_RECIPE)
+    beside = Path(path).absolute().with_name(MERGED_RECIPE_NAME)
     if source is None and beside.is_file():
         source = beside
         notes.append(f"Output dtype, tokenizer and lambda are those of {show(beside)}; --recipe names another")
@@ -214,21 +215,17 @@ def weights_dtype(folder: Path) -> str | None:
 
 
 def check_recipe_target(path: Path, sources: Sequence[Path | None]) -> None:
-    """Refuse to write a recipe over what is no recipe, or over one that the export was made from.
+    """Refuse to write a recipe over any other file, or over one that the export was made from.
 
     Raises:
-        OutputError: `path` is a link, a folder, another kind of file, or one of `sources`.
+        OutputError: see `check_overwrite`.
     """
-    remedy = "name another file with -o"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{show(path)} is no plain file: {remedy}")
-    if not path.exists():
-        return
-    if any(source is not None and source.exists() and path.samefile(source) for source in sources):
-        raise OutputError(f"{show(path)} is what the export is made from: {remedy}")
+    check_overwrite(path, "mergekit recipe", _is_recipe, sources=sources)
+
+
+def _is_recipe(path: Path) -> bool:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_BYTES else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict) or "merge_method" not in content:
-        raise OutputError(f"{show(path)} is not a mergekit recipe, and would be overwritten: {remedy}")
+        return False
+    return isinstance(content, dict) and "merge_method" in content

@@ -1,6 +1,6 @@
-"""The model card's section on a merge, as Markdown: what was merged, how, and what to look out for.
+"""The model card's section on a merge, as Markdown: what was merged, how, and which weights to doubt.
 
-Scope: text from an alphas file. Names come from strangers' recipes: they are shown as code, on one line.
+Scope: text from an alphas file. Names come from strangers' recipes, so each is shown as code on one line.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_ridge
+from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
 
-TAG = "submodule_linear"
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
 _SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
 _MOST_FLAGS = 20
+"""Submodules named for a flag; the others are counted."""
 _KINDS = {
     "model": "whole model",
     "layer": "decoder layers",
@@ -27,22 +28,22 @@ _KINDS = {
 }
 _MEANINGS = {
     "unchanged": "an expert equals the base here; its weight is 0",
-    "rank_deficient": "experts say the same here; the weights of smallest norm were taken",
+    "rank_deficient": "experts change the same thing here; of all solutions the one of smallest norm was taken",
     "ill_conditioned": "experts are hard to tell apart here; the weights may be far off (`ridge` helps)",
-    "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` tame them)",
-    "nonlinear": "the merged features depart from the linear prediction",
+    "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)",
+    "nonlinear": "the measured residual differs from the one that linearity predicts",
 }
 
 
 def replace_section(card: str, section: str) -> str:
-    """A card with the section in the place of an earlier one, or at its end."""
+    """Put the section in the place of an earlier one in the card, or at its end."""
     if _SECTION.search(card):
         return _SECTION.sub(lambda _: section, card, count=1)
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
 
 
 def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0) -> str:
-    """The section, between its two markers.
+    """Write the section, with the two markers around it.
 
     Args:
         alphas: what the model was merged with.
@@ -82,13 +83,13 @@ def _scaled(scale: float | None) -> str:
 
 
 def code(value: object) -> str:
-    """Any text as inline code that ends where it should, also within a table."""
+    """Show any text as inline code, on one line, also within a table."""
     text = show(value, 120).replace("`", "'").replace("|", "¦").strip()
     return f"`{text or ' '}`"
 
 
 def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
-    """The first `names` columns to the left, numbers to the right."""
+    """A Markdown table; the first `names` columns are aligned left, the others right."""
     header, *body = rows
     lines = [header, ["---"] * names + ["---:"] * (len(header) - names), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -119,7 +120,7 @@ def _calibration(alphas: Alphas) -> str:
 
 
 def _objective(alphas: Alphas) -> ObjectiveRow | None:
-    """The row of the objective that the weights minimise; None where it is not installed here."""
+    """The row of the objective that the weights minimise; None for one that this installation lacks."""
     return OBJECTIVES.get(str(alphas.calibration.get("objective")))
 
 
@@ -148,7 +149,7 @@ def _weights(alphas: Alphas, measured: bool) -> str:
 
 
 def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
-    """Submodules by kind and third of the depth, in the order of a forward pass."""
+    """Submodules by kind and by third of the depth, in the order of a forward pass: labels and members."""
     num_layers = 1 + max((entry.layer for entry in alphas.submodules if entry.layer is not None), default=-1)
     groups: dict[tuple[int, str], list[SubmoduleAlphas]] = {}
     for entry in alphas.submodules:
@@ -192,11 +193,11 @@ def _flagged(alphas: Alphas) -> str:
 def _reproduce(alphas: Alphas) -> str:
     own = (
         "With the plugin, from the recipe (the models and data named above must be at hand):\n\n"
-        "```sh\npip install mergekit-slta\nmergekit-yaml mergekit_config.yml out/\n```"
+        f"```sh\npip install mergekit-slta\nmergekit-yaml {MERGED_RECIPE_NAME} out/\n```"
     )
     if alphas.granularity == "head_mlp":
         return own + "\n\nA stock mergekit recipe cannot express weights of single attention heads."
     return own + (
         "\n\nWithout it: this writes a stock mergekit recipe with all weights in it, which gives the same merge.\n\n"
-        "```sh\nmergekit-slta export slta_alphas.json -o stock.yml\nmergekit-yaml stock.yml out/\n```"
+        f"```sh\nmergekit-slta export {ALPHAS_NAME} -o stock.yml\nmergekit-yaml stock.yml out/\n```"
     )

@@ -1,6 +1,6 @@
-"""Figures and the model card's section, from saved files only.
+"""Draws the figures of saved files, and writes the section on a merge into its model card.
 
-Scope: which files there are, and where their figures and the section go.
+Scope: which files are there, and where the figures and the section are written.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_atomically
-from mergekit_slta.files.linearity_file import LINEARITY_NAME, Linearity, is_linearity_file
-from mergekit_slta.files.output_folder import ALPHAS_NAME
+from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
+from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
+from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.recipe.read import load_config
-from mergekit_slta.recipe.stock_recipe import MERGED_RECIPE
-from mergekit_slta.reporting.card import TAG, replace_section, section
+from mergekit_slta.recipe.settings import METHOD
+from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
 
 LOG = logging.getLogger(__name__)
-CARD_NAME = "README.md"
 _DESCRIPTIONS = {
-    "slta_alphas.png": "Merging weights of every expert over the depth of the model",
-    "slta_residuals.png": "Share of the experts' change that is lost, predicted and measured, over depth",
-    "slta_levels.png": "Linearity of the whole model and of its submodules",
+    figure_name("alphas"): "Merging weights of every expert over the depth of the model",
+    figure_name("residuals"): "Share of the experts' change that is lost, predicted and measured, over depth",
+    figure_name("levels"): "Linearity of the whole model and of its submodules",
 }
 """Figures of the card, by file name."""
 
 
 def report(target: Path, folder: Path | None = None) -> list[Path]:
-    """Draw what a file or a merged model's folder allows; a folder's model card gets its section.
+    """Draw the figures of a file or of a merged model's folder; a folder's model card also gets its section.
 
     Args:
         target: an alphas, statistics or linearity file, or a folder that holds a merge.
-        folder: where the figures go; beside the files by default. A card is only written beside its model.
+        folder: where the figures are written; beside the files by default. With it, no card is written.
 
     Returns:
         The files that were written.
@@ -60,7 +60,7 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
 
 
 def add_section(out: Path) -> None:
-    """Figures and the card's section behind a merge. What goes wrong here is said, and does not cost the merge."""
+    """Draw the figures and write the card's section after a merge. A failure is logged and does not fail the merge."""
     try:
         _draw_folder(out, out)
         _write_section(out)
@@ -78,16 +78,16 @@ def _draw_folder(source: Path, folder: Path) -> list[Path]:
         written += draw(Linearity.load(source / LINEARITY_NAME), folder)
     if not written:
         raise AlphasError(
-            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder"
+            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder",
+            code="nothing-to-draw",
         )
     return written
 
 
 def _write_section(out: Path) -> Path:
-    """Put the section into the card and the tag into its front matter; a second time changes nothing."""
+    """Put the section into the card and the tag into its front matter; doing it again changes nothing."""
     path = out / CARD_NAME
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{show(path)} is no plain file: put the model card in its place")
+    check_overwrite(path, "model card", Path.is_file, remedy="put the model card in its place")
     alphas = Alphas.load(out / ALPHAS_NAME)
     figures = [(text, name) for name, text in _DESCRIPTIONS.items() if (out / name).is_file()]
     card = path.read_bytes().decode("utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
@@ -95,27 +95,27 @@ def _write_section(out: Path) -> Path:
         metadata = dict((metadata_load(path) if path.exists() else None) or _fresh_metadata())
     except (ValueError, yaml.YAMLError) as error:
         raise OutputError(
-            f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again"
+            f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again",
+            code="not-yaml",
         ) from error
     tags = metadata.get("tags") or []
     tags = list(tags) if isinstance(tags, list) else [tags]
     text = replace_section(card, section(alphas, figures, _scale(out)))
-    if path.exists() and text == card and TAG in tags:
+    if path.exists() and text == card and METHOD in tags:
         return path
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode("utf-8"))
-        if TAG not in tags:  # else what others wrote into the front matter stays as they wrote it
-            metadata_save(temporary, {**metadata, "tags": [*tags, TAG]})
+        if METHOD not in tags:  # else the front matter keeps the layout that others gave it
+            metadata_save(temporary, {**metadata, "tags": [*tags, METHOD]})
 
     write_atomically(path, write)
     return path
 
 
 def _scale(out: Path) -> float | None:
-    """The `lambda` of the recipe that mergekit has left beside the model; 1 where it left none, None where it differs
-    between tensors."""
-    recipe = out / MERGED_RECIPE
+    """The `lambda` of the recipe beside the model: 1 without a recipe, None where it differs between tensors."""
+    recipe = out / MERGED_RECIPE_NAME
     if not recipe.is_file():
         return 1.0
     found = (load_config(recipe)[0].parameters or {}).get("lambda", 1.0)

@@ -1,4 +1,4 @@
-"""Plain text for the terminal: what a job will do, and what a calibration found."""
+"""Plain text for the terminal: what a job will do and cost, and what a calibration or an analysis found."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from mergekit_slta.job.job import Job
     from mergekit_slta.objectives.costs import Costs
 
+_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
+"""Shared keys that `check` shows, beside those of the objective."""
+_MOST_NAMES = 12
+"""Submodules named for a flag; the others are counted."""
+
 
 def describe_job(job: Job, costs: Costs) -> str:
-    """The resolved plan and its price, for `check`."""
+    """The plan of a job and its costs, for `check`."""
     recipe, settings = job.recipe, job.recipe.settings
     lines = [
         f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
@@ -35,7 +40,7 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"settings    {', '.join(f'{key} {value}' for key, value in shown.items() if value is not None)}",
     ]
     if job.plan.is_tied:
-        lines.append("tied        the output projection is the embedding table: its alpha serves both ends")
+        lines.append("tied        the output projection is the embedding table: one alpha for both")
     for name, reason in job.merged_copies.items():
         size = _bytes(costs.written_bytes)
         lines.append(f"copy        {show(name)} is merged into a full copy first ({show(reason)}): about {size} more")
@@ -55,20 +60,13 @@ def describe_job(job: Job, costs: Costs) -> str:
 
 
 def _libraries() -> int:
-    """Anonymous bytes of this process, which has loaded what a calibration loads and no weights."""
+    """Anonymous bytes of this process: it has loaded the libraries that a calibration loads, and no weights."""
     memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, where the system tells them apart
-
-
-_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
-
-
-_MOST_NAMES = 12
-"""Submodules that are named for a flag; the others are counted."""
+    return int(memory.rss - getattr(memory, "shared", 0))  # where the system can tell them apart, without mapped files
 
 
 def describe_alphas(alphas: Alphas) -> str:
-    """Mean alphas per kind of submodule and expert, and everything flagged."""
+    """Mean alphas by kind of submodule and expert, and every flag."""
     kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
     header = ["submodules", "n", *alphas.models, "residual"]
     rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
@@ -93,7 +91,7 @@ def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
 
 
 def describe_linearity(linearity: Linearity) -> str:
-    """The levels side by side, as in the paper's Fig. 1 to 4. 0 is linear in every column."""
+    """The measures of every level, as in the paper's Fig. 1 to 4. In every column 0 is linear."""
     header = ["level", "n", "non-linearity score", "projection distance", "1 - cosine", "(of the experts)",
               "disentanglement error"]  # fmt: skip
     rows = []
@@ -103,22 +101,22 @@ def describe_linearity(linearity: Linearity) -> str:
             [
                 kind.replace("_", " "),
                 str(level.count),
-                _spread(level.non_linearity),
-                _spread(level.projection_distance.pairs),
-                _spread(cosine and cosine.model_copy(update={"mean": 1 - cosine.mean})),
+                _mean_std(level.non_linearity),
+                _mean_std(level.projection_distance.pairs),
+                _mean_std(cosine and cosine.model_copy(update={"mean": 1 - cosine.mean})),
                 "-" if level.cosine_base is None else f"{1 - level.cosine_base.mean:.3g}",
-                _spread(level.disentanglement),
+                _mean_std(level.disentanglement),
             ]
         )
     return table([header, *rows])
 
 
-def _spread(mean_std: MeanStd | None) -> str:
+def _mean_std(mean_std: MeanStd | None) -> str:
     return "-" if mean_std is None else f"{mean_std.mean:.3g} ± {mean_std.std:.2g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
+    """A table of plain text: the first column is aligned left, the others right."""
     cells = [[show(cell, 48) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(

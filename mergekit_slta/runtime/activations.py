@@ -6,7 +6,6 @@ killed run, which continues from the last depth or layer that was finished.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.errors import OutputError, show
-from mergekit_slta.files.atomic import write_text_atomically
-
-_FILE, _MARKER = "activations.bin", "activations.json"
+from mergekit_slta.files.atomic import write_error_code, write_text_atomically
+from mergekit_slta.files.names import ACTIVATIONS_MARKER_NAME, ACTIVATIONS_NAME
 
 
 def activation_bytes(tokens: int, depths: int, samples: int, width: int, dtype: torch.dtype) -> int:
@@ -66,10 +64,10 @@ class ActivationStore:
         else:
             layout = json.dumps([list(lengths), depths, samples, width, str(dtype)])
             self._layout = hashlib.sha256(layout.encode()).hexdigest()
-            path, shape = folder / _FILE, (count * total, width * dtype.itemsize)
+            path, shape = folder / ACTIVATIONS_NAME, (count * total, width * dtype.itemsize)
             if path.is_file() and path.stat().st_size == shape[0] * shape[1]:
                 with suppress(OSError, ValueError, KeyError, TypeError):
-                    marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+                    marker = json.loads((folder / ACTIVATIONS_MARKER_NAME).read_text(encoding="utf-8"))
                     if marker["layout"] == self._layout:
                         self.depths_done, self.layers_done = int(marker["depths_done"]), int(marker["layers_done"])
             try:
@@ -79,7 +77,7 @@ class ActivationStore:
                 raise OutputError(
                     f"cannot keep {shape[0] * shape[1] / 2**30:.1f} GiB of features in {show(folder)} "
                     f"({error.strerror or error}): free some room, or use fewer rows",
-                    code="disk-full" if error.errno == errno.ENOSPC else "cannot-write",
+                    code=write_error_code(error),
                 ) from error
             stored = torch.from_numpy(self._file).view(dtype).view(count, total, width)
         self._features = stored[:depths]
@@ -120,7 +118,7 @@ class ActivationStore:
         if self._folder is not None:
             self._file.flush()
             content = {"layout": self._layout, "depths_done": self.depths_done, "layers_done": self.layers_done}
-            write_text_atomically(self._folder / _MARKER, json.dumps(content))
+            write_text_atomically(self._folder / ACTIVATIONS_MARKER_NAME, json.dumps(content))
 
 
 def mapped(path: Path, shape: tuple[int, int]) -> np.memmap:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mergekit_slta.errors import RunError, show
+from mergekit_slta.libraries.torch import is_out_of_memory
 
 
 class Progress:
@@ -70,7 +71,7 @@ def advice_on_memory(device: torch.device, **knobs: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(error, device, knobs) from error
     except RuntimeError as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's CPU allocator
+        if is_out_of_memory(error):
             raise _out_of_memory(error, device, knobs) from error
         raise
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,17 +20,13 @@ from torch import Tensor
 
 from mergekit_slta.errors import OutputError, show
 from mergekit_slta.files.atomic import write_atomically, write_text_atomically
+from mergekit_slta.files.lock import file_lock
+from mergekit_slta.files.names import ACTIVATIONS_FOLDER, RESUME_MARKER_NAME, lock_path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None  # type: ignore[assignment]
-
-LOG = logging.getLogger(__name__)
 FORMAT = "mergekit-slta/resume"
-_MARKER = "resume.json"
-_ACTIVATIONS = "activations"
-_OWN = re.compile(rf"\.?(resume\.json|[0-9a-f]{{24}}\.safetensors)(\..+)?|.*{_ACTIVATIONS}")
+_OWN = re.compile(
+    rf"\.?({re.escape(RESUME_MARKER_NAME)}|[0-9a-f]{{24}}\.safetensors)(\..+)?|.*{re.escape(ACTIVATIONS_FOLDER)}"
+)
 """Names of the files written here, temporary ones included. Anything else in the folder belongs to somebody else."""
 
 
@@ -70,7 +64,7 @@ class ResumeStore:
         """
         if self._is_open:
             return
-        self._lock.enter_context(_locked(self.folder))
+        self._lock.enter_context(file_lock(lock_path(self.folder), self._busy))
         self._is_open = True
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise self._in_the_way()
@@ -91,10 +85,17 @@ class ResumeStore:
     def _in_the_way(self) -> OutputError:
         return OutputError(f"{show(self.folder)} is in the way of unfinished work: move it", code="path-in-the-way")
 
+    def _busy(self, holder: str) -> OutputError:
+        return OutputError(
+            f"another process ({show(holder)}) works on {show(self.folder.parent)} already: wait for it, or write "
+            "elsewhere",
+            code="in-use",
+        )
+
     def _marker(self) -> str | None:
         """The folder's fingerprint; None where its marker is missing or damaged."""
         try:
-            content = json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
+            content = json.loads((self.folder / RESUME_MARKER_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return str(content.get("fingerprint")) if isinstance(content, dict) else None
@@ -120,59 +121,17 @@ class ResumeStore:
     def activations_folder(self, label: str = "") -> Path:
         """The folder for the activations of the pass with this label; the caller makes and removes it."""
         self._begin()
-        return self.folder / f"{label}{_ACTIVATIONS}"
+        return self.folder / f"{label}{ACTIVATIONS_FOLDER}"
 
     def _begin(self) -> None:
-        if not (self.folder / _MARKER).exists():
+        if not (self.folder / RESUME_MARKER_NAME).exists():
             write_text_atomically(
-                self.folder / _MARKER, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
+                self.folder / RESUME_MARKER_NAME, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
             )
 
     def remove(self) -> None:
         """Remove everything. The marker goes first: files that a kill leaves behind then count as nobody's results."""
         if self._is_open and self.folder.is_dir():
-            (self.folder / _MARKER).unlink(missing_ok=True)
+            (self.folder / RESUME_MARKER_NAME).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         self._finished = {}
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from a folder; the system lets go with the process, however that ends.
-
-    Raises:
-        OutputError: another process has it, or the lock's file is a link.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder.with_name(folder.name + ".lock")
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise OutputError(f"cannot write {show(path)}: {error.strerror}; choose another folder") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (path.exists() and os.path.samestat(os.fstat(handle), os.stat(path))):
-                raise BlockingIOError  # its holder has just finished, and removed it
-        except BlockingIOError as error:
-            holder = show(os.read(handle, 20).decode(errors="replace").strip() or "unknown")
-            raise OutputError(
-                f"another process ({holder}) works on {show(folder.parent)} already: wait for it, or write elsewhere"
-            ) from error
-        except OSError as error:  # a file system without locks: better unguarded than never
-            LOG.warning("%s cannot be locked (%s): let no other run write there meanwhile", show(path), error)
-        os.truncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # folders that hold something by now
-                for parent in made:
-                    parent.rmdir()
-    finally:
-        os.close(handle)

@@ -1,4 +1,7 @@
-"""Figures, drawn from saved files only. matplotlib is imported when something is drawn, and not before."""
+"""Draws all figures that a saved file allows, and writes them.
+
+Scope: which figures there are. matplotlib is imported when something is drawn, not before.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
+from mergekit_slta.files.names import FIGURE_PREFIX, figure_name
 from mergekit_slta.reporting.figures.heatmaps import disentanglement_figure, distances_figure
 from mergekit_slta.reporting.figures.levels import levels_figure
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
@@ -19,16 +23,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list[Path]:
+def draw(source: Alphas | Linearity, folder: Path, prefix: str = FIGURE_PREFIX) -> list[Path]:
     """Draw all figures that a file allows, each as PNG and SVG.
 
-    Of alphas: `alphas` (the paper's Fig. 5) and `residuals`. Of linearity: `levels` (Fig. 1-4), `distances` (Fig. 6)
-    and, with two experts or more, `disentanglement`.
+    An alphas file gives `alphas` (the paper's Fig. 5) and `residuals`. A linearity file gives `levels` (Fig. 1-4),
+    `distances` (Fig. 6) and, for two experts or more, `disentanglement`.
 
     Args:
-        source: a file's content.
-        folder: where to; files are named `{prefix}_{figure}.png` and `.svg`, and those of the same names replaced.
-        prefix: see `folder`.
+        source: the content of a file.
+        folder: where the figures are written, as `{prefix}_{figure}.png` and `.svg`; files of these names are replaced.
+        prefix: first part of the files' names.
 
     Returns:
         The paths written.
@@ -50,16 +54,16 @@ def draw(source: Alphas | Linearity, folder: Path, prefix: str = "slta") -> list
         }
     written = []
     for figure, make in figures.items():
-        written += save_figure(make, *(Path(folder) / f"{prefix}_{figure}.{form}" for form in FORMATS))
+        written += save_figure(make, *(Path(folder) / figure_name(figure, form, prefix) for form in FORMATS))
     return written
 
 
 def draw_alphas(alphas: str | os.PathLike[str] | Alphas, path: str | os.PathLike[str]) -> None:
-    """The merging weight of every expert over the depth of the model (the paper's Fig. 5), as PNG or SVG.
+    """Draw the merging weight of every expert over the depth of the model (the paper's Fig. 5), as PNG or SVG.
 
     Args:
-        alphas: the alphas, or their file.
-        path: where to draw; the suffix chooses the format.
+        alphas: the alphas, or the path of their file.
+        path: the figure's file; its suffix chooses the format.
 
     Raises:
         AlphasError: the file cannot be read, or lists no submodules.
@@ -72,11 +76,17 @@ def draw_alphas(alphas: str | os.PathLike[str] | Alphas, path: str | os.PathLike
 
 def _check_alphas(alphas: Alphas) -> None:
     if not alphas.submodules:
-        raise AlphasError("there is nothing to draw: the alphas file lists no submodules; calibrate again")
+        raise AlphasError(
+            "there is nothing to draw: the alphas file lists no submodules; calibrate again", code="nothing-to-draw"
+        )
 
 
 def _check_linearity(linearity: Linearity) -> None:
-    """Raises AlphasError where the lengths of a file's parts do not fit together."""
+    """Check that the lengths of a file's parts fit together.
+
+    Raises:
+        AlphasError: they do not.
+    """
     from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID
 
     models, pairs, side, cells = len(linearity.models), len(linearity.pairs), NUM_INTERVALS + 1, len(PAIR_GRID) ** 2
@@ -89,5 +99,6 @@ def _check_linearity(linearity: Linearity) -> None:
         whole = len(entry.non_linearity) == len(matrices) == models and square
         if not (known and whole and counts == {pairs} and all(len(grid) == cells for grid in grids)):
             raise AlphasError(
-                f"the linearity file contradicts itself at {show(entry.name)}: run `mergekit-slta linearity` again"
+                f"the linearity file contradicts itself at {show(entry.name)}: run `mergekit-slta linearity` again",
+                code="damaged-file",
             )

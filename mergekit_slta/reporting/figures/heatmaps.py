@@ -1,6 +1,6 @@
 """Heat maps of a linearity file: distances between interpolated models (the paper's Fig. 6), and disentanglement.
 
-Scope: matrices as colours, dark is zero, on one scale per measure; a cell that was not measured is grey.
+Scope: matrices as colours, with one scale for each measure. Zero is dark; a cell without a measurement is grey.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 MOST_EXPERTS = 4
 MOST_PAIRS = 3
+"""Rows of a figure; the others are left out, and the figure says so."""
 Matrix = list[list[float]]
 """Rows from bottom to top; NaN where nothing was measured."""
 
 
 def distances_figure(linearity: Linearity) -> Figure | None:
-    """Distances between the outputs of models on the way from the base to an expert, beside those of linear outputs.
+    """Draw distances between the outputs of models between base and expert, beside those of a linear one.
 
-    None where the file has no distances.
+    Returns:
+        The figure; None for a file without distances.
     """
     chosen = _examples([entry for entry in linearity.submodules if entry.distances])
     if not chosen:
@@ -58,21 +60,21 @@ def distances_figure(linearity: Linearity) -> Figure | None:
             axis.set_title(f"{title}\n" * (row == 0) + _score(chosen.get(title), row), loc="center", fontsize=9)
             if number == 0:
                 axis.set_ylabel(f"{model}\nshare j of the way", fontsize=8.5)
-    _bar(sheet, mesh, 0.85, WIDTH - 1.19, "distance between outputs (share of that between base and expert)")
+    _color_bar(sheet, mesh, 0.85, WIDTH - 1.19, "distance between outputs (share of that between base and expert)")
     return sheet.figure
 
 
 def _examples(entries: Sequence[SubmoduleLinearity]) -> dict[str, SubmoduleLinearity]:
-    """The whole model, the middle layer and its MLP block, as far as they were measured."""
+    """title -> the whole model, the middle layer and its MLP block, as far as they were measured."""
     layers = [entry.layer for entry in entries if entry.layer is not None]
     middle = (max(layers) + 1) // 2 if layers else None
-    wanted = {
+    titles = {
         ("model", None): "whole model",
         ("layer", middle): f"layer {middle}",
         ("mlp", middle): f"MLP of layer {middle}",
     }
-    found = {title: entry for entry in entries if (title := wanted.get((entry.kind, entry.layer)))}
-    return {title: found[title] for title in wanted.values() if title in found}
+    found = {title: entry for entry in entries if (title := titles.get((entry.kind, entry.layer)))}
+    return {title: found[title] for title in titles.values() if title in found}
 
 
 def _score(entry: SubmoduleLinearity | None, model: int) -> str:
@@ -83,9 +85,10 @@ def _score(entry: SubmoduleLinearity | None, model: int) -> str:
 
 
 def disentanglement_figure(linearity: Linearity) -> Figure | None:
-    """The weight disentanglement error of pairs of experts over both merging weights.
+    """Draw the weight disentanglement error of pairs of experts over both merging weights.
 
-    None where no pair was measured.
+    Returns:
+        The figure; None for a file without pairs.
     """
     from mergekit_slta.maths.linearity import PAIR_GRID
 
@@ -119,7 +122,7 @@ def disentanglement_figure(linearity: Linearity) -> Figure | None:
         for row, (first, second) in enumerate(pairs):
             axis = sheet.panel(left + side * number, top + each * row + 0.2, side - 0.12, side - 0.12)
             meshes[title] = _show(axis, matrices[row], PAIR_GRID, most)
-            _write(axis, matrices[row], PAIR_GRID, most)
+            _write_numbers(axis, matrices[row], PAIR_GRID, most)
             axis.set_xticks(PAIR_GRID, weights)
             axis.set_yticks(PAIR_GRID, weights if number == 0 else [""] * len(weights))
             axis.tick_params(length=2, pad=1.5, labelsize=7.5)
@@ -130,9 +133,9 @@ def disentanglement_figure(linearity: Linearity) -> Figure | None:
                 axis.text(0, 1.17, text, transform=axis.transAxes)
     for title in dict.fromkeys([next(iter(meshes)), list(meshes)[-1]]):
         if title == "next token":
-            _bar(sheet, meshes[title], left + side * 3.35, side * 1.5, "tokens that differ (%)", percent=True)
+            _color_bar(sheet, meshes[title], left + side * 3.35, side * 1.5, "tokens that differ (%)", percent=True)
         else:
-            _bar(sheet, meshes[title], left, side * 2.9, "error (% of the expert’s own change)", percent=True)
+            _color_bar(sheet, meshes[title], left, side * 2.9, "error (% of the expert’s own change)", percent=True)
     return sheet.figure
 
 
@@ -141,7 +144,7 @@ def _matrix(rows: Sequence[Vector]) -> Matrix:
 
 
 def _mean(rows: Sequence[Vector]) -> Matrix:
-    """Mean over submodules of what was measured; the second expert's weight from bottom to top."""
+    """The mean over submodules of each cell that was measured; the second expert's weight increases from row to row."""
     means = []
     for values in zip(*rows, strict=True):
         found = [value for value in values if value is not None]
@@ -165,8 +168,8 @@ def _show(axis: Axes, matrix: Matrix, places: Sequence[float], most: float) -> Q
     return axis.pcolormesh(edges, edges, matrix, cmap=color, vmin=0, vmax=most, edgecolors="face", linewidth=0.2)
 
 
-def _write(axis: Axes, matrix: Matrix, places: Sequence[float], most: float) -> None:
-    """Every cell's number in per cent, as short as it can be."""
+def _write_numbers(axis: Axes, matrix: Matrix, places: Sequence[float], most: float) -> None:
+    """Write the number into every cell, in per cent."""
     for up, row in zip(places, matrix, strict=True):
         for across, value in zip(places, row, strict=True):
             color = "black" if math.isnan(value) or value > 0.5 * most else "white"
@@ -179,7 +182,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}" if value >= 0.0095 or value == 0 else f"{100 * value:.1f}"[1:]
 
 
-def _bar(sheet: Sheet, mesh: QuadMesh, left: float, width: float, label: str, *, percent: bool = False) -> None:
+def _color_bar(sheet: Sheet, mesh: QuadMesh, left: float, width: float, label: str, *, percent: bool = False) -> None:
     axis = sheet.panel(left, sheet.height - 0.55, width, 0.12)
     bar = sheet.figure.colorbar(mesh, cax=axis, orientation="horizontal")
     bar.set_label(label)

@@ -1,6 +1,7 @@
-"""How linear models, layers and blocks are, level by level, from a linearity file: the paper's Fig. 1 to 4.
+"""How linear models, layers and blocks are, from a linearity file: the paper's Fig. 1 to 4.
 
-Scope: a panel per measure, a row per level, mean and standard deviation as point and bar with the numbers beside them.
+Scope: one panel for each measure and one row for each level, with the mean as a point, the standard deviation as a bar,
+and both numbers beside them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ LEVELS = {
     "embed": "embeddings",
     "head": "output head",
 }
-"""kind -> its name, in the order of drawing."""
+"""kind of submodule -> name of its level, in the order of drawing."""
 _LONGEST = 10**5
-"""The ratio of the ends of a logarithmic axis, at most."""
+"""Largest ratio of the ends of a logarithmic axis."""
 _FAR_APART = 10.0
-"""Means further apart than this factor are read better on a logarithmic scale."""
+"""Means that differ by more than this factor are drawn on a logarithmic axis."""
 _LINE, _GAP = 0.17, 0.12
-"""Inches: of a series in a row, and between rows."""
+"""Height of a series within a row, and of the gap between rows, in inches."""
 
 
 class _Series(NamedTuple):
@@ -74,14 +75,15 @@ _MEASURES = (
 
 
 def _away_from_one(cosine: MeanStd | None) -> MeanStd | None:
-    """1 - cosine; a cosine above 1 is one that was rounded."""
+    """1 - cosine, at least 0: rounding can make a cosine larger than 1."""
     return None if cosine is None else MeanStd(mean=max(0.0, 1 - cosine.mean), std=cosine.std)
 
 
 def levels_figure(linearity: Linearity) -> Figure | None:
-    """The Non-linearity Score and, where experts were merged, projection distance and cosine of every level.
+    """Draw the Non-linearity Score and, where experts were merged, projection distance and cosine of every level.
 
-    None where the file has no levels.
+    Returns:
+        The figure; None for a file without levels.
     """
     levels = {kind: linearity.levels[kind] for kind in [*LEVELS, *linearity.levels] if kind in linearity.levels}
     if not levels:
@@ -117,16 +119,20 @@ def levels_figure(linearity: Linearity) -> Figure | None:
 
 
 def _draw(axis: Axes, levels: dict[str, Level], series: Sequence[_Series]) -> None:
-    spreads = [(row, place, one, one.mean_std(level)) for row, level in enumerate(levels.values())
+    measures = [(row, place, one, one.mean_std(level)) for row, level in enumerate(levels.values())
                for place, one in enumerate(series)]  # fmt: skip
-    positive = [mean_std.mean for *_, mean_std in spreads if mean_std is not None and mean_std.mean > 0]
+    positive = [mean_std.mean for *_, mean_std in measures if mean_std is not None and mean_std.mean > 0]
     logarithmic = bool(positive) and max(positive) > _FAR_APART * min(positive)
     edge = 0.0
     if logarithmic:
-        edge = max(min(positive) / 4, max(positive) / _LONGEST)  # a look-up table's rounding is no level to compare
+        edge = max(
+            min(positive) / 4, max(positive) / _LONGEST
+        )  # embeddings are a table look-up: their score is rounding
         axis.set_xscale("log")
-        axis.set_xlim(edge, 2.5 * max(mean_std.mean + mean_std.std for *_, mean_std in spreads if mean_std is not None))
-    for row, place, one, mean_std in spreads:
+        axis.set_xlim(
+            edge, 2.5 * max(mean_std.mean + mean_std.std for *_, mean_std in measures if mean_std is not None)
+        )
+    for row, place, one, mean_std in measures:
         height = row + (place - (len(series) - 1) / 2) * _LINE / (_LINE * len(series) + _GAP)
         note = "nothing changes" if mean_std is None else f"{mean_std.mean:.3g}"
         note += f" ± {mean_std.std:.2g}" if mean_std is not None and mean_std.std else ""

@@ -1,8 +1,8 @@
 """Figures over the depth of a model, from an alphas file: merging weights (the paper's Fig. 5) and residuals.
 
-Scope: a panel per kind of submodule, decoder layers from left to right, what comes before and after them at the ends.
-Where a layer has several submodules of a kind (heads, matrices) a panel shows their mean and range. Whatever makes a
-number doubtful is marked above it. A file without layers becomes a list of its numbers.
+Scope: one panel for each kind of submodule, with the decoder layers from left to right and the submodules before and
+after them at the ends. Where a layer has several submodules of a kind (heads, matrices), the panel shows their mean and
+range. Flags are marked above the number that they make doubtful. A file without layers is drawn as a list of numbers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ MOST_LINES = 5
 """More experts than this are drawn in panels of their own."""
 _DASHES = (0, (6, 3))
 _MARK_INCHES = 0.12
+"""Height of a row of flags above a panel."""
 _MARKS = {
     "rank_deficient": ("X", "black", "rank lost: minimum-norm solution"),
     "ill_conditioned": ("v", "white", "ill-conditioned solve"),
-    "nonlinear": ("*", "black", "measured residual parts from the predicted"),
+    "nonlinear": ("*", "black", "measured residual differs from the predicted"),
 }
 
 
 def alphas_figure(alphas: Alphas) -> Figure:
-    """The merging weight of every expert in every submodule, with jackknife standard errors."""
+    """Draw the merging weight of every expert in every submodule, with jackknife standard errors."""
     count = len(alphas.models)
     series = [
         Series(
@@ -59,12 +60,12 @@ def alphas_figure(alphas: Alphas) -> Figure:
 
 
 def residuals_figure(alphas: Alphas) -> Figure:
-    """How much of the experts' own changes the merge misses: predicted by linearity, and measured where it was."""
+    """Draw the residual of every submodule: as linearity predicts it and, where it was measured, as measured."""
     series = [Series("predicted by linearity", Look.of(0), lambda entry: entry.residual)]
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     if measured:
         series.append(Series("measured after merging", Look.of(1), lambda entry: entry.residual_measured))
-    verdict = "Where the two part, a submodule is not linear." if measured else "Not measured on merged submodules."
+    verdict = "Where the two differ, a submodule is not linear." if measured else "Not measured on merged submodules."
     return _draw(
         alphas,
         "What the merge loses: residual, lower is better" + ("" if measured else " (predicted only)"),
@@ -92,12 +93,16 @@ def _draw(
     reference: tuple[float, str] | None = None,
     floor: float | None = None,
 ) -> Figure:
-    """Draw a figure of either quantity.
+    """Draw weights or residuals over depth.
 
     Args:
-        usual: a mean_std of the numbers that is nothing unusual; see `value_range`.
+        alphas: the file.
+        title, notes: the heading.
+        unit: label of the vertical axis.
+        series: the lines.
+        usual: the smallest span that the axis is cut by; see `value_range`.
         reference: a value to compare with, and its name.
-        floor: where the axis begins, if not near the lowest value.
+        floor: where the axis begins; near the lowest value by default.
     """
     if all(entry.layer is None for entry in alphas.submodules):
         return _list(alphas, title, notes, unit, series, reference)
@@ -136,7 +141,7 @@ def _draw(
 def _draw_panel(
     axis: Axes, entries: Sequence[SubmoduleAlphas], series: Sequence[Series], depth: Depth, limits: tuple[float, float]
 ) -> bool:
-    """Draw a panel's lines; returns whether a place of it holds several submodules."""
+    """Draw a panel's lines; returns whether any layer has several submodules in it."""
     inside = at_depth(depth, [entry for entry in entries if entry.layer is not None])
     outside = at_depth(depth, [entry for entry in entries if entry.layer is None])
     several = any(len(members) > 1 for members in inside.values())
@@ -179,7 +184,7 @@ def _draw_line(
 def _draw_marks(
     axis: Axes, entries: Sequence[SubmoduleAlphas], depth: Depth, present: Sequence[str], step: float
 ) -> None:
-    """Above the panel, a row for each flag; a faint line leads down to the number in doubt."""
+    """Draw a row of marks for each flag above the panel, and a faint line down to the number that it is about."""
     for row, flag in enumerate(present):
         flagged = list(at_depth(depth, [entry for entry in entries if flag in entry.flags]))
         for place in flagged:
@@ -196,7 +201,7 @@ def _mark(flag: str) -> dict[str, Any]:
 
 
 def _handles(alphas: Alphas, series: Sequence[Series], reference: tuple[float, str] | None, beyond: bool) -> list[Any]:
-    """What the legend explains: only what occurs."""
+    """Entries of the legend, for the marks that occur in the figure."""
     from matplotlib.lines import Line2D
 
     marks: list[dict[str, Any]] = [
@@ -221,7 +226,7 @@ def _list(
     series: Sequence[Series],
     reference: tuple[float, str] | None,
 ) -> Figure:
-    """A row per series (and submodule), its number written beside it."""
+    """Draw a row for each series of each submodule, with its number beside it."""
     rows = [(entry, one) for entry in alphas.submodules for one in series]
     if flags := sorted({flag for entry in alphas.submodules for flag in entry.flags}):
         notes += f" Flagged: {escape(', '.join(flags).replace('_', ' '))}."

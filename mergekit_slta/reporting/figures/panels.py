@@ -1,4 +1,7 @@
-"""Which submodule of an alphas file is drawn in which panel, and what the panels' axes span. Nothing is drawn here."""
+"""Which submodule of an alphas file is in which panel, and which ranges the axes show.
+
+Scope: everything that `over_depth` decides before it draws.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.models.architectures import ATTENTION_NAMES
 from mergekit_slta.reporting.figures.style import Look, short_name
 
 if TYPE_CHECKING:
@@ -23,8 +27,7 @@ PANELS = {
     "mlp": "MLP blocks",
     "norm": "Norms",
 }
-"""In the order of drawing."""
-_ATTENTION = {"attn", "self_attn", "attention", "self_attention"}
+"""panel -> its title, in the order of drawing."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Series:
         label: for the legend.
         look: how it is drawn.
         value: of a submodule; None where there is none.
-        error: half the height of its error bar.
-        zero: whether the value is 0 by rule, not by measurement.
+        error: half the height of the error bar.
+        zero: whether the value is 0 because the expert is unchanged there, and not by measurement.
     """
 
     label: str
@@ -46,12 +49,12 @@ class Series:
     zero: Callable[[SubmoduleAlphas], bool] = lambda entry: False
 
     def measured(self, entry: SubmoduleAlphas) -> float | None:
-        """The value, unless it is 0 by rule."""
+        """The value; None where it is 0 because the expert is unchanged."""
         return None if self.zero(entry) else self.value(entry)
 
 
 def panels_of(alphas: Alphas) -> dict[str, list[SubmoduleAlphas]]:
-    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are at the ends of every panel."""
+    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are in every panel, at its ends."""
     found: dict[str, list[SubmoduleAlphas]] = {}
     for entry in alphas.submodules:
         if not _is_end(entry):
@@ -70,11 +73,11 @@ def _panel(entry: SubmoduleAlphas, granularity: str) -> str:
         return "attention_rest"
     if granularity != "linear" or entry.kind not in ("linear", "mlp"):
         return entry.kind
-    return "attention_matrix" if _ATTENTION & set(entry.name.split(".")) else "mlp_matrix"
+    return "attention_matrix" if ATTENTION_NAMES & set(entry.name.split(".")) else "mlp_matrix"
 
 
 def at_depth(depth: Depth, entries: Iterable[SubmoduleAlphas]) -> dict[float, list[SubmoduleAlphas]]:
-    """place on the depth axis -> the submodules there, from left to right."""
+    """Group submodules by their place on the depth axis, from left to right."""
     found: dict[float, list[SubmoduleAlphas]] = {}
     for entry in entries:
         found.setdefault(depth.place(entry), []).append(entry)
@@ -88,10 +91,10 @@ def value_range(
     reference: tuple[float, str] | None,
     floor: float | None,
 ) -> tuple[tuple[float, float], bool]:
-    """The range to show, and whether numbers lie beyond it.
+    """The range of the vertical axis, and whether numbers lie outside it.
 
-    A few that are far off (ill-conditioned solves) must not flatten all others: with 20 numbers or more, the axis ends
-    two spans beyond the middle 90 per cent of them, a span being that of the middle or, if larger, `usual`.
+    A few extreme numbers (of ill-conditioned solves) must not flatten all others. With 20 numbers or more, the axis
+    ends two spans beyond their middle 90 per cent, where a span is the width of that middle or, if larger, `usual`.
     """
     found = [(value, one.error(entry)) for entry in alphas.submodules for one in series
              if (value := one.measured(entry)) is not None] or [(0.0, 0.0)]  # fmt: skip
@@ -112,11 +115,11 @@ def value_range(
 
 @dataclass(frozen=True)
 class Depth:
-    """The depth axis: decoder layers at their numbers, and what is outside of them.
+    """The depth axis: decoder layers at their numbers, and the submodules before and after them.
 
     Attributes:
-        layers: how many there are.
-        ends: name -> place, of submodules outside of the layers.
+        layers: number of decoder layers.
+        ends: name of a submodule outside the layers -> its place.
     """
 
     layers: int
@@ -124,7 +127,7 @@ class Depth:
 
     @classmethod
     def of(cls, alphas: Alphas) -> Depth:
-        """In the order of the file: before the first layer, and after it."""
+        """Place the submodules outside the layers in the order of the file, before and after the layers."""
         numbers = [entry.layer for entry in alphas.submodules]
         layers = max(number for number in numbers if number is not None) + 1
         first = next(place for place, number in enumerate(numbers) if number is not None)
@@ -138,7 +141,7 @@ class Depth:
         return self.ends[entry.name] if entry.layer is None else float(entry.layer)
 
     def dress(self, axis: Axes, *, labels: bool) -> None:
-        """Ticks at layers and ends, and a shade behind the ends, which are of no panel's kind."""
+        """Set ticks at layers and ends, and shade the ends, which are not of the panel's kind."""
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, self.layers) if self.layers / step <= 10)
         ticks = {float(layer): str(layer) for layer in range(0, self.layers, step)}
         ticks |= {place: short_name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}

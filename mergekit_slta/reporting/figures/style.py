@@ -1,9 +1,9 @@
-"""What all figures share: their look, how names enter them, and how they reach the disk.
+"""What all figures share: sizes and colours, how names are shown, and how figures are saved.
 
-Scope: knows no file of ours. A figure is 7 inches wide, 700 pixels on a model card, so a point of type is 1.4 pixels
-there. White paper under everything: the same picture is read in print and on a dark page. Hues are Okabe and Ito's,
-always paired with a marker and a line style; maps are cividis, whose lightness rises evenly: both survive colour
-blindness and a black-and-white printer.
+Scope: nothing about the files that are drawn. A figure is 7 inches wide, which a model card shows with 700 pixels; one
+point of type is 1.4 pixels there. The background is white, so that figures can be read in print and on a dark page.
+Colours are Okabe and Ito's, each with a marker and a line style of its own. Heat maps use cividis, whose lightness
+rises evenly. Both can be read by colour-blind people and after black-and-white printing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = {
     "png": {"Software": None},
     "svg": {"Date": None},
 }
-"""format -> the metadata that would make the same figure differ from run to run."""
+"""format -> metadata to leave out, because it would differ from run to run."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -55,7 +55,7 @@ _SETTINGS = {
 
 
 class Look(NamedTuple):
-    """How one series is told from the others."""
+    """Colour, marker and line of a series."""
 
     color: str
     marker: str
@@ -64,24 +64,24 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, place: int) -> Look:
-        """Of the series at `place`; all ten experts of a large merge differ."""
+        """The look of series number `place`, from 0; the first ten all differ."""
         marker, line = MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
         return cls(COLORS[place % len(COLORS)], marker, line, place >= len(COLORS))
 
     def style(self, size: float = 4.5) -> dict[str, Any]:
-        """Keyword arguments for matplotlib's lines, without a line style."""
+        """Keyword arguments for a line of matplotlib, without a line style; `size` is the marker's, in points."""
         face = "white" if self.hollow else self.color
         return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": face}
 
 
 def short_name(model: object, longest: int = 32) -> str:
-    """A model's or submodule's name as a text of matplotlib's: the last part of its path, shortened in its middle."""
+    """The last part of a model's or submodule's path, shortened in the middle to `longest` characters, and escaped."""
     return short_names([str(model)], longest)[0]
 
 
 def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
-    """As `short_name`, with as many parts of the paths as it takes to tell the models apart
-    (`run1/final`, `run2/final`)."""
+    """As `short_name`, with as many parts of the paths as are needed to tell the models apart (`run1/final`,
+    `run2/final`)."""
     paths = [[part for part in re.split(r"[/\\]", show(model, 4096)) if part] or [show(model)] for model in models]
     for depth in range(1, max(map(len, paths)) + 1):
         ends = ["/".join(path[-depth:]) for path in paths]
@@ -92,14 +92,14 @@ def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
 
 
 def escape(text: object, longest: int = 200) -> str:
-    """A stranger's text for matplotlib, which sets what is between dollars as a formula and drops `_x` from legends."""
+    """Make any text safe for matplotlib, which reads `$...$` as a formula and drops labels like `_x` from legends."""
     shown = show(text, longest).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw with this file's settings and matplotlib's own fonts, whatever the user's `matplotlibrc` says."""
+    """Draw with the settings of this file and matplotlib's own fonts, whatever the user's `matplotlibrc` says."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -109,11 +109,11 @@ def figure_style() -> Iterator[None]:
 
 
 class Sheet(NamedTuple):
-    """A figure laid out in inches: type has a size in inches too, so what fits once fits with any number of panels.
+    """A figure laid out in inches, like its type: a panel has the same size and place however many there are.
 
     Attributes:
-        figure: with its heading.
-        height: of the space below the heading.
+        figure: the figure, with its heading.
+        height: height of the space below the heading, in inches.
     """
 
     figure: Figure
@@ -121,7 +121,7 @@ class Sheet(NamedTuple):
 
     @classmethod
     def new(cls, title: str, notes: str, height: float) -> Sheet:
-        """A title, notes on how to read the figure, and empty space below."""
+        """Make a figure with a title, notes on how to read it, and `height` inches of empty space below."""
         from matplotlib.figure import Figure
 
         lines = [line for note in notes.split("\n") for line in textwrap.wrap(note, 104)]
@@ -132,29 +132,31 @@ class Sheet(NamedTuple):
         return cls(figure, height)
 
     def panel(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes at a place below the heading."""
+        """Add axes; `top` counts from the heading. All sizes are in inches."""
         total = self.figure.get_figheight()
         return self.figure.add_axes((left / WIDTH, (self.height - top - height) / total, width / WIDTH, height / total))
 
     def label(self, text: str, height: float) -> None:
-        """The common vertical axis of the panels in the uppermost `height` inches."""
+        """Write the label of the vertical axis that the panels in the uppermost `height` inches share."""
         place = (self.height - height / 2) / self.figure.get_figheight()
         self.figure.text(0.012, place, text, rotation="vertical", va="center")
 
 
 def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
-    """Make a figure and write it to every path, in the format of its suffix; the same figure gives the same bytes.
+    """Make a figure and write it to every path, in the format of the path's suffix.
+
+    The same figure gives the same bytes.
 
     Returns:
-        The paths; none where there is no figure.
+        The paths; none where `make` returns no figure.
 
     Raises:
-        OutputError: it cannot be written, or not in that format.
+        OutputError: it cannot be written, or not in the format of a suffix.
     """
     formats = [path.suffix.lstrip(".").lower() or "png" for path in paths]
     for path, form in zip(paths, formats, strict=True):
         if form not in FORMATS:
-            raise OutputError(f"cannot draw {show(path)}: figures are .png or .svg")
+            raise OutputError(f"cannot draw {show(path)}: figures are .png or .svg", code="unsupported-format")
     with figure_style():
         figure = make()
         if figure is None:
@@ -165,6 +167,6 @@ def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
 
 
 def clean_axes(axis: Axes, grid: str = "y") -> None:
-    """Take away what carries no number."""
+    """Draw a faint grid along `grid`, and take the upper and right frame away."""
     axis.grid(axis=grid, color=FAINT, linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,131 @@
+"""Compare mergekit's plan with the model class and with what the checkpoints hold.
+
+Scope: names, shapes and ties. mergekit's definitions of architectures do not list every tensor of every checkpoint;
+what they leave out is dropped from the output without a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+
+from mergekit_slta.checkpoints.configs import ties_embeddings
+from mergekit_slta.checkpoints.plan import Plan, PlannedTensor
+from mergekit_slta.errors import ModelError, show
+from mergekit_slta.libraries.mergekit import can_convert, gather_by_name, is_gather
+
+
+def reconcile(
+    plan: Plan,
+    names: Mapping[ModelReference, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    configs: Mapping[ModelReference, Any],
+) -> list[str]:
+    """Make the plan's tensors those of the model class, so that calibration sees the whole model.
+
+    Tensors that mergekit would drop are added, and read by name. Buffers that mergekit lists beside the parameters are
+    moved to `plan.copied`.
+
+    Args:
+        plan: changed in place.
+        names: the recipe's names of the models.
+        shapes: name in the plan -> shape of the model class's parameters.
+        configs: the models' configs.
+
+    Returns:
+        Why mergekit cannot merge these checkpoints as they are; empty where it can.
+
+    Raises:
+        ModelError: a model lacks a tensor that another has, or shapes differ.
+    """
+    problems = []
+    present = {model: set(plan.loaders[model].index.tensor_paths) for model in plan.models}
+
+    def holds(name: str, model: ModelReference) -> bool:
+        planned = plan.tensors.get(name)
+        found = planned is not None and plan.source_name(name, model) is not None
+        return found or can_convert(configs[model].model_type, present[model], name)
+
+    for name in list(plan.tensors):
+        lacking = [model for model in plan.models if not holds(name, model)]
+        if not lacking:
+            if name not in shapes and not plan.tensors[name].weight.optional:
+                plan.copied.append(name)  # a buffer that older versions of transformers saved with the parameters
+                del plan.tensors[name]
+            continue
+        if name in shapes and len(lacking) < len(plan.models):
+            raise ModelError(
+                f"{show(names[lacking[0]])} lacks the tensor {show(name)}, which "
+                f"{show(names[next(model for model in plan.models if model not in lacking)])} has: "
+                "all models of a merge need the same tensors",
+                code="missing-tensor",
+            )
+        problems.append(
+            f"mergekit plans to merge {show(name)}, which {show(names[lacking[0]])} does not have: its definition of "
+            "this architecture does not fit this checkpoint"
+        )
+        del plan.tensors[name]
+    for name in shapes:
+        if name in plan.tensors:
+            continue
+        having = [model for model in plan.models if holds(name, model)]
+        if len(having) == len(plan.models):
+            weight, gather = gather_by_name(name, plan.models)
+            plan.tensors[name] = PlannedTensor(weight, gather, dict.fromkeys(plan.models, weight))
+        if having:
+            problems.append(
+                f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
+                "does not list it, and the output would load with zeros there"
+            )
+    _check_shapes(plan, names)
+    return problems
+
+
+def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, projection: str) -> bool:
+    """Whether the output projection is the embedding table in every model.
+
+    Some checkpoints of tied models store the table twice, and mergekit plans the projection as soon as one of them
+    does. It counts as tied in a model whose config ties the two and whose tensors are equal, or one and the same.
+
+    Args:
+        plan: the plan.
+        configs: the models' configs.
+        table, projection: names of the embedding's and of the projection's weights.
+    """
+    if projection not in plan.tensors:
+        return True
+    for model in plan.models:
+        if not ties_embeddings(configs[model]):
+            return False
+        stored = plan.source_name(projection, model)
+        embedded = plan.source_name(table, model)
+        if stored != embedded:
+            loader = plan.loaders[model]
+            same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
+            loader.flush()
+            if not same:
+                return False
+    return True
+
+
+def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
+    base = plan.models[0]
+    for name, planned in plan.tensors.items():
+        expected = plan.shape(name, base)
+        if expected is None or not is_gather(planned.gather):  # mergekit changes the rows for another vocabulary
+            continue
+        for model in plan.models[1:]:
+            found = plan.shape(name, model)
+            if found is None or found == expected:
+                continue
+            hint, code = "all models of a merge need the same shapes", "differing-sizes"
+            if planned.weight.vocabulary_axis is not None:
+                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+                code = "differing-vocabularies"
+            raise ModelError(
+                f"{show(name)} is {list(found)} in {show(names[model])} and {list(expected)} in the base: {hint}",
+                code=code,
+            )

@@ -1,0 +1,256 @@
+"""What this package uses of mergekit that mergekit does not document: names, attributes and behaviours.
+
+Scope: the one file to look at when a new mergekit breaks something. What mergekit's README and its guide to merge
+methods describe (`run_merge`, `MergeConfiguration`, `MergeOptions`, `ModelReference`, `merge_methods`) is imported
+directly where it is used. Only leaf modules of mergekit are imported at the top: the others may still be loading when
+this package registers its method.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, InputModelDefinition, evaluate_setting
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
+from mergekit.options import PrettyPrintHelp, add_merge_options
+
+if TYPE_CHECKING:
+    import torch
+    from mergekit.architecture import WeightInfo
+    from mergekit.config import MergeConfiguration
+    from mergekit.graph import Task
+    from mergekit.options import MergeOptions
+    from mergekit.tokenizer import TokenizerInfo
+
+__all__ = [
+    "ConditionalParameter",
+    "InputModelDefinition",
+    "LazyTensorLoader",
+    "PrettyPrintHelp",
+    "add_merge_options",
+    "evaluate_setting",
+]
+"""Classes and functions that are used as they are, from here."""
+USED = {
+    "mergekit._data.chat_templates": "names of the chat templates (`chat_template_names`)",
+    "mergekit.architecture.WeightInfo.aliases": "other names of a tensor (`names_of`)",
+    "mergekit.architecture.WeightInfo.tied_names": "other names of a tensor (`names_of`)",
+    "mergekit.architecture.WeightInfo.optional": "tensors that a checkpoint may lack (checkpoints/reconcile.py)",
+    "mergekit.architecture.WeightInfo.vocabulary_axis": "tensors with a row per token (checkpoints/reconcile.py)",
+    "mergekit.architecture.conversion.can_convert_checkpoint_keys"
+    "(model_type, source_keys, target_key)": "`can_convert`",
+    "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
+    "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
+    "mergekit.common.dtype_from_name(name)": "`dtype_named`",
+    "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
+    "mergekit.config.InputModelDefinition": "keys of an entry of `models` (recipe/)",
+    "mergekit.config.evaluate_setting(tensor_name, setting)": "how filters are resolved (recipe/)",
+    "mergekit.graph.Task.arguments": "tasks that a task needs (`run_task`)",
+    "mergekit.graph.Task.execute": "what a task makes of them (`run_task`)",
+    "mergekit.io.lazy_tensor_loader.LazyTensorLoader(index, lazy_unpickle)": "base class of the adapters' loader",
+    "mergekit.io.lazy_tensor_loader.LazyTensorLoader.flush": "closes the shards that are open",
+    "mergekit.io.lazy_tensor_loader.LazyTensorLoader.get_tensor(key, device, aliases, raise_on_missing)": "overridden",
+    "mergekit.io.lazy_tensor_loader.LazyTensorLoader.index": "a checkpoint's files and tensor names",
+    "mergekit.io.lazy_tensor_loader.ShardInfo(filename, contained_keys)": "one file of a checkpoint",
+    "mergekit.io.lazy_tensor_loader.ShardedTensorIndex(base_path, is_safetensors, tensor_paths, shards)": "as above",
+    "mergekit.io.tasks.GatherTensors(weight_info)": "reads one tensor from every model",
+    "mergekit.io.tasks.LoaderCache.get(model)": "the loader that mergekit's own tasks use (`open_loader`)",
+    "mergekit.io.tasks.LoaderCache.loaders": "written to: `place_loader`, `forget_loaders`",
+    "mergekit.io.tasks.LoaderCache.setup(options)": "caches and `lazy_unpickle` (`open_loader`)",
+    "mergekit.io.tasks.SaveTensor.tensor_task": "from the plan to the merge task (`plan_tensors`)",
+    "mergekit.merge.run_merge(merge_config, out_path, options, config_source)": "replaced by host/wrap.py",
+    "mergekit.merge_methods.base.ParameterSpec(name, value_type, scope, default)": "the method's keys (host/method.py)",
+    "mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask.gather_tensors": "a planned tensor's task",
+    "mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask.output_weight": "a planned tensor's description",
+    "mergekit.options.PrettyPrintHelp": "the help of commands with mergekit's options (cli/)",
+    "mergekit.options.add_merge_options": "mergekit's options on our commands (cli/)",
+    "mergekit.plan.MergePlanner(config, arch_info, options, out_model_config)": "`plan_tensors`",
+    "mergekit.plan.MergePlanner.plan_to_disk(out_path)": "`plan_tensors`",
+    "mergekit.scripts.run_yaml": "`python -m` it where `mergekit-yaml` is not on the path (demo/run.py)",
+    "mergekit.tokenizer.BuildTokenizer": "the task that makes the output's tokenizer (`run_task`)",
+    "mergekit.tokenizer.PermutedVocabulary.gather_tensors": "rows reordered for another tokenizer (`sources_of`)",
+    "mergekit.tokenizer.build.build_tokenizer"
+    "(base_model, referenced_models, tokenizer_source, trust_remote_code, add_tokens)": "checkpoints/configs.py",
+    "mergekit.tokenizer.truncate.TruncatedVocabulary.gather_tensors": "rows cut to the smallest vocabulary",
+}
+"""name, or name(parameters) -> what it is used for."""
+
+
+def open_loader(model: ModelReference, options: MergeOptions) -> LazyTensorLoader:
+    """The loader of a model's checkpoint that mergekit's own tasks will use.
+
+    Relies on `LoaderCache`: one for each thread, `loaders` shared by all threads and kept for the whole process.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    cache = LoaderCache()
+    cache.setup(options=options)
+    return cache.get(model)
+
+
+def place_loader(model: ModelReference, loader: LazyTensorLoader) -> None:
+    """Put a loader where mergekit looks for one first, so that it merges no copy of an adapter's model on disk.
+
+    Relies on `LoaderCache.get`, which opens a model only if `loaders` lacks it.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().loaders[model] = loader
+
+
+def forget_loaders(models: Iterable[ModelReference]) -> None:
+    """Take models out of mergekit's cache of loaders.
+
+    The cache outlives a merge: the files may change before the next one, and other methods merge adapters their own
+    way.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    for model in models:
+        LoaderCache().loaders.pop(model, None)
+
+
+def loader_of_file(path: str, names: Sequence[str]) -> LazyTensorLoader:
+    """A loader of one file, safetensors or pickled, whose tensors have the given names.
+
+    `lazy_unpickle` is off: pickles are read by torch's own loader with `weights_only`.
+    """
+    folder, file = os.path.split(path)
+    index = ShardedTensorIndex(
+        base_path=folder,
+        is_safetensors=file.endswith(".safetensors"),
+        tensor_paths=dict.fromkeys(names, file),
+        shards=[ShardInfo(file, list(names))],
+    )
+    return LazyTensorLoader(index, lazy_unpickle=False)
+
+
+def plan_tensors(config: MergeConfiguration, options: MergeOptions, out_config: Any) -> list[tuple[WeightInfo, Task]]:
+    """The tensors that a merge will write, in its order: (description, the task that reads it from every model).
+
+    Relies on `MergePlanner.plan_to_disk` only describing what would be written: nothing is created at its path. (Its
+    sibling `plan_in_memory` fails under pydantic 2.14.)
+
+    Args:
+        config: changed by the planner; give a copy.
+        options: mergekit's options.
+        out_config: the base's config.
+    """
+    from mergekit.architecture import get_architecture_info
+    from mergekit.io.tasks import SaveTensor
+    from mergekit.plan import MergePlanner
+
+    planner = MergePlanner(config, get_architecture_info(config, options), options=options, out_model_config=out_config)
+    merged = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
+    return [(task.output_weight, task.gather_tensors) for task in merged]
+
+
+def names_of(weight: WeightInfo) -> list[str]:
+    """All names under which a checkpoint may hold a tensor, in the order in which mergekit tries them."""
+    return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
+
+
+def is_gather(task: Task) -> bool:
+    """Whether a planned tensor is read as it is stored; else mergekit changes its rows for another vocabulary."""
+    from mergekit.io.tasks import GatherTensors
+
+    return isinstance(task, GatherTensors)
+
+
+def sources_of(task: Task) -> dict[ModelReference, WeightInfo]:
+    """model -> description of a planned tensor in that model's checkpoint.
+
+    Relies on the tasks that change a vocabulary keeping the plain task in `gather_tensors`.
+    """
+    plain: Any = task if is_gather(task) else task.gather_tensors  # type: ignore[attr-defined]
+    return dict(plain.weight_info.items())
+
+
+def gather_by_name(name: str, models: Iterable[ModelReference]) -> tuple[WeightInfo, Task]:
+    """As an entry of `plan_tensors`, for a tensor that mergekit's plan lacks and every model has by the same name."""
+    from mergekit.architecture import WeightInfo
+    from mergekit.common import ImmutableMap
+    from mergekit.io.tasks import GatherTensors
+
+    weight = WeightInfo(name=name)
+    return weight, GatherTensors(weight_info=ImmutableMap(data=dict.fromkeys(models, weight)))
+
+
+def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
+    """The task that reads a tensor from some of the models only; the same task where models depend on each other.
+
+    They do where mergekit changes the rows for another vocabulary (`is_gather`).
+    """
+    from mergekit.common import ImmutableMap
+
+    if not is_gather(task):
+        return task
+    sources = {model: weight for model, weight in sources_of(task).items() if model in models}
+    return task.model_copy(update={"weight_info": ImmutableMap(sources)})
+
+
+def build_tokenizer(
+    config: MergeConfiguration, models: Sequence[ModelReference], options: MergeOptions
+) -> TokenizerInfo:
+    """The output's tokenizer, as mergekit makes it where the recipe has `tokenizer` or `tokenizer_source`.
+
+    Relies on `build_tokenizer` being all that the planner's `BuildTokenizer` does.
+
+    Args:
+        config: the recipe.
+        models: all its models, base first; the order decides the ids of added tokens under `source: union`.
+        options: mergekit's options.
+    """
+    from mergekit.tokenizer.build import build_tokenizer
+
+    section = config.tokenizer
+    return build_tokenizer(
+        base_model=config.base_model,
+        referenced_models=list(models),
+        tokenizer_source=section.source if section else config.tokenizer_source,
+        trust_remote_code=options.trust_remote_code,
+        add_tokens=list((section.tokens or {}) if section else {}),
+    )
+
+
+def run_task(task: Task, build: Callable[[Task], TokenizerInfo]) -> Any:
+    """The result of a task of mergekit's graph, computed here and now with all that it needs.
+
+    Args:
+        task: any task.
+        build: called for the task that builds the output's tokenizer, which takes seconds and is needed once.
+    """
+    from mergekit.tokenizer import BuildTokenizer
+
+    if isinstance(task, BuildTokenizer):
+        return build(task)
+    return task.execute(**{key: run_task(needed, build) for key, needed in task.arguments().items()})
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype that one of mergekit's options names ("bfloat16", "float16", ...); None for None."""
+    from mergekit.common import dtype_from_name
+
+    return dtype_from_name(name)
+
+
+def can_convert(model_type: str, present: set[str], name: str) -> bool:
+    """Whether mergekit can make a tensor from others of a checkpoint (experts stored one by one are fused)."""
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    return can_convert_checkpoint_keys(model_type, present, name)
+
+
+def chat_template_names() -> list[str]:
+    """Names of the chat templates that mergekit brings, sorted.
+
+    Relies on the files `NAME.jinja` in its package `_data.chat_templates`.
+    """
+    from mergekit._data import chat_templates
+
+    files = [entry.name for entry in importlib.resources.files(chat_templates).iterdir()]
+    return sorted(name.removesuffix(".jinja") for name in files if name.endswith(".jinja"))
