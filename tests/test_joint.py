@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.maths.joint import RIDGES, solve_joint
+from mergekit_slta.maths.joint import solve_joint
+from mergekit_slta.maths.ridges import RIDGES
 
 
 def make_slopes(seed: int, rows: int, samples: int, experts: int, submodules: int) -> tuple[dict, torch.Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_slta.maths.gauss_newton import ROW_DECAY, gauss_newton_step, rebase_quadratics
-from mergekit_slta.maths.joint import RIDGES
+from mergekit_slta.maths.ridges import RIDGES
 
 
 def make(seed: int, rows: int, draws: int, experts: int, submodules: int) -> dict:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_slta.files.statistics_file import row_grams
 from mergekit_slta.maths.closed_form import Solution, solve_closed_form
+from mergekit_slta.maths.grams import row_grams
 
 
 def features(seed: int, num_models: int, rows_per_task: int, size: int = 12) -> tuple[list[np.ndarray], torch.Tensor]:

@@ -22,40 +22,13 @@ from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.atomic import write_atomically
+from mergekit_slta.maths.grams import row_grams
 
 FORMAT = "mergekit-slta/statistics"
 VERSION = 2
 _ROW_TASK = "row_task"
 _POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
 _FORMS = ("gram", "slope", "step")
-
-
-def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
-    """Gram matrices of packed rows.
-
-    Args:
-        outputs: T times [N, d], any floating dtype; the rows' tokens one after another, N = sum(lengths).
-        lengths: tokens of each row.
-        base: [N, d] outputs that are subtracted; `outputs` are differences already if None.
-
-    Returns:
-        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `outputs`:
-        df is a small difference of large outputs, and G squares it.
-    """
-    if outputs[0].device.type == "mps":  # the one backend without float64
-        outputs, base = [part.cpu() for part in outputs], None if base is None else base.cpu()
-    grams = []
-    start = 0
-    for length in lengths:  # row by row: a row's differences stay in the cache, and no second copy of all is made
-        own = slice(start, start + length)
-        start += length
-        first = outputs[0][own]
-        changes = torch.empty((len(outputs), *first.shape), dtype=torch.float64, device=first.device)
-        for into, part in zip(changes, outputs, strict=True):
-            into.copy_(part[own] if base is None else part[own] - base[own])
-        flat = changes.flatten(1)  # [T, tokens * d]
-        grams.append(flat @ flat.T)
-    return torch.stack(grams).cpu()
 
 
 @dataclass

@@ -1,20 +1,20 @@
-"""All submodules' alphas solved together under the Fisher metric: `objective: joint`.
+"""Solve all submodules' alphas together under the Fisher metric: the first solve of `objective: joint`.
 
-Scope: slopes in, merging weights out; tensors only, float64 on the CPU. The paper closes with second-order information
-and with optimising all weights together as open directions (A.5.3); this is both.
+Scope: derivatives in, merging weights out; tensors only, float64 on the CPU. The paper names second-order information
+and the joint optimisation of all weights as open directions (A.5.3); this is both.
 
     u_x[t, m]   = <d loss_x / d theta^m at theta_a, tau_t^m>      row x of task a, expert t, submodule m
-    r_x(alpha)  = sum_{t, m} (alpha_{t, m} - [t = a]) u_x[t, m]   how the merge changes the row's loss, to first order
+    r_x(alpha)  = sum_{t, m} (alpha_{t, m} - [t = a]) u_x[t, m]   the merge's change of the row's loss, to first order
     c_a         = mean over rows and experts of (sum_m u_x[t, m])^2  if balance else 1
     alpha       = argmin  sum_a (w_a / c_a) mean_x r_x(alpha)^2  +  rho d ||alpha - prior||^2
 
-With labels drawn from expert a itself the mean of r^2 is the quadratic form of that expert's Fisher information: what a
-change of its weights costs its loss to second order. d is the mean diagonal of the first term's matrix. There are fewer
-rows than unknowns, so the solve is done among rows, and any row (with all its label samples) can be left out exactly:
-that is where standard errors, the residual, and rho come from where the recipe gives none.
+With labels sampled from expert a itself, the mean of r^2 is the quadratic form of that expert's Fisher information: the
+increase of its loss, to second order, when its weights change. d is the mean diagonal of the first term's matrix. There
+are fewer rows than unknowns, so the system is solved among rows. Any row, with all its label samples, can then be left
+out exactly. Standard errors and the residual come from this, and rho where the recipe gives none.
 
-Decisions: an expert that never moves a submodule gets 0 there; `prior` is 1, an expert's whole change, since to first
-order nothing is lost where the loss feels nothing.
+Decisions: an expert that does not change a submodule gets 0 there. `prior` is 1, an expert's whole change: it costs
+nothing, to first order, where the loss does not depend on it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10 ** (step / 4) for step in range(-12, 9))
-"""Candidates for rho, 0.001 to 100."""
+from mergekit_slta.maths.ridges import RIDGES, Spectrum, smallest_error
+
 PRIOR = 1.0
 
 
 @dataclass(frozen=True)
 class JointSolution:
-    """Weights of all submodules and how far to trust them.
+    """Weights of all submodules, and the evidence for them.
 
     Attributes:
         alpha: submodule -> [T].
@@ -41,6 +41,8 @@ class JointSolution:
         ridge: rho that was used.
         condition, rank: of the system among rows, with its ridge, and without.
         residual: share of sum_a mean_x y_x^2 / c_a that remains, each row predicted by the others.
+
+    Without evidence, `stderr` is None, `condition` inf, and `rank` and `residual` are 0.
     """
 
     alpha: dict[str, Tensor]
@@ -57,18 +59,22 @@ class _System:
     """Rows scaled so that the objective is ||z alpha - y||^2 + rho d ||alpha - prior||^2.
 
     Attributes:
-        z: [N, K] over the unknowns that count, N = rows x samples.
+        z: [N, K] over the K unknowns of changed submodules, N = rows x samples.
         y: [N].
-        groups: per row that counts, the places of its samples.
-        task: [groups], the task of each of these rows.
+        groups: [R, S] int64, the places of each row's samples in z.
+        task: [R], the task of each row.
         unit: d.
     """
 
     z: Tensor
     y: Tensor
-    groups: list[Tensor]
+    groups: Tensor
     task: Tensor
     unit: float
+
+    def shift(self, kernel: Tensor, ridge: float) -> float:
+        """rho d, or what keeps the kernel invertible."""
+        return max(ridge * self.unit, 1e-12 * float(kernel.diagonal().max()))
 
 
 def solve_joint(
@@ -79,16 +85,18 @@ def solve_joint(
     balance: bool = True,
     ridge: float | None = None,
     prior: float = PRIOR,
+    with_evidence: bool = True,
 ) -> JointSolution:
     """Minimise the objective above.
 
     Args:
-        slopes: submodule -> [rows, S, T] float64.
+        slopes: submodule -> [rows, S, T] float64, u of every label sample.
         row_task: [rows] int64, the task of each row.
         importance: T weights w_a of the tasks; all 1 by default.
-        balance: divide each task by its c_a, so that no task's steep loss dominates.
-        ridge: rho >= 0; None takes the one of `RIDGES` that predicts left-out rows best.
-        prior: where weights are pulled to.
+        balance: divide each task by its c_a, so that a task with a steep loss does not dominate.
+        ridge: rho >= 0; None chooses the one of `RIDGES` that predicts left-out rows best.
+        prior: the value that weights are pulled towards.
+        with_evidence: also compute standard errors, condition, rank and residual.
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, S, T, M]
@@ -100,30 +108,32 @@ def solve_joint(
     system = _system(whole, row_task, weights, balance, changed)
     size = int(changed.sum())
     solution = torch.zeros((num_models, len(names)), dtype=torch.float64)
-    error = torch.zeros_like(solution)
-    condition, rank, residual = 1.0, 0, 0.0
+    error = torch.zeros_like(solution) if with_evidence else None
+    condition, rank, residual = (1.0, 0, 0.0) if with_evidence else (float("inf"), 0, 0.0)
     if size and len(system.y):
         kernel = system.z @ system.z.T
         if ridge is None:
-            ridge = min(RIDGES, key=lambda rho: _left_out(kernel, system, rho, prior)[0])
-        residual, fitted = _left_out(kernel, system, ridge, prior)
-        solution[changed] = prior + system.z.T @ fitted[0]
-        error[changed] = _jackknife(system, fitted, num_models)
-        condition, rank = condition_and_rank(kernel, ridge * system.unit)
+            ridge = smallest_error(_scores(kernel, system, prior))
+        coefficients, inverse = _fit(kernel, system, ridge, prior)
+        solution[changed] = prior + system.z.T @ coefficients
+        if error is not None:
+            residual = _residual(system, coefficients, inverse)
+            error[changed] = _jackknife(system, coefficients, inverse, num_models)
+            condition, rank = condition_and_rank(kernel, ridge * system.unit)
     ridge = 0.0 if ridge is None else ridge
     return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
 
 
 def named_solution(
-    names: Sequence[str], row_task: Tensor, changed: Tensor, solution: Tensor, error: Tensor, ridge: float,
+    names: Sequence[str], row_task: Tensor, changed: Tensor, solution: Tensor, error: Tensor | None, ridge: float,
     condition: float, rank: int, residual: float,
 ) -> JointSolution:  # fmt: skip
-    """What was solved for [T, M], by submodule; without errors where a task has fewer than two rows."""
+    """Split a [T, M] solution by submodule; without errors where a task has fewer than two rows."""
     columns = dict(zip(names, range(len(names)), strict=True))
     few = torch.bincount(row_task, minlength=len(solution)).min() < 2
     return JointSolution(
         alpha={name: solution[:, place] for name, place in columns.items()},
-        stderr=None if few else {name: error[:, place] for name, place in columns.items()},
+        stderr=None if few or error is None else {name: error[:, place] for name, place in columns.items()},
         unchanged={name: ~changed[:, place] for name, place in columns.items()},
         ridge=ridge,
         condition=condition,
@@ -141,10 +151,10 @@ def condition_and_rank(kernel: Tensor, shift: float) -> tuple[float, int]:
 
 
 def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, changed: Tensor) -> _System:
-    """The scaled rows; those that feel nothing (no completion, no change) are left out."""
+    """Scale the rows; rows with zero derivatives (no completion, or no change) are left out."""
     num_rows, samples, num_models, _ = whole.shape
     own = torch.arange(num_models)
-    total = whole.sum(-1)  # [R, S, T], the whole task vectors' slopes
+    total = whole.sum(-1)  # [R, S, T], derivatives along the whole task vectors
     used = (whole != 0).flatten(1).any(1)  # [R]
     target = total[torch.arange(num_rows)[:, None], torch.arange(samples)[None], row_task[:, None]]  # [R, S]
     scale = torch.zeros(num_rows, dtype=torch.float64)
@@ -156,35 +166,52 @@ def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, cha
     root = scale.sqrt()
     z = (whole[:, :, changed] * root[:, None, None])[used].flatten(0, 1)
     y = (target * root[:, None])[used].flatten()
-    groups = list(torch.arange(len(y)).view(-1, samples))
+    groups = torch.arange(len(y)).view(-1, samples)
     unit = float(z.square().sum() / max(1, z.shape[1]))
     return _System(z, y, groups, row_task[used], unit)
 
 
-def _left_out(kernel: Tensor, system: _System, ridge: float, prior: float) -> tuple[float, tuple[Tensor, Tensor]]:
-    """(share of y^2 that remains when every row is predicted without it, (c, C)).
+def _scores(kernel: Tensor, system: _System, prior: float) -> list[float]:
+    """`_residual` of every candidate of `RIDGES`, from one eigendecomposition."""
+    spectrum = Spectrum.of(kernel, system.groups)
+    target = spectrum.vectors.T @ (system.y - prior * system.z.sum(1))  # [N]
+    remaining = []
+    for ridge in RIDGES:
+        inverse = spectrum.inverse(system.shift(kernel, ridge))
+        remaining.append(float(spectrum.solve_own(inverse, spectrum.own @ (inverse * target)).square().sum()))
+    return [value / _total(system) for value in remaining]
 
-    alpha = prior + z^T c with c = C (y - z prior) and C = (z z^T + rho d I)^-1. Without the samples g of a row the
-    errors there are C_gg^-1 c_g, exactly.
+
+def _fit(kernel: Tensor, system: _System, ridge: float, prior: float) -> tuple[Tensor, Tensor]:
+    """(c [N], C [N, N]): alpha = prior + z^T c with c = C (y - z prior) and C = (z z^T + rho d I)^-1."""
+    eye = torch.eye(len(system.y), dtype=torch.float64)
+    inverse = torch.linalg.inv(kernel + system.shift(kernel, ridge) * eye)
+    return inverse @ (system.y - prior * system.z.sum(1)), inverse
+
+
+def _residual(system: _System, coefficients: Tensor, inverse: Tensor) -> float:
+    """The share of y^2 that remains when every row is predicted without it.
+
+    Without a row's samples g, the errors there are C_gg^-1 c_g, exactly.
     """
-    size = len(system.y)
-    shift = max(ridge * system.unit, 1e-12 * float(kernel.diagonal().max()))
-    inverse = torch.linalg.inv(kernel + shift * torch.eye(size, dtype=torch.float64))
-    fitted = inverse @ (system.y - prior * system.z.sum(1))
     remaining = sum(
-        float(torch.linalg.solve(inverse[group][:, group], fitted[group]).square().sum()) for group in system.groups
+        float(torch.linalg.solve(inverse[group][:, group], coefficients[group]).square().sum())
+        for group in system.groups
     )
-    return remaining / max(float(system.y.square().sum()), torch.finfo(torch.float64).tiny), (fitted, inverse)
+    return remaining / _total(system)
 
 
-def _jackknife(system: _System, fitted: tuple[Tensor, Tensor], num_models: int) -> Tensor:
-    """[K] delete-one standard errors, rows stratified by task as in `solve.py`; d and c_a stay as they are."""
-    coefficients, inverse = fitted
+def _total(system: _System) -> float:
+    return max(float(system.y.square().sum()), torch.finfo(torch.float64).tiny)
+
+
+def _jackknife(system: _System, coefficients: Tensor, inverse: Tensor, num_models: int) -> Tensor:
+    """[K] delete-one standard errors, rows stratified by task as in `closed_form.py`; d and c_a stay fixed."""
     changes = []
     for group in system.groups:
         part = inverse[:, group] @ torch.linalg.solve(inverse[group][:, group], coefficients[group])
         changes.append(-(system.z.T @ part))
-    left = torch.stack(changes)  # [rows, K]: alpha without the row, less alpha
+    left = torch.stack(changes)  # [R, K]: alpha without the row, less alpha
     variance = torch.zeros(left.shape[1], dtype=torch.float64)
     for number in range(num_models):
         mine = left[system.task == number]

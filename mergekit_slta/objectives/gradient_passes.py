@@ -173,7 +173,7 @@ class _Passes:
     def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
         """Run all rows through the model that the statistics `before` solve to; earlier rows are rebased to it."""
         settings = self.settings
-        entries = solve_together(before, self._layout).entries
+        entries = solve_together(before, self._layout, with_evidence=False).entries
         slices, models = weights_by_tensor(entries), self._layout.models
         columns = [models.index(name) for name in self._layout.canonical]
         merge_group = merge_with(self._job, models, lambda _: slices)

@@ -26,7 +26,7 @@ def _gather(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
     return gather_derivatives(job, resume=resume, ranks=ranks)
 
 
-def solve_together(statistics: Statistics, layout: Layout) -> Solved:
+def solve_together(statistics: Statistics, layout: Layout, *, with_evidence: bool = True) -> Solved:
     """Solve every submodule's weights in one system, whose rank, condition and residual every entry has.
 
     The derivatives of a tied table at both ends of the model add up under its own name, so no submodule has two
@@ -35,6 +35,7 @@ def solve_together(statistics: Statistics, layout: Layout) -> Solved:
     Args:
         statistics: derivatives at the experts, or at a merged model.
         layout: of the statistics; its solve settings are used.
+        with_evidence: also compute standard errors, condition, rank and residual.
 
     Raises:
         AlphasError: the statistics lack a submodule.
@@ -44,6 +45,7 @@ def solve_together(statistics: Statistics, layout: Layout) -> Solved:
         "importance": layout.importance,
         "balance": layout.solve.balance,
         "ridge": layout.solve.ridge,
+        "with_evidence": with_evidence,
     }
     at_merged_model = statistics.divergences is not None
     if at_merged_model:

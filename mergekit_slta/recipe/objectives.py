@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from mergekit_slta.errors import RecipeError
-from mergekit_slta.maths.gauss_newton import SMALLEST_RIDGE
+from mergekit_slta.maths.ridges import SMALLEST_RIDGE
 from mergekit_slta.recipe.settings import SHARED_KEYS, Count, Granularity, ObjectiveSettings, Settings
 
 
