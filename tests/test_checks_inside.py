@@ -25,7 +25,7 @@ from mergekit_slta.checkpoints.lora_adapter import check_shapes
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.cli import mergekit_commands as commands
-from mergekit_slta.data.rows import load_rows
+from mergekit_slta.data.loading import load_rows
 from mergekit_slta.demo.run import merge_by_command, prepare_folder
 from mergekit_slta.errors import (
     AlphasError,
