@@ -12,7 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
-from mergekit_slta.data.rows import completion_start, draw_rows, encode, load_rows, renderer, sample_numbers
+from mergekit_slta.data.loading import load_rows
+from mergekit_slta.data.rendering import renderer
+from mergekit_slta.data.rows import draw_rows, sample_numbers
+from mergekit_slta.data.tokens import completion_start, encode
 from mergekit_slta.errors import DataError
 from mergekit_slta.recipe.objectives import FeaturesSettings, JointSettings
 from mergekit_slta.recipe.read import Settings, Task
@@ -84,7 +87,7 @@ def test_template_over_columns(folder, tokenizer):
         ("{question!r}", "conversions"),
         ("{question:>10}", "formats"),
         ("{missing}", "names 'missing'.*columns question, answer, number"),
-        ("{question", "is no template"),
+        ("{question", "is not a template"),
         ("missing", "has no column 'missing'; it has question, answer, number"),
     ],
 )
@@ -146,7 +149,7 @@ def test_fewer_rows_than_asked_is_a_warning(folder, tokenizer, caplog):
         ([{"text": None}], None, "column 'text' in row 0 .* is missing"),
         ([{"text": ["a", "b"]}], None, "column 'text' in row 0 .* is list, not text"),
         ([{"text": True}], None, "is bool, not text"),
-        ([{"messages": "no list"}], None, "the chat template refuses row 0 .*: `messages` is no list of messages"),
+        ([{"messages": "no list"}], None, "the chat template refuses row 0 .*: `messages` is not a list of messages"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, tokenizer, rows, text, message):

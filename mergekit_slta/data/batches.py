@@ -1,6 +1,6 @@
-"""Calibration rows in micro-batches: rows of like length together, packed without and padded with filling.
+"""Calibration rows in micro-batches of rows of similar length, packed (no padding) or padded.
 
-Scope: planning and reshaping; depends on the rows alone, not on machine, device or number of processes.
+Scope: planning and reshaping. The plan depends on the rows alone, not on machine, device or number of processes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 1024
-"""Tokens per micro-batch: enough to keep matrix products busy, little enough that activations stay below weights and
-that several processes get even shares."""
+"""Tokens of a micro-batch: enough for efficient matrix products, and few enough that activations take less memory than
+weights and that several processes get even shares."""
 PADDING = 1.06
-"""A batch may hold this many times its real tokens once padded."""
+"""Padded tokens of a batch per real token, at most."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together.
+    """Rows that run together; b of them, the longest with s tokens.
 
     Attributes:
-        rows: indices of the rows.
-        lengths: their tokens.
-        ids: [rows, longest] int64 token ids, padded on the right.
+        rows: [b] indices of the rows.
+        lengths: [b] their numbers of tokens.
+        ids: [b, s] int64 token ids, zeros on the right.
     """
 
     rows: tuple[int, ...]
@@ -33,11 +33,11 @@ class Batch:
     ids: Tensor
 
     def pack(self, padded: Tensor) -> Tensor:
-        """[b, s, d] -> [tokens, d]."""
+        """Drop the padding: [b, s, d] -> [tokens, d]."""
         return torch.cat([row[:length] for row, length in zip(padded, self.lengths, strict=True)])
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[tokens, d] -> [b, s, d], zeros on the right."""
+        """Add padding: [tokens, d] -> [b, s, d], zeros on the right."""
         if len(self.lengths) == 1:
             return packed[None]
         return torch.nn.utils.rnn.pad_sequence(list(packed.split(list(self.lengths))), batch_first=True)
@@ -46,7 +46,13 @@ class Batch:
 def plan_batches(
     rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float = PADDING
 ) -> list[Batch]:
-    """Group rows of like length into batches of at most `max_tokens` padded tokens; 0 leaves every row alone."""
+    """Group rows of similar length into batches.
+
+    Args:
+        rows: token ids of each row.
+        max_tokens: padded tokens of a batch of several rows, at most; 0 makes a batch of every row.
+        padding: padded tokens per real token, at most.
+    """
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
     groups: list[list[int]] = []
     for row in order:
@@ -60,8 +66,8 @@ def plan_batches(
     for group in groups:
         lengths = tuple(len(rows[row]) for row in group)
         ids = torch.zeros((len(group), max(lengths)), dtype=torch.int64)
-        for place, row in enumerate(group):
-            ids[place, : lengths[place]] = torch.as_tensor(list(rows[row]))
+        for index, row in enumerate(group):
+            ids[index, : lengths[index]] = torch.as_tensor(list(rows[row]))
         batches.append(Batch(tuple(group), lengths, ids))
     return batches
 
@@ -69,7 +75,13 @@ def plan_batches(
 def plan_task_batches(
     rows: Sequence[Sequence[int]], row_task: Sequence[int], max_tokens: int = BATCH_TOKENS
 ) -> list[Batch]:
-    """As `plan_batches`, with rows of one task in each batch: what only concerns a task's expert runs on its rows."""
+    """As `plan_batches`, with rows of one task in each batch, for passes that run a task's expert on its rows alone.
+
+    Args:
+        rows: token ids of each row.
+        row_task: each row's task.
+        max_tokens: see `plan_batches`.
+    """
     planned = []
     for task in sorted(set(row_task)):
         own = [row for row, other in enumerate(row_task) if other == task]
@@ -79,12 +91,15 @@ def plan_task_batches(
 
 
 def plan_packs(batches: Sequence[Batch], max_tokens: int, groups: Sequence[int] | None = None) -> list[list[int]]:
-    """Batches that what works token by token takes together, without padding: numbers of consecutive ones.
+    """Group consecutive batches whose tokens can be concatenated for token-wise modules.
 
     Args:
         batches: as planned.
-        max_tokens: of a pack of more than one batch; 0 leaves every batch alone.
-        groups: per batch, a label; only batches of the same label go together.
+        max_tokens: tokens of a pack of several batches, at most; 0 makes a pack of every batch.
+        groups: a label for each batch; only batches with the same label share a pack.
+
+    Returns:
+        Packs, as lists of batch indices.
     """
     packs: list[list[int]] = []
     size = 0

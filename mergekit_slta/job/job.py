@@ -17,8 +17,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
-from mergekit_slta.data.rows import Example, TaskRows
-from mergekit_slta.errors import DataError, show
+from mergekit_slta.data.rows import Example, TaskRows, missing_dataset
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
@@ -86,11 +85,7 @@ class Job:
         """
         for task, drawn in zip(self.recipe.tasks, self.rows, strict=True):
             if drawn is None:
-                raise DataError(
-                    f"{show(self.recipe.names[task.model])} has no `dataset`: name its calibration rows, or an "
-                    "existing file with `alphas`",
-                    code="missing-dataset",
-                )
+                raise missing_dataset(self.recipe.names[task.model])
 
     def task_rows(self) -> list[TaskRows]:
         """Every task's rows, in canonical order.

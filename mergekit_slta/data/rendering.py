@@ -1,0 +1,171 @@
+"""Rows of a dataset as texts: a column, a template over columns, or a chat template."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_slta.errors import DataError, listing, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Rendered(NamedTuple):
+    """A row as text.
+
+    Attributes:
+        text: the whole row.
+        is_chat: a chat template wrote it, with all special tokens, so that the tokenizer must add none.
+        answer: the character at which the answer begins; 0 where the whole row counts.
+    """
+
+    text: str
+    is_chat: bool = False
+    answer: int = 0
+
+
+Render = Callable[[Mapping[str, Any], str], Rendered]
+"""(a row, where it is, for messages) -> the row as text."""
+
+
+def renderer(
+    text: str | None,
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    completion: str | None = None,
+) -> Render:
+    """How a dataset's rows become text.
+
+    Args:
+        text: column or template; None for the chat template over `messages`, or else the column `text`.
+        columns: the dataset's columns.
+        tokenizer: for its chat template.
+        dataset: its name, for messages.
+        completion: column or template of the answer, which is appended to the text. In a chat the last message is the
+            answer.
+
+    Raises:
+        DataError: the column or a template's field does not exist, the template is malformed, or none applies.
+    """
+    if completion is not None:
+        return _with_completion(text, completion, columns, tokenizer, dataset)
+    if text is None:
+        if "messages" in columns:
+            return _chat_renderer("messages", tokenizer)
+        if "text" in columns:
+            return _column_renderer("text")
+        raise DataError(
+            f"dataset {show(dataset)} has no `messages` and no `text` column: set `text` to a column or a template "
+            f"over {listing(columns)}",
+            code="missing-column",
+        )
+    if text in columns:
+        return _chat_renderer(text, tokenizer) if text == "messages" else _column_renderer(text)
+    if "{" not in text:
+        raise DataError(
+            f"dataset {show(dataset)} has no column {show(text)!r}; it has {listing(columns)}", code="missing-column"
+        )
+    return _template_renderer(text, columns, dataset)
+
+
+def _with_completion(
+    text: str | None, completion: str, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, dataset: str
+) -> Render:
+    prompt = renderer(text, columns, tokenizer, dataset)
+    answer = renderer(completion, columns, tokenizer, dataset)
+    if "messages" in (text, completion) or (text is None and "messages" in columns):
+        raise DataError(
+            f"dataset {show(dataset)} has `messages`, and the last is the answer: drop `completion`, or set `text`",
+            code="conflicting-keys",
+        )
+
+    def render(row: Mapping[str, Any], where: str) -> Rendered:
+        before = prompt(row, where).text
+        return Rendered(before + answer(row, where).text, answer=len(before))
+
+    return render
+
+
+def _column_renderer(column: str) -> Render:
+    return lambda row, where: Rendered(_as_text(row[column], column, where))
+
+
+def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> Render:
+    """Fields are plain column names: a recipe may come from a stranger, and `{a.b}` or `{a[0]}` reach into objects."""
+    parts: list[tuple[str, str | None]] = []
+    try:
+        for literal, field, spec, conversion in string.Formatter().parse(template):
+            if spec or conversion:
+                raise ValueError("formats (`:`) and conversions (`!`) are not supported")
+            parts.append((literal, field))
+    except ValueError as error:
+        raise DataError(
+            f"`text` is not a template ({error}): {show(template)!r}; write {{{{ for a brace", code="invalid-template"
+        ) from error
+    for _, field in parts:
+        if field is not None and field not in columns:
+            raise DataError(
+                f"`text` names {show(field)!r}, but {show(dataset)} has the columns {listing(columns)}",
+                code="missing-column",
+            )
+
+    def render(row: Mapping[str, Any], where: str) -> Rendered:
+        return Rendered(
+            "".join(
+                literal + (_as_text(row[field], field, where) if field is not None else "") for literal, field in parts
+            )
+        )
+
+    return render
+
+
+def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the base model's tokenizer has no chat template for the column `{column}`: "
+            "choose another column or a template with `text`",
+            code="missing-chat-template",
+        )
+
+    def render(row: Mapping[str, Any], where: str) -> Rendered:
+        messages = row[column]
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise DataError(
+                f"the chat template refuses {where}: `{column}` is not a list of messages; mend the row",
+                code="unusable-row",
+            )
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever Jinja or the template's own raise_exception raise
+            raise DataError(
+                f"the chat template refuses {where}: {show(error)}; mend the row", code="unusable-row"
+            ) from error
+        return Rendered(text, is_chat=True, answer=_answer_in_chat(messages, text, tokenizer))
+
+    return render
+
+
+def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The character at which the assistant's last message begins.
+
+    0 where the last message is another's, or where the template renders the messages before it differently alone.
+    """
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        return 0
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse a chat that ends there
+        return 0
+    return len(prompt) if text.startswith(prompt) else 0
+
+
+def _as_text(value: object, column: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        kind = "missing" if value is None else type(value).__name__
+        raise DataError(
+            f"column {show(column)!r} in {where} is {kind}, not text: choose another `text`", code="unusable-row"
+        )
+    return str(value)
