@@ -10,7 +10,8 @@ from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
-from mergekit_slta.files.identity import differences, hash_identity, statistics_identity
+from mergekit_slta.files.identity import differences, hash_identity
+from mergekit_slta.job.identity import statistics_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 
@@ -45,10 +46,13 @@ CHANGES = {
 def test_changes_are_noticed(tiny, options, change):
     """Everything but `lambda` moves the fingerprint; what only re-weighs leaves the statistics' part."""
     build, moves_statistics = CHANGES[change]
-    before, after = identity(tiny.recipe(2), options), identity(build(tiny), options)
+    jobs = [prepare(read_recipe(MergeConfiguration.model_validate(recipe)), options)
+            for recipe in (tiny.recipe(2), build(tiny))]  # fmt: skip
+    before, after = (job.identity for job in jobs)
     assert hash_identity(before) != hash_identity(after)
-    assert differences(before, after)
-    assert (statistics_identity(before) != statistics_identity(after)) == moves_statistics
+    assert differences(before, after, [jobs[1].recipe.label(model) for model in jobs[1].plan.models])
+    before, after = (statistics_identity(job.recipe, job.identity) for job in jobs)
+    assert (before != after) == moves_statistics
 
 
 def test_what_does_not_matter_changes_nothing(tiny, options):
