@@ -52,7 +52,8 @@ def test_changes_are_noticed(tiny, options, change):
     build, moves_statistics = CHANGES[change]
     before, after = prepared(tiny.recipe(2), options), prepared(build(tiny), options)
     assert hash_identity(before.identity) != hash_identity(after.identity)
-    assert differences(before.identity, after.identity)
+    names = [after.recipe.label(model) for model in after.plan.models]
+    assert differences(before.identity, after.identity, names)
     assert (statistics_fingerprint(before) != statistics_fingerprint(after)) == moves_statistics
 
 

@@ -167,3 +167,35 @@ def test_two_at_once_are_told_apart(tiny, tmp_path):
         result = slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet")
     assert result.exit_code == 2
     assert "another process (4242)" in result.output
+
+
+def test_solving_again_is_refused_while_another_run_writes_the_file(tiny, tmp_path):
+    """The alphas file has one writer at a time, whether it calibrates or solves saved statistics."""
+    fcntl = pytest.importorskip("fcntl")
+    target = tmp_path / "slta_alphas.json"
+    assert slta("calibrate", write(tmp_path, tiny.recipe(2, num_samples=3)), "-o", target, "--quiet").exit_code == 0
+    before = target.read_bytes()
+    recipe = write(tmp_path, tiny.recipe(2, num_samples=3, ridge=0.5))
+    with open(tmp_path / ".slta_alphas.json.partial.lock", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = slta("calibrate", recipe, "-o", target, "--quiet")
+    assert result.exit_code == 2
+    assert "works on" in result.output
+    assert target.read_bytes() == before
+
+
+def test_alphas_that_another_run_has_just_finished_are_used(tiny, tmp_path, monkeypatch):
+    """A file that appears between the first look and the lock is not computed, and not overwritten."""
+    recipe = write(tmp_path, tiny.recipe(2, num_samples=3))
+    assert slta("calibrate", recipe, "-o", tmp_path / "a" / "slta_alphas.json", "--quiet").exit_code == 0
+    lock = ResumeStore.lock
+
+    def late(self):
+        lock(self)
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / "slta_alphas.json").write_bytes((tmp_path / "a" / "slta_alphas.json").read_bytes())
+
+    monkeypatch.setattr(ResumeStore, "lock", late)
+    result = slta("calibrate", recipe, "-o", tmp_path / "b" / "slta_alphas.json")
+    assert result.exit_code == 0, result.output
+    assert "Reusing the alphas" in result.output

@@ -23,10 +23,9 @@ from mergekit_slta.analysis.measurements import Observation
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
 from mergekit_slta.errors import ModelError, RecipeError
-from mergekit_slta.files.identity import hash_identity
+from mergekit_slta.files.identity import hash_identity, importance_label
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, number
 from mergekit_slta.files.names import resume_folder
-from mergekit_slta.job.identity import importance_label
 from mergekit_slta.job.job import Job
 from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
 from mergekit_slta.models.submodules import Submodule, partition

@@ -7,7 +7,7 @@ are in canonical order (experts sorted by name), the file in the recipe's.
 from __future__ import annotations
 
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.identity import hash_identity
+from mergekit_slta.files.identity import hash_identity, importance_label
 from mergekit_slta.files.layout import Layout
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.registry import objective
@@ -46,5 +46,5 @@ def solve_identity(layout: Layout) -> dict[str, str]:
     return {
         "balance": str(layout.solve.balance),
         "ridge": str(layout.solve.ridge),
-        **{f"importance of {name}": str(weight) for name, weight in layout.solve.importance.items()},
+        **{importance_label(name): str(weight) for name, weight in layout.solve.importance.items()},
     }

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.identity import importance_label, rows_label, weights_label
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.statistics_file import Statistics
 
@@ -108,7 +109,7 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
     matrices = {name: matrix[own][..., kept] for name, matrix in statistics.by_submodule.items()}
     if statistics.form == "gram":
         matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
-    lost = {f"{what} of {name}" for what in ("rows", "importance", "weights") for name in dropped}
+    lost = {label(name) for label in (rows_label, importance_label, weights_label) for name in dropped}
     fewer = layout.model_copy(
         update={
             "models": tuple(name for name in layout.models if name not in dropped),
@@ -197,7 +198,7 @@ def first_rows_layout(layout: Layout, count: int) -> Layout:
     tasks: list[LayoutTask] = []
     for task in layout.tasks:
         if len(task.rows) > count:
-            label = f"rows of {task.model}"
+            label = rows_label(task.model)
             identity[label] = f"first {count} of {identity.get(label)}"
             task = task.model_copy(update={"rows": task.rows[:count], "tokens": None, "sha256": None})
         tasks.append(task)

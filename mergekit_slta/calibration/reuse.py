@@ -78,6 +78,10 @@ def reuse_or_calibrate(
             code="conflicting-keys",
         )
 
+    def lock() -> None:
+        if resume is not None:
+            resume.lock()
+
     def gather() -> Statistics:
         if resume is not None:
             resume.open()
@@ -91,10 +95,11 @@ def reuse_or_calibrate(
                 resume.remove()
             raise
 
-    alphas, statistics = _reuse_or_calibrate(job, places, gather, must_match=must_match)
+    alphas, statistics = _reuse_or_calibrate(job, places, lock, gather, must_match=must_match)
     fresh = statistics is not None and settings.own.inputs_are_merged
     wanted = (verified or fresh) and not is_verified(alphas)
     if wanted and statistics is None:
+        lock()
         statistics = statistics_beside(job, places[0]) or gather()
     ranks.broadcast(False)
     if wanted and statistics is not None:
@@ -103,13 +108,16 @@ def reuse_or_calibrate(
 
 
 def _reuse_or_calibrate(
-    job: Job, places: Sequence[Path], gather: Callable[[], Statistics], *, must_match: bool
+    job: Job, places: Sequence[Path], lock: Callable[[], None], gather: Callable[[], Statistics], *, must_match: bool
 ) -> tuple[Alphas, Statistics | None]:
-    for place, path in enumerate(places):
-        alphas = load_matching(job, path, must_match=must_match)
-        if alphas is not None:
-            job.say(f"Reusing the alphas in {show(path)}")
-            return alphas, None if place == 0 else statistics_beside(job, path)
+    before = _versions(places)
+    found = _reuse(job, places, must_match=must_match)
+    if found is None:
+        lock()  # from here on this run writes the file
+        if _versions(places) != before:  # another run has finished meanwhile
+            found = _reuse(job, places, must_match=must_match)
+    if found is not None:
+        return found
     for path in places:
         statistics = statistics_beside(job, path)
         if statistics is not None:
@@ -118,6 +126,21 @@ def _reuse_or_calibrate(
             return solve_job(job, statistics), statistics
     statistics = gather()
     return solve_job(job, statistics), statistics
+
+
+def _reuse(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alphas, Statistics | None] | None:
+    for place, path in enumerate(places):
+        alphas = load_matching(job, path, must_match=must_match)
+        if alphas is not None:
+            job.say(f"Reusing the alphas in {show(path)}")
+            return alphas, None if place == 0 else statistics_beside(job, path)
+    return None
+
+
+def _versions(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """What tells whether a file has been replaced: its number and time of change; None where there is none."""
+    stats = [path.stat() if path.exists() else None for path in paths]
+    return [None if stat is None else (stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 
 def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
@@ -163,7 +186,8 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
         return None
     try:
         alphas = Alphas.load(path)
-        unlike = [*differences(job.identity, alphas.identity), *_other_row_settings(job, alphas)]
+        unlike = differences(job.identity, alphas.identity, (alphas.base_model, *alphas.models))
+        unlike += _other_row_settings(job, alphas)
         if not unlike:
             return alphas
         reason, code = f"is for another merge (other {describe(sorted(unlike))})", "alphas-of-another-merge"

@@ -1,41 +1,54 @@
-"""What alphas are valid for, compared: pure functions over a record of labels (`fingerprint.py` makes it)."""
+"""The identity of alphas: what they are valid for, as label -> value, and how two identities differ.
+
+Scope: pure functions over such a mapping; `job.identity` fills it. A model's labels are made here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mergekit_slta.errors import listing
 
-SOLVE_ONLY = ("balance", "ridge", "importance of ")
-"""Labels (or their beginnings) that statistics do not depend on: a change only needs another solve."""
+
+def rows_label(model: str) -> str:
+    """The label of the hash of a task's rows."""
+    return f"rows of {model}"
+
+
+def importance_label(model: str) -> str:
+    """The label of a task's share in the objective."""
+    return f"importance of {model}"
+
+
+def weights_label(model: str) -> str:
+    """The label of the hash of a model's checkpoint."""
+    return f"weights of {model}"
 
 
 def hash_identity(record: Mapping[str, str]) -> str:
-    """One hash over an identity."""
+    """One hash of an identity."""
     return hash_text(json.dumps(dict(record), sort_keys=True))
 
 
-def statistics_identity(record: Mapping[str, str]) -> dict[str, str]:
-    """The part of an identity that statistics depend on; taken at merged models they depend on the solves, too."""
-    if record.get("inputs") == "merged" or record.get("steps", "0") != "0":
-        return dict(record)
-    return {label: value for label, value in record.items() if not label.startswith(SOLVE_ONLY)}
+def differences(expected: Mapping[str, str], stored: Mapping[str, str], stored_models: Iterable[str]) -> list[str]:
+    """Labels whose values differ between two identities, sorted.
 
+    A label counts where `expected` has it. Models that only the stored identity has count as well.
 
-def differences(expected: Mapping[str, str], stored: Mapping[str, str]) -> list[str]:
-    """Labels on which a stored identity departs from the expected one.
-
-    A model that only one of the two knows always counts; other labels count where `expected` has them.
+    Args:
+        expected: the identity of what is to be merged.
+        stored: the identity in a file.
+        stored_models: names of the models of that file, the base included.
     """
     labels = [label for label, value in expected.items() if stored.get(label) != value]
-    labels += [label for label in stored if label.startswith("weights of ") and label not in expected]
+    labels += [label for label in map(weights_label, stored_models) if label in stored and label not in expected]
     return sorted(labels)
 
 
 def describe(labels: Sequence[str]) -> str:
-    """A readable list of labels."""
+    """Labels for a message, the first six of them."""
     return listing(labels, 6)
 
 

@@ -1,6 +1,6 @@
-"""Reading this package's JSON files: of the right type and version, whole and valid, or an error of one line.
+"""Read a JSON file of this package: of the right type and version, and valid, or an error of one line.
 
-Scope: files that may come from strangers. What is in them is their own modules' business.
+Scope: files that may come from strangers. Their fields are defined in their own modules.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class DocumentType:
     """A type of file.
 
     Attributes:
-        noun, article: what it is called.
-        format, version: what its first two fields say.
-        largest_bytes: a larger file is none of ours.
-        command: what writes such files.
-        remedy: what to do about one that cannot be used.
+        noun, article: its name in messages.
+        format, version: the values of its first two fields.
+        largest_bytes: a larger file is refused without reading it.
+        command: the command that writes such files.
+        remedy: what to do where a file cannot be used.
     """
 
     noun: str
@@ -47,21 +47,29 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
     """
     try:
         if not os.path.isfile(path):
-            raise AlphasError(f"there is no {document.noun} {show(path)}: {document.remedy}")
+            raise AlphasError(f"there is no {document.noun} {show(path)}: {document.remedy}", code="missing-file")
         if os.path.getsize(path) > document.largest_bytes:
             raise AlphasError(
                 f"{show(path)} is larger than {document.largest_bytes >> 20} MiB, hence no {document.noun}: "
-                f"{document.remedy}"
+                f"{document.remedy}",
+                code="file-too-large",
             )
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AlphasError(f"cannot read the {document.noun} {show(path)} ({show(error)}): {document.remedy}") from error
+        raise AlphasError(
+            f"cannot read the {document.noun} {show(path)} ({show(error)}): {document.remedy}", code="unreadable-file"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != document.format:
-        raise AlphasError(f"{show(path)} is not {document.article} {document.noun}: {document.remedy}")
+        kind = document.noun.replace(" ", "-")
+        raise AlphasError(
+            f"{show(path)} is not {document.article} {document.noun}: {document.remedy}",
+            code=f"not-{document.article}-{kind}",
+        )
     if content.get("version") != document.version:
         raise AlphasError(
             f"{show(path)} is {document.article} {document.noun} of version {show(content.get('version'))}, this "
-            f"release reads version {document.version}: run `{document.command}` again"
+            f"release reads version {document.version}: run `{document.command}` again",
+            code="other-file-version",
         )
     try:
         return model.model_validate(content)
@@ -69,5 +77,6 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise AlphasError(
-            f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {document.remedy}"
+            f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {document.remedy}",
+            code="damaged-file",
         ) from error

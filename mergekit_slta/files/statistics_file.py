@@ -1,11 +1,11 @@
-"""The statistics: a small tensor per submodule and calibration row, and nothing else.
+"""The statistics file: one small tensor for every submodule and calibration row, which alphas are solved from.
 
-Scope: accumulate them, save and load them. What is made of them is `solve.py`, `joint.py` and `newton.py`. Forms:
+Scope: accumulate statistics, save and load them; `maths/` solves them. There are three forms:
 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
-    slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for the s-th draw of its labels
-    step   first the slope of a row's divergence from its expert, then u_x[s, t], at a merged model; of rows that
-           an earlier step brought, moved there (see `newton.rebase_quadratics`)
+    slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for its s-th label sample
+    step   first the derivative of a row's divergence from its expert, then u_x[s, t], at a merged model; rows of an
+           earlier step are rebased to that model (see `gauss_newton.rebase_quadratics`)
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _FORMS = ("gram", "slope", "step")
 
 @dataclass
 class Statistics:
-    """Gram matrices, or slopes, of every submodule over the calibration rows.
+    """Gram matrices, or derivatives of the loss, of every submodule and calibration row.
 
     Attributes:
         row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
         num_models: T.
-        by_submodule: name of an objective (a submodule, `embed` or `head`) -> [rows, T, T] float64; slopes are
-            [rows, S, T].
-        metadata: what the statistics were taken from, as strings (models, fingerprint, ...).
+        by_submodule: name of a submodule -> [rows, T, T] float64 Gram matrices, or [rows, S, T] derivatives.
+            A tied table has `embed` and `head` among its Gram matrices.
+        metadata: fingerprint and layout, as strings.
         form: "gram", "slope" or "step".
         point: of a step, the alphas of the model that slopes were taken at: the names of `by_submodule` -> [T] float64.
         divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
-        row_step: where every step has rows of its own, [rows] int64, the step that brought each row; else None.
+        row_step: where every step has rows of its own, [rows] int64, the step that added each row; else None.
     """
 
     row_task: Tensor
@@ -126,7 +126,9 @@ class Statistics:
                 metadata = json.loads(header["metadata"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise AlphasError(f"cannot read statistics from {show(path)}: {show(error)}; calibrate again") from error
+            raise AlphasError(
+                f"cannot read statistics from {show(path)}: {show(error)}; calibrate again", code="unreadable-file"
+            ) from error
         row_task = tensors.pop(_ROW_TASK, None)
         divergences, row_step = (tensors.pop(name, None) for name in (_DIVERGENCES, _ROW_STEP))
         start = f"{_POINT}."
@@ -190,11 +192,11 @@ def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
 
 
 def _unfit(path: Path) -> AlphasError:
-    return AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again")
+    return AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again", code="damaged-file")
 
 
 def is_statistics_file(path: Path) -> bool:
-    """Whether a file says of itself that it is one of these; a damaged file of that name does not."""
+    """Whether a file's header says that it is a statistics file; False for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT

@@ -9,7 +9,7 @@ from mergekit_slta.checkpoints.configs import stored_settings
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.data.rows import TaskRows
-from mergekit_slta.files.identity import hash_text
+from mergekit_slta.files.identity import hash_text, importance_label, rows_label, weights_label
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.recipe.settings import Settings
 
@@ -40,11 +40,11 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
     for task, drawn in zip(recipe.tasks, rows, strict=True):
         name = recipe.label(task.model)
         if drawn is not None:
-            record[f"rows of {name}"] = drawn.sha256
+            record[rows_label(name)] = drawn.sha256
         if drawn is not None or "importance" in task.model_fields_set:
             record[importance_label(name)] = str(task.importance)
     for model in plan.models:
-        record[f"weights of {recipe.label(model)}"] = checkpoint_fingerprint(
+        record[weights_label(recipe.label(model))] = checkpoint_fingerprint(
             plan.loaders[model], plan.headers.get(model)
         )
     return dict(sorted(record.items()))
@@ -54,11 +54,6 @@ def _settings(settings: Settings) -> dict[str, object]:
     """The shared settings that move the weights, whatever the rows are."""
     left_out = {"alphas", "own", "stated", *ROW_SETTINGS} - ({"seed"} if settings.own.uses_seed else set())
     return {**settings.model_dump(exclude=left_out), **settings.own.effective()}
-
-
-def importance_label(model: str) -> str:
-    """The label of a task's share in the objective."""
-    return f"importance of {model}"
 
 
 def statistics_identity(recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.data.rows import draw_rows
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
+from mergekit_slta.files.identity import weights_label
 from mergekit_slta.job.identity import job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.libraries.mergekit import chat_template_names
@@ -91,7 +92,7 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
     names: dict[str, str] = {}
     for model in recipe.models:
         name = show(recipe.names[model])
-        earlier = names.setdefault(record[f"weights of {recipe.label(model)}"], name)
+        earlier = names.setdefault(record[weights_label(recipe.label(model))], name)
         if earlier != name:
             LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
 

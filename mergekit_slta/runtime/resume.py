@@ -45,14 +45,24 @@ class ResumeStore:
         self.fingerprint = fingerprint
         self._finished: dict[str, Path] = {}
         self._lock = ExitStack()
-        self._is_open = False
+        self._is_locked = self._is_open = False
 
     def __enter__(self) -> ResumeStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_open = False
+        self._is_locked = self._is_open = False
         self._lock.close()
+
+    def lock(self) -> None:
+        """Keep other processes from this folder, and from the file whose unfinished work it holds.
+
+        Raises:
+            OutputError: another process uses the folder.
+        """
+        if not self._is_locked:
+            self._lock.enter_context(file_lock(lock_path(self.folder), self._busy))
+            self._is_locked = True
 
     def open(self) -> None:
         """Lock the folder and list the parts that an earlier run with the same fingerprint has finished.
@@ -64,7 +74,7 @@ class ResumeStore:
         """
         if self._is_open:
             return
-        self._lock.enter_context(file_lock(lock_path(self.folder), self._busy))
+        self.lock()
         self._is_open = True
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise self._in_the_way()
