@@ -282,7 +282,7 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
-def finite(features: Tensor, where: str) -> Tensor:
+def check_finite(features: Tensor, where: str) -> Tensor:
     """The features (or gradients) as they are given, after a check.
 
     Args:

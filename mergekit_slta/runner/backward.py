@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
 from mergekit_slta.data.rows import Example
 from mergekit_slta.models.hooks import record_calls
-from mergekit_slta.models.skeleton import Skeleton, finite
+from mergekit_slta.models.skeleton import Skeleton, check_finite
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.runner.directional import DirectionalDerivatives, task_vectors
 from mergekit_slta.runner.head_loss import HeadLoss
@@ -137,7 +137,7 @@ class BackwardPass:
                 for row in rows:
                     hidden = store.features(layer, row).to(skeleton.device)[None]
                     output = skeleton.layer(layer, hidden, weights)[0]
-                    store.put_features(layer + 1, row, finite(output, f"layer {layer}"))
+                    store.put_features(layer + 1, row, check_finite(output, f"layer {layer}"))
             store.finish_depth()
             self._checkpoints.flush()
 
@@ -150,7 +150,7 @@ class BackwardPass:
             weights, ids = embeddings.of_row(row)
             embedded = self._skeleton.embed(ids, weights)[0]
             if store.depths_done == 0:
-                store.put_features(0, row, finite(embedded, "embed"))
+                store.put_features(0, row, check_finite(embedded, "embed"))
         if store.depths_done == 0:
             store.finish_depth()
 
@@ -179,7 +179,7 @@ class BackwardPass:
                         output, [hidden, *own.values()], grad_out[loss], retain_graph=loss < self._num_losses - 1,
                         allow_unused=True,
                     )  # fmt: skip
-                    grad_in[loss] = finite(gradients[0], f"{skeleton.layers_path}.{layer}")
+                    grad_in[loss] = check_finite(gradients[0], f"{skeleton.layers_path}.{layer}")
                     self._derivatives.add_each(own, row, loss, gradients[1:], vectors)
                     for path, calls in recorded.items():
                         name = f"{path}.weight"

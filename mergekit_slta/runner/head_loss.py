@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_slta.checkpoints.tensors import Weights
 from mergekit_slta.data.rows import Row
 from mergekit_slta.models.hooks import record_calls
-from mergekit_slta.models.skeleton import finite
+from mergekit_slta.models.skeleton import check_finite
 from mergekit_slta.runner.directional import DirectionalDerivatives, block_rows, task_vectors
 from mergekit_slta.runner.row_weights import RowWeights
 from mergekit_slta.runtime.activations import ActivationStore
@@ -129,7 +129,7 @@ class HeadLoss:
                     logits, [hidden, *own.values()], grad_out.to(logits.dtype),
                     retain_graph=loss < self.num_losses - 1, allow_unused=True,
                 )  # fmt: skip
-                grad_in[loss, positions] = finite(gradients[0], "head")
+                grad_in[loss, positions] = check_finite(gradients[0], "head")
                 derivatives.add_each(own, row, loss, gradients[1:], vectors)
                 collected.append(call.gradient.flatten(0, -2))
             yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
 from mergekit_slta.data.batches import Batch
-from mergekit_slta.models.skeleton import Skeleton, finite
+from mergekit_slta.models.skeleton import Skeleton, check_finite
 from mergekit_slta.models.submodules import Submodule
 
 Coefficients = tuple[float, ...] | Literal["merged"]
@@ -175,7 +175,7 @@ class ForwardState:
         Raises:
             RunError: the base's features hold NaN or Inf.
         """
-        return finite(features, submodule.name) if coefficients == self.base_coefficients else features
+        return check_finite(features, submodule.name) if coefficients == self.base_coefficients else features
 
 
 class InterpolatedWeights:
