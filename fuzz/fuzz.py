@@ -24,11 +24,9 @@ import atheris
 import yaml
 
 with atheris.instrument_imports(include=["mergekit_slta"]):
+    from mergekit_slta import Alphas, Statistics, load_config, read_recipe
     from mergekit_slta.calibration.resolve import solve_again
     from mergekit_slta.errors import SltaError
-    from mergekit_slta.files.alphas_file import Alphas
-    from mergekit_slta.files.statistics_file import Statistics
-    from mergekit_slta.recipe.read import load_config, read_recipe
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

@@ -30,16 +30,16 @@ def in_process(_importable):
     import jobs
     import measure
 
-    def run_job(job: str, *, folder: Path, threads: int, **arguments: object) -> dict:
+    def run_job(job: str, *, folder: Path, threads: int, tree: Path | None = None, **arguments: object) -> dict:
         clock = measure.Clock()
         values = json.loads(json.dumps(jobs.JOBS[job][0](clock, **json.loads(json.dumps(arguments)))))
         for phase in clock.phases.values():
             measure.add_peaks(phase, [])
-        return {"import_seconds": 0.0, "phases": clock.phases, "values": values}
+        return {"import_seconds": 1.0, "phases": clock.phases, "values": values}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks, "run_job", run_job)
-        patch.setattr(benchmarks, "above_imports", lambda phase: 1.0)  # this process has grown long ago
+        patch.setattr(benchmarks, "above_imports", lambda phases: 1.0)  # this process has grown long ago
         yield benchmarks
 
 
@@ -49,12 +49,13 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("benchmarks")
 
 
-@pytest.mark.parametrize("name", ["floor", "naive", "merge", "growth", "check", "limit"])
+@pytest.mark.parametrize("name", ["floor", "naive", "merge", "growth", "check", "limit", "versions"])
 def test_quick_benchmarks_give_tables(in_process, workdir, name):
     """Each runs with --quick, and what it found becomes a section without a hole."""
     import run
 
-    assert run.main([str(workdir), "--quick", "--only", name]) == 0
+    arguments = ["--other", str(FOLDER.parent.parent)] if name == "versions" else []
+    assert run.main([str(workdir), "--quick", "--only", name, *arguments]) == 0
     text = (workdir / "results.md").read_text()
     assert f"## {name}" in text
     assert "nan" not in text
@@ -71,6 +72,45 @@ def test_found_is_kept_and_other_settings_are_refused(in_process, workdir, capsy
     assert run.main([str(workdir), "--quick", "--only", "limit"]) == 0
     assert run.main([str(workdir), "--quick", "--only", "limit", "--threads", "2"]) == 1
     assert "--again" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_a_job_imports_the_package_of_its_tree(workdir, monkeypatch):
+    """A tree without the package is refused, and so is one that another installation hides."""
+    import measure
+    import run
+
+    job = workdir / "job.py"
+    job.write_text(
+        "import json, sys\nimport mergekit_slta as package\n"
+        "found = {'phases': {}, 'values': 0, 'import_seconds': 0.0, 'package': package.__path__[0]}\n"
+        "json.dump(found, open(sys.argv[2], 'w'))\n"
+    )
+    monkeypatch.setattr(measure, "JOBS", job)
+    other = workdir / "other"
+    with pytest.raises(SystemExit):
+        run.main([str(workdir), "--only", "versions", "--other", str(workdir)])
+    with pytest.raises(measure.BenchmarkError, match="not the package in"):
+        measure.run_job("any", folder=workdir, threads=1, tree=other)
+    (other / "mergekit_slta").mkdir(parents=True)
+    (other / "mergekit_slta" / "__init__.py").touch()
+    measure.run_job("any", folder=workdir, threads=1, tree=other)
+
+
+def test_what_check_predicts_is_read_from_its_output():
+    """Rows and tokens are summed over the experts, sizes have their units, and the libraries are taken off."""
+    import jobs
+
+    text = (
+        "expert      a  (30 rows, 3902 tokens of a.jsonl; importance 1)\n"
+        "expert      b  (20 rows, 98 tokens of b.jsonl; importance 1)\n"
+        "reads       1.03e+03 MiB for calibration, once more for the merge\ncomputes    12.6 TFLOP\n"
+        "memory      about 1.5 GiB at the peak of calibration; the largest allocation is 8 MiB\n"
+    )
+    assert jobs.read_check(text, libraries=2**30) == {
+        "num_rows": 50, "num_tokens": 4000, "predicted_flops": 12.6e12, "predicted_read_bytes": 1030 * 2**20,
+        "predicted_peak_bytes": 2**29,
+    }  # fmt: skip
 
 
 @pytest.mark.process
@@ -99,10 +139,9 @@ def test_peaks_and_phases_come_from_a_process_of_its_own(workdir, monkeypatch):
     )
     monkeypatch.setattr(measure, "JOBS", job)
     result = measure.run_job("any", folder=workdir, threads=1)
-    large, small = result["phases"]["large"], result["phases"]["small"]
     assert result["values"] == 7
-    assert 2**26 <= measure.above_imports(large) < 2**26 + 2**22
-    assert measure.above_imports(small) < 2**22
+    assert 2**26 <= measure.above_imports(result["phases"], "large") < 2**26 + 2**22
+    assert measure.above_imports(result["phases"], "small") < 2**22
     job.write_text("raise SystemExit('no luck')")
     with pytest.raises(measure.BenchmarkError, match="no luck"):
         measure.run_job("any", folder=workdir, threads=1)
@@ -124,7 +163,7 @@ def test_products_are_counted_as_the_model_says():
         model(torch.zeros((1, 10), dtype=torch.int64))
     assert counted.flops["float32"] == pytest.approx(2 * 10 * shape.multiplied(), rel=0.01)  # and rotary positions
     assert counted.flops["attention"] > 0
-    assert products.floor(shape.matrices(), [10])["flops"] == 2 * 10 * shape.multiplied()
+    assert products.floor(shape.matrices(), 10)["flops"] == 2 * 10 * shape.multiplied()
     assert shape.multiplied() == sum(p.numel() for p in model.parameters() if p.dim() > 1) - shape.vocab * shape.hidden
 
 
@@ -143,7 +182,7 @@ def test_an_unsteady_machine_is_told():
     import measure
 
     def steady(drift: float, ratio: float, cpu: float) -> bool:
-        return benchmarks.steady([drift], measure.mean_std([ratio]), measure.mean_std([cpu]))
+        return benchmarks.steady([drift], measure.spread([ratio]), measure.spread([cpu]))
 
     assert steady(1.05, 1.2, 1.19)
     assert not steady(1.9, 1.2, 1.19)

@@ -143,10 +143,10 @@ def test_mean_and_worst_need_every_task(example):
 
 def test_spread_over_seeds_divides_by_one_less(example):
     """Of 1, 2 and 3 it is 1; a single value has none."""
-    mean_std = example.gaps.MeanStd.of([1.0, None, 2.0, 3.0])
-    assert (mean_std.mean, mean_std.std, mean_std.count) == (2.0, 1.0, 3)
-    assert example.gaps.MeanStd.of([1.0]).std is None
-    assert example.gaps.MeanStd.of([None]) is None
+    spread = example.gaps.Spread.of([1.0, None, 2.0, 3.0])
+    assert (spread.mean, spread.std, spread.count) == (2.0, 1.0, 3)
+    assert example.gaps.Spread.of([1.0]).std is None
+    assert example.gaps.Spread.of([None]) is None
 
 
 def test_settings_are_chosen_on_the_rows_that_are_named(example, run):
@@ -158,7 +158,7 @@ def test_settings_are_chosen_on_the_rows_that_are_named(example, run):
 
 
 def test_main_comparison_has_a_row_per_method(example, run, tmp_path):
-    """Grids once a way of choosing, what has seeds with its mean_std, whatever its name; variants are not in it."""
+    """Grids once a way of choosing, what has seeds with its spread, whatever its name; variants are not in it."""
     text = written(example, tmp_path, run)
     title = "Main comparison (the paper's Tables 1, 2, 9)"
     assert row_of(text, title, "task arithmetic")[1] == "50.0 / 50.0"
@@ -172,7 +172,7 @@ def test_main_comparison_has_a_row_per_method(example, run, tmp_path):
 
 
 def test_rows_and_experts(example, run, tmp_path):
-    """The usual number of rows stands among the others; the difference carries the mean_std of both."""
+    """The usual number of rows stands among the others; the difference carries the spread of both."""
     text = written(example, tmp_path, run)
     cells = row_of(text, "Number of rows (Table 11)", "rows per task")
     means = dict(zip(cells, row_of(text, "Number of rows (Table 11)", "attn_mlp, all: mean"), strict=True))
@@ -187,20 +187,20 @@ def test_rows_and_experts(example, run, tmp_path):
      (1, 0.03, None, "agrees (one seed)"), (0, 0.03, 0.02, "no direction")],
 )  # fmt: skip
 def test_the_rule(example, direction, mean, std, verdict):
-    """Beyond the mean_std on the paper's side, on the other, or between."""
-    assert example.claims.judge(direction, example.gaps.MeanStd(mean, std, 3)) == verdict
+    """Beyond the spread on the paper's side, on the other, or between."""
+    assert example.claims.judge(direction, example.gaps.Spread(mean, std, 3)) == verdict
 
 
 def test_the_same_is_within_the_spread_or_two_points(example):
     """Neither a steady difference of one point nor a shaky one of five tells two means apart."""
-    mean_std = example.gaps.MeanStd
-    assert example.claims.judge_same(mean_std(0.01, 0.0, 3)) == "agrees"
-    assert example.claims.judge_same(mean_std(-0.05, 0.06, 3)) == "agrees"
-    assert example.claims.judge_same(mean_std(-0.05, 0.01, 3)) == "does not"
+    spread = example.gaps.Spread
+    assert example.claims.judge_same(spread(0.01, 0.0, 3)) == "agrees"
+    assert example.claims.judge_same(spread(-0.05, 0.06, 3)) == "agrees"
+    assert example.claims.judge_same(spread(-0.05, 0.01, 3)) == "does not"
 
 
 def test_the_papers_direction_comes_from_its_numbers(example):
-    """Models that contradict each other, and those within their mean_std, give none."""
+    """Models that contradict each other, and those within their spread, give none."""
     direction = example.claims.paper_direction
     assert direction([((42.88, 0.27), (39.59, 0.0)), ((51.05, 0.16), (48.24, 0.0))]) == 1
     assert direction([((27.33, 0.10), (27.45, 0.0)), ((35.11, 0.29), (34.60, 0.0))]) == 0
@@ -209,7 +209,7 @@ def test_the_papers_direction_comes_from_its_numbers(example):
 
 
 def test_verdicts_follow_the_results(example, run, tmp_path):
-    """Ours is ahead of task arithmetic by more than the mean_std; turned round, the same rows say the opposite."""
+    """Ours is ahead of task arithmetic by more than the spread; turned round, the same rows say the opposite."""
     title = "The paper's experiments at this scale"
     text = written(example, tmp_path, run)
     assert row_of(text, title, "attn_mlp and task arithmetic")[4] == "above; +6.0 ± 1.0: agrees"

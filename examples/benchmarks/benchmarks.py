@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from measure import BenchmarkError, above_imports, ratios, run_job, spread
+from measure import BenchmarkError, above_imports, quartiles, ratios, run_job, spread
 from workload import Shape, Workload
 
 NUM_EXPERTS = 3
@@ -44,6 +44,7 @@ class Bench:
         threads: of every job.
         repeat: rounds.
         log: is told what is being run.
+        other: a source tree of another version of the package, for `versions`.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Bench:
     threads: int
     repeat: int
     log: Callable[[str], None] = lambda _: None
+    other: Path | None = None
 
     @property
     def num_rows(self) -> int:
@@ -98,8 +100,13 @@ def _of(runs: Sequence[Run], phase: str, key: str) -> list[float]:
     return [run["phases"][phase][key] for run in runs]
 
 
-def _above(runs: Sequence[Run], phase: str = "work") -> list[float]:
-    return [above_imports(run["phases"][phase]) for run in runs]
+def _without(runs: Sequence[Run], phase: str, key: str = "seconds") -> list[float]:
+    """The work less the part of it that is a phase of its own."""
+    return [run["phases"]["work"][key] - run["phases"][phase][key] for run in runs]
+
+
+def _above(runs: Sequence[Run]) -> list[float]:
+    return [above_imports(run["phases"]) for run in runs]
 
 
 def floor(bench: Bench) -> dict[str, Any]:
@@ -120,15 +127,14 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
     if repeat > 1:
         bench.log(f"{shape.title}: with the profiler")
         profiled = bench.run("calibrate_with_floor", **arguments, profiled=True)
-    rows = runs[0]["values"]["row_tokens"]
+    rows = [length for task in range(NUM_EXPERTS) for length in workload.instruction_lengths(bench.num_rows, task)]
     floors = [run["values"]["floors"] for run in runs]
-    models, tokens = NUM_EXPERTS + 1, sum(rows)
+    models, tokens = NUM_EXPERTS + 1, runs[0]["values"]["num_tokens"]
     least = {key: [models * min(each[key] for each in both) for both in floors] for key in ("seconds", "cpu_seconds")}
     flops = models * tokens * 2.0 * shape.multiplied()
-    seconds = _of(runs, "gather", "seconds")
-    whole = [sum(run["phases"][phase]["seconds"] for phase in ("prepare", "gather", "solve")) for run in runs]
+    seconds = _of(runs, "work", "seconds")
     ratio = ratios(seconds, least["seconds"])
-    ratio_cpu = ratios(_of(runs, "gather", "cpu_seconds"), least["cpu_seconds"])
+    ratio_cpu = ratios(_of(runs, "work", "cpu_seconds"), least["cpu_seconds"])
     drift = [before["seconds"] / after["seconds"] for before, after in floors]
     widths = shape.hidden * (2 * shape.layers + 1) + shape.vocab
     return {
@@ -136,7 +142,6 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
         "num_experts": NUM_EXPERTS,
         "num_rows": len(rows),
         "num_tokens": tokens,
-        "batch_tokens": runs[0]["values"]["batch_tokens"],
         "floor_flops": flops,
         "gram_flops": 2.0 * NUM_EXPERTS**2 * tokens * widths,
         "attention_flops": models * sum(4.0 * row * row * shape.hidden * shape.layers for row in rows),
@@ -148,10 +153,8 @@ def _floor_of(bench: Bench, shape: Shape, repeat: int) -> dict[str, Any]:
         "seconds": spread(seconds),
         "ratio": ratio,
         "ratio_cpu": ratio_cpu,
-        "ratio_whole": ratios(whole, least["seconds"]),
-        "prepare_seconds": spread(_of(runs, "prepare", "seconds")),
-        "solve_seconds": spread(_of(runs, "solve", "seconds")),
-        "profiled_to_plain": profiled["phases"]["gather"]["seconds"] / statistics.median(seconds),
+        "check_seconds": spread(_of(runs, "check", "seconds")),
+        "profiled_to_plain": profiled["phases"]["work"]["seconds"] / statistics.median(seconds),
         "profile": profiled["values"]["profile"],
         "profiled_apart": repeat > 1,
     }  # fmt: skip
@@ -198,7 +201,7 @@ def naive(bench: Bench) -> dict[str, Any]:
         "largest_difference_of_alphas": distance,
         "ratio": ratios(_of(other, "work", "seconds"), _of(own, "work", "seconds")),
         "ratio_cpu": ratios(_of(other, "work", "cpu_seconds"), _of(own, "work", "cpu_seconds")),
-        "ratio_without_loading": ratios(_of(other, "gather", "seconds"), _of(own, "gather", "seconds")),
+        "ratio_without_loading": ratios(_without(other, "load"), _without(own, "check")),
         "memory_ratio": ratios(_of(own, "work", "peak_anonymous"), _of(other, "work", "peak_anonymous")),
         "memory_ratio_above_imports": ratios(_above(own), _above(other)),
         "runs": {
@@ -325,9 +328,9 @@ def growth(bench: Bench) -> dict[str, Any]:
                     "value": value,
                     "linear": (value + start) / (values[0] + start),
                     "flops": flops[value] / flops[values[0]],
-                    "seconds": spread(_of(each, "gather", "seconds")),
+                    "seconds": spread(_without(each, "check")),
                     "peak_above_imports": spread(_above(each)),
-                    "time_ratio": ratios(_of(each, "gather", "seconds"), _of(first, "gather", "seconds")),
+                    "time_ratio": ratios(_without(each, "check"), _without(first, "check")),
                     "memory_ratio": ratios(_above(each), _above(first)),
                     "memory_ratio_with_imports": ratios(
                         _of(each, "work", "peak_anonymous"), _of(first, "work", "peak_anonymous")
@@ -424,7 +427,7 @@ def check(bench: Bench) -> dict[str, Any]:
         run = bench.run("calibrate", recipe=recipe)
         predicted = run["values"]
         products = counted["flops"].get("float32", 0.0)
-        peak = above_imports(run["phases"]["work"])
+        peak = above_imports(run["phases"])
         lines.append(
             {
                 "job": name,
@@ -441,7 +444,7 @@ def check(bench: Bench) -> dict[str, Any]:
                 "predicted_peak_bytes": predicted["predicted_peak_bytes"],
                 "peak_above_imports": peak,
                 "peak_ratio": predicted["predicted_peak_bytes"] / peak,
-                "seconds": run["phases"]["gather"]["seconds"],
+                "seconds": run["phases"]["work"]["seconds"],
             }
         )
     return {"title": made.shape.title, "num_experts": NUM_EXPERTS, "lines": lines}
@@ -462,7 +465,7 @@ def limit(bench: Bench) -> dict[str, Any]:
         "checkpoint_bytes": sum(file.stat().st_size for path in made.paths for file in path.glob("*.safetensors")),
         "limit_bytes": LIMIT_BYTES,
         "peak_anonymous": work["peak_anonymous"],
-        "peak_above_imports": above_imports(work),
+        "peak_above_imports": above_imports(run["phases"]),
         "predicted_peak_bytes": run["values"]["predicted_peak_bytes"],
         "peak_file": work["peak_file"],
         "seconds": work["seconds"],
@@ -470,7 +473,82 @@ def limit(bench: Bench) -> dict[str, Any]:
     }
 
 
+THIS = Path(__file__).resolve().parents[2]
+"""The source tree that this file is part of."""
+
+
+def versions(bench: Bench) -> dict[str, Any]:
+    """This version of the package against another one: the same calibrations and the same merge, in turns."""
+    if bench.other is None:
+        raise BenchmarkError("versions needs --other PATH")
+    made = bench.workload(bench.small_shape)
+    recipes = {
+        "features, attn_mlp": made.recipe(num_samples=min(5, bench.num_rows)),
+        "joint, linear": made.recipe(objective="joint", granularity="linear", steps=1, num_samples=2),
+    }
+    trees = {"this": THIS, "other": bench.other}
+    results = []
+    with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
+
+        def merged(key: str) -> dict[str, Any]:
+            """A recipe with alphas that this version has made: an older file may be refused."""
+            alphas = f"{temporary}/{key}.json"
+            few = made.recipe(num_samples=1, max_seq_length=32)
+            bench.run("calibrate", tree=trees[key], recipe=few, save=alphas)
+            return {
+                "merge_method": "submodule_linear", "base_model": str(made.base), "out_dtype": "bfloat16",
+                "models": [{"model": str(path)} for path in made.experts], "parameters": {"alphas": alphas},
+            }  # fmt: skip
+
+        def merge_with(key: str, recipe: dict[str, Any]) -> Run:
+            os.sync()
+            run = bench.run("merge", tree=trees[key], recipe=recipe, out=f"{temporary}/out")
+            shutil.rmtree(f"{temporary}/out")
+            return run
+
+        for name, recipe in recipes.items():
+            bench.log(name)
+            runs = bench.rounds(
+                {key: lambda tree=tree, recipe=recipe: bench.run("calibrate", tree=tree, recipe=recipe)
+                 for key, tree in trees.items()}
+            )  # fmt: skip
+            results.append({"job": name, **_compared(runs)})
+        bench.log("merge")
+        merges = {key: merged(key) for key in trees}
+        runs = bench.rounds({key: lambda key=key: merge_with(key, merges[key]) for key in trees})
+        results.append({"job": "merge, alphas at hand", **_compared(runs)})
+    return {
+        "title": made.shape.title,
+        "num_experts": NUM_EXPERTS,
+        "versions": {key: revision(tree) for key, tree in trees.items()},
+        "jobs": results,
+    }
+
+
+def _compared(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Ratios of this version to the other, pair by pair, with quartiles."""
+    this, other = runs["this"], runs["other"]
+
+    def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+        paired = ratios(ours, theirs)
+        return {**paired, "quartiles": quartiles(paired["values"]), "this": spread(ours), "other": spread(theirs)}
+
+    keys = ("seconds", "cpu_seconds", "peak_anonymous")
+    return {
+        "pairs": len(this),
+        **{key: compared(_of(this, "work", key), _of(other, "work", key)) for key in keys},
+        "import_seconds": compared(*([run["import_seconds"] for run in each] for each in (this, other))),
+    }
+
+
+def revision(tree: Path) -> str:
+    """The commit of a source tree, with a + where its files differ from it; where git knows none, the folder's name."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else tree.name
+
+
 BENCHMARKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "floor": floor, "naive": naive, "merge": merge, "growth": growth, "startup": startup, "check": check,
-    "limit": limit,
+    "limit": limit, "versions": versions,
 }  # fmt: skip

@@ -1,26 +1,33 @@
 """What is measured: each job runs in a process of its own, started by `measure.run_job`.
 
-Scope: `jobs.py REQUEST RESULT`, JSON in and JSON out. Imports come first and are timed by themselves, so that the
-phases hold none. The package is used as its users do: `prepare`, `gather_statistics`, `run_merge`.
+Scope: `jobs.py REQUEST RESULT`, JSON in and JSON out. Imports come first and are timed by themselves. Of the package,
+jobs use what its users do and nothing else: `mergekit_slta.calibrate`, the command `mergekit-slta check`, and
+mergekit's `run_merge`. So the same job measures any version of it: whichever the process finds first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
+import re
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from measure import Clock
+from measure import Clock, resident
 from workload import from_mapping, make
 
 _TRANSFORMERS = ("torch", "transformers", "transformers.models.llama.modeling_llama")
-_PACKAGE = (*_TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta.calibration.calibrate",
-            "mergekit_slta.objectives.costs",
-            "mergekit_slta.host.merge")  # fmt: skip
+_PACKAGE = (*_TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta")
+_PUBLIC = ("Alphas", "calibrate", "register")
+"""Names of the package that load its modules."""
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def make_workload(clock: Clock, workload: dict[str, Any], lengths: list[list[int]]) -> None:
@@ -28,37 +35,71 @@ def make_workload(clock: Clock, workload: dict[str, Any], lengths: list[list[int
     make(from_mapping(workload), lengths)
 
 
-def _prepare(clock: Clock, recipe: dict[str, Any]) -> Any:
-    from mergekit.config import MergeConfiguration
-    from mergekit.options import MergeOptions
-
-    from mergekit_slta import read_recipe
-    from mergekit_slta.job.preflight import prepare
-
-    with clock.phase("prepare"):
-        configuration = MergeConfiguration.model_validate(recipe)
-        return prepare(read_recipe(configuration), MergeOptions(quiet=True), for_merge=False)
-
-
 def calibrate(clock: Clock, recipe: dict[str, Any], save: str | None = None) -> dict[str, Any]:
-    """`mergekit_slta.calibrate(recipe)` in its three parts; the alphas in `save`, if asked for."""
-    from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
-    from mergekit_slta.objectives.costs import estimate
+    """`mergekit-slta check`, then `mergekit_slta.calibrate(recipe)`; the alphas in `save`, if asked for.
 
+    Returns:
+        what `check` predicts; see `_checked`.
+    """
+    import mergekit_slta
+
+    predicted = _checked(clock, recipe)
     with clock.phase("work"):
-        job = _prepare(clock, recipe)
-        with clock.phase("gather"):
-            statistics = gather_statistics(job)
-        with clock.phase("solve"):
-            alphas = solve_job(job, statistics)
+        alphas = mergekit_slta.calibrate(recipe)
     if save:
         alphas.save(save)
-    costs = estimate(job)
+    return predicted
+
+
+def _checked(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Run `mergekit-slta check` in this process, as the phase "check", and read what it prints.
+
+    Returns:
+        num_rows, num_tokens; predicted_flops, predicted_read_bytes, predicted_peak_bytes (without the libraries). Sizes
+        have the three digits that are printed.
+    """
+    printed = io.StringIO()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yml"
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        with clock.phase("check"), contextlib.redirect_stdout(printed):
+            _command("check", str(path))
+    libraries = resident(Path("/proc/self/status").read_bytes())[0]
+    return read_check(printed.getvalue(), libraries)
+
+
+def _command(*arguments: str) -> None:
+    """`mergekit-slta ARGUMENTS`, in this process."""
+    before, sys.argv = sys.argv, ["mergekit-slta", *arguments]
+    try:
+        runpy.run_module("mergekit_slta", run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"mergekit-slta {arguments[0]} ended with exit code {ended.code}") from ended
+    finally:
+        sys.argv = before
+
+
+def read_check(text: str, libraries: int) -> dict[str, Any]:
+    """Numbers in what `mergekit-slta check` has printed.
+
+    Args:
+        text: its output.
+        libraries: anonymous bytes of the process that ran it, which it counts as the libraries'.
+    """
+
+    def sized(pattern: str) -> float:
+        number, unit = re.search(pattern + r" ([\d.e+]+) (B|KiB|MiB|GiB)\b", text, re.MULTILINE).groups()
+        return float(number) * _UNITS[unit]
+
+    rows = re.findall(r"\((\d+) rows, (\d+) tokens of ", text)
     return {
-        "num_rows": sum(len(drawn.rows) for drawn in job.rows if drawn is not None),
-        "num_tokens": job.num_tokens, "predicted_flops": costs.flops, "predicted_read_bytes": costs.read_bytes,
-        "predicted_peak_bytes": costs.peak_bytes,
-    }  # fmt: skip
+        "num_rows": sum(int(each) for each, _ in rows),
+        "num_tokens": sum(int(each) for _, each in rows),
+        "predicted_flops": 1e12 * float(re.search(r"^computes +([\d.e+-]+) TFLOP", text, re.MULTILINE)[1]),
+        "predicted_read_bytes": sized(r"^reads +"),
+        "predicted_peak_bytes": max(0.0, sized(r"^memory +about") - libraries),
+    }
 
 
 def calibrate_with_floor(
@@ -67,41 +108,33 @@ def calibrate_with_floor(
     """A calibration between two measurements of the matrix products alone; optionally under the profiler."""
     from products import floor
 
-    from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
-    from mergekit_slta.data.batches import plan_batches
+    import mergekit_slta
 
-    with clock.phase("work"):
-        job = _prepare(clock, recipe)
-    rows = [row.ids for drawn in job.rows for row in drawn.rows]
-    batch_tokens = [sum(batch.lengths) for batch in plan_batches(rows)]
+    predicted = _checked(clock, recipe)
     sizes = [tuple(size) for size in matrices]
-    floors = [floor(sizes, batch_tokens)]
+    floors = [floor(sizes, predicted["num_tokens"])]
     profile = None
-    with clock.phase("gather"):
+    with clock.phase("work"):
         if profiled:
-            statistics, profile = _profiled(lambda: gather_statistics(job))
+            profile = _profile(lambda: mergekit_slta.calibrate(recipe))
         else:
-            statistics = gather_statistics(job)
-    with clock.phase("solve"):
-        solve_job(job, statistics)
-    floors.append(floor(sizes, batch_tokens))
-    return {"row_tokens": [len(row) for row in rows], "batch_tokens": batch_tokens, "floors": floors,
-            "profile": profile}  # fmt: skip
+            mergekit_slta.calibrate(recipe)
+    floors.append(floor(sizes, predicted["num_tokens"]))
+    return {"num_tokens": predicted["num_tokens"], "floors": floors, "profile": profile}
 
 
-def _profiled(call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """A call's result, and where its time went: by function itself, and by function of the package with what it
-    calls."""
+def _profile(call: Callable[[], Any]) -> dict[str, Any]:
+    """Where a call's time goes: by function itself, and by function of the package with what it calls."""
     import cProfile
     import pstats
 
     profiler = cProfile.Profile()
-    result = profiler.runcall(call)
+    profiler.runcall(call)
     entries = pstats.Stats(profiler).stats  # type: ignore[attr-defined] - (file, line, name) -> (.., calls, own, all, ..)
     own = sorted(entries.items(), key=lambda entry: -entry[1][2])[:14]
-    package = [entry for entry in entries.items() if Path(entry[0][0]).parent.name == "mergekit_slta"]
+    package = [entry for entry in entries.items() if "mergekit_slta" in Path(entry[0][0]).parts]
     package = sorted(package, key=lambda entry: -entry[1][3])[:24]
-    return result, {
+    return {
         "seconds": sum(entry[2] for entry in entries.values()),
         "own": [[_label(key), value[1], value[2]] for key, value in own],
         "package": [[_label(key), value[1], value[3]] for key, value in package],
@@ -122,9 +155,8 @@ def count(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
     from products import CountedProducts
 
-    from mergekit_slta.calibration.calibrate import gather_statistics
+    import mergekit_slta
 
-    job = _prepare(clock, recipe)
     original = LazyTensorLoader.get_tensor
     handed: list[int] = []
     distinct: dict[tuple[str, str], int] = {}
@@ -139,7 +171,7 @@ def count(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
     LazyTensorLoader.get_tensor = counted
     try:
         with CountedProducts() as products:
-            gather_statistics(job)
+            mergekit_slta.calibrate(recipe)
     finally:
         LazyTensorLoader.get_tensor = original
     return {"read_bytes": sum(handed), "distinct_bytes": sum(distinct.values()), "flops": dict(products.flops)}
@@ -194,13 +226,20 @@ def main() -> None:
     begin = time.perf_counter()
     for module in modules:
         importlib.import_module(module)
+    if "mergekit_slta" in modules:
+        for name in _PUBLIC:
+            getattr(sys.modules["mergekit_slta"], name)
     import_seconds = time.perf_counter() - begin
     import torch
 
     torch.set_num_threads(request["threads"])
     clock = Clock()
     values = job(clock, **request["arguments"])
-    result = {"import_seconds": import_seconds, "phases": clock.phases, "values": values}
+    package = sys.modules.get("mergekit_slta")
+    result = {
+        "import_seconds": import_seconds, "phases": clock.phases, "values": values,
+        "package": package and str(Path(package.__file__).parent),
+    }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -62,13 +62,14 @@ class Clock:
         }  # fmt: skip
 
 
-def run_job(job: str, *, folder: Path, threads: int, **arguments: Any) -> dict[str, Any]:
+def run_job(job: str, *, folder: Path, threads: int, tree: Path | None = None, **arguments: Any) -> dict[str, Any]:
     """Run a job of `jobs.py` in a process of its own.
 
     Args:
         job: its name.
         folder: for temporary files, and for the caches of the libraries.
         threads: of the matrix products.
+        tree: a source tree of the package that the job is to import, in the place of the installed one.
         arguments: the job's own.
 
     Returns:
@@ -76,7 +77,7 @@ def run_job(job: str, *, folder: Path, threads: int, **arguments: Any) -> dict[s
         `values`: what the job returned.
 
     Raises:
-        BenchmarkError: the job failed; with the end of what it printed.
+        BenchmarkError: the job failed (with the end of what it printed), or it imported the package from elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -85,7 +86,7 @@ def run_job(job: str, *, folder: Path, threads: int, **arguments: Any) -> dict[s
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, str(JOBS), request, str(target)],
-                stdout=file, stderr=subprocess.STDOUT, env=environment(folder, threads),
+                stdout=file, stderr=subprocess.STDOUT, env=environment(folder, threads, tree),
             )  # fmt: skip
             try:
                 samples = _watch(process)
@@ -97,16 +98,21 @@ def run_job(job: str, *, folder: Path, threads: int, **arguments: Any) -> dict[s
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise BenchmarkError(f"the job {job} ended with exit code {process.returncode}: " + "\n".join(said[-15:]))
         result = json.loads(target.read_text(encoding="utf-8"))
+    if tree is not None and Path(result["package"]).parent != tree:
+        raise BenchmarkError(f"the job {job} imported {result['package']}, not the package in {tree}")
     for phase in result["phases"].values():
         add_peaks(phase, samples)
     return result
 
 
-def environment(folder: Path, threads: int) -> dict[str, str]:
-    """A job's environment: no network, caches in the work folder, and so many threads."""
+def environment(folder: Path, threads: int, tree: Path | None = None) -> dict[str, str]:
+    """A job's environment: no network, caches in the work folder, so many threads, and the package of a tree."""
+    paths = [str(tree)] if tree else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {
         **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
 
 
@@ -134,9 +140,9 @@ def add_peaks(phase: dict[str, float], samples: Sequence[Sample]) -> None:
     phase["peak_file"] = max([0, *(file for _, _, file in inside)])
 
 
-def above_imports(phase: dict[str, float]) -> float:
-    """Bytes of anonymous memory at the peak of a phase above those at its beginning."""
-    return phase["peak_anonymous"] - phase["anonymous_before"]
+def above_imports(phases: dict[str, dict[str, float]], phase: str = "work") -> float:
+    """Bytes of anonymous memory at the peak of a phase above those after the imports, where the first phase begins."""
+    return phases[phase]["peak_anonymous"] - min(each["anonymous_before"] for each in phases.values())
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -147,3 +153,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Of each round's pair, so that what slows a whole round down cancels; then their spread."""
     return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third; of one value, itself."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third

@@ -13,24 +13,29 @@ from torch.utils.flop_counter import flop_registry
 
 MIN_SECONDS = 0.1
 MAX_REPEATS = 100
+TOKENS = 1024
+"""Tokens that are multiplied at a time."""
 VOCABULARY_ROWS = 4096
 """The output projection is measured in pieces of so many rows: its logits do not all fit anywhere."""
 
 
 @torch.inference_mode()
-def floor(matrices: Sequence[tuple[int, int, int]], batch_tokens: Sequence[int]) -> dict[str, float]:
+def floor(matrices: Sequence[tuple[int, int, int]], num_tokens: int) -> dict[str, float]:
     """Time nothing but the matrix products of one model's forward pass, in float32.
 
     Args:
         matrices: (count, inputs, outputs) of all matrices; see `Shape.matrices`.
-        batch_tokens: tokens of every micro-batch.
+        num_tokens: of all rows; they are multiplied `TOKENS` at a time.
 
     Returns:
         flops; seconds and cpu_seconds: each distinct product is timed by itself and counted as often as it occurs. The
         least of several times is taken: whatever else the machine does only adds to it, and a floor must not be high.
     """
     total: Counter[str] = Counter()
-    for tokens, batches in sorted(Counter(batch_tokens).items()):
+    pieces, rest = divmod(num_tokens, TOKENS)
+    for tokens, batches in ((TOKENS, pieces), (rest, 1)):
+        if not tokens or not batches:
+            continue
         for count, inputs, outputs in matrices:
             piece = min(outputs, VOCABULARY_ROWS) if count == 1 else outputs
             times = batches * count * outputs / piece

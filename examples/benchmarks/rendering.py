@@ -30,16 +30,16 @@ def _mib(values: Mapping[str, Any] | float) -> str:
 
 def floor(found: Mapping[str, Any]) -> str:
     """Table, and the profile of every model."""
-    header = ["models", "rows, tokens", "calibration / floor", "by CPU time", "with preflight and solve",
-              "floor: TFLOP", "GFLOP/s", "s", "calibration: s"]  # fmt: skip
+    header = ["models", "rows, tokens", "calibration / floor", "by CPU time", "floor: TFLOP", "GFLOP/s", "s",
+              "calibration: s", "checks of it: s"]  # fmt: skip
     rows = [
         [
             f"{model['title']}, base + {model['num_experts']}",
             f"{model['num_rows']}, {model['num_tokens']}",
-            _ratio(model["ratio"]), _ratio(model["ratio_cpu"]), _ratio(model["ratio_whole"]),
+            _ratio(model["ratio"]), _ratio(model["ratio_cpu"]),
             f"{model['floor_flops'] / 1e12:.3g}",
             f"{model['flops_per_second']['median'] / 1e9:.1f}",
-            _seconds(model["floor_seconds"]), _seconds(model["seconds"]),
+            _seconds(model["floor_seconds"]), _seconds(model["seconds"]), _seconds(model["check_seconds"]),
         ]
         for model in found["models"]
     ]  # fmt: skip
@@ -54,9 +54,8 @@ def floor(found: Mapping[str, Any]) -> str:
         parts.append(
             f"{model['title']}: not in the floor are the Gram matrices' {model['gram_flops'] / 1e9:.3g} GFLOP in "
             f"float64 ({share['gram_flops']:.2f}% of the floor's operations) and the attention scores' "
-            f"{model['attention_flops'] / 1e9:.3g} GFLOP ({share['attention_flops']:.2f}%). Micro-batches of "
-            f"{', '.join(map(str, model['batch_tokens']))} tokens. The products' speed after the calibration against "
-            f"before it: {drift}. {profiled}{warning}"
+            f"{model['attention_flops'] / 1e9:.3g} GFLOP ({share['attention_flops']:.2f}%). The products' speed after "
+            f"the calibration against before it: {drift}. {profiled}{warning}"
         )
         parts.append(_profile(model["title"], model["profile"]))
     return "\n\n".join(parts)
@@ -83,7 +82,7 @@ def naive(found: Mapping[str, Any]) -> str:
     rows = [
         ["time: naive.py / calibrate", _ratio(found["ratio"])],
         ["CPU time: naive.py / calibrate", _ratio(found["ratio_cpu"])],
-        ["time without loading and preflight: naive.py / calibrate", _ratio(found["ratio_without_loading"])],
+        ["time without loading and checks: naive.py / calibrate", _ratio(found["ratio_without_loading"])],
         ["peak anonymous memory: calibrate / naive.py", _ratio(found["memory_ratio"])],
         ["the same, above that after imports", _ratio(found["memory_ratio_above_imports"])],
     ]
@@ -194,6 +193,26 @@ def limit(found: Mapping[str, Any]) -> str:
     return table([title, ""], rows) + "\n\n" + verdict
 
 
+def versions(found: Mapping[str, Any]) -> str:
+    """This version over another one."""
+    this, other = found["versions"]["this"], found["versions"]["other"]
+    header = [f"{found['title']}, base + {found['num_experts']}: {this} / {other}", "time", "CPU time", "peak memory",
+              "CPU: s", "CPU, other: s", "pairs"]  # fmt: skip
+    rows = [
+        [
+            job["job"], *(_ratio_quartiles(job[key]) for key in ("seconds", "cpu_seconds", "peak_anonymous")),
+            _seconds(job["cpu_seconds"]["this"]), _seconds(job["cpu_seconds"]["other"]), str(job["pairs"]),
+        ]
+        for job in found["jobs"]
+    ]  # fmt: skip
+    return table(header, rows) + "\n\nMedians of the pairs' ratios; in brackets their quartiles."
+
+
+def _ratio_quartiles(values: Mapping[str, Any]) -> str:
+    first, third = values["quartiles"]
+    return f"{values['median']:.3f} ({first:.3f} to {third:.3f})"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "floor": ("Calibration against its FLOP floor", floor),
     "naive": ("Calibration against the in-memory script", naive),
@@ -202,6 +221,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "startup": ("Interpreter start", startup),
     "check": ("What check predicts", check),
     "limit": ("1.1B models in 3 GB", limit),
+    "versions": ("This version against another", versions),
 }
 """Name -> the heading, and what writes the section."""
 

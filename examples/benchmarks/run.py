@@ -1,6 +1,6 @@
 """Run the benchmarks: ratios side by side, measured in one run, written to WORKDIR/results.json and results.md.
 
-    python examples/benchmarks/run.py WORKDIR [--only NAME ...] [--quick] [--threads N] [--repeat N]
+    python examples/benchmarks/run.py WORKDIR [--only NAME ...] [--quick] [--threads N] [--repeat N] [--other PATH]
 
 What each benchmark found is kept in WORKDIR/NAME.json, and a benchmark that is there is not run again (but with
 --again). The models are made on the way and kept in WORKDIR/models; no network is needed. Linux only.
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, Bench
+from benchmarks import BENCHMARKS, Bench, revision
 from measure import BenchmarkError
 from rendering import document, section
 
@@ -35,14 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
         "quick": options.quick,
         "large": not options.no_large,
     }
-    bench = Bench(options.workdir.absolute(), log=_log, **settings)
+    other = options.other and options.other.resolve()
+    bench = Bench(options.workdir.absolute(), log=_log, other=other, **settings)
     try:
         for name in options.only or BENCHMARKS:
-            found = None if options.again else _kept(options.workdir / f"{name}.json", settings)
+            if name == "versions" and other is None and not options.only:
+                continue
+            own = {**settings, "other": revision(other)} if name == "versions" and other else settings
+            found = None if options.again else _kept(options.workdir / f"{name}.json", own)
             if found is None:
                 _log(f"{name} ...")
                 found = BENCHMARKS[name](bench)
-                _write(options.workdir / f"{name}.json", {"settings": settings, "machine": machine(), "found": found})
+                _write(options.workdir / f"{name}.json", {"settings": own, "machine": machine(), "found": found})
             print(section(name, found), flush=True)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,10 +64,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of every job  [default: 1]")
     parser.add_argument("--repeat", type=int, help="rounds  [default: 3]")
     parser.add_argument("--no-large", action="store_true", help="without the 1.1B models (9 GB of disk)")
+    parser.add_argument(
+        "--other", type=Path, metavar="PATH", help="source tree of another version of the package, for `versions`"
+    )
     parser.add_argument("--again", action="store_true", help="run what is there already once more")
     options = parser.parse_args(arguments)
     if options.threads < 1 or (options.repeat is not None and options.repeat < 1):
         parser.error("--threads and --repeat are 1 or more")
+    if options.other is not None and not (options.other / "mergekit_slta" / "__init__.py").is_file():
+        parser.error(f"--other {options.other} holds no package mergekit_slta")
+    if options.only and "versions" in options.only and options.other is None:
+        parser.error("versions needs --other PATH")
     return options
 
 
@@ -109,7 +120,7 @@ def _write_results(folder: Path, settings: dict[str, Any]) -> None:
         path = folder / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["settings"] == settings:
+            if settings.items() <= content["settings"].items():
                 found[name] = content["found"]
                 machines.append(content["machine"])
     if found:

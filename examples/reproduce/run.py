@@ -32,9 +32,8 @@ from methods import (
 from shared import write_json
 from tables import write_tables
 
-from mergekit_slta import Alphas
+from mergekit_slta import Alphas, Statistics
 from mergekit_slta.calibration.resolve import solve_again
-from mergekit_slta.files.statistics_file import Statistics
 
 ROWS_STUDIED = ("layer", "attn_mlp")
 """Granularities whose number of rows is varied, as in the paper's Table 11; the last also beyond the usual number."""
@@ -170,7 +169,7 @@ def run_all(run: Run) -> None:
 
 def blocks(run: Run, seed: int) -> None:
     """The joint objective, whose steps every set of experts has to be calibrated for; and attention and MLP blocks of
-    every set under the paper's objective, under Fisher's, and under the joint one at the experts."""
+    every set under the paper's objective, and under the joint one at the experts."""
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*calibrated_for(run, seed, (ALL,), objective="joint", num_samples=FEW_ROWS)])
     for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
