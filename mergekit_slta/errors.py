@@ -5,7 +5,7 @@
     ├── DataError            exit 2       a calibration dataset, its columns or its rows are wrong
     ├── ModelError           exit 2       checkpoints are missing, differ, or are not supported
     ├── AlphasError          exit 2       an alphas or statistics file is corrupt, foreign or does not fit
-    ├── OutputError          exit 2       the output folder or a file to write cannot be used
+    ├── OutputError          exit 2       a file or folder cannot be written, or only by destroying something else
     ├── RegistrationError    exit 1       mergekit is too old, or the method's name is taken
     └── RunError             exit 1       a valid job failed while it ran
 
@@ -20,17 +20,16 @@ _LONGEST = 200
 
 
 def show(value: object, longest: int = _LONGEST) -> str:
-    """`value` for a terminal: one line of printable characters (recipes come from strangers), cut to `longest`.
+    """Make `value` one line of printable characters, at most `longest` of them: recipes may come from strangers.
 
-    Left out are control characters, those that turn the direction of text, and halves of surrogate pairs, which no
-    terminal can encode; whatever separates becomes a space.
+    Control characters, marks of text direction and lone surrogates are dropped; any white space becomes a space.
     """
     text = "".join(character if character.isprintable() else " " * character.isspace() for character in str(value))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def listing(values: object, most: int = 12) -> str:
-    """At most `most` of the `values`, comma-separated, with the number left out."""
+    """Join at most `most` of the `values` with commas, and say how many were left out."""
     items = [show(value, 80) for value in values]  # type: ignore[attr-defined]
     rest = len(items) - most
     return ", ".join(items[:most]) + (f", … ({rest} more)" if rest > 0 else "") if items else "none"
@@ -77,7 +76,7 @@ class AlphasError(SltaError):
 
 
 class OutputError(SltaError):
-    """Something cannot be written where it was asked for without harm."""
+    """A file or folder cannot be written, or only by destroying something else."""
 
     exit_code = 2
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_slta.maths.linearity import Grid, Point, Products, RowMeasures
+from mergekit_slta.maths.linearity import Coefficients, Grid, Products, RowMeasures
 from mergekit_slta.maths.linearity_summary import Measures
 from mergekit_slta.runner.state import Evaluation
 
@@ -29,7 +29,7 @@ class Observation:
         self._row_task = row_task
         self._grids = grids
         self._products: dict[str, dict[int, Products]] = {}
-        self._best: dict[tuple[int, Point], tuple[Tensor, Tensor]] = {}
+        self._best: dict[tuple[int, Coefficients], tuple[Tensor, Tensor]] = {}
         self._seen: dict[int, int] = {}
         self._predicted: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
 
@@ -41,7 +41,7 @@ class Observation:
         predicts = evaluation.submodule.kind in ("model", "head")
         base = evaluation.base
 
-        def change(point: Point) -> Tensor:
+        def change(point: Coefficients) -> Tensor:
             features = evaluation.outputs_at(point)
             if predicts:
                 self._keep_best(evaluation.batch, point, features)
@@ -58,7 +58,7 @@ class Observation:
             self._seen[evaluation.batch] = self._seen.get(evaluation.batch, 0) + base.shape[-1]
             self._predicted[evaluation.batch] = evaluation.rows, lengths
 
-    def _keep_best(self, batch: int, point: Point, logits: Tensor) -> None:
+    def _keep_best(self, batch: int, point: Coefficients, logits: Tensor) -> None:
         value, place = logits.max(-1)  # [tokens]
         place = place + self._seen.get(batch, 0)
         if (batch, point) in self._best:

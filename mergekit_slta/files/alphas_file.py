@@ -1,6 +1,6 @@
-"""The alphas file: which weight every submodule of every expert gets, how it was found, and for what it is valid.
+"""The alphas file: the weight of every submodule of every expert, how it was computed, and what it is valid for.
 
-Scope: the file's layout, reading and writing it, and looking a tensor's weights up. JSON, no pickle anywhere.
+Scope: the file's fields, reading and writing it, and looking up a tensor's weights. It is JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "mergekit-slta/alphas"
 VERSION = 1
 LARGEST_BYTES = 256 * 2**20
-"""A file larger than this is none of ours: 100 layers x 100 heads x 10 experts stay far below."""
+"""Larger files are refused unread: 100 layers x 100 heads x 10 experts stay far below."""
 DOCUMENT = DocumentType(
     noun="alphas file",
     article="an",
@@ -47,15 +47,15 @@ class SubmoduleAlphas(BaseModel):
 
     Attributes:
         name, kind, layer, tensors: see `submodules.Submodule`; tensor names are those of the merged model.
-        alpha: one weight per model of the file.
+        alpha: one weight for each model of the file.
         stderr: jackknife standard errors of `alpha` over the calibration rows; None with a single row per task.
-        condition: of the system that was solved; None where it lost rank.
-        rank: of that system.
-        residual: predicted by linearity, relative to the experts' own changes.
-        residual_measured: the same, of the merged submodule's real features; None where it was not verified.
-        slices: of tensors that it owns a part of: [axis, start, stop], or a list of such parts.
-        flags: what is remarkable: "unchanged", "rank_deficient", "ill_conditioned"; "nonlinear" where the measured
-            residual parts from the predicted one.
+        condition: condition number of the system that was solved; None where it lost rank.
+        rank: rank of that system.
+        residual: predicted share of the experts' changes that is lost.
+        residual_measured: the same share, measured on the merged submodule's features; None if it was not verified.
+        slices: for tensors of which only a part belongs here: [axis, start, stop], or a list of such parts.
+        flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme" for a weight
+            outside the expected range; "nonlinear" where the measured residual differs from the predicted one.
         unchanged: models that equal the base here, whose alpha is 0.
     """
 
@@ -76,7 +76,7 @@ class SubmoduleAlphas(BaseModel):
     unchanged: tuple[str, ...] = ()
 
     def parts(self, tensor: str) -> tuple[Part, ...]:
-        """The slices of a tensor that belong here; none where all of it does."""
+        """The slices of a tensor that belong here; empty where the whole tensor does."""
         slices = self.slices.get(tensor, ())
         return (slices,) if slices and isinstance(slices[0], int) else slices  # type: ignore[return-value]
 
@@ -85,9 +85,9 @@ class Alphas(BaseModel):
     """An alphas file. `models` are the recipe's experts in the recipe's order, base left out.
 
     Attributes:
-        copied: tensors that are no parameters and are taken from the base as they are.
-        calibration: settings and rows that the weights come from.
-        provenance: versions, the fingerprint, and `identity`: everything the fingerprint was taken over.
+        copied: tensors that are not parameters and are copied from the base.
+        calibration: the settings and rows that the weights were computed with.
+        provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,7 +131,7 @@ class Alphas(BaseModel):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the weights are valid for, by label: `weights of X`, `rows of X`, settings."""
+        """What the weights are valid for, by label (see `files.identity`)."""
         identity = self.provenance.get("identity")
         return identity if isinstance(identity, dict) else {}
 
@@ -140,7 +140,7 @@ class Alphas(BaseModel):
         return weights_by_tensor(self.submodules)
 
     def pieces(self, tensor: str) -> tuple[WeightedSlice, ...] | None:
-        """How a tensor is merged, slice by slice; None where the file does not cover it."""
+        """The slices of a tensor with their weights; None where the file does not cover it."""
         return self._by_tensor.get(tensor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -171,7 +171,7 @@ class Alphas(BaseModel):
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:
-    """The ridge of an alphas file's settings: as given, or as it was chosen."""
+    """The ridge in an alphas file's settings, as given or as chosen, for a message."""
     given, chosen = calibration.get("ridge"), calibration.get("ridge_used")
     if given is None and chosen is not None:
         return f"{chosen:.3g}, chosen by leaving out rows" if isinstance(chosen, float) else show(chosen)
@@ -179,7 +179,7 @@ def describe_ridge(calibration: Mapping[str, Any]) -> str:
 
 
 def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[WeightedSlice, ...]]:
-    """tensor -> its slices with their weights, from the start of the sliced axis to its end."""
+    """Tensor name -> its slices with their weights, sorted along the sliced axis."""
     from mergekit_slta.maths.task_arithmetic import WeightedSlice  # torch: not needed to read a file
 
     pieces: dict[str, list[WeightedSlice]] = {}
@@ -191,5 +191,5 @@ def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON knows no infinity."""
+    """`value`, or None where it is infinite or NaN, which JSON cannot hold."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""The linearity file: how linear every submodule of a merge's experts is, and what that was measured on.
+"""The linearity file: how linear every submodule of the experts is, and the rows and grids it was measured on.
 
-Scope: the file's layout, reading and writing it. JSON; NaN (nothing changes) is null.
+Scope: the file's fields, reading and writing it. It is JSON; NaN (where nothing changes) is null.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class MeanStd(BaseModel):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> MeanStd | None:
-        """None where nothing was measured."""
+        """Mean and standard deviation of the values that are not None; None where there are none."""
         found = [value for value in values if value is not None]
         return cls(mean=_rounded(statistics.fmean(found)), std=_rounded(statistics.pstdev(found))) if found else None
 
 
 class Combined(BaseModel):
-    """A measure of merging over pairs and over triples of experts.
+    """A measure of merging over pairs and over triples of experts, for one submodule.
 
-    In a level: spreads. In a submodule: a row per combination, in the file's order, of one number per configuration,
-    the last expert's weight varying fastest.
+    One row for each combination of experts, in the file's order. A row has one number for each configuration of
+    weights; the last expert's weight varies fastest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class Combined(BaseModel):
 
 
 class CombinedMeanStd(BaseModel):
-    """See `Combined`."""
+    """`Combined` over all submodules of a level."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +92,7 @@ class SubmoduleLinearity(BaseModel):
         cosine: Eq. 16.
         cosine_base: Eq. 17.
         disentanglement: per pair, the weight disentanglement error at every pair of weights, on features.
-        disagreement: the same on the most likely next token; of what predicts tokens.
+        disagreement: the same error on the most likely next token; None where the submodule predicts no tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -125,7 +125,7 @@ class Level(BaseModel):
 
     @classmethod
     def of(cls, members: list[SubmoduleLinearity]) -> Level:
-        """Gather the submodules of one kind."""
+        """Average over the submodules of one kind."""
         return cls(
             count=len(members),
             non_linearity=MeanStd.of(number for one in members for number in one.non_linearity),
@@ -141,11 +141,11 @@ class Linearity(BaseModel):
     """A linearity file.
 
     Attributes:
-        models: the experts, sorted by name: the file does not depend on the order of the recipe.
+        models: the experts, sorted by name, so that the file does not depend on the recipe's order.
         pairs, triples: indices of `models`, the combinations that were merged.
-        settings: grids, rows and precision that the measures were taken with.
+        settings: grids, rows and precision of the measurement.
         submodules: in the order of a forward pass: layers, blocks, then the whole model.
-        levels: kind -> its submodules together.
+        levels: kind of submodule -> averages over its submodules.
         provenance: versions and fingerprint.
     """
 
@@ -198,7 +198,7 @@ def is_linearity_file(path: str | os.PathLike[str]) -> bool:
 
 
 def number(value: float) -> float | None:
-    """A measure for the file: six digits, and null for what could not be measured."""
+    """A measure rounded to six digits; None where it could not be taken."""
     return _rounded(value) if math.isfinite(value) else None
 
 

@@ -1,18 +1,18 @@
-"""The paper's closed form, with the evidence for it.
+"""The paper's closed form for one submodule's weights, with the evidence for them.
 
-Scope: Gram matrices in, merging weights out; tensors only. Everything is float64 on the CPU: T is a handful.
+Scope: Gram matrices in, merging weights out; tensors only, float64 on the CPU (T is small).
 
     c_x = tr(G_x) / T  if balance else 1                          (Eq. 33-34)
     S_a = mean over rows x of task a of  G_x / c_x
     A   = sum_a w_a S_a ;   b_j = sum_a w_a S_a[j, a]             (Eq. 13, 31)
     alpha = solve(A, b)                                           (Eq. 12, 32)
 
-Where the paper is silent:
-- a row whose G is zero says nothing about this submodule and is left out of the mean;
-- an expert that never moves this submodule (its diagonal is zero in every row) gets alpha 0 and is `unchanged`;
-- where A has lost rank otherwise (duplicated experts), the solution of minimum norm is taken and flagged;
+Decisions where the paper gives none:
+- a row whose G is zero holds no information about the submodule and is left out of the mean;
+- an expert that does not change the submodule (its diagonal is zero in every row) gets alpha 0 and is `unchanged`;
+- where A has lost rank for another reason (duplicated experts), the minimum-norm solution is taken and flagged;
 - `ridge` is relative to A's mean diagonal and pulls towards 1/T, the plain average of the task vectors;
-- several objectives for one submodule (tied embeddings: `embed` and `head`) are added, each balanced by itself.
+- several objectives for one submodule (tied embeddings: `embed` and `head`) are added; each is balanced by itself.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-12
-"""An eigenvalue of the correlation form of A below this share of the largest counts as zero: float32 forward passes
-leave distinct experts above it, and duplicates (bit-equal features) below it."""
+"""An eigenvalue of A, scaled to a unit diagonal, counts as zero below this share of the largest. With float32 forward
+passes distinct experts stay above it, and duplicates (bit-equal features) below it."""
 ILL_CONDITIONED = 1e6
-"""Condition number from which a solve is flagged; errors of the forward passes (about 1e-7) then reach percents."""
+"""A solve is flagged above this condition number: forward passes' errors of 1e-7 then become errors of percents."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Merging weights of one submodule and how far to trust them.
+    """Merging weights of one submodule, and the evidence for them.
 
     Attributes:
         alpha: T weights.
@@ -42,7 +42,7 @@ class Solution:
         rank: rank of A.
         residual: share of sum_a ||df_a||^2 that linearity predicts to remain; 0 where no expert changed anything.
         unchanged: T marks of experts that equal the base here.
-        flags: of "unchanged", "rank_deficient", "ill_conditioned".
+        flags: some of "unchanged", "rank_deficient", "ill_conditioned".
     """
 
     alpha: tuple[float, ...]
@@ -56,7 +56,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Balanced matrices of the rows that count: `grams` [R, T, T], their `task` [R] and the tasks' `counts` [T]."""
+    """Balanced matrices of the rows that are used: `grams` [R, T, T], their `task` [R] and the tasks' `counts` [T]."""
 
     grams: Tensor
     task: Tensor
@@ -117,12 +117,12 @@ def measured_residual(
     importance: Sequence[float],
     balance: bool,
 ) -> float:
-    """What `Solution.residual` predicts, from the features of a merged submodule.
+    """The share that `Solution.residual` predicts, measured on the features of a merged submodule.
 
     Args:
         errors: per objective, [rows] float64: ||f(x; merged) - f(x; theta_a)||^2 of row x of task a.
-        grams: per objective, [rows, T, T] float64, as in `solve`.
-        row_task, importance, balance: as in `solve`.
+        grams: per objective, [rows, T, T] float64, as in `solve_closed_form`.
+        row_task, importance, balance: as in `solve_closed_form`.
 
     Returns:
         sum_a w_a E errors / c_x over sum_a w_a E ||df_a||^2 / c_x; 0 where no expert changed anything.
@@ -138,7 +138,7 @@ def measured_residual(
 
 
 def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool, values: Tensor | None = None) -> _Rows:
-    """The rows' matrices, or other values of theirs ([R], handed out as [R, 1, 1]), balanced."""
+    """Divide the rows' matrices by c_x; or, in their place, other `values` of the rows ([R] -> [R, 1, 1])."""
     trace = grams.diagonal(dim1=1, dim2=2).sum(-1)  # [R]
     used = trace > 0
     num_models = grams.shape[-1]
@@ -150,7 +150,7 @@ def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool, values: Tensor 
 
 
 def _task_means(rows: _Rows, num_models: int) -> Tensor:
-    """S: [T, T, T], the mean matrix of every task (zero for a task without a row that counts)."""
+    """S: [T, T, T], the mean matrix of every task; zero for a task without a usable row."""
     sums = torch.zeros((num_models, *rows.grams.shape[1:]), dtype=torch.float64)
     sums.index_add_(0, rows.task, rows.grams)
     return sums / rows.counts.clamp(min=1)[:, None, None]
@@ -191,13 +191,13 @@ def _solutions(a: Tensor, b: Tensor, full: bool) -> Tensor:
         return torch.linalg.solve(a, b)
     if a.dim() > 2:
         return torch.stack([_solutions(one, other, full) for one, other in zip(a, b, strict=True)])
-    # What is null is decided on the correlation form: an expert with small features is not a lost one.
+    # Rank is decided on the matrix scaled to a unit diagonal: an expert with small features is not a duplicate.
     scale = _scale(a)
     values, vectors = torch.linalg.eigh(a / scale[:, None] / scale[None, :])
     kept = values > RANK_TOLERANCE * values.max()
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
     some = (inverse @ (b / scale)) / scale
-    null, _ = torch.linalg.qr(vectors[:, ~kept] / scale[:, None])  # a basis of what changes nothing
+    null, _ = torch.linalg.qr(vectors[:, ~kept] / scale[:, None])  # a basis of the null space
     return some - null @ (null.T @ some)
 
 
@@ -248,7 +248,7 @@ def _jackknife(
     leave_one_out = torch.zeros((num_rows, len(weights)), dtype=torch.float64)
     try:
         leave_one_out[:, index] = _solutions(a, b, rank == len(index))
-    except torch.linalg.LinAlgError:  # without one row, rank is lost that was there with it
+    except torch.linalg.LinAlgError:  # without one of the rows the matrix is singular
         leave_one_out[:, index] = _solutions(a, b, False)
     group_mean = torch.zeros((len(weights), len(weights)), dtype=torch.float64)
     group_mean.index_add_(0, row_task, leave_one_out)

@@ -1,10 +1,10 @@
 """The paper's measures of linearity (sections 2.2-2.3, A.1-A.2), from features to numbers.
 
-Scope: tensors only, one calibration row at a time. Features of a submodule are seen at several points of weight space
-`theta_0 + sum_t c_t tau_t`; their changes against the base are reduced to inner products (`Products`), which add up
-over parts of a row's features (a head's vocabulary comes in chunks), and all measures are algebra on those.
+Scope: tensors only, one calibration row at a time. A submodule's features are computed at several points of weight
+space `theta_0 + sum_t c_t tau_t`. Their changes from the base are reduced to inner products (`Products`), which add up
+over parts of a row's features (a head's vocabulary comes in chunks). All measures are computed from those.
 
-Where the paper is silent or says two things:
+Decisions where the paper gives none, or contradicts itself:
 - a row whose features an expert does not change has no score, and is left out of the means;
 - a pair's or triple's expectation is over the rows of the tasks that it merges;
 - Eq. 17 sums T (T - 1) / 2 pairs and divides by T (T - 1); the text says "average over all possible pairs", which is
@@ -29,7 +29,7 @@ PAIR_GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 TRIPLE_GRID = (0.3, 0.5, 0.7)
 """Weights of each of three."""
 
-Point = tuple[float, ...]
+Coefficients = tuple[float, ...]
 """T coefficients c_t: the weights theta_0 + sum_t c_t tau_t."""
 
 
@@ -78,7 +78,7 @@ class Grid:
     Attributes:
         task: the task, and its expert.
         num_models: T.
-        own: N points on the way from the base to that expert.
+        own: N points on the line from the base to that expert.
         others: the other experts.
         mixed: every pair that holds the expert over `PAIR_GRID`, then every triple over `TRIPLE_GRID`.
         members: the experts of each of `mixed`.
@@ -88,16 +88,16 @@ class Grid:
     num_models: int
 
     @property
-    def own(self) -> list[Point]:
+    def own(self) -> list[Coefficients]:
         return [self._point((self.task,), (step / NUM_INTERVALS,)) for step in range(1, NUM_INTERVALS + 1)]
 
     @property
-    def others(self) -> list[Point]:
+    def others(self) -> list[Coefficients]:
         return [self._point((model,), (1.0,)) for model in range(self.num_models) if model != self.task]
 
     @property
-    def anchors(self) -> list[Point]:
-        """`own`, then `others`: the points to which all are compared."""
+    def anchors(self) -> list[Coefficients]:
+        """`own`, then `others`: the points that mixtures are compared with."""
         return [*self.own, *self.others]
 
     @property
@@ -105,18 +105,18 @@ class Grid:
         return [members for members, _ in self._mixtures()]
 
     @property
-    def mixed(self) -> list[Point]:
+    def mixed(self) -> list[Coefficients]:
         return [self._point(members, weights) for members, weights in self._mixtures()]
 
     def column(self, model: int) -> int:
-        """The place of an expert among the anchors."""
+        """The index of an expert among the anchors."""
         return NUM_INTERVALS - 1 if model == self.task else NUM_INTERVALS + model - (model > self.task)
 
-    def alone(self, point: Point) -> Point:
+    def alone(self, point: Coefficients) -> Coefficients:
         """The own expert at its weight in `point`: one of `own`, since the grids are multiples of 1 / N."""
         return self.own[round(point[self.task] * NUM_INTERVALS) - 1]
 
-    def _point(self, members: Sequence[int], weights: Sequence[float]) -> Point:
+    def _point(self, members: Sequence[int], weights: Sequence[float]) -> Coefficients:
         point = [0.0] * self.num_models
         for model, weight in zip(members, weights, strict=True):
             point[model] = weight
@@ -146,7 +146,7 @@ class Products:
 
     @classmethod
     def zeros(cls, grid: Grid) -> Products:
-        """Of no features yet."""
+        """Start with no features."""
         size, count = len(grid.anchors), len(grid.mixed)
         shapes = ((size, size), (count,), (count, size))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
@@ -163,7 +163,7 @@ class Products:
 
 @dataclass(frozen=True)
 class RowMeasures:
-    """What one row of a task says of one submodule; NaN where something did not change.
+    """The measures of one row of a task for one submodule; NaN where something did not change.
 
     Attributes:
         ratios: [N + 1, N + 1], see `distance_ratios`.

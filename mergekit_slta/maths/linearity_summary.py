@@ -1,6 +1,6 @@
-"""The measures of all rows together: what the linearity file says of a submodule.
+"""Averages of the rows' linearity measures: a submodule's numbers in the linearity file.
 
-Scope: tensors only; expectations over rows, as equations 8, 16 and 17 take them.
+Scope: tensors only; expectations over rows as in equations 8, 16 and 17.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mergekit_slta.maths.linearity import Grid, RowMeasures, projection_distance
 
 @dataclass(frozen=True)
 class Measures:
-    """What all rows say of one submodule. Means over rows; NaN where nothing changes.
+    """The measures of one submodule: means over rows; NaN where nothing changes.
 
     Attributes:
         score, score_std: [T] Eq. 19 of every expert on its own task's rows, and the standard deviation over these.
@@ -95,6 +95,6 @@ class Measures:
 
 
 def _std(values: Tensor) -> Tensor:
-    """Standard deviation over what is there."""
+    """Standard deviation of the values that are not NaN."""
     found = values[~values.isnan()]
     return found.std(correction=0) if len(found) else torch.tensor(torch.nan, dtype=torch.float64)

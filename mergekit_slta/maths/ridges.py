@@ -9,6 +9,7 @@ every candidate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,8 +60,9 @@ class Spectrum:
 
 def smallest_error(errors: Sequence[float]) -> float:
     """The candidate with the smallest error; the smallest such candidate where several are equal."""
-    bound = min(errors) + _EQUAL * max(map(abs, errors))
-    return next(ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= bound)
+    finite = [error for error in errors if math.isfinite(error)]  # others come from derivatives that overflow
+    bound = min(finite, default=0.0) + _EQUAL * max(map(abs, finite), default=0.0)
+    return next((ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= bound), SMALLEST_RIDGE)
 
 
 def one_standard_error(parts: Tensor, task: Tensor) -> float:
@@ -72,8 +74,9 @@ def one_standard_error(parts: Tensor, task: Tensor) -> float:
     """
     errors = parts.sum(1).tolist()
     best = RIDGES.index(smallest_error(errors))
-    bound = errors[best] + _standard_error(parts[best], task) + _EQUAL * max(map(abs, errors))
-    return max(ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= bound)
+    bound = errors[best] + _standard_error(parts[best], task) + _EQUAL * abs(errors[best])
+    within = (ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= bound)
+    return max(within, default=RIDGES[best])
 
 
 def _standard_error(parts: Tensor, task: Tensor) -> float:
