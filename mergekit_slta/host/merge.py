@@ -94,8 +94,7 @@ def _run(
     config_source: str | None,
     verify_residuals: bool,
 ) -> Any:
-    if config_source is not None:
-        check_content(yaml.safe_load(config_source))
+    _check_source(config_source)
     recipe = read_recipe(merge_config)
     out = Path(out_path)
     check_output(out, [model.model.path for model in recipe.models])
@@ -135,9 +134,23 @@ def _run(
         forget_loaders(recipe.models)
 
 
+def _check_source(source: str | None) -> None:
+    """Refuse keys that mergekit ignores, where the recipe's text is at hand.
+
+    Raises:
+        RecipeError: see `check_content`.
+    """
+    try:
+        content = yaml.safe_load(source or "")
+    except yaml.YAMLError:  # a caller's own text: the configuration is what counts
+        return
+    if isinstance(content, dict):
+        check_content(content)
+
+
 def _untie_config(job: Job, out: Path) -> None:
-    """Where an expert has an output projection of its own, so has the merged model: a tied base's config would make
-    transformers drop it."""
+    """Write `tie_word_embeddings: false` where an expert has an output projection of its own: with a tied base's config
+    transformers would drop the merged one."""
     path = out / CONFIG_NAME
     if job.plan.is_tied or not path.is_file():
         return

@@ -1,8 +1,8 @@
-"""An alphas file as a stock mergekit recipe: the same merge where this package is not installed.
+"""An alphas file as a stock mergekit recipe, which gives the same merge where this package is not installed.
 
-Scope: what `task_arithmetic` with filters can say of a merge, and the refusal of what it cannot. Filters are
-substrings and the first that matches wins, so there is one per tensor, with its full name, longer names first; what
-was written is then read back by mergekit's own resolver.
+Scope: write `task_arithmetic` with a filter for every tensor, and refuse what filters cannot express. A filter is a
+substring and the first that matches wins, so each is a full tensor name, and longer names come first. mergekit's own
+resolver reads the result back as a check.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.libraries.mergekit import evaluate_setting
 from mergekit_slta.recipe.read import constant, load_config, read_recipe
 
-SAYABLE = ("model", "layer", "attn_mlp", "linear")
-"""Granularities that filters can express: whole tensors only."""
+EXPRESSIBLE = ("model", "layer", "attn_mlp", "linear")
+"""Granularities whose submodules own whole tensors."""
 _VERBATIM = ("tokenizer", "tokenizer_source", "chat_template")
 _LARGEST_BYTES = 64 * 2**20
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -33,17 +33,18 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 def export(
     path: str | os.PathLike[str], recipe: str | os.PathLike[str] | None = None
 ) -> tuple[str, tuple[str, ...], Path | None]:
-    """The stock recipe of an alphas file.
+    """Write the stock recipe of an alphas file.
 
     Args:
         path: the alphas file.
-        recipe: the recipe it was made for; by default the `mergekit_config.yml` beside the file, if there is one.
+        recipe: the recipe that the alphas are for; by default the `mergekit_config.yml` beside the file, if there is
+            one.
 
     Returns:
         The recipe's text; notes for the user, a line each; and the recipe that was used, if any.
 
     Raises:
-        AlphasError: the file cannot be read, or says what filters cannot.
+        AlphasError: the file cannot be read, or filters cannot express it.
         RecipeError: the recipe is not the one of these alphas, or asks for what a stock recipe cannot do.
     """
     alphas = Alphas.load(path)
@@ -60,8 +61,9 @@ def export(
         given = _from_recipe(alphas, source)
     if any(key.startswith("tokenizer") for key in given.get("extra", ())):
         notes.append(
-            "Rows of the vocabulary that mergekit makes up (tokens that a model lacks, padding) are averaged in "
-            "float32 here, in the checkpoints' dtype with the plugin: they may differ in rounding"
+            "Vocabulary rows that mergekit fills in (tokens that a model lacks, padding) are averaged in float32 "
+            "here, and "
+            "in the checkpoints' dtype with the plugin: they may differ in rounding"
         )
     if "out_dtype" not in given:
         folders = [] if source is None else [Path(alphas.base_model)] + [beside.parent] * (source == beside)
@@ -69,7 +71,7 @@ def export(
         if found:
             given["out_dtype"], folder = found[0]
             notes.append(
-                f"out_dtype is {given['out_dtype']}, as of the weights in {show(folder)}: the recipe names none"
+                f"The recipe names no out_dtype: it is {given['out_dtype']}, that of the weights in {show(folder)}"
             )
         else:
             cause = "no recipe is at hand, name it with --recipe" if source is None else "the recipe names no out_dtype"
@@ -88,7 +90,8 @@ def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
     if not same or ("granularity" in stated and read.settings.granularity != alphas.granularity):
         raise RecipeError(
             f"{show(path)} is not the recipe of these alphas, which are for {show(alphas.granularity)} of "
-            f"{listing(ours)}: name theirs with --recipe"
+            f"{listing(ours)}: name theirs with --recipe",
+            code="recipe-of-other-alphas",
         )
     _check_dtype(config.dtype)
     content: dict[str, Any] = yaml.safe_load(text)
@@ -100,19 +103,23 @@ def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
 
 
 def _check_without_recipe(alphas: Alphas) -> None:
-    """Refuse what the alphas file's identity tells of a recipe that is not at hand."""
+    """Refuse alphas whose recipe, which is not at hand, has settings that the stock recipe would need."""
     dtype = alphas.identity.get("dtype", "None")
     _check_dtype(None if dtype == "None" else dtype)
     if alphas.identity.get("tokenizer", "None") != "None":
-        raise RecipeError("these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe")
+        raise RecipeError(
+            "these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
+            code="recipe-needed",
+        )
 
 
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype.removeprefix("torch.") != "float32":
         raise RecipeError(
-            f"the recipe casts its inputs to `dtype: {show(dtype)}`, which a stock recipe that computes in float32 "
-            f"cannot: where the checkpoints are {show(dtype)} already, name a recipe with `out_dtype` in the place of "
-            "`dtype` (--recipe)"
+            f"the recipe casts its inputs to `dtype: {show(dtype)}`, and the stock recipe computes in float32: where "
+            f"the checkpoints are {show(dtype)} already, use `out_dtype` in place of `dtype`, and name that recipe with "
+            "--recipe",
+            code="not-expressible",
         )
 
 
@@ -127,16 +134,16 @@ def stock_recipe(
     out_dtype: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> str:
-    """A `task_arithmetic` recipe that needs no plugin, as YAML.
+    """Write a `task_arithmetic` recipe that needs no plugin, as YAML.
 
     Args:
         alphas: the weights.
         scale: the recipe's `lambda`.
-        out_dtype: the merged model's; float32 if None, for that is what the arithmetic is in.
-        extra: further top-level keys (tokenizer, chat template), taken over as they are.
+        out_dtype: of the merged model; None leaves it at float32, which the merge is computed in.
+        extra: further top-level keys (tokenizer, chat template), copied as they are.
 
     Raises:
-        AlphasError: slices of a tensor have weights of their own, or mergekit does not read the filters as meant.
+        AlphasError: slices of a tensor have weights of their own, or mergekit resolves the filters otherwise.
     """
     weights = _weights(alphas)
     names = filter_order(weights)
@@ -157,15 +164,13 @@ def stock_recipe(
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=2**20)
     _check_filters(text, alphas, weights)
-    print_ = show(alphas.provenance.get("fingerprint"), 16)
-    return (
-        f"# Made by `mergekit-slta export` from alphas {print_} ({show(alphas.granularity)}): no plugin needed.\n{text}"
-    )
+    made_from = f"alphas {show(alphas.provenance.get('fingerprint'), 16)} ({show(alphas.granularity)})"
+    return f"# Made by `mergekit-slta export` from {made_from}: no plugin needed.\n{text}"
 
 
 def _reachable(model: str) -> str:
-    """Local folders by their whole path: stock mergekit's model card asks the Hub about a relative one, and offline
-    that ends the merge. Everything else as it is spelled."""
+    """Make local folders absolute: mergekit's model card asks the Hub about a relative path, and offline that ends the
+    merge."""
     return "+".join(os.path.realpath(part) if os.path.isdir(part) else part for part in model.split("+"))
 
 
@@ -177,15 +182,17 @@ def _weights(alphas: Alphas) -> dict[str, tuple[float, ...]]:
             pieces = alphas.pieces(name) or ()
             if getattr(entry, "slices", None) or len(pieces) != 1 or pieces[0].axis is not None:
                 raise AlphasError(
-                    f"under `granularity: {show(alphas.granularity)}` slices of {show(name)} have weights "
-                    f"of their own, which a filter cannot say: export alphas of {listing(SAYABLE)}"
+                    f"under `granularity: {show(alphas.granularity)}` slices of {show(name)} have weights of their "
+                    "own, "
+                    f"which a filter cannot express: export alphas of {listing(EXPRESSIBLE)}",
+                    code="not-expressible",
                 )
             weights[name] = pieces[0].alpha
     return weights
 
 
 def filter_order(names: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Tensor names in an order in which none stands before one that contains it; as given among equal lengths."""
+    """Sort tensor names so that none stands before one that contains it; equal lengths keep their order."""
     return sorted(names, key=len, reverse=True)
 
 
@@ -198,7 +205,8 @@ def _check_filters(text: str, alphas: Alphas, weights: Mapping[str, Sequence[flo
             if found != alpha[column]:
                 raise AlphasError(
                     f"mergekit's filters give {show(name)} of {show(alphas.models[column])} the weight {show(found)}, "
-                    f"not {alpha[column]}: this file cannot be exported, merge with `mergekit-slta merge`"
+                    f"not {alpha[column]}: this file cannot be exported, merge with `mergekit-slta merge`",
+                    code="not-expressible",
                 )
 
 
