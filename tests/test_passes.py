@@ -22,7 +22,7 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives import costs
 from mergekit_slta.objectives.costs import estimate_gradients as estimate
-from mergekit_slta.objectives.gradient_passes import _Passes, gather_derivatives
+from mergekit_slta.objectives.gradient_passes import gather_derivatives, report_divergence
 from mergekit_slta.objectives.joint import solve_together
 from mergekit_slta.runner import head_loss
 from mergekit_slta.runner.backward import BackwardPass
@@ -207,7 +207,7 @@ def test_a_step_that_leads_away_is_said(caplog, earlier, left, row_step, said):
     before.row_step = None if row_step is None else torch.tensor(row_step)
     with caplog.at_level(logging.WARNING):
         number = 2 if row_step is None else 1 + max(row_step)
-        _Passes._say(None, number, before, torch.tensor([[1.0, left], [1.0, left]]))
+        report_divergence(number, before, torch.tensor([[1.0, left], [1.0, left]]))
     assert (f"step {number - 1} increased the divergence from the experts from 20.0%" in caplog.text) == said
 
 
@@ -343,10 +343,10 @@ def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # n
     jobs = [same(models, steps=0, label_samples=count) for count in (100, 300)]
     head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
     longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
-    monkeypatch.setattr(costs, "_SOLVE_MATRICES", 0)
+    monkeypatch.setattr(costs, "SOLVE_MATRICES", 0)
     few, many = (estimate(job).peak_bytes for job in jobs)
     assert many - few == pytest.approx(200 * 2 * longest * head[0] * 4 * costs.MEMORY_MARGIN, abs=2)
-    monkeypatch.setattr(costs, "_SOLVE_MATRICES", 1000)
+    monkeypatch.setattr(costs, "SOLVE_MATRICES", 1000)
     draws = 300 * sum(len(rows.rows) for rows in jobs[1].rows)
     slopes = 6 * draws * 2 * len(jobs[1].submodules) * 8
     assert estimate(jobs[1]).peak_bytes == int(costs.MEMORY_MARGIN * (1000 * draws**2 * 8 + slopes))

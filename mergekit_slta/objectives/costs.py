@@ -22,7 +22,7 @@ from mergekit_slta.runtime.activations import activation_bytes
 
 MEMORY_MARGIN = 1.5
 """Peak memory over the sum of its parts: the allocator keeps freed blocks for the next tensors of their size."""
-_SOLVE_MATRICES = 5
+SOLVE_MATRICES = 5
 """Matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
 _DERIVATIVE_COPIES = 6
 """Copies of all derivatives that rebasing, joining and solving them holds at a time."""
@@ -187,7 +187,7 @@ def estimate_gradients(job: Job) -> Costs:
             "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
         },
         {
-            "matrices of the solve": _SOLVE_MATRICES * (draws * num_rows) ** 2 * 8,
+            "matrices of the solve": SOLVE_MATRICES * (draws * num_rows) ** 2 * 8,
             "derivatives": _DERIVATIVE_COPIES * num_rows * derivatives * (models - 1) * len(job.submodules) * 8,
         },
     )

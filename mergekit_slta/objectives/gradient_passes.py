@@ -89,15 +89,16 @@ class _Passes:
         self._checkpoints = job.checkpoints()
         self._layout = layout_of(job)
         self.progress: Progress
-        self._begin(0)
+        self._use_rows(0)
 
-    def _begin(self, group: int) -> None:
-        self._examples = self._job.examples(group)
-        self._own = self._ranks.share([len(example.row.ids) for example in self._examples])
-        self._mine = [self._examples[row] for row in self._own]
-        self._row_task = torch.tensor([example.task for example in self._examples], dtype=torch.int64, device="cpu")
+    def _use_rows(self, group: int) -> None:
+        """Make a group of rows the current one."""
+        self._rows = self._job.examples(group)
+        self._places = self._ranks.share([len(row.row.ids) for row in self._rows])
+        self._own_rows = [self._rows[place] for place in self._places]
+        self._row_task = torch.tensor([example.task for example in self._rows], dtype=torch.int64, device="cpu")
         self._teachers: list[Tensor] = []
-        self._mark = f"{group}-" if group else ""  # of these rows' records before their step
+        self._prefix = f"{group}-" if group else ""  # of the names of these rows' records
 
     @property
     def layers(self) -> list[str]:
@@ -108,7 +109,7 @@ class _Passes:
         """Run every row through its own expert, whose outputs become the teacher of later passes."""
         settings = self.settings
         known = self._is_recorded(_TEACHERS)
-        slopes, _ = self._pass(
+        derivatives, _ = self._pass(
             "",
             max(1, settings.label_samples),
             self._seed,
@@ -117,17 +118,17 @@ class _Passes:
         )
         if known and settings.steps:
             self._load_teachers()
-        return Statistics(self._row_task, len(self._job.plan.models) - 1, slopes, form="slope")
+        return Statistics(self._row_task, len(self._job.plan.models) - 1, derivatives, form="slope")
 
     def take_rows(self, group: int) -> None:
         """Go over to other rows, with their experts' outputs as the teacher."""
-        self._begin(group)
+        self._use_rows(group)
         if self._is_recorded(_TEACHERS):
             self._load_teachers()
-            self._forget(f"{self._mark}experts-")
-        elif self._mine:
+            self._forget(f"{self._prefix}experts-")
+        elif self._own_rows:
             self.progress.announce("experts")
-            with self._activations(f"{self._mark}experts-", 2, 0) as store:
+            with self._activations(f"{self._prefix}experts-", 2, 0) as store:
                 backward = self._backward(store, self._seed)
                 backward.forward()
                 self._keep_teachers(backward)
@@ -142,30 +143,30 @@ class _Passes:
         self._teachers = backward.completion_features()
         if self._resume is not None:
             flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
-            self._resume.put(self._mark + _TEACHERS, {_TEACHERS: flat})
+            self._resume.put(self._prefix + _TEACHERS, {_TEACHERS: flat})
 
     def _load_teachers(self) -> None:
-        lengths = [len(example.row.ids) - example.row.completion for example in self._mine]
+        lengths = [len(example.row.ids) - example.row.completion for example in self._own_rows]
         if self._resume is not None:
-            self._teachers = list(self._resume.get(self._mark + _TEACHERS)[_TEACHERS].split(lengths))
+            self._teachers = list(self._resume.get(self._prefix + _TEACHERS)[_TEACHERS].split(lengths))
 
     def _is_recorded(self, what: str) -> bool:
         """Whether the resume store holds it for the current rows."""
-        return self._resume is not None and self._mark + what in self._resume.finished
+        return self._resume is not None and self._prefix + what in self._resume.finished
 
     def at_base(self) -> Tensor:
         """Every row's KL(expert || base) in nats, [rows] float64: what there is to recover."""
-        found = torch.zeros(len(self._examples), dtype=torch.float64)
-        label = f"{self._mark}{_BASE}-"
+        found = torch.zeros(len(self._rows), dtype=torch.float64)
+        label = f"{self._prefix}{_BASE}-"
         if self._resume is not None and self._is_recorded(_BASE):
-            found[self._own] = self._resume.get(self._mark + _BASE)[DIVERGENCE]
+            found[self._places] = self._resume.get(self._prefix + _BASE)[DIVERGENCE]
             self._forget(label)
-        elif self._mine:
+        elif self._own_rows:
             self.progress.announce("base")
             with self._activations(label, 2, 0) as store:
                 backward = self._backward(store, self._seed, at="base", teachers=self._teachers)
-                found[self._own] = backward.divergences()
-            self._put(self._mark + _BASE, {DIVERGENCE: found[self._own]})
+                found[self._places] = backward.divergences()
+            self._put(self._prefix + _BASE, {DIVERGENCE: found[self._places]})
         self.progress.advance(1)
         self._ranks.all_reduce_(found)
         return found
@@ -181,17 +182,17 @@ class _Passes:
         def merge(weights: Sequence[Weights]) -> Weights:
             return merge_group([], weights)
 
-        slopes, divergence = self._pass(
+        derivatives, divergence = self._pass(
             f"step-{number}-", settings.label_samples + 1, self._seed + number, at=merge, teachers=self._teachers
         )
         divergences = torch.stack([base, divergence], dim=1)
-        self._say(number, before, divergences)
+        report_divergence(number, before, divergences)
         point = {
             entry.name: torch.tensor([entry.alpha[column] for column in columns], dtype=torch.float64)
             for entry in entries
         }
         found = Statistics(
-            self._row_task, before.num_models, slopes, form="step", point=point, divergences=divergences
+            self._row_task, before.num_models, derivatives, form="step", point=point, divergences=divergences
         )  # fmt: skip
         if settings.row_groups == 1:
             return found
@@ -201,24 +202,6 @@ class _Passes:
         moved, other = rebase_quadratics(point, before.by_submodule, before.point, before.divergences)
         return Statistics.join([replace(before, by_submodule=moved, point=point, divergences=other), found])
 
-    def _say(self, number: int, before: Statistics, divergences: Tensor) -> None:
-        """Report the divergence at a step's point; warn where the step before has increased it."""
-        left = (divergences[:, 1].sum() / divergences[:, 0].sum()).item()
-        LOG.info("before step %d, %.1f%% of the base's divergence from the experts is left", number, 100 * left)
-        if before.divergences is None:
-            return
-        of_others = before.row_step is not None
-        if of_others and number == 2:  # the solve at the experts was fitted to the first rows
-            return
-        seen = before.divergences[before.row_step == before.row_step.max()] if of_others else before.divergences
-        earlier = (seen[:, 1].sum() / seen[:, 0].sum()).item()
-        if left > earlier * (NEW_ROWS_TOLERANCE if of_others else 1):
-            LOG.warning(
-                "step %d increased the divergence from the experts from %.1f%% of the base's to %.1f%%: "
-                "set a larger `ridge`, more `num_samples`, a coarser `granularity`, or fewer `steps`",
-                number - 1, 100 * earlier, 100 * left,
-            )  # fmt: skip
-
     def _pass(
         self, label: str, draws: int, seed: int, then: Callable[[BackwardPass], None] | None = None, *,
         done: bool = True, **where: Any,
@@ -226,7 +209,7 @@ class _Passes:
         """Run one pass: submodule -> [rows, draws, T] derivatives, and [rows] divergences (zeros without teachers).
 
         Args:
-            label: of its records.
+            label: the start of its records' names.
             draws: derivatives per row.
             seed: of the label draws.
             then: called when the pass is through, while its activations are still there.
@@ -234,66 +217,91 @@ class _Passes:
             where: further arguments of the pass.
         """
         experts = len(self._job.plan.models) - 1
-        shape = (len(self._examples), draws, experts)
-        slopes = {submodule.name: torch.zeros(shape, dtype=torch.float64) for submodule in self._job.submodules}
-        divergence = torch.zeros(len(self._examples), dtype=torch.float64)
+        shape = (len(self._rows), draws, experts)
+        derivatives = {submodule.name: torch.zeros(shape, dtype=torch.float64) for submodule in self._job.submodules}
+        divergence = torch.zeros(len(self._rows), dtype=torch.float64)
 
         def add(found: Mapping[str, Tensor]) -> None:
             for name, part in found.items():
-                (divergence if name == DIVERGENCE else slopes[name])[self._own] += part
+                (divergence if name == DIVERGENCE else derivatives[name])[self._places] += part
 
-        kept = self._resume.finished if self._resume is not None else frozenset()
-        labels = [label + stage for stage in self.layers]
-        if self._resume is not None and done and kept.issuperset(labels):
-            for stage in labels:
-                add(self._resume.get(stage))
+        finished = self._resume.finished if self._resume is not None else frozenset()
+        labels = [label + layer for layer in self.layers]
+        if self._resume is not None and done and finished.issuperset(labels):
+            for layer in labels:
+                add(self._resume.get(layer))
             self._forget(label)
             self.progress.advance(len(labels))
-        elif self._mine:
+        elif self._own_rows:
             with self._activations(label, self._job.skeleton.num_layers + 1, draws) as store:
-                if not kept.issuperset(labels[: store.layers_done]):
+                if not finished.issuperset(labels[: store.layers_done]):
                     store.rewind()  # a record was damaged: start at the loss again, the activations are there
-                for stage in labels[: store.layers_done]:
-                    add(self._resume.get(stage) if self._resume is not None else {})
+                for layer in labels[: store.layers_done]:
+                    add(self._resume.get(layer) if self._resume is not None else {})
                 self.progress.advance(store.layers_done)
                 backward = self._backward(store, seed, **where)
-                for stage, found in backward.run():
+                for layer, found in backward.run():
                     add(found)
-                    self._put(label + stage, found)
+                    self._put(label + layer, found)
                     self.progress.advance(1)
                 if then is not None:
                     then(backward)
-        for part in (*slopes.values(), divergence):
+        for part in (*derivatives.values(), divergence):
             self._ranks.all_reduce_(part)
-        return slopes, divergence
+        return derivatives, divergence
 
     def _backward(self, store: ActivationStore, seed: int, **where: Any) -> BackwardPass:
         job = self._job
         return BackwardPass(
-            job.skeleton, self._checkpoints, job.submodules, self._mine,
+            job.skeleton, self._checkpoints, job.submodules, self._own_rows,
             label_samples=self.settings.label_samples, seed=seed, store=store, announce=self.progress.announce, **where,
         )  # fmt: skip
 
-    def _put(self, stage: str, found: Mapping[str, Tensor]) -> None:
+    def _put(self, layer: str, found: Mapping[str, Tensor]) -> None:
         if self._resume is not None:
-            self._resume.put(stage, found)
+            self._resume.put(layer, found)
 
     @contextmanager
-    def _activations(self, label: str, levels: int, draws: int) -> Iterator[ActivationStore]:
+    def _activations(self, label: str, num_depths: int, draws: int) -> Iterator[ActivationStore]:
         """The store for a pass's activations: in the resume store's folder; without one in memory, or in a temporary
         file."""
-        lengths = [len(example.row.ids) for example in self._mine]
+        lengths = [len(example.row.ids) for example in self._own_rows]
         width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
         with ExitStack() as stack:
             folder = None
             if self._resume is not None:
                 folder = self._resume.activations_folder(label)
-            elif activation_bytes(sum(lengths), levels, draws, width, dtype) > ACTIVATIONS_IN_MEMORY:
+            elif activation_bytes(sum(lengths), num_depths, draws, width, dtype) > ACTIVATIONS_IN_MEMORY:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="mergekit-slta-")))
-            yield ActivationStore(lengths, levels, draws, width, dtype, folder)
+            yield ActivationStore(lengths, num_depths, draws, width, dtype, folder)
         self._forget(label)
 
     def _forget(self, label: str) -> None:
         """Remove a pass's activations once all its derivatives are recorded."""
         if self._resume is not None:
             shutil.rmtree(self._resume.activations_folder(label), ignore_errors=True)
+
+
+def report_divergence(number: int, before: Statistics, divergences: Tensor) -> None:
+    """Log the divergence from the experts before a step, and warn where the step before has increased it.
+
+    Args:
+        number: of the step, from 1.
+        before: the statistics that the step before was solved from.
+        divergences: [rows, 2] float64, KL(expert || model) in nats of the base and of the merged model.
+    """
+    left = (divergences[:, 1].sum() / divergences[:, 0].sum()).item()
+    LOG.info("before step %d, %.1f%% of the base's divergence from the experts is left", number, 100 * left)
+    if before.divergences is None:
+        return
+    has_new_rows = before.row_step is not None
+    if has_new_rows and number == 2:  # the solve at the experts was fitted to the first rows
+        return
+    newest = before.divergences[before.row_step == before.row_step.max()] if has_new_rows else before.divergences
+    earlier = (newest[:, 1].sum() / newest[:, 0].sum()).item()
+    if left > earlier * (NEW_ROWS_TOLERANCE if has_new_rows else 1):
+        LOG.warning(
+            "step %d increased the divergence from the experts from %.1f%% of the base's to %.1f%%: "
+            "set a larger `ridge`, more `num_samples`, a coarser `granularity`, or fewer `steps`",
+            number - 1, 100 * earlier, 100 * left,
+        )  # fmt: skip

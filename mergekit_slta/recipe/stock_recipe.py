@@ -117,8 +117,9 @@ def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype.removeprefix("torch.") != "float32":
         raise RecipeError(
             f"the recipe casts its inputs to `dtype: {show(dtype)}`, and the stock recipe computes in float32: where "
-            f"the checkpoints are {show(dtype)} already, use `out_dtype` in place of `dtype`, and name that recipe with "
-            "--recipe",
+            "the "
+            f"checkpoints are {show(dtype)} already, use `out_dtype` in place of `dtype` and name that recipe "
+            "(--recipe)",
             code="not-expressible",
         )
 
