@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.errors import RunError
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runtime import distributed
 from mergekit_slta.runtime.distributed import Ranks, joined, own_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -114,7 +116,7 @@ def test_a_dead_process_ends_the_job(make_models, tmp_path):
     assert not (tmp_path / "slta_alphas.json").exists()
     again = slta("calibrate", tmp_path / "recipe.yml", "-o", tmp_path / "slta_alphas.json")
     assert again.exit_code == 0, again.output
-    assert "Going on" in again.output
+    assert "Resuming" in again.output
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 7))
@@ -165,3 +167,19 @@ def test_processes_that_cannot_join(monkeypatch):
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(RunError, match="the processes cannot be joined"), joined():
         pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_logging_is_as_before_once_the_processes_part(monkeypatch, rank):
+    """Only the first process logs while they work together; the root logger's level comes back, after an error too."""
+    monkeypatch.setattr(distributed, "is_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    root = logging.getLogger()
+    before = root.level
+    with pytest.raises(KeyError), distributed.joined():
+        assert root.level == (logging.ERROR if rank else before)
+        raise KeyError
+    assert root.level == before

@@ -55,13 +55,13 @@ FAULTS = {
     "disk full at the config": (PretrainedConfig, "save_pretrained", FULL, 1, "No space left on device"),
     "disk full at the features": (tape, "mapped", FULL, 1, "free some room, or use fewer rows"),
     "no memory in a block": (Skeleton, "block", NO_MEMORY, 5, "lower `max_seq_length`|`num_samples`"),
-    "no memory in a merge": (method, "combine", MemoryError(), 4, "the merge failed (MemoryError)"),
+    "no memory in a merge": (method, "merge_tensor", MemoryError(), 4, "the merge failed (MemoryError)"),
     "interrupted in a block": (Skeleton, "block", KeyboardInterrupt(), 5, "Aborted"),
     "interrupted in a backward pass": (torch.autograd, "grad", KeyboardInterrupt(), 20, "Aborted"),
-    "interrupted in a merge": (method, "combine", KeyboardInterrupt(), 4, "Aborted"),
+    "interrupted in a merge": (method, "merge_tensor", KeyboardInterrupt(), 4, "Aborted"),
     "interrupted at a shard": (
         mergekit.io.tensor_writer.safetensors.torch, "save_file", KeyboardInterrupt(), 1, "Aborted"),
-    "an input/output error in a merge": (method, "combine", OSError(errno.EIO, os.strerror(errno.EIO)), 2,
+    "an input/output error in a merge": (method, "merge_tensor", OSError(errno.EIO, os.strerror(errno.EIO)), 2,
                                          "the merge failed (OSError): [Errno 5] Input/output error"),
 }  # fmt: skip
 GRADIENTS = ("disk full at the features", "interrupted in a backward pass")
