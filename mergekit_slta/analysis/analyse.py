@@ -1,9 +1,11 @@
-"""The linearity analysis: recipe -> rows -> runner at interpolated experts -> the paper's measures -> linearity file.
+"""The linearity analysis: from a recipe's rows to the linearity file.
 
-Scope: the order of the steps, and going on after a kill. Three walks, since the rows meet the layers as a whole, the
-blocks inside them, and the whole model: each reads every checkpoint once and holds one step of every model.
+Scope: which forward passes are made, and going on after a kill. The runner passes the rows through the model three
+times: to measure whole layers, the blocks and heads inside them, and the whole model. Each time it reads every
+checkpoint once, and holds one forward group of every model in memory. `measurements` turns the outputs at interpolated
+experts into the paper's measures.
 
-Inputs are the base's, as in the paper, whatever the recipe's `inputs`.
+Submodules get the base's features as inputs, as in the paper, whatever the recipe's `inputs` says.
 """
 
 from __future__ import annotations
@@ -14,13 +16,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_slta.analysis.measurements import Observation
-from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.analysis.measurements import GroupMeasurement
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
 from mergekit_slta.errors import ModelError, RecipeError
 from mergekit_slta.files.identity import hash_identity, importance_label
@@ -38,203 +38,225 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 BATCH_TOKENS = 512
-"""Tokens per batch: the features at a dozen points stand side by side, so less than in a calibration."""
+"""Tokens per batch: fewer than in a calibration, since the features at a dozen points are in memory at a time."""
 _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
-_LEVELS = ("layer", "head_mlp", "model")
+_GRANULARITIES = ("layer", "head_mlp", "model")
+"""What each of the three forward passes measures."""
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
-"""From the outside in: the order of the table and of the figures."""
-_NOT_OURS = {"granularity", "objective", "balance", "ridge"}
-"""Labels of a job's identity that do not change what is measured; the rows are told by their hashes."""
+"""Kinds of submodules, in the order of the table and of the figures."""
+_IRRELEVANT = {"granularity", "objective", "balance", "ridge", "seed"}
+"""Labels of a job's identity that do not change what is measured; the rows' own labels stand for the seed."""
 
 
 def for_linearity(recipe: Recipe) -> Recipe:
-    """The recipe without the keys of its objective: nothing is solved, and every task's rows are drawn once."""
+    """The recipe without the keys of its objective: nothing is solved here, and each task's rows are drawn once."""
     return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"own": ObjectiveSettings()})})
 
 
 def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:
     """Measure the linearity of a recipe's experts, and write it to `path`.
 
-    A run that was killed goes on from the records beside `path`; a finished one is not repeated.
+    A run that was killed goes on with what it has stored beside `path`; a finished one is not repeated.
 
     Args:
-        job: the recipe, prepared; `for_linearity` of it, where it is not to have rows for steps.
+        job: what `for_linearity` makes of the recipe, prepared.
         path: the linearity file; checked by `check_linearity_target`.
-        num_rows: of each task, in the order in which they were drawn; all by default.
+        num_rows: use the first so many rows of each task; all by default.
 
     Returns:
-        The measures, and whether they were there already.
+        The measures, and whether the file held them already.
 
     Raises:
-        RecipeError, DataError, ModelError, RunError, OutputError: in one line.
+        RecipeError: `num_rows` is below 1.
+        DataError: an expert has no `dataset`.
+        AlphasError: the file at `path` is damaged or of another kind.
+        ModelError: a weight is NaN or Inf.
+        RunError: a feature is NaN or Inf, or memory ran out.
+        OutputError: the file cannot be written, or another process works on it.
     """
-    job.check_rows()
     if num_rows is not None and num_rows < 1:
-        raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task")
-    rows = _rows(job, num_rows)
-    mark = _fingerprint(job, rows)
+        raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task", code="invalid-value")
+    rows = _Rows.of(job, num_rows)
+    fingerprint = _fingerprint(job, rows)
     if path.exists():
         found = Linearity.load(path)
-        if found.provenance.get("fingerprint") == mark:
+        if found.provenance.get("fingerprint") == fingerprint:
             return found, True
     entries: list[SubmoduleLinearity] = []
     with (
-        ResumeStore(resume_folder(path), mark) as records,
+        ResumeStore(resume_folder(path), fingerprint) as resume,
         torch.inference_mode(),
         job.advice_on_memory(),
     ):
-        records.open()
-        passes = [(level, _submodules(job, level)) for level in _LEVELS]
+        resume.open()
+        passes = [(granularity, _submodules(job, granularity)) for granularity in _GRANULARITIES]
         total = sum(len({submodule.forward_group for submodule in submodules}) for _, submodules in passes)
         with Progress("Measuring", total, quiet=job.options.quiet) as progress:
-            for level, submodules in passes:
-                entries += _walk(job, rows, level, submodules, records, progress)
-        result = _assemble(job, rows, entries, mark)
+            for granularity, submodules in passes:
+                _measure(job, rows, granularity, submodules, resume, progress)
+                entries += _entries(granularity, submodules, resume)
+        result = _assemble(job, rows, entries, fingerprint)
         result.save(path)
-        records.remove()
+        resume.remove()
     return result, False
 
 
 def num_forwards(num_experts: int) -> int:
-    """Forward passes of a row through the model: per state the base, the way to the own expert, the other experts,
-    pairs and triples."""
+    """How many forward passes each row makes: for each granularity the base, the points between it and the row's own
+    expert, the other experts, pairs and triples."""
     grid = Grid(0, num_experts)
-    return len(_LEVELS) * (1 + len(grid.anchors) + len(grid.mixed))
+    return len(_GRANULARITIES) * (1 + len(grid.anchors) + len(grid.mixed))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of all tasks, in canonical order of the experts: tokens, and whose they are."""
+    """The rows that are measured, in canonical order of their tasks.
+
+    Attributes:
+        tokens: of each row.
+        task: of each row, the index of its task.
+        numbers: for each task, the numbers of its rows in the dataset.
+        datasets: for each task, the dataset's name.
+    """
 
     tokens: list[Sequence[int]]
     task: list[int]
     numbers: list[list[int]]
+    datasets: list[str]
 
-
-def _rows(job: Job, num_rows: int | None) -> _Rows:
-    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
-    tokens, task, numbers = [], [], []
-    for index, model in enumerate(job.plan.models[1:]):
-        drawn = by_model[model].rows[:num_rows]  # type: ignore[union-attr] - check_rows
-        tokens += [row.ids for row in drawn]
-        task += [index] * len(drawn)
-        numbers.append([row.number for row in drawn])
-    return _Rows(tokens, task, numbers)
+    @classmethod
+    def of(cls, job: Job, num_rows: int | None) -> _Rows:
+        """The first `num_rows` rows of each task."""
+        tasks = job.task_rows()
+        chosen = [drawn.rows[:num_rows] for drawn in tasks]
+        return cls(
+            tokens=[row.ids for rows in chosen for row in rows],
+            task=[task for task, rows in enumerate(chosen) for _ in rows],
+            numbers=[[row.number for row in rows] for rows in chosen],
+            datasets=[drawn.dataset for drawn in tasks],
+        )
 
 
 def _fingerprint(job: Job, rows: _Rows) -> str:
-    left_out = _NOT_OURS | {importance_label(job.recipe.label(model)) for model in job.experts}
+    left_out = _IRRELEVANT | set(job.recipe.settings.own.effective())
+    left_out |= {importance_label(job.recipe.label(model)) for model in job.experts}
     record = {label: value for label, value in job.identity.items() if label not in left_out}
     grids = str((NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, BATCH_TOKENS, HEAD_ELEMENTS))
     versions = {package: version(package) for package in _PACKAGES}
     return hash_identity({**record, **versions, "rows": str(rows.numbers), "grids": grids, "device": job.device.type})
 
 
-def _submodules(job: Job, level: str) -> list[Submodule]:
-    """What a state evaluates; the blocks' state ends before the head, which the layers' has measured."""
+def _submodules(job: Job, granularity: str) -> list[Submodule]:
+    """What is measured at a granularity. The head is measured with the layers, and left out with the heads."""
     tied = job.plan.is_tied
     names, anatomy = job.plan.tensors, job.skeleton.anatomy
     try:
-        submodules = partition(names, anatomy, level, tied=tied)
+        submodules = partition(names, anatomy, granularity, tied=tied)
     except ModelError:
-        if level != "head_mlp":
+        if granularity != "head_mlp":
             raise
         LOG.warning("attention heads cannot be told apart in this architecture: they are left out")
         submodules = partition(names, anatomy, "attn_mlp", tied=tied)
-    if level == "head_mlp":
+    if granularity == "head_mlp":
         return [submodule for submodule in submodules if submodule.kind != "head"]
     return submodules
 
 
-def _walk(
-    job: Job, rows: _Rows, level: str, submodules: list[Submodule], records: ResumeStore, progress: Progress
-) -> Iterator[SubmoduleLinearity]:
-    """Measure every submodule of one state; steps that have a record are not evaluated again."""
-    # An expert's interpolations are looked at on its own task's rows only.
+def _measure(
+    job: Job, rows: _Rows, granularity: str, submodules: list[Submodule], resume: ResumeStore, progress: Progress
+) -> None:
+    """Measure the submodules of one granularity and store the measures; finished forward groups are left out."""
+    # A batch holds rows of one task: an expert's interpolations are evaluated on its own task's rows only.
     batches = plan_task_batches(rows.tokens, rows.task, BATCH_TOKENS)
-    num_models = len(job.plan.models) - 1
-    grids = [Grid(rows.task[batch.rows[0]], num_models) for batch in batches]
-    steps = list(dict.fromkeys(submodule.forward_group for submodule in submodules))
-    done = {step for step in steps if f"{level}/{step}" in records.finished}
-    if level == "head_mlp":
-        done.add("embed")  # measured with the layers; here it only lets the rows in
-    progress.advance(len(done))
-    if len(done) < len(steps):
-        state = ForwardState(
-            job.skeleton,
-            Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer),
-            batches,
-            coefficients=[[*grid.anchors, *grid.mixed] for grid in grids],
-            packs=plan_packs(batches, BATCH_TOKENS, [grid.task for grid in grids]),
-            skip=done,
-            folder=records.activations_folder() if level == "model" else None,
-            head_elements=HEAD_ELEMENTS // 2,
-            announce=progress.announce,
-        )
-        step = Observation(rows.task, grids)
-        for evaluation in evaluate_submodules(state, submodules):
-            if evaluation.submodule.forward_group != step.step:
-                _finish(step, level, records)
-                step = Observation(rows.task, grids, evaluation.submodule.forward_group)
-            progress.work_on(f"{level}/{step.step}")
-            step.add(evaluation)
-            del evaluation
-        _finish(step, level, records)
+    grids = [Grid(rows.task[batch.rows[0]], len(job.experts)) for batch in batches]
+    groups = list(dict.fromkeys(submodule.forward_group for submodule in submodules))
+    finished = {group for group in groups if _key(granularity, group) in resume.finished}
+    if granularity == "head_mlp":
+        finished.add("embed")  # measured with the layers
+    progress.advance(len(finished))
+    if len(finished) == len(groups):
+        return
+    state = ForwardState(
+        job.skeleton,
+        job.checkpoints(),
+        batches,
+        coefficients=[[*grid.anchors, *grid.mixed] for grid in grids],
+        packs=plan_packs(batches, BATCH_TOKENS, [grid.task for grid in grids]),
+        skip=finished,
+        folder=resume.activations_folder() if granularity == "model" else None,
+        head_elements=HEAD_ELEMENTS // 2,
+        announce=progress.announce,
+    )
+    group, measurement = "", GroupMeasurement(rows.task, grids)
+    for evaluation in evaluate_submodules(state, submodules):
+        if evaluation.submodule.forward_group != group:
+            if group:
+                resume.put(_key(granularity, group), measurement.measures())
+            group, measurement = evaluation.submodule.forward_group, GroupMeasurement(rows.task, grids)
+        progress.work_on(_key(granularity, group))
+        measurement.add(evaluation)
+        del evaluation  # its features, before the next ones are computed
+    if group:
+        resume.put(_key(granularity, group), measurement.measures())
+
+
+def _key(granularity: str, group: str) -> str:
+    """The key of a forward group's measures in the resume store."""
+    return f"{granularity}/{group}"
+
+
+def _entries(granularity: str, submodules: list[Submodule], resume: ResumeStore) -> Iterator[SubmoduleLinearity]:
+    """The measures in the resume store, as entries of the linearity file."""
     for submodule in submodules:
-        if f"{level}/{submodule.forward_group}" in records.finished:
-            found = records.get(f"{level}/{submodule.forward_group}")
-            yield _entry(submodule, {key.rpartition("|")[2]: value for key, value in found.items()
-                                     if key.rpartition("|")[0] == submodule.name})  # fmt: skip
+        key = _key(granularity, submodule.forward_group)
+        if key in resume.finished:
+            stored = resume.get(key)
+            fields = {name.rpartition("|")[2]: value for name, value in stored.items()
+                      if name.rpartition("|")[0] == submodule.name}  # fmt: skip
+            yield _entry(submodule, fields)
 
 
-def _finish(step: Observation, level: str, records: ResumeStore) -> None:
-    if step.step:
-        records.put(f"{level}/{step.step}", step.measures())
-
-
-def _entry(submodule: Submodule, found: dict[str, Tensor]) -> SubmoduleLinearity:
+def _entry(submodule: Submodule, measures: dict[str, Tensor]) -> SubmoduleLinearity:
     def numbers(values: Tensor) -> tuple:
         if values.dim() == 1:
             return tuple(number(value) for value in values.tolist())
         return tuple(numbers(part) for part in values)
 
-    apart = found["pair_disagreement"]
     return SubmoduleLinearity(
         name=submodule.name,
         kind=submodule.kind,
         layer=submodule.layer,
-        non_linearity=numbers(found["score"]),
-        non_linearity_std=numbers(found["score_std"]),
-        distances=None if submodule.kind == "attention_head" else numbers(found["ratios"]),
+        non_linearity=numbers(measures["score"]),
+        non_linearity_std=numbers(measures["score_std"]),
+        distances=None if submodule.kind == "attention_head" else numbers(measures["ratios"]),
         projection_distance=Combined(
-            pairs=numbers(found["pair_projection"]), triples=numbers(found["triple_projection"])
+            pairs=numbers(measures["pair_projection"]), triples=numbers(measures["triple_projection"])
         ),
-        cosine=Combined(pairs=numbers(found["pair_cosine"]), triples=numbers(found["triple_cosine"])),
-        cosine_base=number(float(found["cosine_base"])),
-        disentanglement=numbers(found["pair_disentanglement"]),
-        disagreement=numbers(apart) if submodule.kind in ("model", "head") else None,
+        cosine=Combined(pairs=numbers(measures["pair_cosine"]), triples=numbers(measures["triple_cosine"])),
+        cosine_base=number(float(measures["cosine_base"])),
+        disentanglement=numbers(measures["pair_disentanglement"]),
+        disagreement=numbers(measures["pair_disagreement"]) if submodule.kind in ("model", "head") else None,
     )
 
 
-def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], mark: str) -> Linearity:
-    experts = job.plan.models[1:]
-    kinds = [kind for kind in _KINDS if any(entry.kind == kind for entry in entries)]
+def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], fingerprint: str) -> Linearity:
     settings = job.recipe.settings
-    by_model = {task.model: drawn for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)}
-    tasks: list[dict[str, Any]] = [
+    models = tuple(job.recipe.label(model) for model in job.experts)
+    kinds = [kind for kind in _KINDS if any(entry.kind == kind for entry in entries)]
+    tasks = [
         {
-            "model": job.recipe.label(model),
-            "dataset": by_model[model].dataset,  # type: ignore[union-attr] - check_rows
-            "rows": numbers,
-            "tokens": sum(len(ids) for ids, task in zip(rows.tokens, rows.task, strict=True) if task == index),
+            "model": model,
+            "dataset": rows.datasets[task],
+            "rows": rows.numbers[task],
+            "tokens": sum(len(ids) for ids, own in zip(rows.tokens, rows.task, strict=True) if own == task),
         }
-        for index, (model, numbers) in enumerate(zip(experts, rows.numbers, strict=True))
+        for task, model in enumerate(models)
     ]
     return Linearity(
         base_model=job.recipe.label(job.recipe.base),
-        models=tuple(job.recipe.label(model) for model in experts),
-        pairs=tuple(combinations(range(len(experts)), 2)),
-        triples=tuple(combinations(range(len(experts)), 3)),
+        models=models,
+        pairs=tuple(combinations(range(len(models)), 2)),
+        triples=tuple(combinations(range(len(models)), 3)),
         settings={
             "intervals": NUM_INTERVALS,
             "pair_grid": list(PAIR_GRID),
@@ -248,6 +270,6 @@ def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], mark: st
         levels={kind: Level.of([entry for entry in entries if entry.kind == kind]) for kind in kinds},
         provenance={
             **{package: version(package) for package in _PACKAGES},
-            "fingerprint": mark,
+            "fingerprint": fingerprint,
         },
     )

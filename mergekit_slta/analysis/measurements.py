@@ -1,6 +1,6 @@
-"""What a state at interpolated experts shows of one step: evaluations in, the paper's measures out.
+"""The measures of one forward group: evaluations at interpolated experts go in, the paper's measures come out.
 
-Scope: which points of an evaluation are looked at, and what is kept of them; the formulas are `linearity.py`'s.
+Scope: at which points submodules are evaluated, and what is kept of the outputs. The formulas are in `maths.linearity`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from mergekit_slta.maths.linearity_summary import Measures
 from mergekit_slta.runner.state import Evaluation
 
 
-class Observation:
-    """What is gathered of the submodules of one step: products per row, and the most likely tokens.
+class GroupMeasurement:
+    """Collects the outputs of the submodules of one forward group: inner products per row, and most likely tokens.
 
     Args:
         row_task: the task of each row.
-        grids: per batch of the state, the points at which it is evaluated.
-        step: whose.
+        grids: for each batch, the points at which it is evaluated.
     """
 
-    def __init__(self, row_task: Sequence[int], grids: Sequence[Grid], step: str = "") -> None:
-        self.step = step
+    def __init__(self, row_task: Sequence[int], grids: Sequence[Grid]) -> None:
         self._row_task = row_task
         self._grids = grids
         self._products: dict[str, dict[int, Products]] = {}
         self._best: dict[tuple[int, Coefficients], tuple[Tensor, Tensor]] = {}
-        self._seen: dict[int, int] = {}
+        self._vocabulary_seen: dict[int, int] = {}
         self._predicted: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
 
     def add(self, evaluation: Evaluation) -> None:
-        """Evaluate a submodule (or a part of the vocabulary) at every point of its batch's grid."""
+        """Evaluate a submodule (or a part of the head's vocabulary) at every point of its batch's grid."""
         grid = self._grids[evaluation.batch]
         products = self._products.setdefault(evaluation.submodule.name, {})
         lengths = list(evaluation.lengths)
@@ -55,19 +53,21 @@ class Observation:
             for row, part, mixed in zip(evaluation.rows, parts, change(point).split(lengths), strict=True):
                 products[row].add_mixed(place, mixed.flatten(), part)
         if predicts:
-            self._seen[evaluation.batch] = self._seen.get(evaluation.batch, 0) + base.shape[-1]
+            self._vocabulary_seen[evaluation.batch] = self._vocabulary_seen.get(evaluation.batch, 0) + base.shape[-1]
             self._predicted[evaluation.batch] = evaluation.rows, lengths
 
     def _keep_best(self, batch: int, point: Coefficients, logits: Tensor) -> None:
-        value, place = logits.max(-1)  # [tokens]
-        place = place + self._seen.get(batch, 0)
+        """Update the most likely token of every position by the logits of a part of the vocabulary."""
+        logit, token = logits.max(-1)  # [tokens]
+        token = token + self._vocabulary_seen.get(batch, 0)
         if (batch, point) in self._best:
-            before, other = self._best[batch, point]
-            value, place = torch.maximum(value, before), torch.where(value > before, place, other)
-        self._best[batch, point] = value, place
+            best_logit, best_token = self._best[batch, point]
+            logit, token = torch.maximum(logit, best_logit), torch.where(logit > best_logit, token, best_token)
+        self._best[batch, point] = logit, token
 
     def _disagreement(self) -> dict[int, Tensor]:
-        """row -> [C]: the share of tokens on which a mixed point and the own expert at its weight disagree."""
+        """row -> [C] shares of tokens whose most likely successor differs between a mixed point and the row's own
+        expert alone at its weight there."""
         shares = {}
         for batch, (rows, lengths) in self._predicted.items():
             grid = self._grids[batch]
@@ -79,7 +79,7 @@ class Observation:
         return shares
 
     def measures(self) -> dict[str, Tensor]:
-        """`name|field` -> what the rows say together."""
+        """`SUBMODULE|FIELD` -> a field of `Measures`, over all rows."""
         found = {}
         for name, products in self._products.items():
             rows = [
