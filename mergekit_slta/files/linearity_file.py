@@ -20,7 +20,7 @@ from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.json_file import DocumentType, read_document
 
 FORMAT = "mergekit-slta/linearity"
-VERSION = 1
+VERSION = 2
 DOCUMENT = DocumentType(
     noun="linearity file",
     article="a",
@@ -143,7 +143,7 @@ class Linearity(BaseModel):
     Attributes:
         models: the experts, sorted by name, so that the file does not depend on the recipe's order.
         pairs, triples: indices of `models`, the combinations that were merged.
-        settings: grids, rows and precision of the measurement.
+        settings: what the measures were taken with: `intervals` (N of Eq. 19), grids, rows and precision.
         submodules: in the order of a forward pass: layers, blocks, then the whole model.
         levels: kind of submodule -> averages over its submodules.
         provenance: versions and fingerprint.
@@ -152,7 +152,7 @@ class Linearity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["mergekit-slta/linearity"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     base_model: str
     models: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
