@@ -134,7 +134,7 @@ def export(alphas: Path, output: Path | None, recipe: Path | None) -> None:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("slta-demo"))
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of data and training")
-@click.option("--quick", is_flag=True, help="Train for a few steps only: everything runs, the scores mean nothing")
+@click.option("--quick", is_flag=True, help="Train for seconds only: shows that everything runs, not how well")
 def demo(directory: Path, seed: int, quick: bool) -> None:
     """Train tiny models, merge them, and compare with other methods.
 

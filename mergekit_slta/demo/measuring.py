@@ -1,4 +1,4 @@
-"""Measuring the demo's models: held-out scores, mergekit's own merges as baselines, and the table."""
+"""Scores of the demo's models on held-out rows, mergekit's own merges as baselines, and the table of both."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ Scores = Mapping[str, Score]
 def measure_baselines(
     directory: Path, tests: Mapping[str, Sequence[data.Encoded]]
 ) -> tuple[Scores, dict[float, Scores]]:
-    """Scores of mergekit's own merges of the same checkpoints: the experts' average, and task arithmetic by scale."""
+    """Merge the same checkpoints with mergekit's own methods and score the results.
+
+    Returns:
+        Scores of the average of the experts, and of task arithmetic by scale.
+    """
     models = directory / "models"
     experts = [str(models / name) for name in tests]
 
@@ -65,7 +69,7 @@ def _baseline(method: str, experts: Sequence[str], weight: float) -> dict[str, A
 
 
 def _merge_in_process(recipe: dict[str, Any], folder: Path) -> None:
-    """One merge by mergekit, quietly."""
+    """Let mergekit merge, without output."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -81,7 +85,7 @@ def _merge_in_process(recipe: dict[str, Any], folder: Path) -> None:
 
 
 def encode_tests(splits: Mapping[str, data.Split], directory: Path) -> dict[str, list[data.Encoded]]:
-    """The held-out examples by task, as token ids of the base's tokenizer."""
+    """The held-out examples by task, tokenised with the base's tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory / "models" / "base")
@@ -89,7 +93,7 @@ def encode_tests(splits: Mapping[str, data.Split], directory: Path) -> dict[str,
 
 
 def evaluate(folder: Path, tests: Mapping[str, Sequence[data.Encoded]]) -> dict[str, Score]:
-    """Scores of one checkpoint, computed in float32, by task and their "mean"."""
+    """Score a checkpoint in float32; returns a score for each task, and their mean under "mean"."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -101,7 +105,10 @@ def evaluate(folder: Path, tests: Mapping[str, Sequence[data.Encoded]]) -> dict[
 
 
 def score(model: LlamaForCausalLM, rows: Sequence[data.Encoded], batch_rows: int = 128) -> Score:
-    """Teacher-forced: a row whose argmaxes all match is exactly what greedy decoding would write."""
+    """Score answers given the prompt and the answer so far (teacher forcing).
+
+    A row whose likeliest tokens are all right is what greedy decoding would write.
+    """
     import torch
     import torch.nn.functional as functional
 
@@ -109,23 +116,23 @@ def score(model: LlamaForCausalLM, rows: Sequence[data.Encoded], batch_rows: int
     with torch.inference_mode():
         for begin in range(0, len(rows), batch_rows):
             ids, labels = padded(rows[begin : begin + batch_rows])
-            logits, wanted = model(input_ids=ids, use_cache=False).logits[:, :-1], labels[:, 1:]
-            counted = wanted != NO_LOSS  # [rows, tokens]
-            exact += int(((logits.argmax(-1) == wanted) | ~counted).all(1).sum())
-            loss += float(functional.cross_entropy(logits[counted], wanted[counted], reduction="sum"))
+            logits, targets = model(input_ids=ids, use_cache=False).logits[:, :-1], labels[:, 1:]
+            counted = targets != NO_LOSS  # [rows, tokens]
+            exact += int(((logits.argmax(-1) == targets) | ~counted).all(1).sum())
+            loss += float(functional.cross_entropy(logits[counted], targets[counted], reduction="sum"))
             tokens += int(counted.sum())
     return Score(exact / len(rows), loss / tokens)
 
 
 def _cells(table: Mapping[str, Scores]) -> list[list[str]]:
-    """Header and one row per model: exact match in percent with the loss in parentheses."""
+    """The header and one row for each model: exact match in per cent, with the loss in parentheses."""
     columns = list(next(iter(table.values())))
     rows = [[name, *(f"{100 * s[c].exact:5.1f} ({s[c].loss:.3f})" for c in columns)] for name, s in table.items()]
     return [["model", *columns], *rows]
 
 
 def text_table(table: Mapping[str, Scores]) -> str:
-    """Columns aligned for a terminal: names to the left, numbers to the right."""
+    """The table for a terminal: names are aligned left, numbers right."""
     cells = _cells(table)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -138,7 +145,7 @@ def text_table(table: Mapping[str, Scores]) -> str:
 
 
 def markdown_table(table: Mapping[str, Scores]) -> str:
-    """The same cells as a Markdown table."""
+    """The table as Markdown."""
     header, *rows = _cells(table)
     rule = ["---", *["---:"] * (len(header) - 1)]
     caption = "Exact match in % (loss in nats per answer token) on held-out rows.\n\n"
@@ -146,4 +153,5 @@ def markdown_table(table: Mapping[str, Scores]) -> str:
 
 
 def plain(table: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
+    """The table as plain dictionaries, for JSON."""
     return {model: {task: asdict(score) for task, score in scores.items()} for model, scores in table.items()}

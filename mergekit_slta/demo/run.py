@@ -1,7 +1,7 @@
-"""The whole method on a fresh machine: train a tiny base and three experts, merge them, and measure every merge.
+"""`mergekit-slta demo`: train a tiny base and three experts, merge them, and compare with other merges.
 
-Scope: the engine of `mergekit-slta demo`. All numbers are measured in the run that reports them; nothing is
-downloaded. Models are Llamas of about a million parameters, trained in float32 on the CPU and stored as bfloat16.
+Scope: the order of the work, and which files of an earlier demo may be overwritten. All numbers are measured in the run
+that reports them, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from mergekit_slta.demo.training import new_model, one_thread, quiet_transformer
 from mergekit_slta.errors import OutputError, RunError, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.names import ALPHAS_NAME
+from mergekit_slta.recipe.settings import METHOD
 
 Echo = Callable[[str], None]
 
 MARK = "# Written by `mergekit-slta demo`; a later demo in this folder overwrites it.\n"
-"""First line of the demo's recipe: only a folder that has it may be overwritten."""
-RECIPE = f"""{MARK}merge_method: submodule_linear
+"""First line of the demo's recipe. Only a folder whose recipe begins with it may be overwritten."""
+RECIPE = f"""{MARK}merge_method: {METHOD}
 base_model: ./models/base
 models:
   - model: ./models/math
@@ -48,21 +49,21 @@ out_dtype: bfloat16
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much to train and to measure.
+    """How much a demo trains and measures.
 
     Attributes:
-        base_steps: optimizer steps of the base.
-        expert_steps: optimizer steps of each expert, by task.
+        base_updates: optimizer updates of the base.
+        expert_updates: optimizer updates of each expert, by task.
         base_shares: share of each task's examples in the base's batches; the rest is generic text.
         train_rows: training rows per task.
         test_rows: held-out rows per task.
-        batch_rows: rows per optimizer step.
+        batch_rows: rows per update.
         base_rate: peak learning rate of the base.
         expert_rate: peak learning rate of the experts.
     """
 
-    base_steps: int
-    expert_steps: Mapping[str, int]
+    base_updates: int
+    expert_updates: Mapping[str, int]
     base_shares: Mapping[str, float]
     train_rows: int = 4000
     test_rows: int = 300
@@ -77,13 +78,16 @@ QUICK = DemoSize(12, {"math": 6, "words": 6, "numbers": 6}, _SHARES, train_rows=
 
 
 def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo = print) -> dict[str, Any]:
-    """Make the models, merge them with the stock command, compare with baselines; returns what results.json holds.
+    """Train the models, merge them with the stock command, and compare with baselines.
 
     Args:
         directory: a new or empty folder, or that of an earlier demo, which is overwritten.
         seed: of data, initialisation and batches.
-        quick: train next to nothing and measure few rows; shows that everything runs, not how well.
-        echo: receives the progress lines and the table.
+        quick: train for a few updates and measure few rows, to show that everything runs.
+        echo: prints a line: the progress and the table.
+
+    Returns:
+        The content of results.json.
 
     Raises:
         OutputError: the folder holds something other than an earlier demo.
@@ -93,8 +97,8 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
 
     directory = Path(directory).absolute()
     clock = _Clock(echo)
-    splits = _make_models(directory, seed, quick, clock)
-    with clock.phase("merge with submodule_linear"):
+    splits = make_models(directory, seed, QUICK if quick else FULL, clock)
+    with clock.phase(f"merge with {METHOD}"):
         merge_by_command(directory, echo)
     with quiet_transformers(), one_thread():
         with clock.phase("evaluate"):
@@ -109,7 +113,7 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
         **{f"expert: {name}": models[name] for name in splits},
         "plain average": average,
         f"task arithmetic, {best} (best of {len(grid)} on these rows)": grid[best],
-        "submodule_linear": merged,
+        METHOD: merged,
     }
     results = {
         "seed": seed,
@@ -128,23 +132,24 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
     return results
 
 
-def make_models(directory: Path, seed: int = 0, quick: bool = False, echo: Echo = print) -> dict[str, data.Split]:
-    """Write recipe.yml, data/ and models/ (base and one expert per task); returns the examples by task name.
+def make_models(directory: Path, seed: int, size: DemoSize, clock: _Clock) -> dict[str, data.Split]:
+    """Write recipe.yml, data/ and models/ (the base and one expert for each task).
 
     PyTorch's global random state is left as it was.
+
+    Returns:
+        The examples, by task name.
+
+    Raises:
+        OutputError: see `prepare_folder`.
     """
-    return _make_models(Path(directory).absolute(), seed, quick, _Clock(echo))
-
-
-def _make_models(directory: Path, seed: int, quick: bool, clock: _Clock) -> dict[str, data.Split]:
     import torch
 
-    plan = QUICK if quick else FULL
     prepare_folder(directory)
     with clock.phase("data and tokenizer"):
-        splits = data.write_splits(directory / "data", random.Random(f"data {seed}"), plan.train_rows, plan.test_rows)
+        splits = data.write_splits(directory / "data", random.Random(f"data {seed}"), size.train_rows, size.test_rows)
         sentences = random.Random(f"generic {seed}")
-        generic = [data.draw_sentence(sentences) for _ in range(plan.train_rows)]
+        generic = [data.draw_sentence(sentences) for _ in range(size.train_rows)]
         tokenizer = data.train_tokenizer([*generic, *data.plain_texts(splits)])
     pools = {task.name: data.encode_examples(tokenizer, task, splits[task.name].train) for task in data.TASKS}
     texts = [data.Encoded((*tokenizer(text)["input_ids"], tokenizer.eos_token_id), 1) for text in generic]
@@ -153,24 +158,24 @@ def _make_models(directory: Path, seed: int, quick: bool, clock: _Clock) -> dict
         torch.default_generator.manual_seed(seed)
         with clock.phase("train the base"):
             base = new_model(tokenizer)
-            mixture = [(texts, 1 - sum(plan.base_shares.values()))]
-            mixture += [(pools[name], share) for name, share in plan.base_shares.items()]
-            train(base, mixture, plan.base_steps, plan.base_rate, plan.batch_rows, batches)
+            mixture = [(texts, 1 - sum(size.base_shares.values()))]
+            mixture += [(pools[name], share) for name, share in size.base_shares.items()]
+            train(base, mixture, size.base_updates, size.base_rate, size.batch_rows, batches)
             save(base, tokenizer, directory / "models" / "base")
         start = {name: value.clone() for name, value in base.state_dict().items()}
         for name, pool in pools.items():
             with clock.phase(f"train the {name} expert"):
                 base.load_state_dict(start)
-                train(base, [(pool, 1.0)], plan.expert_steps[name], plan.expert_rate, plan.batch_rows, batches)
+                train(base, [(pool, 1.0)], size.expert_updates[name], size.expert_rate, size.batch_rows, batches)
                 save(base, tokenizer, directory / "models" / name)
     return splits
 
 
 def prepare_folder(directory: Path) -> None:
-    """Create the folder, or clear what an earlier demo left there; then write the recipe, which marks it as a demo's.
+    """Create the folder or clear what an earlier demo left in it, and write the recipe that marks it as a demo's.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: the path is a file, or the folder holds files that no demo wrote.
     """
     recipe = directory / "recipe.yml"
     if directory.exists() and not directory.is_dir():
@@ -200,18 +205,18 @@ def merge_by_command(directory: Path, echo: Echo) -> None:
     done = subprocess.run(
         [*command, "recipe.yml", "merged"],
         cwd=directory,
-        env={"OMP_NUM_THREADS": "1", **os.environ},  # as in `one_thread`
+        env={"OMP_NUM_THREADS": "1", **os.environ},  # as `one_thread` does
         capture_output=True,
         text=True,
         errors="replace",
     )
     if done.returncode != 0:
         tail = " | ".join(done.stderr.strip().splitlines()[-5:])
-        raise RunError(f"mergekit-yaml ended with exit code {done.returncode}: {tail}")
+        raise RunError(f"mergekit-yaml ended with exit code {done.returncode}: {tail}", code="merge-failed")
 
 
 class _Clock:
-    """Echoes and keeps the seconds that each phase of a run took."""
+    """Measures the seconds that each phase of a run takes, keeps them, and prints them with `echo`."""
 
     def __init__(self, echo: Echo) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,6 +1,6 @@
-"""Synthetic text for the demo: three small tasks, a generic corpus, and the tokenizer that is trained on both.
+"""Synthetic text for the demo: three small tasks, a generic corpus, and a tokenizer trained on both.
 
-Scope: text and token ids; knows no models. Everything is drawn from generators that the caller seeds.
+Scope: text and token ids, no models. All randomness comes from generators that the caller seeds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its only right answer; the two are joined by one space in plain (non-chat) text."""
+    """A question and its only right answer. In plain text (without a chat) one space joins the two."""
 
     question: str
     answer: str
@@ -48,7 +48,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A toy task: its name (also its expert's and file's name), how rows are stored, and how one is drawn."""
+    """A toy task.
+
+    Attributes:
+        name: also the name of its expert and its file.
+        style: how its rows are stored.
+        draw: makes a random example.
+    """
 
     name: str
     style: Style
@@ -57,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint examples of one task: no question of `test` occurs in `train`."""
+    """Examples of one task. No question of `test` occurs in `train`."""
 
     train: tuple[Example, ...]
     test: tuple[Example, ...]
@@ -65,14 +71,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text; the loss counts from position `start` (of the first answer token) on."""
+    """Token ids of a text. The loss counts from position `start` on, where the answer begins."""
 
     ids: tuple[int, ...]
     start: int
 
 
 def spell(number: int) -> str:
-    """English words, without hyphens or "and", for 0 <= number < 1,000,000."""
+    """A number in English words, without hyphens or "and", for 0 <= number < 1,000,000."""
     if number < 20:
         return _ONES[number]
     if number < 100:
@@ -85,19 +91,19 @@ def spell(number: int) -> str:
 
 
 def draw_sum(rng: random.Random) -> Example:
-    """Addition of a single digit: "347 + 8 =" -> "355"."""
+    """Make an addition of a single digit: "347 + 8 =" -> "355"."""
     left, right = rng.randrange(10, 1000), rng.randrange(1, 10)
     return Example(f"{left} + {right} =", str(left + right))
 
 
 def draw_sort(rng: random.Random) -> Example:
-    """Alphabetic order of the letters of a made-up word: "Sort: t o b a n" -> "a b n o t"."""
+    """Make a word whose letters are to be sorted: "Sort: t o b a n" -> "a b n o t"."""
     letters = [rng.choice(_VOWELS if place % 2 else _CONSONANTS) for place in range(5)]
     return Example(f"Sort: {' '.join(letters)}", " ".join(sorted(letters)))
 
 
 def draw_spelling(rng: random.Random) -> Example:
-    """Number to words: "Spell 4107:" -> "four thousand one hundred seven"."""
+    """Make a number that is to be spelled: "Spell 4107:" -> "four thousand one hundred seven"."""
     number = rng.randrange(1000, 100_000)
     return Example(f"Spell {number}:", spell(number))
 
@@ -110,7 +116,7 @@ TASKS = (
 
 
 def draw_sentence(rng: random.Random) -> str:
-    """One generic English-like sentence, unrelated to the three tasks."""
+    """Make a generic English-like sentence, unrelated to the three tasks."""
     name, other = rng.sample(_NAMES, 2)
     thing = f"{rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
     patterns = (
@@ -123,7 +129,7 @@ def draw_sentence(rng: random.Random) -> str:
 
 
 def draw_split(task: Task, rng: random.Random, train: int, test: int) -> Split:
-    """`train` + `test` examples with pairwise different questions."""
+    """Make `train` + `test` examples with pairwise different questions."""
     found: dict[str, Example] = {}
     while len(found) < train + test:
         example = task.draw(rng)
@@ -138,7 +144,7 @@ def as_messages(example: Example) -> list[dict[str, str]]:
 
 
 def train_row(style: Style, example: Example) -> dict[str, Any]:
-    """The columns a merge recipe reads for this storage style."""
+    """A training row: the columns that the demo's recipe reads."""
     if style == "messages":
         return {"messages": as_messages(example)}
     if style == "text":
@@ -147,17 +153,17 @@ def train_row(style: Style, example: Example) -> dict[str, Any]:
 
 
 def test_row(style: Style, example: Example) -> dict[str, Any]:
-    """As `train_row`, plus `prompt` and `answer`: a held-out row is scored on the answer alone."""
+    """A held-out row: as `train_row`, with `prompt` and `answer`, since only the answer is scored."""
     return {**train_row(style, example), "prompt": example.question, "answer": example.answer}
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_splits(folder: Path, rng: random.Random, train: int, test: int) -> dict[str, Split]:
-    """Draw every task's examples and write NAME.jsonl and NAME.test.jsonl; returns them by task name."""
+    """Make every task's examples and write NAME.jsonl and NAME.test.jsonl; returns the examples by task name."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {task.name: draw_split(task, rng, train, test) for task in TASKS}
     for task in TASKS:
@@ -173,7 +179,7 @@ def plain_texts(splits: Mapping[str, Split]) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 512 tokens; digits stay single, so that sums can be learned column by column."""
+    """Train a byte-level BPE of at most 512 tokens. Each digit is a token, so that sums can be learned digit by digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,7 +204,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def encode_examples(tokenizer: PreTrainedTokenizerFast, task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    """Token ids as the recipe's rows have them, closed by the end of sequence; the loss counts the answer only."""
+    """Tokenise examples as the recipe's rows are, with the end of sequence; the loss counts the answer only."""
     return [_encode(tokenizer, task.style, example) for example in examples]
 
 

@@ -1,4 +1,4 @@
-"""Training the demo's models: Llamas of about a million parameters, in float32 on the CPU, stored as bfloat16."""
+"""Trains the demo's models: Llamas of about a million parameters, in float32 on the CPU, stored as bfloat16."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHARD_SIZE = "500KB"
-"""Small enough that every checkpoint has several shards, as real ones have."""
+"""Small, so that every checkpoint has several shards, as large models have."""
 NO_LOSS = -100
-"""The label that a transformers loss skips."""
+"""The label that the losses of transformers leave out."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -43,30 +43,31 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM,
     mixture: Sequence[tuple[Sequence[data.Encoded], float]],
-    steps: int,
+    updates: int,
     rate: float,
     batch_rows: int,
     rng: random.Random,
 ) -> None:
-    """AdamW with a short warm-up and linear decay.
+    """Train with AdamW, a short warm-up and linear decay.
 
     Args:
-        mixture: pools of texts with their shares of a batch.
-        steps: optimizer steps.
+        model: the model; changed in place.
+        mixture: pools of texts, each with its share of a batch.
+        updates: number of optimizer updates.
         rate: peak learning rate.
-        batch_rows: rows per step.
-        rng: draws the batches.
+        batch_rows: rows per update.
+        rng: chooses the rows of the batches.
     """
     import torch
 
     pools, shares = zip(*mixture, strict=True)
-    warm_up = max(1, min(30, steps // 5))
+    warm_up = max(1, min(30, updates // 5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 1.0) * max(0.02, 1 - step / steps)
+        optimizer, lambda done: min((done + 1) / warm_up, 1.0) * max(0.02, 1 - done / updates)
     )
     model.train()
-    for _ in range(steps):
+    for _ in range(updates):
         rows = [rng.choice(pool) for pool in rng.choices(pools, shares, k=batch_rows)]
         ids, labels = padded(rows)
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
@@ -77,7 +78,7 @@ def train(
 
 
 def padded(rows: Sequence[data.Encoded]) -> tuple[Any, Any]:
-    """(ids, labels), both [rows, longest] int64. Padding is on the right and causally invisible, so needs no mask."""
+    """(ids, labels), both [rows, longest] int64, padded on the right, where causal attention needs no mask."""
     import torch
 
     longest = max(len(row.ids) for row in rows)
@@ -87,7 +88,7 @@ def padded(rows: Sequence[data.Encoded]) -> tuple[Any, Any]:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a bfloat16 copy in several shards, with the tokenizer; `model` stays float32."""
+    """Write a bfloat16 copy in several shards, with the tokenizer; `model` itself stays float32."""
     import copy
 
     import torch
@@ -99,7 +100,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain little from more threads, which crawl wherever other work holds one of the cores."""
+    """Compute on one thread: matrices this small gain little from more, and lose much where other work holds a core."""
     import torch
 
     threads = torch.get_num_threads()
@@ -112,7 +113,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers draws a bar per checkpoint and warns of mergekit's calls; `echo` is the only output wanted here."""
+    """Silence the progress bars and warnings of transformers: a demo prints only what goes through `echo`."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
