@@ -179,7 +179,7 @@ def plain_texts(splits: Mapping[str, Split]) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of at most 512 tokens. Each digit is a token, so that sums can be learned digit by digit."""
+    """Train a byte-level BPE of at most 512 tokens. Each digit is a token, so sums can be learned digit by digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
