@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mergekit_slta import Alphas
-from mergekit_slta.cli.main import main as cli
+from mergekit_slta.cli import main as cli
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe

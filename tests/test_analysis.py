@@ -18,8 +18,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
 
+from mergekit_slta.analysis import analyse as analysis
 from mergekit_slta.analysis.analyse import analyse
-from mergekit_slta.analysis.analyse import analyse as analysis
 from mergekit_slta.errors import ModelError
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.job.preflight import prepare

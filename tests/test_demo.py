@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mergekit_slta.cli.main import main as cli
+from mergekit_slta.cli import main as cli
 from mergekit_slta.demo.run import merge_by_command, prepare_folder
-from mergekit_slta.errors import RunError
+from mergekit_slta.errors import OutputError, RunError
 
 
 @pytest.mark.process
@@ -43,7 +43,7 @@ def test_tasks_do_not_leak_into_the_test_rows(tmp_path):
     """No test question is among the training rows."""
     import random
 
-    from mergekit_slta.demo.run import tasks
+    from mergekit_slta.demo import tasks
 
     for split in tasks.write_splits(tmp_path, random.Random(0), 300, 100).values():
         assert not {example.question for example in split.train} & {example.question for example in split.test}
@@ -54,7 +54,7 @@ def test_task_answers_are_right(seed):
     """Arithmetic adds up and sorted words are sorted."""
     import random
 
-    from mergekit_slta.demo.run import tasks
+    from mergekit_slta.demo import tasks
 
     rng = random.Random(seed)
     by_name = {task.name: task for task in tasks.TASKS}
@@ -69,7 +69,7 @@ def test_task_answers_are_right(seed):
 def test_demo_folders(tmp_path):
     """A file in the place of the folder is refused."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         prepare_folder(tmp_path / "file")
 
 

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_slta import __version__
-from mergekit_slta.cli.main import main as cli
+from mergekit_slta.cli import main as cli
 from mergekit_slta.errors import SltaError
 from mergekit_slta.models.architectures import ARCHITECTURES
 from mergekit_slta.recipe.read import load_config, read_recipe

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_slta.host.merge as host
-from mergekit_slta.cli.main import main as cli
+from mergekit_slta.cli import main as cli
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
 
