@@ -171,7 +171,7 @@ def test_output_dtype_without_one_in_the_recipe(make_models, write_recipe, tmp_p
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.stdout)["out_dtype"] == "bfloat16"  # notes are on stderr
     assert "mergekit_config.yml" in result.stderr
-    assert "out_dtype is bfloat16, as of the weights in" in result.stderr
+    assert "The recipe names no out_dtype: it is bfloat16, that of the weights in" in result.stderr
     alone = shutil.copy(out / "slta_alphas.json", tmp_path / "alone.json")
     result = slta("export", alone)
     assert result.exit_code == 0, result.output
@@ -291,7 +291,7 @@ def test_head_mlp_is_refused(make_models, write_recipe, tmp_path):
     assert result.exit_code == 0, result.output
     result = slta("export", tmp_path / "alphas.json")
     assert result.exit_code == 2
-    assert "which a filter cannot say" in result.output
+    assert "which a filter cannot express" in result.output
 
 
 @pytest.fixture(scope="module")

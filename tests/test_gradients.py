@@ -171,10 +171,10 @@ def stop_after(job, folder: Path, number: int) -> None:
         pass
 
     class Stopping(ResumeStore):
-        def put(self, step, tensors):
-            if step not in self.steps:  # what was put last is put again: it was not seen to be whole
-                kept.append(step)
-            super().put(step, tensors)
+        def put(self, key, tensors):
+            if key not in self.finished:  # what was put last is put again: it was not seen to be whole
+                kept.append(key)
+            super().put(key, tensors)
             if len(kept) > number:
                 raise Stopped
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_slta.host.merge as host
+from mergekit_slta.calibration import reuse
 from mergekit_slta.cli import main as cli
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
@@ -476,7 +477,7 @@ def test_tied_models_that_store_their_head(make_models, tied_alphas, write_recip
 
 def test_no_room_is_said_before_anything_is_written(tiny, write_recipe, tmp_path, monkeypatch):
     """The free space is compared with what will be written."""
-    monkeypatch.setattr(host, "free_bytes", lambda out: 1000)
+    monkeypatch.setattr(reuse, "free_bytes", lambda out: 1000)
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", *QUIET)
     assert result.exit_code == 2
     assert "GiB left" in result.output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from conftest import read
 
-from mergekit_slta.checkpoints import plan
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.errors import ModelError
 
@@ -16,6 +15,6 @@ def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
     def fail(*_, **__):
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(plan, "MergePlanner", fail)
+    monkeypatch.setattr("mergekit.plan.MergePlanner", fail)
     with pytest.raises(ModelError, match=r"mergekit cannot plan this merge: no such thing"):
         make_plan(read(tiny.recipe()), options)

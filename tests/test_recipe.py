@@ -25,16 +25,20 @@ def read(changes: dict | None = None, **parameters):
 
 def test_defaults_are_the_tables():
     """A recipe without shared keys has the documented defaults."""
-    recipe = read()
-    assert recipe.settings.model_dump() == {
+    shared = {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "inputs": "base", "objective": "features", "label_samples": 2, "steps": 6, "fresh_rows": True, "ridge": 0.0,
-        "tolerance": 0.0, "compute_dtype": "float32", "alphas": None,
+        "objective": "features", "ridge": 0.0, "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
+    features = read().settings
+    assert features.model_dump(exclude={"own", "stated"}) == shared
+    assert features.own.model_dump() == {"inputs": "base"}
     joint = read(objective="joint").settings
-    assert joint.granularity == "linear"
-    assert "granularity" not in joint.model_fields_set  # an alphas file of another granularity may be used
+    changed = {"objective": "joint", "granularity": "linear", "ridge": None}
+    assert joint.model_dump(exclude={"own", "stated"}) == {**shared, **changed}
+    assert joint.own.model_dump() == {"label_samples": 2, "steps": 6, "fresh_rows": True}
+    assert "granularity" not in joint.stated  # an alphas file of another granularity may be used
     assert read(objective="joint", granularity="layer").settings.granularity == "layer"
+    recipe = read()
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
     assert TASK_KEYS == ("dataset", "dataset_config", "split", "text", "completion", "importance")
@@ -101,13 +105,15 @@ REFUSALS = [
     ({}, {"balance": "maybe"}, r"`balance`.*valid boolean"),
     ({}, {"inputs": "merge"}, r"`inputs`.*'merge'"),
     ({}, {"objective": "loss"}, r"`objective`.*'loss'"),
-    ({}, {"objective": "joint", "inputs": "merged"}, r"`objective` is 'joint' and `inputs` is 'merged'"),
+    ({}, {"objective": "joint", "inputs": "merged"}, r"`inputs` only applies to `objective: features`"),
     ({}, {"objective": "joint", "label_samples": -1}, r"`label_samples`.*-1"),
     ({}, {"objective": "joint", "label_samples": 0}, r"`label_samples` is 0 and `steps` is 6.*`steps: 0`"),
     ({}, {"objective": "joint", "ridge": 0}, r"`ridge` is 0 and `steps` is 6.*0.001 or more"),
     ({}, {"objective": "joint", "steps": -1}, r"`steps`.*-1"),
-    ({}, {"steps": 1.5}, r"`steps`.*valid integer"),
-    ({}, {"fresh_rows": "often"}, r"`fresh_rows`.*valid boolean"),
+    ({}, {"objective": "joint", "steps": 1.5}, r"`steps`.*valid integer"),
+    ({}, {"objective": "joint", "fresh_rows": "often"}, r"`fresh_rows`.*valid boolean"),
+    ({}, {"steps": 2}, r"`steps` only applies to `objective: joint`"),
+    ({}, {"label_samples": 2}, r"`label_samples` only applies to `objective: joint`"),
     ({}, {"ridge": -0.1}, r"`ridge`.*greater than or equal to 0"),
     ({}, {"ridge": float("nan")}, r"`ridge`.*finite"),
     ({}, {"compute_dtype": "int8"}, r"`compute_dtype`.*'int8'"),
@@ -184,3 +190,32 @@ def test_truth_values_are_no_numbers(key, on):
     changes = {} if on == "shared" else {"models": [{"model": "a", "parameters": {"dataset": "x", **given}}]}
     with pytest.raises(RecipeError, match=f"`{key}`.*must be a number|{key}.*number"):
         read(changes, **(given if on == "shared" else {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, r"`seed` stands beside `merge_method`.*under the top-level `parameters:`"),
+        ({"steps": 3}, r"`steps` stands beside `merge_method`.*under the top-level `parameters:`"),
+        ({"dataset": "x"}, r"`dataset` stands beside `merge_method`.*of its model"),
+        ({"out_dtpye": "bfloat16"}, r"unknown key `out_dtpye`.*`out_dtype`"),
+        ({"models": [{"model": "a", "dataset": "x"}]}, r"`dataset` stands beside `model: a`"),
+        ({"models": [{"model": "a", "seed": 2}]}, r"`seed` stands beside `model: a`.*top-level"),
+        ({"models": [{"model": "a", "paramters": {}}]}, r"unknown key `paramters`.*`parameters`"),
+    ],
+)
+def test_keys_that_mergekit_would_ignore_are_refused(tmp_path, changes, message):
+    """Keys beside `merge_method`, and beside a model's `model`, are mergekit's own or an error with the right place."""
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump({**BASE, **changes}))
+    with pytest.raises(RecipeError, match=message):
+        load_config(path)
+
+
+def test_mergekits_own_keys_may_stand_at_the_top(tmp_path):
+    """`name` is mergekit-multi's; other methods' recipes are mergekit's business."""
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump({**BASE, "name": "merged", "out_dtype": "bfloat16", "chat_template": "auto"}))
+    assert load_config(path)[0].out_dtype == "bfloat16"
+    path.write_text(yaml.safe_dump({**BASE, "merge_method": "linear", "anything": 1}))
+    assert load_config(path)[0].merge_method == "linear"

@@ -131,7 +131,7 @@ def test_a_killed_merge_goes_on(tiny, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "b") == [".slta_calibrating"]
     result = mergekit_yaml(recipe, tmp_path / "b")
     assert result.exit_code == 0, result.output
-    assert "3 steps are done" in result.output
+    assert "3 parts of the calibration are done" in result.output
     assert len(set(finished)) == len(finished)
     assert both(tmp_path / "b") == both(tmp_path / "a")
     assert not [name for name in os.listdir(tmp_path / "b") if name.startswith(".")]

@@ -329,7 +329,7 @@ def test_completion_beside_messages_is_refused(tmp_path, tokenizer):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "answer": "x"}) + "\n")
     with pytest.raises(DataError, match="drop `completion`"):
-        draw(tokenizer, path, completion="answer", objective="joint", steps=0)
+        draw(tokenizer, path, completion="answer", objective="joint")
 
 
 def test_an_empty_dataset(tmp_path):

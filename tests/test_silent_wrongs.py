@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.layout import Layout, LayoutSubmodule, SolveSettings
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.entries import EXPECTED_ALPHA
 from mergekit_slta.reporting.card import section
@@ -95,12 +96,13 @@ def test_what_is_extreme(alpha, expected):
     """Task x wants its expert whole; y's own change on its rows is c times x's, so that alpha_y is (c - 1) / c."""
     c = 1 / (1 - alpha)
     grams = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, c], [c, c * c]]], dtype=torch.float64)
-    layout = {
-        "granularity": "layer", "base_model": "b", "models": ["x", "y"], "canonical": ["x", "y"],
-        "submodules": [{"name": "m", "kind": "layer", "layer": 0, "tensors": ["t"], "slices": {}, "objectives": ["m"]}],
-        "calibration": {}, "identity": {}, "versions": {},
-    }  # fmt: skip
+    part = LayoutSubmodule(name="m", kind="layer", layer=0, tensors=("t",), slices={}, objectives=("m",))
+    layout = Layout(
+        granularity="layer", objective="features", base_model="b", models=("x", "y"), canonical=("x", "y"),
+        submodules=(part,), copied=(), settings={}, tasks=(), solve_dependence=None, identity={}, versions={},
+        solve=SolveSettings(ridge=0.0, balance=False, importance={"x": 1.0, "y": 1.0}),
+    )  # fmt: skip
     statistics = Statistics(torch.tensor([0, 1]), 2, {"m": grams})
-    found = assemble(statistics, layout, importance=[1.0, 1.0], balance=False, ridge=0.0).submodules[0]
+    found = assemble(statistics, layout).submodules[0]
     assert found.alpha == pytest.approx((1.0, alpha))
     assert ("extreme" in found.flags) == expected
