@@ -24,7 +24,7 @@ from mergekit_slta.analysis.measurements import GroupMeasurement
 from mergekit_slta.data.batches import plan_packs, plan_task_batches
 from mergekit_slta.errors import ModelError, RecipeError
 from mergekit_slta.files.identity import hash_identity, importance_label
-from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, number
+from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity, is_linearity_file, number
 from mergekit_slta.files.names import resume_folder
 from mergekit_slta.job.job import Job
 from mergekit_slta.maths.linearity import NUM_INTERVALS, PAIR_GRID, TRIPLE_GRID, Grid
@@ -78,7 +78,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
         raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task", code="invalid-value")
     rows = _Rows.of(job, num_rows)
     fingerprint = _fingerprint(job, rows)
-    if path.exists():
+    if is_linearity_file(path):
         found = Linearity.load(path)
         if found.provenance.get("fingerprint") == fingerprint:
             return found, True

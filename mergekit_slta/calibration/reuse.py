@@ -22,6 +22,7 @@ from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.identity import describe, differences
+from mergekit_slta.files.json_file import OTHER_VERSION
 from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, resume_folder
 from mergekit_slta.files.output_folder import free_bytes
 from mergekit_slta.files.statistics_file import Statistics
@@ -192,7 +193,7 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
             return alphas
         reason, code = f"is for another merge (other {describe(sorted(unlike))})", "alphas-of-another-merge"
     except AlphasError as error:
-        if must_match or path.name != ALPHAS_NAME:
+        if must_match or (path.name != ALPHAS_NAME and error.code != OTHER_VERSION):
             raise
         reason, code = f"cannot be used ({error.message})", error.code  # this package's own file, damaged
     if must_match:

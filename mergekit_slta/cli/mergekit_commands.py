@@ -147,7 +147,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
     config, source = load_config(recipe)
     read_recipe(config)
     run_merge: Any = mergekit.merge.run_merge
-    run_merge(config, out, options=merge_options, config_source=source, verify_residuals=verify)
+    quiet_options = merge_options.model_copy(update={"verbosity": 0})  # the group prints the traceback
+    run_merge(config, out, options=quiet_options, config_source=source, verify_residuals=verify)
 
 
 @_with_merge_options

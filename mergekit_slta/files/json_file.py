@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from mergekit_slta.errors import AlphasError, show
 
+OTHER_VERSION = "other-file-version"
+"""The code of the error for a file that another version of this package has made."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -69,7 +71,7 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
         raise AlphasError(
             f"{show(path)} is {document.article} {document.noun} of version {show(content.get('version'))}, this "
             f"release reads version {document.version}: run `{document.command}` again",
-            code="other-file-version",
+            code=OTHER_VERSION,
         )
     try:
         return model.model_validate(content)

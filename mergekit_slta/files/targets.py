@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mergekit_slta.errors import OutputError, show
+from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.linearity_file import is_linearity_file
+from mergekit_slta.files.json_file import OTHER_VERSION
+from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.names import ALPHAS_NAME, HIDDEN_PREFIX, STATISTICS_NAME
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 
@@ -94,12 +95,12 @@ def check_linearity_target(path: Path) -> None:
     Raises:
         OutputError: see `check_overwrite`.
     """
-    check_overwrite(path, "linearity file", is_linearity_file)
+    check_overwrite(path, "linearity file", _is_linearity_file)
 
 
 def _is_alphas_file(path: Path) -> bool:
-    """True for an alphas file, and for a file of the default name that is no JSON at all: a broken disk or an
-    interrupted copy, not somebody's document.
+    """True for an alphas file of any version, and for a file of the default name that is no JSON at all: a broken disk
+    or an interrupted copy, not somebody's document.
 
     Raises:
         AlphasError: any other file; the message says what is wrong with it.
@@ -109,7 +110,20 @@ def _is_alphas_file(path: Path) -> bool:
             json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
             return True
-    Alphas.load(path)
+    try:
+        Alphas.load(path)
+    except AlphasError as error:
+        if error.code != OTHER_VERSION:
+            raise
+    return True
+
+
+def _is_linearity_file(path: Path) -> bool:
+    """True for a linearity file of any version."""
+    try:
+        Linearity.load(path)
+    except AlphasError as error:
+        return error.code == OTHER_VERSION
     return True
 
 
