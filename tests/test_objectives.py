@@ -16,8 +16,8 @@ from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.maths.closed_form import Solution
 from mergekit_slta.objectives.costs import estimate_features
-from mergekit_slta.objectives.entries import make_entry
 from mergekit_slta.objectives.registry import Objective, Solved
+from mergekit_slta.objectives.solving import make_entry
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, ObjectiveSettings, register_objective
 
 PACKAGE = Path(mergekit_slta.__file__).parent

@@ -23,7 +23,7 @@ from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives import costs
 from mergekit_slta.objectives.costs import estimate_gradients as estimate
 from mergekit_slta.objectives.gradient_passes import gather_derivatives, report_divergence
-from mergekit_slta.objectives.joint import solve_together
+from mergekit_slta.objectives.solving import solve_together
 from mergekit_slta.runner import head_loss
 from mergekit_slta.runner.backward import BackwardPass
 from mergekit_slta.runtime.distributed import ALONE

@@ -16,7 +16,7 @@ from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.layout import Layout, LayoutSubmodule, SolveSettings
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.objectives.entries import EXPECTED_ALPHA
+from mergekit_slta.objectives.solving import EXPECTED_ALPHA
 from mergekit_slta.reporting.card import section
 from mergekit_slta.reporting.terminal import describe_alphas
 

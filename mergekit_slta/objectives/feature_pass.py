@@ -17,8 +17,8 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.maths.task_arithmetic import WeightedSlice
 from mergekit_slta.models.submodules import Submodule
-from mergekit_slta.objectives.features import solve_submodule
 from mergekit_slta.objectives.merging import merge_with
+from mergekit_slta.objectives.solving import solve_submodule
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import Evaluation, ForwardState, MergeGroup
 from mergekit_slta.runtime.distributed import Ranks

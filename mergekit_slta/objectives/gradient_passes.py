@@ -25,8 +25,8 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.maths.gauss_newton import rebase_quadratics
-from mergekit_slta.objectives.joint import solve_together
 from mergekit_slta.objectives.merging import merge_with
+from mergekit_slta.objectives.solving import solve_together
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.backward import DIVERGENCE, BackwardPass, backward_layers
 from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
