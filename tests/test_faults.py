@@ -154,7 +154,7 @@ def test_clocks_that_jump_change_nothing(sound, tmp_path, monkeypatch):
 SIGNALS = {
     "SIGTERM in a block": ("SIGTERM", Skeleton, "block", 5, ""),
     "SIGKILL in a backward pass": ("SIGKILL", torch.autograd, "grad", 20, ""),
-    "SIGKILL in a merge": ("SIGKILL", method, "combine", 4, ""),
+    "SIGKILL in a merge": ("SIGKILL", method, "merge_tensor", 4, ""),
     "SIGTERM while moving in": ("SIGTERM", os, "replace", 1, "model"),
 }
 

@@ -279,7 +279,7 @@ def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf."""
     # A sum is finite only if every element is, and needs no mask. Elements are looked at where the sum overflows.
-    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(features: Tensor, where: str) -> Tensor:
