@@ -46,7 +46,7 @@ class SltaError(click.ClickException):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, code: str = "") -> None:
+    def __init__(self, message: str, *, code: str) -> None:
         super().__init__(show(message, 2000))
         self.code = code
 

@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +28,11 @@ from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from wording import WORDING
 
 from mergekit_slta import Alphas
 from mergekit_slta.cli import main as cli
+from mergekit_slta.errors import SltaError
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
@@ -241,6 +245,38 @@ def mergekit_yaml(*arguments: object) -> Result:
 def slta(*arguments: object) -> Result:
     """The project's own command, in this process."""
     return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def check_message(message: str, code: str, *values: object) -> None:
+    """One printable line that says what the code stands for, and names each of the values."""
+    assert message.isprintable(), message
+    assert re.search(WORDING[code], message), f"{code}: {message}"
+    for value in values:
+        assert str(value) in message, f"{value} is not in: {message}"
+
+
+@contextmanager
+def refused(error: type[SltaError], code: str, *values: object) -> Iterator[pytest.ExceptionInfo[SltaError]]:
+    """Expect an error of this class and code, whose message names each of the values."""
+    with pytest.raises(error) as caught:
+        yield caught
+    assert type(caught.value) is error
+    assert caught.value.code == code, caught.value.message
+    check_message(caught.value.message, code, *values)
+
+
+def assert_refused(result: Result | subprocess.CompletedProcess, code: str, *values: object, exit_code: int = 2) -> str:
+    """A command ended with one line that says what the code stands for and names each of the values, and with no
+    traceback. Returns the line."""
+    if isinstance(result, Result):
+        ended, output = result.exit_code, result.output
+    else:
+        ended, output = result.returncode, result.stderr
+    assert ended == exit_code, output
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("Error: ")]
+    check_message(line, code, *values)
+    return line
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

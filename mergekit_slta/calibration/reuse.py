@@ -191,13 +191,16 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
         unlike += _other_row_settings(job, alphas)
         if not unlike:
             return alphas
-        reason, code = f"is for another merge (other {describe(sorted(unlike))})", "alphas-of-another-merge"
+        reason = f"is for another merge (other {describe(sorted(unlike))})"
     except AlphasError as error:
         if must_match or (path.name != ALPHAS_NAME and error.code != OTHER_VERSION):
             raise
-        reason, code = f"cannot be used ({error.message})", error.code  # this package's own file, damaged
+        reason = f"cannot be used ({error.message})"  # this package's own file, damaged
     if must_match:
-        raise AlphasError(f"the alphas file {show(path)} {reason}: calibrate again, or correct the recipe", code=code)
+        raise AlphasError(
+            f"the alphas file {show(path)} {reason}: calibrate again, or correct the recipe",
+            code="alphas-of-another-merge",
+        )
     job.say(f"{show(path)} {reason}: computing it anew")
     return None
 

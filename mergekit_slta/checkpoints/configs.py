@@ -68,7 +68,8 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, 
             found, expected = getattr(config, key, None), getattr(base, key, None)
             if found == expected:
                 continue
-            hint, code = "the experts must be fine-tuned from this very base", "differing-sizes"
+            hint = "the experts must be fine-tuned from this very base"
+            code = "differing-sizes"
             if key == "vocab_size":
                 hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
                 code = "differing-vocabularies"

@@ -118,7 +118,10 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
             recipe.base.config(trust_remote_code=options.trust_remote_code),
         )
     except Exception as error:
-        raise ModelError(f"mergekit cannot plan this merge: {show(error)}", code="cannot-plan") from error
+        raise ModelError(
+            f"mergekit cannot plan this merge ({show(error)}): correct the recipe, or try a newer mergekit",
+            code="cannot-plan",
+        ) from error
     tensors = {weight.name: PlannedTensor(weight, gather, sources_of(gather)) for weight, gather in planned}
     return Plan(canonical(recipe), tensors, loaders, headers)
 

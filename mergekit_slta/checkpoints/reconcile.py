@@ -121,7 +121,8 @@ def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
             found = plan.shape(name, model)
             if found is None or found == expected:
                 continue
-            hint, code = "all models of a merge need the same shapes", "differing-sizes"
+            hint = "all models of a merge need the same shapes"
+            code = "differing-sizes"
             if planned.weight.vocabulary_axis is not None:
                 hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
                 code = "differing-vocabularies"

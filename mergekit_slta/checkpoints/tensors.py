@@ -63,7 +63,11 @@ class Checkpoints:
         tensors = run_task(gather_from(self.plan.tensors[name].gather, chosen), self._build_tokenizer)
         missing = [model for model in chosen if tensors.get(model) is None]
         if missing:
-            raise ModelError(f"{show(self.names[missing[0]])} lacks the tensor {show(name)}", code="missing-tensor")
+            raise ModelError(
+                f"{show(self.names[missing[0]])} lacks the tensor {show(name)}: "
+                "all models of a merge need the same tensors",
+                code="missing-tensor",
+            )
         return [tensors[model] for model in chosen]
 
     def load(self, names: Sequence[str], models: Sequence[int] | None = None) -> list[Weights]:
@@ -96,7 +100,7 @@ class Checkpoints:
             if int(used[-1]) >= raw.shape[0]:
                 raise ModelError(
                     f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
-                    f"{show(table)}: the tokenizer and the embeddings do not fit",
+                    f"{show(table)}: use the tokenizer that belongs to these embeddings",
                     code="token-out-of-range",
                 )
             found.append(self.place(raw[used], table, model))  # [U, d]
@@ -114,7 +118,9 @@ class Checkpoints:
         placed = tensor.to(device=self.device, dtype=self.dtype)
         if not all_finite(placed):
             raise ModelError(
-                f"{show(name)} of {show(self.names[self.plan.models[model]])} holds NaN or Inf", code="not-finite"
+                f"{show(name)} of {show(self.names[self.plan.models[model]])} holds NaN or Inf: "
+                "fetch that checkpoint again, or leave the model out",
+                code="not-finite-weights",
             )
         return placed
 

@@ -212,7 +212,11 @@ def merge_by_command(directory: Path, echo: Echo) -> None:
     )
     if done.returncode != 0:
         tail = " | ".join(done.stderr.strip().splitlines()[-5:])
-        raise RunError(f"mergekit-yaml ended with exit code {done.returncode}: {tail}", code="merge-failed")
+        raise RunError(
+            f"mergekit-yaml ended with exit code {done.returncode} ({show(tail, 1000)}): "
+            f"run it again in {show(directory)}; -v shows where",
+            code="merge-failed",
+        )
 
 
 class _Clock:

@@ -62,10 +62,8 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
             f"cannot read the {document.noun} {show(path)} ({show(error)}): {document.remedy}", code="unreadable-file"
         ) from error
     if not isinstance(content, dict) or content.get("format") != document.format:
-        kind = document.noun.replace(" ", "-")
         raise AlphasError(
-            f"{show(path)} is not {document.article} {document.noun}: {document.remedy}",
-            code=f"not-{document.article}-{kind}",
+            f"{show(path)} is not {document.article} {document.noun}: {document.remedy}", code="wrong-file-type"
         )
     if content.get("version") != document.version:
         raise AlphasError(

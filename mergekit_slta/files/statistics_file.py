@@ -116,7 +116,7 @@ class Statistics:
                 if header.get("format") != FORMAT:
                     raise AlphasError(
                         f"{show(path)} is not a statistics file: name the slta_stats.safetensors of a calibration",
-                        code="not-a-statistics-file",
+                        code="wrong-file-type",
                     )
                 if header.get("version") != str(VERSION):
                     raise AlphasError(

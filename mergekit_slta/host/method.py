@@ -133,7 +133,9 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
     if name in merge.alphas.copied:
         if any(not torch.equal(entry.tensor, group.entries[0].tensor) for entry in group.entries):
             raise ModelError(
-                f"the buffer {show(name)} differs between the models, and cannot be merged", code="differing-buffers"
+                f"the buffer {show(name)} differs between the models, and cannot be merged: leave out the model whose "
+                "buffer differs",
+                code="differing-buffers",
             )
         return group.entries[0].tensor.clone()
     slices = merge.alphas.pieces(name)
@@ -148,14 +150,15 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         if column is None:
             raise AlphasError(
                 f"the alphas file {show(path)} knows no model {show(entry.id)}; "
-                f"it is for {listing(merge.alphas.models)}",
+                f"it is for {listing(merge.alphas.models)}: calibrate again",
                 code="unknown-model",
             )
         experts[column] = entry.tensor
     missing = [model for model, tensor in zip(merge.alphas.models, experts, strict=True) if tensor is None]
     if missing or group.base is None:
         raise ModelError(
-            f"tensor {show(name)} is missing in {listing(missing or ['the base'])}, so it cannot be merged",
+            f"tensor {show(name)} is missing in {listing(missing or ['the base'])}: "
+            "all models of a merge need the same tensors",
             code="missing-tensor",
         )
     base = group.base.tensor

@@ -61,7 +61,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     plan = make_plan(recipe, options)
     problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
     if problems and for_merge:
-        raise ModelError(problems[0], code="plan-does-not-fit")
+        raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
     for problem in problems:
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
     plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)

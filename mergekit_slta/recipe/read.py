@@ -39,18 +39,24 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
         check_content(content, path)
         config = MergeConfiguration.model_validate(content)
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {show(path)}: {error.strerror}", code="unreadable-recipe") from error
+        raise RecipeError(
+            f"cannot read the recipe {show(path)} ({error.strerror}): check its path", code="unreadable-recipe"
+        ) from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {show(path)} is not a UTF-8 text file", code="unreadable-recipe") from error
+        raise RecipeError(
+            f"the recipe {show(path)} is not a UTF-8 text file: save it as one", code="unreadable-recipe"
+        ) from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {show(path)} is not valid YAML: {show(error)}", code="not-yaml") from error
+        raise RecipeError(
+            f"the recipe {show(path)} is not valid YAML ({show(error)}): correct that line", code="not-yaml"
+        ) from error
     except ValidationError as error:
         raise RecipeError(
-            f"the recipe {show(path)} is not a merge recipe: {_first(error)}", code="not-a-recipe"
+            f"the recipe {show(path)} is not a merge recipe ({_first(error)}): correct it", code="not-a-recipe"
         ) from error
     except RuntimeError as error:  # mergekit's own validators
         raise RecipeError(
-            f"the recipe {show(path)} is not a merge recipe: {show(error)}", code="not-a-recipe"
+            f"the recipe {show(path)} is not a merge recipe ({show(error)}): correct it", code="not-a-recipe"
         ) from error
     return config, source
 
@@ -115,7 +121,8 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
     """
     if config.merge_method != METHOD:
         raise RecipeError(
-            f"merge_method is {show(config.merge_method)!r}; this command runs {METHOD!r} recipes only",
+            f"merge_method is {show(config.merge_method)!r}, and this command runs {METHOD!r} recipes only: "
+            "use `mergekit-yaml` for others",
             code="other-method",
         )
     for layout in ("slices", "modules"):

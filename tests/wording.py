@@ -1,0 +1,117 @@
+"""What the message of every error code says: one regular expression for each code.
+
+A message names the cause, the value and the remedy. Tests hold on to codes; a sentence that changes is changed here.
+"""
+
+WORDING: dict[str, str] = {
+    "adapter-needs-copy": r"the adapter .+ can only be merged into a full copy on disk \(.+\): add --lora-merge-cache",
+    "adapter-on-tied-head": r"the adapter .+ adapts .+, which its base ties to the embeddings: .+ without this adapter",
+    "alphas-of-another-merge": r"the alphas file .+ is for another merge \(other .+\): calibrate again, or correct",
+    "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
+    "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
+    "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
+    "conflicting-keys": r"(--verify|`\w+`) .+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
+    r"|; drop `ridge`|: choose one of .+, or another objective)",
+    "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
+    "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises); fetch it again",
+    "damaged-file": r"(is damaged at .* \(.+\): name the file that|do not fit together; calibrate again"
+    r"|contradicts itself at .+: run `mergekit-slta linearity` again)",
+    "damaged-layout": r"layout is damaged, or was made by an earlier version \(.*\): calibrate again",
+    "dataset-not-found": r"dataset .+ not found: no such file or folder \(paths start at the current one\)",
+    "differing-architectures": r".+ is a \w+, the base a \w+: all models of a merge need the same architecture",
+    "differing-buffers": r"the buffer .+ differs between the models, .+: leave out the model whose buffer differs",
+    "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
+    r" very base|all models of a merge need the same shapes)",
+    "differing-vocabularies": r"the vocabularies differ: add `tokenizer: \{source: base\}` to the recipe",
+    "disk-full": r"(needs .+ GiB and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
+    r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
+    "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
+    "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
+    "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
+    r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card))",
+    "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or move them "
+    r"away|somebody put other weights into .+: move them away and merge again)",
+    "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
+    "incomplete-statistics": r"the statistics lack .+: calibrate again",
+    "invalid-template": r"`text` is not a template \(.+\): .+; write \{\{ for a brace",
+    "invalid-value": r"(`\w+` .*is|--\w+ (is )?).+(choose one of|give (a|1)|must be a|[Ii]nput should be|use at least"
+    r"|: write `auto`|name a model and|should have|valid)",
+    "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
+    "lost-process": r"process \d+ of \d+ has lost another one .+: see that one's message, then run the same command",
+    "merge-failed": r"(the merge failed \(\w+\): .*|mergekit-yaml ended with exit code .+ \(.*\): .+); -v shows where",
+    "misplaced-key": r"(`.+` stands .+, where it is ignored: move it|is shared by all models: move it"
+    r"|takes no parameters; give them to the experts)",
+    "missing-adapter": r"the adapter .+ has no .+: check the path or Hub id",
+    "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
+    "missing-base": r"needs the model that the experts were fine-tuned from: add `base_model:`",
+    "missing-chat-template": r"tokenizer has no chat template for the column `.+`: choose another column",
+    "missing-column": r"(no column '.*'; it has .+|no `messages` and no `text` column: set `text` .+"
+    r"|`text` names '.*', but .+ has the columns .+)",
+    "missing-dataset": r".+ has no `dataset`: name its calibration rows, or an existing file with `alphas`",
+    "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
+    "missing-file": r"there is no (alphas|linearity) file .+: name the file that `mergekit-slta \w+` wrote",
+    "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
+    "missing-model": r"there is no model folder .+; paths start at the current one",
+    "missing-tensor": r".+ (lacks the tensor|is missing in) .+: all models of a merge need the same tensors",
+    "missing-value": r"`.+` in .+ has no value: give it one, or remove the line",
+    "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
+    "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
+    "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
+    "not-a-folder": r"(.+ is not a folder: choose a new or empty one|.+ is a file[:;] name (a|another) folder)",
+    "not-a-plain-file": r"(is no plain file: (name another|choose another|put the model card)"
+    r"|is a folder where the merge has a file: move it away and merge again)",
+    "not-a-recipe": r"(the recipe .+ is not a merge recipe \(.*\): correct it"
+    r"|the recipe.* is (empty|not a mapping of keys to values): it starts with `merge_method:)",
+    "not-expressible": r"(: where the checkpoints are .+ already, use `out_dtype` in place of `dtype`"
+    r"|which a filter cannot express: export alphas of|this file cannot be exported, merge with `mergekit-slta merge`)",
+    "not-finite": r"features .*behind .+ hold NaN or Inf.*: use `compute_dtype: float32`, or",
+    "not-finite-weights": r".+ of .+ holds NaN or Inf: fetch that checkpoint again, or leave the model out",
+    "not-yaml": r"(the recipe .+ is not valid YAML \(.+\): correct that line"
+    r"|the front matter of .+ is no valid YAML \(.+\): mend it, then run this again)",
+    "nothing-to-draw": r"(nothing to draw: .+; calibrate again|holds neither .+ nor .+: name a merged model's folder)",
+    "old-mergekit": r"needs mergekit .+ or newer, but .+ is installed: pip install -U 'mergekit>=",
+    "one-process-only": r"`\w+` runs in one process: start it without torchrun",
+    "other-base": r"(the adapter|the adapter's product) .+: the adapter belongs to another base",
+    "other-file-version": r"(is an? .+ of version .+, this release reads version \d+: run `mergekit-slta \w+` again"
+    r"|was made by another version of this package: calibrate again)",
+    "other-method": r"merge_method is '.*', and this command runs '\w+' recipes only: use `mergekit-yaml` for others",
+    "out-of-memory": r"out of memory on .+ \(.*\): lower `\w+` \(\d+\) .*or choose another --device",
+    "output-is-an-input": r"(is one of the models to merge: name another folder|is an input of this command: name)",
+    "path-in-the-way": r".+ is in the way of unfinished work: move it",
+    "plan-does-not-fit": r"mergekit (would drop|plans to merge) .+ of .*: .+; try a newer mergekit",
+    "processes-differ": r"process \d+ sees other models or data than the first one: give all the same files and",
+    "quantized-weights": r".+ is stored as .+, which an adapter cannot be added to: use a base that is not quantized",
+    "recipe-needed": r"these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
+    "recipe-of-other-alphas": r".+ is not the recipe of these alphas, .+: name theirs with --recipe",
+    "reserved-name": r"the alphas cannot be called .+: name it .+, or choose another folder",
+    "token-out-of-range": r"token \d+ .+ is beyond the \d+ rows of .+: use the tokenizer that belongs to these",
+    "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
+    r"|has \d+ rows for \d+ steps .+: add rows, lower `steps`, or set `fresh_rows: false`)",
+    "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
+    "unexpected-error": r"\w+: .*",
+    "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",
+    "unknown-file-type": r"dataset .+ has file type .+; use one of .+, a folder, or a Hub id",
+    "unknown-key": r"unknown key `.+` .+: (did you mean|known keys|.+ `importance` sets a task's share)",
+    "unknown-layers": r"no decoder layers \(.*\) found in .+; please report the model",
+    "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
+    r"|the alphas file .+ knows no model .+; it is for .+: calibrate again)",
+    "unknown-objective": r"the objective is .*, and this release knows .+: calibrate again",
+    "unknown-tensor": r"tensor .+ belongs to no submodule that is known here; please report the model",
+    "unreadable-checkpoint": r"cannot open the checkpoint of .+ \(.*\): (a file is missing or corrupt, fetch it again"
+    r"|check the path or Hub id)",
+    "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
+    "unreadable-dataset": r"cannot load dataset .+ \(config .*, split .*\): .+; check `dataset`, `dataset_config` and",
+    "unreadable-file": r"(cannot read the (alphas|linearity) file .+ \(.*\): name the file that"
+    r"|cannot read statistics from .+: .*; calibrate again)",
+    "unreadable-recipe": r"(cannot read the recipe .+ \(.*\): check its path|is not a UTF-8 text file: save it as one)",
+    "unreadable-tokenizer": r"cannot load the tokenizer of .+: .+; the base needs one, to read the calibration rows",
+    "unsolvable-statistics": r"the statistics cannot be solved \(.*\): calibrate again",
+    "unsupported-architecture": r"architecture .+ of .+ is not supported; supported are \w+",
+    "unsupported-format": r"cannot draw .+: figures are \.png or \.svg",
+    "unsupported-layout": r"merges whole models: replace `\w+:` by `models:`",
+    "unusable-device": r"(--multi-gpu needs an accelerator, .+: drop it|device .+ cannot be used here .*: drop --cuda)",
+    "unusable-row": r"(is \w+, not text: choose another `text`|the chat template refuses .+; mend the row"
+    r"|is (empty|too short) \(\d+ tokens, \d+ needed\): remove such rows or choose another `text`)",
+    "value-differs-between-tensors": r"`\w+` differs between tensors .+: give one value for all of them",
+    "wrong-file-type": r"is not an? (alphas|linearity|statistics) file: name the ",
+}  # fmt: skip
