@@ -250,6 +250,7 @@ def slta(*arguments: object) -> Result:
 def check_message(message: str, code: str, *values: object) -> None:
     """One printable line that says what the code stands for, and names each of the values."""
     assert message.isprintable(), message
+    assert code in WORDING, f"{code}: {message}"
     assert re.search(WORDING[code], message), f"{code}: {message}"
     for value in values:
         assert str(value) in message, f"{value} is not in: {message}"

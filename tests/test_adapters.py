@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_config
+from conftest import make_config, refused
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
@@ -262,37 +262,44 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "code", "values"),
     [
-        (lambda t: {k.replace("layers.1.", "layers.7."): v for k, v in t.items()}, "adapts model.layers.7.self_attn"),
-        (lambda t: {k: v for k, v in t.items() if k != f"{Q}B.weight"}, "has only .*lora_A.weight of the two"),
-        (lambda t: {**t, f"{Q}B.weight": torch.ones(31, 4)}, r"q_proj is \[31, 32\], .*q_proj.weight.* \[32, 32\]"),
-        (lambda t: {**t, f"{Q}B.weight": torch.ones(32, 3)}, "ranks 4 and 3, .* says 4"),
-        (lambda t: {}, "holds no LoRA tensors"),
+        (
+            lambda t: {k.replace("layers.1.", "layers.7."): v for k, v in t.items()},
+            "other-base",
+            ["adapts model.layers.7.self_attn"],
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if k != f"{Q}B.weight"},
+            "corrupt-adapter",
+            ["lora_A.weight of the two"],
+        ),
+        (lambda t: {**t, f"{Q}B.weight": torch.ones(31, 4)}, "other-base", ["q_proj is [31, 32]", "[32, 32]"]),
+        (lambda t: {**t, f"{Q}B.weight": torch.ones(32, 3)}, "corrupt-adapter", ["ranks 4 and 3", "says 4"]),
+        (lambda t: {}, "corrupt-adapter", ["no LoRA tensors"]),
     ],
 )
-def test_tensors_that_do_not_fit(edit, tensors: Callable, message: str) -> None:
+def test_tensors_that_do_not_fit(edit, tensors: Callable, code: str, values: list[str]) -> None:
     model = edit(tensors)
-    with pytest.raises(ModelError, match=message) as caught:
+    with refused(ModelError, code, *values):
         open_adapter(model, MergeOptions())
-    assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "values"),
     [
-        ({"r": 8}, "ranks 4 and 4, .* says 8"),
-        ({"r": 0}, "no usable rank and alpha"),
-        ({"r": "x"}, "no usable rank and alpha"),
-        ({"lora_alpha": float("nan")}, "no usable rank and alpha"),
-        ({"rank_pattern": {"(": 2}}, "no usable rank and alpha"),
-        ({"rank_pattern": [3]}, "no usable rank and alpha"),
-        ({"target_modules": "("}, "peft cannot match"),
-        ({"target_modules": 3}, "peft cannot match"),
+        ({"r": 8}, ["ranks 4 and 4", "says 8"]),
+        ({"r": 0}, ["no usable rank and alpha"]),
+        ({"r": "x"}, ["no usable rank and alpha"]),
+        ({"lora_alpha": float("nan")}, ["no usable rank and alpha"]),
+        ({"rank_pattern": {"(": 2}}, ["no usable rank and alpha"]),
+        ({"rank_pattern": [3]}, ["no usable rank and alpha"]),
+        ({"target_modules": "("}, ["peft cannot match"]),
+        ({"target_modules": 3}, ["peft cannot match"]),
     ],
 )
-def test_settings_that_make_no_sense(edit, settings: dict, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+def test_settings_that_make_no_sense(edit, settings: dict, values: list[str]) -> None:
+    with refused(ModelError, "corrupt-adapter", *values):
         open_adapter(edit(**settings), MergeOptions())
 
 
@@ -303,7 +310,7 @@ def test_wrong_shapes_of_a_pickled_base(edit, bases, tmp_path: Path) -> None:
     torch.save({name: plain.get_tensor(name) for name in plain.index.tensor_paths}, tmp_path / "pytorch_model.bin")
     loader = open_adapter(ModelReference.parse(f"{tmp_path}+{model.lora.path}"), MergeOptions())
     loader.get_tensor("model.layers.0.self_attn.q_proj.weight")
-    with pytest.raises(ModelError, match="q_proj is \\[31, 32\\]"):
+    with refused(ModelError, "other-base", "q_proj is [31, 32]"):
         loader.get_tensor("model.layers.1.self_attn.q_proj.weight")
 
 
@@ -312,25 +319,25 @@ def test_damaged_and_missing_files(edit, bases, tmp_path: Path) -> None:
     weights = Path(model.lora.path, "adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-40])
     for ask in (needs_merged_copy, lambda model: open_adapter(model, MergeOptions())):
-        with pytest.raises(ModelError, match="adapter_model.safetensors cannot be read"):
+        with refused(ModelError, "corrupt-adapter", "adapter_model.safetensors"):
             ask(model)
     weights.unlink()
-    with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
+    with refused(ModelError, "missing-adapter", "adapter_model.safetensors"):
         needs_merged_copy(model)
     config = Path(model.lora.path, "adapter_config.json")
     for text in ("{", "[]"):
         weights.touch()
         config.write_text(text)
-        with pytest.raises(ModelError, match="adapter_config.json cannot be read"):
+        with refused(ModelError, "corrupt-adapter", "adapter_config.json"):
             needs_merged_copy(model)
-    with pytest.raises(ModelError, match="has no adapter_config.json"):
+    with refused(ModelError, "missing-adapter", "adapter_config.json"):
         needs_merged_copy(ModelReference.parse(f"{bases['llama']}+{tmp_path / 'nowhere'}"))
-    with pytest.raises(ModelError, match="has no adapter_config.json"):  # the Hub, which the tests cannot ask
+    with refused(ModelError, "missing-adapter", "adapter_config.json"):  # the Hub, which the tests cannot ask
         needs_merged_copy(ModelReference.parse(f"{bases['llama']}+nobody/nothing@main"))
 
 
 def test_missing_base(edit, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the base of an adapter"):
+    with refused(ModelError, "unreadable-checkpoint", tmp_path / "nowhere", "the base of an adapter"):
         open_adapter(ModelReference.parse(f"{tmp_path / 'nowhere'}+{edit().lora.path}"), MergeOptions())
 
 
@@ -341,7 +348,7 @@ def test_quantized_base(edit, bases, tmp_path: Path) -> None:
     tensors = {name: plain.get_tensor(name).to(torch.float8_e4m3fn) for name in plain.index.tensor_paths}
     save_file(tensors, tmp_path / "model.safetensors")
     loader = open_adapter(ModelReference.parse(f"{tmp_path}+{model.lora.path}"), MergeOptions())
-    with pytest.raises(ModelError, match="float8_e4m3fn.* not quantized"):
+    with refused(ModelError, "quantized-weights", "float8_e4m3fn"):
         loader.get_tensor("model.layers.1.self_attn.q_proj.weight")
 
 
@@ -349,7 +356,7 @@ def test_tied_head(bases, save_adapter) -> None:
     model = save_adapter(bases["tied"], target_modules=["q_proj", "lm_head"])
     weights = Path(model.lora.path, "adapter_model.safetensors")
     save_file({key: value for key, value in load_file(weights).items() if "lora_" in key}, weights)
-    with pytest.raises(ModelError, match="lm_head, which its base ties to the embeddings"):
+    with refused(ModelError, "adapter-on-tied-head", "lm_head"):
         open_adapter(model, MergeOptions())
     model = save_adapter(bases["tied"], name="other", target_modules=["q_proj"])
     check_all(opened(model), merged_by_peft(model), bases["tied"], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import refused
 
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
@@ -17,19 +18,19 @@ def document(**changes) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "reason"),
     [
-        ({"models": []}, "models are missing or listed twice"),
-        ({"models": ["x", "x"]}, "models are missing or listed twice"),
-        ({"version": 2}, "is an alphas file of version 2"),
-        ({"version": "1"}, "is an alphas file of version 1"),
+        ({"models": []}, "damaged-file", "models are missing or listed twice"),
+        ({"models": ["x", "x"]}, "damaged-file", "models are missing or listed twice"),
+        ({"version": 2}, "other-file-version", "of version 2"),
+        ({"version": "1"}, "other-file-version", "of version 1"),
     ],
 )
-def test_alphas_files_say_what_is_wrong(tmp_path, changes, message):
+def test_alphas_files_say_what_is_wrong(tmp_path, changes, code, reason):
     """Models that are missing or twice, and versions that are not known here."""
     path = tmp_path / "slta_alphas.json"
     path.write_text(document())
     Alphas.load(path)
     path.write_text(document(**changes))
-    with pytest.raises(AlphasError, match=message):
+    with refused(AlphasError, code, path, reason):
         Alphas.load(path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import fork, own_command, slta
+from conftest import assert_refused, fork, own_command, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import load, row_deltas
@@ -271,13 +271,10 @@ def test_finished_is_not_repeated_and_others_are_not_reused(measured, tmp_path):
     assert target.stat().st_mtime_ns != before
     other = tmp_path / "notes.json"
     other.write_text(json.dumps({"mine": 1}))
-    refused = slta("linearity", tmp_path / "recipe.yml", "-o", other)
-    assert refused.exit_code == 2
-    assert "is not overwritten" in refused.output
+    assert_refused(slta("linearity", tmp_path / "recipe.yml", "-o", other), "foreign-file", other)
     assert json.loads(other.read_text()) == {"mine": 1}
     none = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "x.json", "--rows", "0")
-    assert none.exit_code == 2
-    assert "at least 1 row" in none.output
+    assert_refused(none, "invalid-value", "--rows is 0")
 
 
 def test_two_at_once_are_refused(measured, tmp_path):
@@ -289,8 +286,7 @@ def test_two_at_once_are_refused(measured, tmp_path):
     with other:
         other.open()
         result = slta("linearity", tmp_path / "recipe.yml", "-o", tmp_path / "linearity.json", "--quiet")
-    assert result.exit_code == 2
-    assert f"another process ({os.getpid()})" in result.output
+    assert_refused(result, "in-use", f"({os.getpid()})")
 
 
 @pytest.mark.parametrize("command", [["linearity", "recipe.yml"], ["merge", "recipe.yml", "out"]])
@@ -299,18 +295,17 @@ def test_one_process_commands_say_so(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     result = slta(*command)
-    assert result.exit_code == 1
-    assert "start it without torchrun" in result.output
+    assert_refused(result, "one-process-only", command[0], exit_code=1)
 
 
 def test_heads_that_cannot_be_told_apart(make_models, tmp_path, monkeypatch, caplog):
     """The analysis leaves them out, and says so; where layers cannot be told apart the refusal stands."""
     partition = analysis.partition
-    refused = ["head_mlp"]
+    without = ["head_mlp"]
 
     def refuse(names, anatomy, level, tied):
-        if level in refused:
-            raise ModelError("none here")
+        if level in without:
+            raise ModelError("none here; please report the model", code="unknown-tensor")
         return partition(names, anatomy, level, tied=tied)
 
     monkeypatch.setattr(analysis, "partition", refuse)
@@ -319,6 +314,6 @@ def test_heads_that_cannot_be_told_apart(make_models, tmp_path, monkeypatch, cap
         found, _ = analyse(job, tmp_path / "linearity.json")
     assert {entry.kind for entry in found.submodules} == {"embed", "layer", "attention", "mlp", "head", "model"}
     assert "attention heads cannot be told apart" in caplog.text
-    refused.append("layer")
+    without.append("layer")
     with pytest.raises(ModelError, match="none here"):
         analyse(job, tmp_path / "other.json")

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from reference import reference_alphas
@@ -143,7 +144,7 @@ def test_nan_in_an_expert_is_named(tiny, options, tmp_path):
     AutoTokenizer.from_pretrained(tiny.base).save_pretrained(broken)
     recipe = tiny.recipe(2)
     recipe["models"][1]["model"] = str(broken)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .*broken holds NaN"):
+    with refused(ModelError, "not-finite-weights", "model.layers.1.mlp.up_proj.weight", broken):
         calibrate(recipe, options)
 
 
@@ -159,7 +160,7 @@ def test_overflowing_features_are_named(make_models, options):
     model.save_pretrained(huge)
     AutoTokenizer.from_pretrained(models.base).save_pretrained(huge)
     recipe["base_model"] = str(huge)
-    with pytest.raises((RunError, ModelError), match="NaN or Inf"):
+    with refused(ModelError, "not-finite-weights"):
         calibrate(recipe, options)
 
 
@@ -201,6 +202,6 @@ def test_features_that_overflow_are_named(tiny, options, tmp_path, who):
         recipe["base_model"] = str(tmp_path / "large")
     else:
         recipe["models"][1]["model"] = str(tmp_path / "large")
-    named = "the features behind head" if who == "base" else "features of .*large behind head"
-    with pytest.raises(RunError, match=f"{named} hold NaN or Inf"):
+    named = ["the features behind head"] if who == "base" else [tmp_path / "large", "behind head"]
+    with refused(RunError, "not-finite", *named):
         calibrate(recipe, options)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import assert_refused, refused, slta
 
 from mergekit_slta.cli import main as cli
 from mergekit_slta.demo.run import merge_by_command, prepare_folder
@@ -32,10 +33,8 @@ def test_demo_runs_end_to_end(tmp_path):
 def test_demo_overwrites_nothing_else(tmp_path):
     """A folder that is not the demo's is refused in one line."""
     (tmp_path / "thesis.tex").write_text("precious")
-    result = CliRunner().invoke(cli.main, ["demo", str(tmp_path), "--quick"])
-    assert result.exit_code == 2
-    assert "Error: " in result.output
-    assert "Traceback" not in result.output
+    result = slta("demo", tmp_path, "--quick")
+    assert_refused(result, "foreign-file", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
@@ -69,7 +68,7 @@ def test_task_answers_are_right(seed):
 def test_demo_folders(tmp_path):
     """A file in the place of the folder is refused."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is not a folder"):
+    with refused(OutputError, "not-a-folder", tmp_path / "file"):
         prepare_folder(tmp_path / "file")
 
 
@@ -79,5 +78,5 @@ def test_a_demo_whose_merge_fails(tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\necho no such method >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(RunError, match=r"mergekit-yaml ended with exit code 3: no such method"):
+    with refused(RunError, "merge-failed", "exit code 3", "no such method", tmp_path):
         merge_by_command(tmp_path, lambda _: None)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import assert_applied, mergekit_yaml, slta
+from conftest import assert_applied, assert_refused, mergekit_yaml, refused, slta
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
 from test_gradients import assert_close, whole_model
 from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
@@ -92,8 +92,7 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
         assert "2 rows for each step" in result.output
     for rows in ("1", "6"):
         result = slta("solve", stats, "--rows", rows, "-o", tmp_path / "other.json")
-        assert result.exit_code == 2
-        assert "with `steps: 3` the statistics themselves depend on `num_samples`" in result.output
+        assert_refused(result, "needs-calibration", "`steps: 3`", "`num_samples`")
     result = slta("linearity", write_recipe(recipe), "-o", tmp_path / "linearity.json", "--quiet")
     assert result.exit_code == 0, result.output
     assert [len(task["rows"]) for task in Linearity.load(tmp_path / "linearity.json").settings["tasks"]] == [2, 2, 2]
@@ -117,7 +116,7 @@ def test_rows_of_their_own_are_split_evenly_where_there_are_too_few(specimen, ca
     sizes = [sum(example.task == 0 for example in job.examples(group)) for group in range(3)]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
-    with pytest.raises(DataError, match=rf"has {count} rows for {count + 1} steps with rows of their own: add rows"):
+    with refused(DataError, "too-few-rows", f"has {count} rows for {count + 1} steps"):
         same(models, fresh_rows=True, steps=count + 1)
 
 

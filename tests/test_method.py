@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import types
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from conftest import refused
 from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
@@ -169,17 +170,17 @@ def test_missing_inputs_are_refused(tmp_path):
     call = merge_methods.get("submodule_linear")
     with active("file", merge):
         group = TensorGroup.from_tensors([base, one, two], ids=["base", "a", "b"], base_index=0, name="w")
-        with pytest.raises(ModelError, match="'?w'? is missing in c"):
+        with refused(ModelError, "missing-tensor", "tensor w ", "in c:"):
             call([group], parameters={"alphas": "file"})
         group = TensorGroup.from_tensors([base, one], ids=["base", "z"], base_index=0, name="w")
-        with pytest.raises(AlphasError, match="knows no model z"):
+        with refused(AlphasError, "unknown-model", "model z;"):
             call([group], parameters={"alphas": "file"})
         group = TensorGroup.from_tensors([base, one], ids=["base", "a"], base_index=0, name="v")
-        with pytest.raises(AlphasError, match="does not cover the tensor v"):
+        with refused(AlphasError, "uncovered-tensor", "tensor v:"):
             call([group], parameters={"alphas": "file"})
-    with pytest.raises(AlphasError, match="without its pre-pass"):
+    with refused(AlphasError, "missing-alphas"):
         call([group], parameters={})
-    with pytest.raises(AlphasError, match="there is no alphas file"):
+    with refused(AlphasError, "missing-file", tmp_path / "none.json"):
         call([group], parameters={"alphas": str(tmp_path / "none.json")})
 
 
@@ -194,7 +195,7 @@ def test_old_mergekit_is_named(monkeypatch):
     """With a mergekit before 0.1.5 the error names both versions and the remedy."""
     monkeypatch.setattr(module, "version", lambda _: "0.0.6")
     monkeypatch.setattr(module, "method", module.method.__wrapped__)  # not the instance that is registered already
-    with pytest.raises(RegistrationError, match=r"needs mergekit 0\.1\.5 or newer, but 0\.0\.6 is installed: pip"):
+    with refused(RegistrationError, "old-mergekit", "0.1.5", "0.0.6"):
         register()
 
 
@@ -204,7 +205,7 @@ def test_taken_name_is_named(monkeypatch):
 
     other = types.SimpleNamespace(spec=types.SimpleNamespace(name="submodule_linear"))
     monkeypatch.setitem(registry._METHODS, "submodule_linear", other)
-    with pytest.raises(RegistrationError, match=r"already registered with mergekit 0\.1\.\d"):
+    with refused(RegistrationError, "name-taken", version("mergekit")):
         register()
 
 
@@ -238,7 +239,7 @@ def test_buffers_that_differ():
 
     with active("file", ActiveMerge(alphas, {"a": 0}, keep_precision=False)):
         assert torch.equal(merged(values[0], values[0]), values[0])
-        with pytest.raises(ModelError, match=r"the buffer m\.buffer differs between the models"):
+        with refused(ModelError, "differing-buffers", "m.buffer"):
             merged(*values)
 
 
@@ -250,5 +251,5 @@ def test_without_mergekit(monkeypatch):
 
     monkeypatch.setattr(module, "version", gone)
     monkeypatch.setattr(module, "method", module.method.__wrapped__)  # not the instance that is registered already
-    with pytest.raises(RegistrationError, match="mergekit is not installed: pip install"):
+    with refused(RegistrationError, "missing-mergekit"):
         register()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import mergekit_yaml, slta, tensors
+from conftest import assert_refused, mergekit_yaml, slta, tensors
 
 import mergekit_slta
 from mergekit_slta.files.alphas_file import Alphas
@@ -74,17 +74,14 @@ def test_a_registered_objective_merges(fixed, tiny, write_recipe, tmp_path, sett
 
 def test_what_a_registered_objective_does_not_have_is_refused(fixed, tiny, write_recipe, tmp_path):
     """Its granularities hold, and its keys are no other objective's."""
-    for settings, message in (
-        ({"objective": "fixed", "granularity": "linear"}, "layer, attn_mlp"),
-        ({"objective": "fixed", "steps": 2}, "joint"),
-        ({"fixed_weight": 0.5}, "fixed"),
+    for settings, code, value in (
+        ({"objective": "fixed", "granularity": "linear"}, "conflicting-keys", "layer, attn_mlp"),
+        ({"objective": "fixed", "steps": 2}, "key-of-another-objective", "`objective: joint`"),
+        ({"fixed_weight": 0.5}, "key-of-another-objective", "`objective: fixed`"),
     ):
-        result = slta("check", write_recipe(tiny.recipe(**settings)))
-        assert result.exit_code == 2
-        assert message in result.output
+        assert_refused(slta("check", write_recipe(tiny.recipe(**settings))), code, value)
     result = slta("merge", write_recipe(tiny.recipe(objective="fixed")), tmp_path / "out", "--verify", "--quiet")
-    assert result.exit_code == 2
-    assert "--verify" in result.output
+    assert_refused(result, "conflicting-keys", "--verify")
 
 
 def test_no_other_file_names_an_objective():

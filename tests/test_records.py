@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import refused
 
 from mergekit_slta.errors import OutputError
 from mergekit_slta.runtime.activations import ActivationStore
@@ -45,7 +46,7 @@ def test_nothing_is_touched_that_another_process_holds(tmp_path):
     with opened(tmp_path / "work", "a") as records:
         records.put("layer/1", {"x": torch.zeros(1)})
         other = ResumeStore(tmp_path / "work", "b")
-        with pytest.raises(OutputError, match=f"another process \\({os.getpid()}\\)"), other:
+        with refused(OutputError, "in-use", f"({os.getpid()})"), other:
             other.open()
         other.remove()
         assert len(list((tmp_path / "work").glob("*.safetensors"))) == 1
@@ -78,19 +79,19 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     """A folder or a link that is not ours is refused; so is a link in the place of the lock."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years")
-    with pytest.raises(OutputError, match="in the way"):
+    with refused(OutputError, "path-in-the-way", tmp_path / "work"):
         opened(tmp_path / "work", "a")
     (tmp_path / "link").symlink_to(tmp_path / "work")
-    with pytest.raises(OutputError, match="in the way"):
+    with refused(OutputError, "path-in-the-way", tmp_path / "link"):
         opened(tmp_path / "link", "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "elsewhere").symlink_to(tmp_path / "empty")
     (tmp_path / "file").write_text("x")
     for name in ("elsewhere", "file"):
-        with pytest.raises(OutputError, match="in the way"):
+        with refused(OutputError, "path-in-the-way", tmp_path / name):
             opened(tmp_path / name, "a")
     (tmp_path / "x.lock").symlink_to(tmp_path / "work" / "thesis.txt")
-    with pytest.raises(OutputError, match="cannot write"):
+    with refused(OutputError, "cannot-write", tmp_path / "x.lock"):
         opened(tmp_path / "x", "a")
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
 
@@ -155,7 +156,7 @@ def test_gradients_are_read_once_their_layer_is_finished(tmp_path, on_disk):
 def test_no_room_for_activations_is_said(tmp_path):
     """A folder that cannot be made, and the size that was asked for."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="GiB of features"):
+    with refused(OutputError, "cannot-write", "GiB of features", tmp_path / "file"):
         ActivationStore([10], 1, 0, 4, torch.float32, tmp_path / "file" / "streams")
 
 
@@ -169,7 +170,7 @@ def test_a_lock_that_its_holder_has_just_removed(tmp_path, monkeypatch):
         (tmp_path / "work.lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(OutputError, match="another process"):
+    with refused(OutputError, "in-use"):
         opened(tmp_path / "work", "a")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fork, mergekit_yaml, run, script, slta, stock_command
+from conftest import assert_refused, fork, mergekit_yaml, run, script, slta, stock_command
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -103,61 +103,67 @@ def file(tmp_path: Path, name: str, text: str) -> str:
 
 
 REFUSALS = {
-    "unknown key": (lambda t, m, p: t.recipe(2, densty=1), "unknown key `densty`"),
-    "unknown value": (lambda t, m, p: t.recipe(2, granularity="all"), "`granularity` of the recipe is 'all'"),
-    "weight": (lambda t, m, p: t.recipe(2, weight=1), "`importance` sets a task's share"),
-    "no base": (lambda t, m, p: {**t.recipe(2), "base_model": None}, "add `base_model:`"),
-    "no expert": (lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.base)}]}, "at least one expert"),
-    "expert twice": (lambda t, m, p: with_expert(t.recipe(2), t.experts[0]), "listed twice"),
+    "unknown key": (lambda t, m, p: t.recipe(2, densty=1), "unknown-key", ["`densty`"]),
+    "unknown value": (
+        lambda t, m, p: t.recipe(2, granularity="all"), "invalid-value", ["`granularity` of the recipe is 'all'"]
+    ),
+    "weight": (lambda t, m, p: t.recipe(2, weight=1), "unknown-key", ["`importance`"]),
+    "no base": (lambda t, m, p: {**t.recipe(2), "base_model": None}, "missing-base", []),
+    "no expert": (lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.base)}]}, "missing-expert", []),
+    "expert twice": (lambda t, m, p: with_expert(t.recipe(2), t.experts[0]), "duplicate-model", []),
     "slices": (
         lambda t, m, p: {**{k: v for k, v in t.recipe(2).items() if k != "models"},
                          "slices": [{"sources": [{"model": str(t.base), "layer_range": [0, 1]}]}]},
-        "replace `slices:`",
+        "unsupported-layout", ["`slices:`"],
     ),
     "no dataset": (
-        lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.experts[0])}]}, "has no `dataset`"
+        lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.experts[0])}]}, "missing-dataset", []
     ),
-    "missing file": (lambda t, m, p: with_task(t.recipe(2), dataset="no/such/file.jsonl"), "not found"),
-    "missing split": (lambda t, m, p: with_task(t.recipe(2), split="test"), "split test"),
-    "missing column": (lambda t, m, p: with_task(t.recipe(2), text="body"), "has no column 'body'"),
-    "missing field": (lambda t, m, p: with_task(t.recipe(2), text="{body}"), "`text` names 'body'"),
+    "missing file": (
+        lambda t, m, p: with_task(t.recipe(2), dataset="no/such/file.jsonl"), "dataset-not-found",
+        ["no/such/file.jsonl"],
+    ),
+    "missing split": (lambda t, m, p: with_task(t.recipe(2), split="test"), "unreadable-dataset", ["split test"]),
+    "missing column": (lambda t, m, p: with_task(t.recipe(2), text="body"), "missing-column", ["no column 'body'"]),
+    "missing field": (lambda t, m, p: with_task(t.recipe(2), text="{body}"), "missing-column", ["`text` names 'body'"]),
     "empty row": (
-        lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "is empty"
+        lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "unusable-row",
+        ["is empty"],
     ),
-    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "there is no model folder"),
+    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "missing-model", ["none;"]),
     "no weights": (
         lambda t, m, p: with_expert(t.recipe(2), shutil.copytree(t.experts[1], p / "bare",
                                     ignore=shutil.ignore_patterns("*.safetensors*"))),
-        "cannot open the checkpoint",
+        "unreadable-checkpoint", ["bare"],
     ),
-    "other architecture": (other_architecture, "need the same architecture"),
-    "unsupported architecture": (unsupported, "architecture OPTForCausalLM .* is not supported; supported are Llama"),
+    "other architecture": (other_architecture, "differing-architectures", ["Qwen2ForCausalLM"]),
+    "unsupported architecture": (unsupported, "unsupported-architecture", ["OPTForCausalLM", "Llama"]),
     "other layer count": (
         lambda t, m, p: with_expert(t.recipe(2), saved_copy(t.experts[1], p / "short", fewer_layers)),
-        "has num_hidden_layers 1, the base 2",
+        "differing-sizes", ["has num_hidden_layers 1, the base 2"],
     ),
     "other shapes": (
         lambda t, m, p: with_expert(t.recipe(2), m("llama", intermediate_size=64).experts[0]),
-        "has intermediate_size 64, the base 48",
+        "differing-sizes", ["has intermediate_size 64, the base 48"],
     ),
     "other vocabulary": (
         lambda t, m, p: with_expert(t.recipe(2), m("llama", vocab_size=330).experts[0]),
-        "add `tokenizer: {source: base}`",
+        "differing-vocabularies", ["has vocab_size 330, the base 320"],
     ),
     "shape against config": (
         lambda t, m, p: with_expert(t.recipe(2), saved_copy(m("llama", intermediate_size=64).experts[0], p / "lie",
                                                             intermediate_size=48)),
-        "need the same shapes",
+        "differing-sizes", ["[64, 32]", "[48, 32]"],
     ),
-    "truncated safetensors": (truncated, "is missing or corrupt"),
-    "missing shard": (missing_shard, "is missing or corrupt"),
-    "missing tensor": (missing_tensor, "lacks the tensor model.layers.1.mlp.up_proj.weight"),
+    "truncated safetensors": (truncated, "unreadable-checkpoint", ["broken"]),
+    "missing shard": (missing_shard, "corrupt-checkpoint", ["model-00001"]),
+    "missing tensor": (missing_tensor, "missing-tensor", ["model.layers.1.mlp.up_proj.weight"]),
     "corrupt alphas": (
-        lambda t, m, p: t.recipe(2, alphas=file(p, "bad.json", "{")), "cannot read the alphas file|is no alphas file"
+        lambda t, m, p: t.recipe(2, alphas=file(p, "bad.json", "{")), "unreadable-file", ["bad.json"]
     ),
     "foreign alphas": (
         lambda t, m, p: t.recipe(2, alphas=file(p, "other.json", '{"format": "x"}')),
-        "is not an alphas file|is no alphas file",
+        "wrong-file-type", ["other.json"],
     ),
 }  # fmt: skip
 
@@ -165,9 +171,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, case):
     """The same line and exit code from `mergekit-yaml`, `merge`, `calibrate` and `check`; OUT is not even made."""
-    import re
-
-    build, message = REFUSALS[case]
+    build, code, values = REFUSALS[case]
     (tmp_path / "parts").mkdir()
     path = write_recipe(build(tiny, make_models, tmp_path / "parts"))
     before = sorted(os.listdir(tmp_path))
@@ -182,12 +186,8 @@ def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, cas
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
             result = command(*arguments, *QUIET)
-        assert result.exit_code == 2, result.output
-        (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-        assert re.search(message, line), line
-        assert "Traceback" not in result.output
+        lines.add(assert_refused(result, code, *values))
         assert sorted(os.listdir(tmp_path)) == before
-        lines.add(line)
     assert len(lines) == 1, lines
 
 
@@ -196,8 +196,7 @@ def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models
     path = write_recipe(make_models("llama", attention_bias=True).recipe(2))
     for command, arguments in ((mergekit_yaml, (path, tmp_path / "out")), (slta, ("check", path))):
         result = command(*arguments, *QUIET)
-        assert result.exit_code == 2
-        assert "Error: mergekit would drop model.layers.0.self_attn" in result.output
+        assert_refused(result, "plan-does-not-fit", "mergekit would drop model.layers.0.self_attn")
         assert not (tmp_path / "out").exists()
     result = slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET)
     assert result.exit_code == 0, result.output
@@ -218,9 +217,7 @@ def test_nan_is_refused_while_calibrating(tiny, make_models, write_recipe, tmp_p
         result = slta("merge", path, out, *QUIET)
     else:
         result = slta("calibrate", path, "-o", out / "slta_alphas.json", *QUIET)
-    assert result.exit_code == 2
-    assert "model.norm.weight of" in result.output
-    assert "NaN or Inf" in result.output
+    assert_refused(result, "not-finite-weights", f"model.norm.weight of {tmp_path / 'parts' / 'nan'}")
     assert not out.exists()
 
 
@@ -229,9 +226,7 @@ def test_refusal_in_a_process_of_its_own(tiny, write_recipe, tmp_path):
     """The stock command on a bad recipe: one line on stderr, exit code 2, no traceback; with -v the traceback."""
     path = write_recipe(tiny.recipe(2, granularity="all"))
     result = run(script("mergekit-yaml"), path, "out", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert_refused(result, "invalid-value", "`granularity`", "'all'")
     assert "Traceback" in fork(stock_command, str(path), "out", "-v", cwd=tmp_path).ended().stderr
     assert not (tmp_path / "out").exists()
 
@@ -241,8 +236,7 @@ def test_device_that_is_not_there(tiny, write_recipe, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", "--cuda", *QUIET)
-    assert result.exit_code == 1
-    assert "device cuda cannot be used here" in result.output
+    assert_refused(result, "unusable-device", "cuda", exit_code=1)
 
 
 def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch):
@@ -254,18 +248,17 @@ def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch
 
     monkeypatch.setattr(Skeleton, "block", fail)
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", *QUIET)
-    assert result.exit_code == 1
-    assert "out of memory on cpu" in result.output
-    assert "`max_seq_length` (24) or `num_samples` (6)" in result.output
+    assert_refused(result, "out-of-memory", " cpu ", "`max_seq_length` (24) or `num_samples` (6)", exit_code=1)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
-    [("notes.txt/alphas.json", "is a file"), ("out/config.json", "cannot be called"),
-     ("somewhere/slta_stats.safetensors", "cannot be called"), ("there/alphas.json", "no statistics file")],
+    ("target", "code", "named"),
+    [("notes.txt/alphas.json", "not-a-folder", "notes.txt"), ("out/config.json", "reserved-name", "out/config.json"),
+     ("somewhere/slta_stats.safetensors", "reserved-name", "somewhere/slta_stats.safetensors"),
+     ("there/alphas.json", "foreign-file", "there/slta_stats.safetensors is no statistics file")],
 )  # fmt: skip
-def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path, target, message):
+def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path, target, code, named):
     """A path that cannot be written, or would collide with other files, is refused before anything is computed."""
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "there").mkdir()
@@ -274,8 +267,7 @@ def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path
     for result in (mergekit_yaml(path, tmp_path / "out", *QUIET), slta("check", path), slta("calibrate", path, *QUIET)):
         if "config.json" in target and result.exit_code == 0:
             continue  # `check` and `calibrate` know of no OUT
-        assert result.exit_code == 2, result.output
-        assert message in result.output
+        assert_refused(result, code, tmp_path / named)
     assert not (tmp_path / "out").exists() or "out/" in target
     assert (tmp_path / "there" / "slta_stats.safetensors").read_text() == "mine"
 
@@ -290,8 +282,7 @@ def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere.json")
     path = victim if target == "text" else tmp_path / target
     result = mergekit_yaml(write_recipe(tiny.recipe(2, alphas=str(path))), tmp_path / "out", *QUIET)
-    assert result.exit_code == 2, result.output
-    assert ("cannot read the alphas file" if target == "text" else "is no plain file") in result.output
+    assert_refused(result, "unreadable-file" if target == "text" else "not-a-plain-file", path)
     assert victim.read_text() == "precious"
     assert not (tmp_path / "nowhere.json").exists()
     assert not (tmp_path / "out").exists()
@@ -300,8 +291,7 @@ def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
 def test_output_cannot_be_an_input(tiny, write_recipe, tmp_path):
     """Merging into one of the models would destroy it."""
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), tiny.experts[0], *QUIET)
-    assert result.exit_code == 2
-    assert "is one of the models to merge" in result.output
+    assert_refused(result, "output-is-an-input", tiny.experts[0])
 
 
 def test_check_prints_the_plan(tiny, write_recipe):
@@ -316,7 +306,7 @@ def test_verbose_shows_where(tiny, write_recipe):
     """-v adds the traceback, of refusals and of crashes, in every command."""
     path = write_recipe(tiny.recipe(2, granularity="all"))
     for command in ("check", "calibrate"):
-        assert "Traceback" not in slta(command, path).output
+        assert_refused(slta(command, path), "invalid-value", "`granularity`")
         assert "Traceback" in slta(command, path, "-v").output
 
 
@@ -325,8 +315,7 @@ def test_multi_gpu_without_one(tiny, write_recipe, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", "--multi-gpu", *QUIET)
-    assert result.exit_code == 1
-    assert "--multi-gpu needs an accelerator" in result.output
+    assert_refused(result, "unusable-device", "--multi-gpu", exit_code=1)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import mergekit_yaml, slta
+from conftest import assert_refused, mergekit_yaml, slta
 from huggingface_hub import ModelCard
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
@@ -144,8 +144,7 @@ def test_broken_front_matter_is_not_touched(merged, tmp_path, front):
     shutil.copytree(merged, out)
     (out / "README.md").write_text(front)
     result = slta("report", out)
-    assert result.exit_code == 2
-    assert "front matter" in result.output
+    assert_refused(result, "not-yaml", out / "README.md")
     assert (out / "README.md").read_text() == front
     add_section(out)  # behind a merge the same is a warning: it must not cost the model
     assert (out / "README.md").read_text() == front
@@ -153,11 +152,10 @@ def test_broken_front_matter_is_not_touched(merged, tmp_path, front):
 
 def test_nothing_to_report_is_said(tmp_path):
     """An empty folder, and a file of another kind."""
-    assert "holds neither" in slta("report", tmp_path).output
+    assert_refused(slta("report", tmp_path), "nothing-to-draw", tmp_path)
     (tmp_path / "x.json").write_text("{}")
     result = slta("report", tmp_path / "x.json")
-    assert result.exit_code == 2
-    assert "not an alphas file" in result.output
+    assert_refused(result, "wrong-file-type", tmp_path / "x.json")
 
 
 def test_statistics_are_drawn(merged, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import fork, mergekit_yaml, own_command, slta
+from conftest import assert_refused, fork, mergekit_yaml, own_command, slta
 from safetensors.torch import load_file
 
 from mergekit_slta.models.skeleton import Skeleton
@@ -165,8 +165,7 @@ def test_two_at_once_are_told_apart(tiny, tmp_path):
         file.write("4242")
         file.flush()
         result = slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet")
-    assert result.exit_code == 2
-    assert "another process (4242)" in result.output
+    assert_refused(result, "in-use", "(4242)")
 
 
 def test_solving_again_is_refused_while_another_run_writes_the_file(tiny, tmp_path):
@@ -179,8 +178,7 @@ def test_solving_again_is_refused_while_another_run_writes_the_file(tiny, tmp_pa
     with open(tmp_path / ".slta_alphas.json.partial.lock", "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         result = slta("calibrate", recipe, "-o", target, "--quiet")
-    assert result.exit_code == 2
-    assert "works on" in result.output
+    assert_refused(result, "in-use", tmp_path)
     assert target.read_bytes() == before
 
 

@@ -7,7 +7,7 @@ import logging
 import string
 
 import pytest
-from conftest import make_tokenizer
+from conftest import make_tokenizer, refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
@@ -78,22 +78,22 @@ def test_template_over_columns(folder, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "code", "values"),
     [
-        ("{question.__class__}", "names 'question.__class__'"),
-        ("{question[0]}", r"names 'question\[0\]'"),
-        ("{0}", "names '0'"),
-        ("{}", "names ''"),
-        ("{question!r}", "conversions"),
-        ("{question:>10}", "formats"),
-        ("{missing}", "names 'missing'.*columns question, answer, number"),
-        ("{question", "is not a template"),
-        ("missing", "has no column 'missing'; it has question, answer, number"),
+        ("{question.__class__}", "missing-column", ["'question.__class__'"]),
+        ("{question[0]}", "missing-column", ["'question[0]'"]),
+        ("{0}", "missing-column", ["'0'"]),
+        ("{}", "missing-column", ["''"]),
+        ("{question!r}", "invalid-template", ["conversions"]),
+        ("{question:>10}", "invalid-template", ["formats"]),
+        ("{missing}", "missing-column", ["'missing'", "columns question, answer, number"]),
+        ("{question", "invalid-template", ["'{question'"]),
+        ("missing", "missing-column", ["'missing'", "it has question, answer, number"]),
     ],
 )
-def test_templates_reach_columns_only(folder, tokenizer, template, message):
+def test_templates_reach_columns_only(folder, tokenizer, template, code, values):
     """No attribute, index, format or conversion: recipes come from strangers."""
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, code, *values):
         draw(tokenizer, folder / "rows.json", template)
 
 
@@ -107,7 +107,7 @@ def test_auto_prefers_messages_then_text(tmp_path, tokenizer):
     assert tokenizer.decode(row.ids) == row.text  # one <s>: the template's, none added by the tokenizer
     path = tmp_path / "other.jsonl"
     path.write_text(json.dumps({"body": "x"}) + "\n")
-    with pytest.raises(DataError, match="no `messages` and no `text` column.*body"):
+    with refused(DataError, "missing-column", path, "body"):
         draw(tokenizer, path)
 
 
@@ -115,7 +115,7 @@ def test_missing_chat_template_is_named(tmp_path):
     """A `messages` column without a chat template is refused with the way out."""
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
-    with pytest.raises(DataError, match="has no chat template"):
+    with refused(DataError, "missing-chat-template", "`messages`"):
         draw(make_tokenizer(chat_template=None), path)
 
 
@@ -142,22 +142,22 @@ def test_fewer_rows_than_asked_is_a_warning(folder, tokenizer, caplog):
 
 
 @pytest.mark.parametrize(
-    ("rows", "text", "message"),
+    ("rows", "values"),
     [
-        ([{"text": "   "}], None, "row 0 of .* is empty"),
-        ([{"text": ""}], None, "row 0 of .* is empty"),
-        ([{"text": None}], None, "column 'text' in row 0 .* is missing"),
-        ([{"text": ["a", "b"]}], None, "column 'text' in row 0 .* is list, not text"),
-        ([{"text": True}], None, "is bool, not text"),
-        ([{"messages": "no list"}], None, "the chat template refuses row 0 .*: `messages` is not a list of messages"),
+        ([{"text": "   "}], ["is empty"]),
+        ([{"text": ""}], ["is empty"]),
+        ([{"text": None}], ["column 'text'", "is missing"]),
+        ([{"text": ["a", "b"]}], ["column 'text'", "is list"]),
+        ([{"text": True}], ["column 'text'", "is bool"]),
+        ([{"messages": "no list"}], ["`messages` is not a list of messages"]),
     ],
 )
-def test_bad_rows_are_named(tmp_path, tokenizer, rows, text, message):
+def test_bad_rows_are_named(tmp_path, tokenizer, rows, values):
     """A row that is empty, missing or no text is named by its number."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=message):
-        draw(tokenizer, path, text)
+    with refused(DataError, "unusable-row", f"row 0 of {path}", *values):
+        draw(tokenizer, path)
 
 
 def test_too_short_rows_are_named(tmp_path):
@@ -166,35 +166,35 @@ def test_too_short_rows_are_named(tmp_path):
     path.write_text(json.dumps({"text": "x"}) + "\n")
     tokenizer = make_tokenizer()
     tokenizer._tokenizer.post_processor = None
-    with pytest.raises(DataError, match=r"row 0 of .* is too short \(1 tokens, 2 needed\)"):
+    with refused(DataError, "unusable-row", f"row 0 of {path}", "1 tokens"):
         draw(tokenizer, path)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "code"),
     [
-        ("none.jsonl", "not found"),
-        ("./none", "not found"),
-        ("*.none", "not found"),
-        ("a/b/c", "not found"),
-        ("rows.xlsx", r"file type \.xlsx; use one of"),
-        ("empty.jsonl", "cannot load|has no rows"),
-        ("broken.jsonl", "cannot load dataset"),
+        ("none.jsonl", "dataset-not-found"),
+        ("./none", "dataset-not-found"),
+        ("*.none", "dataset-not-found"),
+        ("a/b/c", "dataset-not-found"),
+        ("rows.xlsx", "unknown-file-type"),
+        ("empty.jsonl", "unreadable-dataset"),
+        ("broken.jsonl", "unreadable-dataset"),
     ],
 )
-def test_missing_or_unreadable_data_is_named(tmp_path, monkeypatch, name, message):
+def test_missing_or_unreadable_data_is_named(tmp_path, monkeypatch, name, code):
     """No such file, an unknown kind, nothing in it, or damage."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.xlsx").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, code, ".xlsx" if name == "rows.xlsx" else name):
         load_rows(name, None, "train")
 
 
 def test_unknown_split_is_named(folder):
     """The message lists the splits there are."""
-    with pytest.raises(DataError, match=r"split test.*\['train'\]"):
+    with refused(DataError, "unreadable-dataset", "split test", "['train']"):
         load_rows(str(folder / "rows.json"), None, "test")
 
 
@@ -297,7 +297,7 @@ def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
 def test_answers_that_were_cut_off_are_said(folder, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         keys = {"text": "{question} and a very long introduction: ", "completion": "{answer}"}
-        with pytest.raises(DataError, match="all 4 rows of .* raise `max_seq_length`"):
+        with refused(DataError, "no-answers", "all 4 rows"):
             draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=4, max_seq_length=5)
         keys["text"] = "{question}"
         path = folder / "uneven.jsonl"
@@ -328,12 +328,12 @@ def test_chats_whose_answer_cannot_be_told_are_said(tmp_path, tokenizer, caplog)
 def test_completion_beside_messages_is_refused(tmp_path, tokenizer):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "answer": "x"}) + "\n")
-    with pytest.raises(DataError, match="drop `completion`"):
+    with refused(DataError, "conflicting-keys", path, "`completion`"):
         draw(tokenizer, path, completion="answer", objective="joint")
 
 
 def test_an_empty_dataset(tmp_path):
     """A file whose rows are all blank."""
     (tmp_path / "rows.txt").write_text("\n\n \n")
-    with pytest.raises(DataError, match="has no rows: choose another"):
+    with refused(DataError, "too-few-rows", tmp_path / "rows.txt"):
         load_rows(str(tmp_path / "rows.txt"), None, "train")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, refused
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from mergekit_slta.errors import ModelError
@@ -14,7 +13,7 @@ from mergekit_slta.models.skeleton import Skeleton
 def test_a_model_without_layers(monkeypatch):
     """A model class whose blocks are found nowhere in it is refused with their name."""
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", ["Block"])
-    with pytest.raises(ModelError, match=r"no decoder layers .*Block.* found in x"):
+    with refused(ModelError, "unknown-layers", "Block", "in x;"):
         Skeleton(make_config("llama", architectures=["LlamaForCausalLM"]), "x")
 
 
@@ -34,5 +33,5 @@ def test_blocks_that_do_not_add_up(monkeypatch):
         return layer(self, index, hidden, weights) * (1 if silent else 3)
 
     monkeypatch.setattr(type(skeleton), "layer", scaled)
-    with pytest.raises(ModelError, match="do not add up to the layer: use `granularity: layer`"):
+    with refused(ModelError, "unknown-blocks"):
         skeleton.has_parallel_blocks(0, hidden, own)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-import pytest
-from conftest import slta
+from conftest import assert_refused, refused, slta
 
 from mergekit_slta.errors import OutputError
 from mergekit_slta.files.targets import check_linearity_target
@@ -24,9 +23,7 @@ def test_alphas_of_another_version_are_calibrated_again(tiny, write_recipe, tmp_
     before = path.read_bytes()
     make_older(path)
     named = write_recipe(tiny.recipe(2, alphas=str(path)), "named.yml")
-    refused = slta("merge", named, tmp_path / "out", "--quiet")
-    assert refused.exit_code == 2
-    assert "calibrate` again" in refused.output
+    assert_refused(slta("merge", named, tmp_path / "out", "--quiet"), "other-file-version", path, "calibrate` again")
     path.with_name("slta_stats.safetensors").unlink()
     assert slta("calibrate", recipe, "-o", path, "--quiet").exit_code == 0
     assert path.read_bytes() == before
@@ -38,7 +35,7 @@ def test_a_linearity_file_of_another_version_may_be_replaced(tmp_path):
     path.write_text(json.dumps({"format": "mergekit-slta/linearity", "version": 1}))
     check_linearity_target(path)
     path.write_text(json.dumps({"format": "other"}))
-    with pytest.raises(OutputError, match="is no linearity file"):
+    with refused(OutputError, "foreign-file", f"{path} is no linearity file"):
         check_linearity_target(path)
 
 

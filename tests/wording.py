@@ -10,7 +10,7 @@ WORDING: dict[str, str] = {
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
-    "conflicting-keys": r"(--verify|`\w+`) .+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
+    "conflicting-keys": r"(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
     r"|; drop `ridge`|: choose one of .+, or another objective)",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises); fetch it again",
@@ -91,7 +91,7 @@ WORDING: dict[str, str] = {
     "unexpected-error": r"\w+: .*",
     "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",
     "unknown-file-type": r"dataset .+ has file type .+; use one of .+, a folder, or a Hub id",
-    "unknown-key": r"unknown key `.+` .+: (did you mean|known keys|.+ `importance` sets a task's share)",
+    "unknown-key": r"unknown key `.*` .+: (did you mean|known keys|.+ `importance` sets a task's share)",
     "unknown-layers": r"no decoder layers \(.*\) found in .+; please report the model",
     "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
     r"|the alphas file .+ knows no model .+; it is for .+: calibrate again)",

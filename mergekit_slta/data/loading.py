@@ -38,8 +38,9 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
                 rows = rows.filter(lambda row: bool(row["text"].strip()))
     except Exception as error:  # `datasets` raises its own errors, fsspec's, pyarrow's and the Hub's
         cause = error.__cause__ or error
+        reason = show(cause, 300) or type(cause).__name__
         raise DataError(
-            f"cannot load dataset {show(name)} (config {show(config)}, split {show(split)}): {show(cause, 300)}; "
+            f"cannot load dataset {show(name)} (config {show(config)}, split {show(split)}): {reason}; "
             "check `dataset`, `dataset_config` and `split`",
             code="unreadable-dataset",
         ) from error

@@ -23,7 +23,10 @@ def to_number(value: object) -> object:
     """
     if isinstance(value, bool):
         raise ValueError("must be a number")
-    return float(value) if isinstance(value, str) else value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError("must be a number") from error
 
 
 def _to_count(value: object) -> object:
