@@ -1,4 +1,4 @@
-"""Lets a stock mergekit find `submodule_linear`: a finder that acts right after two of mergekit's modules have run.
+"""Lets a stock mergekit find `submodule_linear`: an import hook that runs right after two of mergekit's modules load.
 
 mergekit has no entry points. The wheel's `mergekit_slta.pth` imports this file at every start of Python, so it imports
 nothing (not even importlib.abc), costs well under 2 ms, and never raises. `MERGEKIT_SLTA_AUTOLOAD=0` turns it off.
@@ -28,12 +28,12 @@ HOOKS = {"mergekit.merge_methods": _methods_loaded, "mergekit.merge": _merge_loa
 def _run_hook(name, module):
     try:
         HOOKS[name](module)
-    except Exception as error:  # a merge with another method must not suffer from this package
+    except Exception as error:  # an error here must not break a merge with another method
         print(f"mergekit-slta: {getattr(error, 'message', None) or repr(error)}", file=sys.stderr)
 
 
 class _Loader:
-    """The module's own loader, and the hook after it."""
+    """Loads a module with its own loader, then runs the hook."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -51,7 +51,7 @@ class _Loader:
 
 
 class Finder:
-    """Finds nothing itself: asks the finders behind it for mergekit's two modules and wraps their loader."""
+    """Asks the other finders for mergekit's two modules, and wraps the loaders that they return."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -68,12 +68,15 @@ class Finder:
 
 
 def install():
-    """Put the finder first and catch up with what is loaded already; once, and not when the environment says no."""
+    """Put the finder first, and run the hooks of modules that are loaded already.
+
+    Does nothing if the finder is installed, or if `MERGEKIT_SLTA_AUTOLOAD` is 0.
+    """
     if os.environ.get(ENVIRONMENT_SWITCH) == "0" or Finder in sys.meta_path:
         return
     sys.meta_path.insert(0, Finder)
     for name in HOOKS:
         module = sys.modules.get(name)
-        # A module that is being executed at this moment has no `run_merge` or `register` yet.
+        # A module that is still being executed has no `run_merge` or `register` yet.
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _run_hook(name, module)
