@@ -3,9 +3,9 @@
     SltaError (click.ClickException)      one line: cause, value, remedy
     ├── RecipeError          exit 2       the recipe (YAML keys, values, layout) is wrong
     ├── DataError            exit 2       a calibration dataset, its columns or its rows are wrong
-    ├── ModelError           exit 2       checkpoints are missing, differ, or are not supported
-    ├── AlphasError          exit 2       an alphas or statistics file is corrupt, foreign or does not fit
-    ├── OutputError          exit 2       a file or folder cannot be written, or only by destroying something else
+    ├── ModelError           exit 2       checkpoints are missing, do not match, or are not supported
+    ├── AlphasError          exit 2       an alphas or statistics file is corrupt, or is for another job
+    ├── OutputError          exit 2       a file or folder cannot be written, or holds something else
     ├── RegistrationError    exit 1       mergekit is too old, or the method's name is taken
     └── RunError             exit 1       a valid job failed while it ran
 
@@ -20,9 +20,10 @@ _LONGEST = 200
 
 
 def show(value: object, longest: int = _LONGEST) -> str:
-    """Make `value` one line of printable characters, at most `longest` of them: recipes may come from strangers.
+    """Return `value` as one line of at most `longest` printable characters.
 
-    Control characters, marks of text direction and lone surrogates are dropped; any white space becomes a space.
+    Recipes may come from strangers. Control characters, text direction marks and lone surrogates are dropped. White
+    space becomes a space.
     """
     text = "".join(character if character.isprintable() else " " * character.isspace() for character in str(value))
     return text if len(text) <= longest else text[: longest - 1] + "…"
@@ -40,8 +41,8 @@ class SltaError(click.ClickException):
 
     Attributes:
         message: one printable line: cause, value, remedy.
-        code: names the kind of problem, in lower case with hyphens ("unknown-key"). It stays the same when the wording
-            of the message changes.
+        code: name of the kind of problem, in lower case with hyphens ("unknown-key"). It does not change when the
+            message is reworded.
     """
 
     exit_code = 1
@@ -70,13 +71,13 @@ class ModelError(SltaError):
 
 
 class AlphasError(SltaError):
-    """An alphas or statistics file is corrupt, foreign, or was made for something else."""
+    """An alphas or statistics file is corrupt, is of another type, or was made for another job."""
 
     exit_code = 2
 
 
 class OutputError(SltaError):
-    """A file or folder cannot be written, or only by destroying something else."""
+    """A file or folder cannot be written, or writing it would destroy something else."""
 
     exit_code = 2
 
