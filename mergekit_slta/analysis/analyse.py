@@ -1,11 +1,11 @@
 """The linearity analysis: from a recipe's rows to the linearity file.
 
-Scope: which forward passes are made, and going on after a kill. The runner passes the rows through the model three
-times: to measure whole layers, the blocks and heads inside them, and the whole model. Each time it reads every
-checkpoint once, and holds one forward group of every model in memory. `measurements` turns the outputs at interpolated
-experts into the paper's measures.
+Scope: which forward passes are made, and how a killed run resumes. There are three passes over the rows: for whole
+layers, for the blocks and heads inside them, and for the whole model. Each pass reads every checkpoint once and holds
+one forward group of every model in memory. `measurements` turns the outputs at interpolated experts into the paper's
+measures.
 
-Submodules get the base's features as inputs, as in the paper, whatever the recipe's `inputs` says.
+The inputs of a submodule are the base's features, as in the paper. The recipe's `inputs` key is ignored.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 BATCH_TOKENS = 512
-"""Tokens per batch: fewer than in a calibration, since the features at a dozen points are in memory at a time."""
+"""Tokens per batch. Fewer than in a calibration, because features at a dozen points are in memory at the same time."""
 _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _GRANULARITIES = ("layer", "head_mlp", "model")
-"""What each of the three forward passes measures."""
+"""Granularity of each of the three forward passes."""
 _KINDS = ("model", "layer", "attention", "attention_head", "mlp", "norm", "head", "embed")
 """Kinds of submodules, in the order of the table and of the figures."""
 _IRRELEVANT = {"granularity", "objective", "balance", "ridge", "seed"}
-"""Labels of a job's identity that do not change what is measured; the rows' own labels stand for the seed."""
+"""Labels of a job's identity that do not change the measures. The labels of the rows cover the seed."""
 
 
 def for_linearity(recipe: Recipe) -> Recipe:
-    """The recipe without the keys of its objective: nothing is solved here, and each task's rows are drawn once."""
+    """Return the recipe without its objective's own keys. Nothing is solved, so each task's rows are drawn once."""
     return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"own": ObjectiveSettings()})})
 
 
 def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:
     """Measure the linearity of a recipe's experts, and write it to `path`.
 
-    A run that was killed goes on with what it has stored beside `path`; a finished one is not repeated.
+    A killed run resumes from the work stored beside `path`. A finished run is not repeated.
 
     Args:
-        job: what `for_linearity` makes of the recipe, prepared.
-        path: the linearity file; checked by `check_linearity_target`.
-        num_rows: use the first so many rows of each task; all by default.
+        job: prepared from the recipe that `for_linearity` returns.
+        path: the linearity file; the caller has checked it with `check_linearity_target`.
+        num_rows: use the first `num_rows` rows of each task; all by default.
 
     Returns:
-        The measures, and whether the file held them already.
+        The measures, and whether the file already held them.
 
     Raises:
         RecipeError: `num_rows` is below 1.
         DataError: an expert has no `dataset`.
-        AlphasError: the file at `path` is damaged or of another kind.
+        AlphasError: the file at `path` is damaged or of another type.
         ModelError: a weight is NaN or Inf.
         RunError: a feature is NaN or Inf, or memory ran out.
-        OutputError: the file cannot be written, or another process works on it.
+        OutputError: the file cannot be written, or another process is writing it.
     """
     if num_rows is not None and num_rows < 1:
         raise RecipeError(f"--rows is {num_rows}: use at least 1 row of each task", code="invalid-value")
@@ -102,8 +102,10 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
 
 
 def num_forwards(num_experts: int) -> int:
-    """How many forward passes each row makes: for each granularity the base, the points between it and the row's own
-    expert, the other experts, pairs and triples."""
+    """Number of forward passes per row.
+
+    For each granularity: the base, the points between it and the row's own expert, the other experts, pairs, triples.
+    """
     grid = Grid(0, num_experts)
     return len(_GRANULARITIES) * (1 + len(grid.anchors) + len(grid.mixed))
 
@@ -113,10 +115,10 @@ class _Rows:
     """The rows that are measured, in canonical order of their tasks.
 
     Attributes:
-        tokens: of each row.
-        task: of each row, the index of its task.
-        numbers: for each task, the numbers of its rows in the dataset.
-        datasets: for each task, the dataset's name.
+        tokens: token ids, per row.
+        task: index of the task, per row.
+        numbers: row numbers in the dataset, per task.
+        datasets: name of the dataset, per task.
     """
 
     tokens: list[Sequence[int]]
@@ -147,7 +149,7 @@ def _fingerprint(job: Job, rows: _Rows) -> str:
 
 
 def _submodules(job: Job, granularity: str) -> list[Submodule]:
-    """What is measured at a granularity. The head is measured with the layers, and left out with the heads."""
+    """Submodules to measure at a granularity. The output head is measured with the layers only."""
     tied = job.plan.is_tied
     names, anatomy = job.plan.tensors, job.skeleton.anatomy
     try:
@@ -165,8 +167,8 @@ def _submodules(job: Job, granularity: str) -> list[Submodule]:
 def _measure(
     job: Job, rows: _Rows, granularity: str, submodules: list[Submodule], resume: ResumeStore, progress: Progress
 ) -> None:
-    """Measure the submodules of one granularity and store the measures; finished forward groups are left out."""
-    # A batch holds rows of one task: an expert's interpolations are evaluated on its own task's rows only.
+    """Measure the submodules of one granularity and store the measures. Finished forward groups are skipped."""
+    # A batch holds rows of one task, because an interpolated expert is evaluated only on rows of its own task.
     batches = plan_task_batches(rows.tokens, rows.task, BATCH_TOKENS)
     grids = [Grid(rows.task[batch.rows[0]], len(job.experts)) for batch in batches]
     groups = list(dict.fromkeys(submodule.forward_group for submodule in submodules))
@@ -195,7 +197,7 @@ def _measure(
             group, measurement = evaluation.submodule.forward_group, GroupMeasurement(rows.task, grids)
         progress.work_on(_key(granularity, group))
         measurement.add(evaluation)
-        del evaluation  # its features, before the next ones are computed
+        del evaluation  # frees its features before the next ones are computed
     if group:
         resume.put(_key(granularity, group), measurement.measures())
 

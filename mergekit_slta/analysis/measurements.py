@@ -1,6 +1,7 @@
-"""The measures of one forward group: evaluations at interpolated experts go in, the paper's measures come out.
+"""Compute the paper's measures for one forward group, from its outputs at interpolated experts.
 
-Scope: at which points submodules are evaluated, and what is kept of the outputs. The formulas are in `maths.linearity`.
+Scope: the points at which submodules are evaluated, and what is kept of the outputs. `maths.linearity` has the
+formulas.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from mergekit_slta.runner.state import Evaluation
 
 
 class GroupMeasurement:
-    """Collects the outputs of the submodules of one forward group: inner products per row, and most likely tokens.
+    """Accumulates, for the submodules of one forward group, inner products per row and the most likely tokens.
 
     Args:
         row_task: the task of each row.
-        grids: for each batch, the points at which it is evaluated.
+        grids: per batch, the points at which submodules are evaluated.
     """
 
     def __init__(self, row_task: Sequence[int], grids: Sequence[Grid]) -> None:
@@ -57,7 +58,7 @@ class GroupMeasurement:
             self._predicted[evaluation.batch] = evaluation.rows, lengths
 
     def _keep_best(self, batch: int, point: Coefficients, logits: Tensor) -> None:
-        """Update the most likely token of every position by the logits of a part of the vocabulary."""
+        """Update the most likely token of every position with the logits [tokens, v] of a part of the vocabulary."""
         logit, token = logits.max(-1)  # [tokens]
         token = token + self._vocabulary_seen.get(batch, 0)
         if (batch, point) in self._best:
@@ -66,8 +67,10 @@ class GroupMeasurement:
         self._best[batch, point] = logit, token
 
     def _disagreement(self) -> dict[int, Tensor]:
-        """row -> [C] shares of tokens whose most likely successor differs between a mixed point and the row's own
-        expert alone at its weight there."""
+        """Disagreement on the most likely next token: row -> [C].
+
+        The share of tokens for which a mixed point and the row's own expert alone, at the same weight, differ.
+        """
         shares = {}
         for batch, (rows, lengths) in self._predicted.items():
             grid = self._grids[batch]
