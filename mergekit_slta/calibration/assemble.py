@@ -1,7 +1,7 @@
-"""Statistics and their layout -> the alphas of a file.
+"""Solve statistics into the content of an alphas file.
 
-Scope: the one place that solves for a file, after a calibration and when saved statistics are solved again. Statistics
-are in canonical order (experts sorted by name), the file in the recipe's.
+Scope: used both after a calibration and when saved statistics are solved again. Statistics are in canonical order
+(experts sorted by name); the file is in the order of the recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mergekit_slta.objectives.registry import objective
 
 
 def assemble(statistics: Statistics, layout: Layout) -> Alphas:
-    """Solve every submodule by the layout's solve settings.
+    """Solve every submodule with the layout's solve settings.
 
     Raises:
         AlphasError: the statistics lack a submodule of the layout, or its objective is unknown.
@@ -42,7 +42,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
 
 
 def solve_identity(layout: Layout) -> dict[str, str]:
-    """The labels of an identity that another solve changes."""
+    """Identity labels of the solve settings: those that another solve of the same statistics may change."""
     return {
         "balance": str(layout.solve.balance),
         "ridge": str(layout.solve.ridge),

@@ -1,6 +1,6 @@
 """The pre-pass: recipe -> rows -> statistics -> solve -> alphas.
 
-Scope: the order of the steps, and the fingerprints that say what statistics and unfinished work belong to.
+Scope: the order of this work, and the fingerprints that tie statistics and unfinished work to a job.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 MAX_RELATIVE_DISTANCE = 0.7
-"""An expert's change of a layer over the layer, as Frobenius norms, from which a warning is given: two models that were
-trained apart have about 1.4, full fine-tuning rarely passes 0.1."""
+"""Warn above this ratio of Frobenius norms: the task vector of a layer over the base's layer. Two models trained from
+scratch have about 1.4; full fine-tuning rarely exceeds 0.1."""
 
 
 def calibrate(
@@ -48,10 +48,10 @@ def calibrate(
 
     Args:
         recipe: a recipe file's path, its content as a mapping or as mergekit's configuration, or a `Recipe`.
-        options: mergekit's options (device, caches, ...); the CPU and its defaults otherwise.
+        options: mergekit's options (device, caches, ...); by default mergekit's own defaults, on the CPU.
 
     Raises:
-        SltaError: whatever is wrong with the recipe, the data or the models, in one line.
+        SltaError: the recipe, the data or the models are wrong; the message is one line.
     """
     if isinstance(recipe, (str, os.PathLike)):
         recipe = load_config(recipe)[0]
@@ -69,16 +69,16 @@ def solve_job(job: Job, statistics: Statistics) -> Alphas:
 
 
 def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks = ALONE) -> Statistics:
-    """The statistics of a job's rows that its objective is solved from.
+    """Compute the statistics from which the job's objective is solved.
 
     Args:
         job: the recipe, prepared.
-        resume: the finished work of an earlier run of the same job, and where this one keeps its own.
+        resume: finished work of an earlier run of the same job; this run adds to it.
         ranks: processes that share the rows.
 
     Raises:
         DataError: an expert without rows.
-        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+        ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
     """
     job.check_rows()
     if ranks.is_first:
@@ -89,7 +89,7 @@ def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks 
 
 
 def statistics_metadata(job: Job) -> dict[str, str]:
-    """What is kept with statistics so that they can be solved again without the models: fingerprint and layout."""
+    """Metadata of the statistics file: the fingerprint, and the layout, which lets it be solved without the models."""
     return {"fingerprint": statistics_fingerprint(job), KEY: layout_of(job).to_metadata()}
 
 
@@ -99,28 +99,28 @@ def statistics_fingerprint(job: Job) -> str:
 
 
 def work_fingerprint(job: Job) -> str:
-    """Hash of what unfinished work belongs to: the statistics, and the versions and device, which round differently."""
+    """Hash of the statistics' fingerprint, the library versions and the device; the last two change the rounding."""
     versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
     plan = {"device": job.device.type, "batches": f"{BATCH_TOKENS} {PADDING} {HEAD_ELEMENTS}"}
     return hash_identity({"statistics": statistics_fingerprint(job), **versions, **plan})
 
 
 def statistics_match(job: Job, statistics: Statistics) -> bool:
-    """Whether saved statistics are those that this job would gather."""
+    """Whether saved statistics equal those that this job would compute."""
     return statistics.metadata.get("fingerprint") == statistics_fingerprint(job)
 
 
 def warn_of_distance(job: Job) -> None:
-    """Warn of experts whose middle layer is so far from the base's that they were hardly fine-tuned from it.
+    """Warn of experts that were probably not fine-tuned from the base: their middle layer is far from the base's.
 
     Raises:
-        ModelError: a tensor there is missing, or holds NaN or Inf.
+        ModelError: a tensor of that layer is missing, or holds NaN or Inf.
     """
     prefix = f"{job.skeleton.layers_path}.{job.skeleton.num_layers // 2}."
     checkpoints = job.checkpoints()
 
     def squared_norms(name: str) -> Tensor:
-        """Of the base's tensor, and of every expert's task vector, [T + 1] float64."""
+        """Squared norms of the base's tensor and of every expert's task vector, [T + 1] float64."""
         base, *experts = (weights[name] for weights in checkpoints.load([name]))
         parts = [base, *(expert - base for expert in experts)]
         return torch.tensor([float(part.float().square().sum()) for part in parts], dtype=torch.float64)

@@ -1,7 +1,6 @@
-"""Saved statistics -> new alphas; no model, dataset or tokenizer is read.
+"""Solve saved statistics again, with other settings. No model, dataset or tokenizer is read.
 
-Scope: which settings a new solve takes over from the calibration, and what a file made from fewer rows or models says
-of itself. The solving itself is `assemble.py`.
+Scope: the settings of a new solve, and the layout for fewer rows or fewer models. `assemble.py` solves.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ def solve_again(
     rows: int | None = None,
     without: Sequence[str] = (),
 ) -> Alphas:
-    """New alphas from saved statistics. What is not given stays as it was calibrated.
+    """Compute new alphas from saved statistics. Settings that are not given stay as they were in the calibration.
 
     Args:
-        statistics: as `Statistics.load` reads them.
+        statistics: from `Statistics.load`.
         ridge: relative ridge, >= 0.
-        importance: w_t by model; a model is named as in the recipe, or by the last part of its path.
-        balance: Eq. 33-34 or Eq. 14.
-        rows: only the first so many rows of each task: what a calibration with `num_samples: rows` gives.
-        without: experts to leave out with their tasks, named as in `importance`: what calibrating the others gives.
+        importance: model -> w_t; a model is named as in the recipe, or by the last part of its path.
+        balance: True for Eq. 33-34, False for Eq. 14.
+        rows: use only the first `rows` rows of each task, as a calibration with `num_samples: rows` does.
+        without: experts to leave out with their tasks, as if they had not been calibrated; named as in `importance`.
 
     Raises:
-        AlphasError: the statistics carry no layout, or one that does not fit them.
-        RecipeError: a value out of range, a model that is not there, no model left, more rows than were calibrated, or
-            a change that the statistics themselves depend on.
+        AlphasError: the statistics have no layout, or one that does not fit them.
+        RecipeError: a value is out of range, a model is unknown, no model is left, there are fewer rows, or the
+            statistics themselves depend on the setting.
     """
     layout = Layout.of(statistics)
     changed: list[str] = []
@@ -77,14 +76,14 @@ def solve_again(
         return assemble(statistics, layout)
     except ValidationError as error:
         raise damaged_layout(error.errors()[0]["msg"]) from error
-    except torch.linalg.LinAlgError as error:  # matrices that no features have
+    except torch.linalg.LinAlgError as error:  # no features give such matrices
         raise AlphasError(
             f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
         ) from error
 
 
 def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
-    """Refuse a change that moves the statistics themselves, which were gathered at weights solved before it."""
+    """Refuse a change of settings where the statistics depend on earlier solves with the old settings."""
     key = layout.solve_dependence
     if changed and key is not None:
         raise RecipeError(
@@ -95,9 +94,9 @@ def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
 
 
 def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tuple[Statistics, Layout]:
-    """Statistics and layout as if some experts had never been calibrated.
+    """Return statistics and layout as if some experts had never been calibrated.
 
-    Nothing that an expert brings depends on the others: its rows, and its places in every matrix, are left out.
+    Drops the rows of these experts, and their rows and columns of every matrix. The rest does not depend on them.
     """
     kept = [place for place, name in enumerate(layout.canonical) if name not in dropped]
     if not kept:
@@ -125,7 +124,7 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
 
 
 def _model(given: str, names: Sequence[str], option: str) -> str:
-    """The one model that is named so, in full or by the last part of its path."""
+    """Find the one model with a name, given in full or as the last part of its path."""
     if given in names:
         return given
     short = [name for name in names if os.path.basename(name.rstrip("/")) == given]
@@ -136,10 +135,10 @@ def _model(given: str, names: Sequence[str], option: str) -> str:
 
 
 def parse_importance(texts: Iterable[str]) -> dict[str, float]:
-    """Read `MODEL=W` of the command line.
+    """Parse `MODEL=W` arguments of the command line.
 
     Raises:
-        RecipeError: a text of another form, or a model given twice.
+        RecipeError: an argument has another form, or a model is given twice.
     """
     found: dict[str, float] = {}
     for text in texts:
@@ -179,10 +178,10 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
 
 
 def first_rows_layout(layout: Layout, count: int) -> Layout:
-    """The layout of `first_rows`: a task that lost rows has no token count and no hash, and another identity.
+    """Return the layout that belongs to `first_rows`.
 
-    Rows' hashes cover texts, which statistics don't hold. The identity says what the rows are a part of, and equals
-    that of no recipe: such alphas are only used by recipes that name no dataset.
+    A task that lost rows gets no token count and no hash: hashes cover texts, which statistics do not hold. Its entry
+    in the identity says so and matches no recipe. Only recipes that name no dataset can use these alphas.
 
     Raises:
         RecipeError: `count` is not between 1 and the number of rows that were calibrated.

@@ -1,6 +1,6 @@
-"""Alphas for a merge: reused where a file fits, solved again from saved statistics, or calibrated anew.
+"""Get the alphas for a merge: reuse a file that fits, solve saved statistics again, or calibrate.
 
-Scope: which of the three it is, where unfinished work is kept, and whether there is room on the disk.
+Scope: the choice among the three, where unfinished work is kept, and the check for free disk space.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOG = logging.getLogger(__name__)
 
 @contextmanager
 def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
-    """Keep the finished parts of a calibration whose alphas go to `path`, until it is through."""
+    """Keep the finished parts of a calibration that writes `path`, until its results are written."""
     with ResumeStore(resume_folder(path), work_fingerprint(job)) as resume:
         yield resume
         resume.remove()  # the results have been written
@@ -53,23 +53,23 @@ def reuse_or_calibrate(
     resume: ResumeStore | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Alphas, Statistics | None]:
-    """Alphas of a job: from a file that fits, else from the statistics beside one, else from a calibration.
+    """Get the alphas of a job: from a file that fits, else from the statistics beside a file, else from a calibration.
 
     Args:
         job: what is to be merged.
-        places: the alphas file, then other places where an earlier run may have left one.
-        must_match: a file that exists and does not fit is an error (the recipe names it), not a reason to calibrate.
-        verified: with measured residuals. A new calibration under `inputs: merged` always has them.
+        places: the alphas file, then other paths where an earlier run may have left one.
+        must_match: raise an error if the file exists and does not fit (because the recipe names it).
+        verified: measure the residuals, too. A new calibration with `inputs: merged` always does.
         resume: unfinished work.
         ranks: processes that share a calibration.
 
     Returns:
-        The alphas, and the statistics where they have to be written.
+        The alphas, and the statistics if they have to be written.
 
     Raises:
-        AlphasError: the file is not an alphas file, or is for something else and `must_match`.
+        AlphasError: the file is not an alphas file; or it is for another job, and `must_match` is set.
         DataError: residuals have to be measured, and an expert has no rows.
-        RecipeError: residuals are asked for, and the objective has none.
+        RecipeError: `verified` is set, and the objective has no residuals to measure.
     """
     settings = job.recipe.settings
     if verified and not settings.own.measures_residuals:
@@ -91,7 +91,7 @@ def reuse_or_calibrate(
         ranks.broadcast(True)  # the others wait in `help_calibrate`
         try:
             return gather_statistics(job, resume, ranks)
-        except ModelError:  # a second run would end there, too
+        except ModelError:  # a second run would fail at the same place
             if resume is not None:
                 resume.remove()
             raise
@@ -115,7 +115,7 @@ def _reuse_or_calibrate(
     found = _reuse(job, places, must_match=must_match)
     if found is None:
         lock()  # from here on this run writes the file
-        if _versions(places) != before:  # another run has finished meanwhile
+        if _versions(places) != before:  # another run has written them meanwhile
             found = _reuse(job, places, must_match=must_match)
     if found is not None:
         return found
@@ -139,21 +139,21 @@ def _reuse(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alpha
 
 
 def _versions(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """What tells whether a file has been replaced: its number and time of change; None where there is none."""
+    """Inode and modification time of each file, to detect a replaced file; None for a missing file."""
     stats = [path.stat() if path.exists() else None for path in paths]
     return [None if stat is None else (stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 
 def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
-    """Compute another process's share of every calibration that the first process starts.
+    """Compute this process's share of every calibration that the first process starts.
 
     Args:
-        job: as this process sees it.
+        job: the job, as this process has prepared it.
         ranks: all processes.
-        fingerprint: of the job's statistics, as the first process sees it.
+        fingerprint: fingerprint of the job's statistics in the first process.
 
     Raises:
-        SltaError: the share failed, this process sees another job, or another process is gone.
+        SltaError: the share failed, this process has prepared another job, or another process has ended.
     """
     if statistics_fingerprint(job) != fingerprint:
         raise RunError(
@@ -165,7 +165,7 @@ def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
 
 
 def statistics_beside(job: Job, alphas: Path) -> Statistics | None:
-    """The statistics beside an alphas file; None where there are none, or not those that the job would gather."""
+    """Load the statistics beside an alphas file; None if there are none or they are not the job's."""
     beside = alphas.with_name(STATISTICS_NAME)
     if not beside.is_file():
         return None
@@ -178,7 +178,7 @@ def statistics_beside(job: Job, alphas: Path) -> Statistics | None:
 
 
 def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
-    """The alphas at `path` if they fit the job; None where there is no file, or one that does not and need not fit.
+    """Load the alphas at `path` if they fit the job; None if there is no file, or it does not fit and need not.
 
     Raises:
         AlphasError: see `reuse_or_calibrate`.
@@ -206,7 +206,7 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
 
 
 def _other_row_settings(job: Job, alphas: Alphas) -> list[str]:
-    """Settings of the rows that a recipe without rows states, and that differ from the file's."""
+    """Row settings that a recipe without datasets states and that differ from those in the file."""
     if None not in job.rows:
         return []
     settings = job.recipe.settings
@@ -215,15 +215,15 @@ def _other_row_settings(job: Job, alphas: Alphas) -> list[str]:
 
 
 def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
-    """Refuse a disk that the merged model does not fit on.
+    """Check that the merged model, and the activations of a calibration, fit on the disk.
 
     Args:
         job: what is to be merged.
         out: a path on the disk.
-        places: where alphas may have been left. If there are any, the calibration's activations need no room.
+        places: paths where alphas may exist. If one exists, no space is needed for activations.
 
     Raises:
-        OutputError: with both figures.
+        OutputError: there is too little space; the message gives the needed and the free bytes.
     """
     costs = estimate(job)
     calibrated = any(path.exists() or path.with_name(STATISTICS_NAME).exists() for path in places)
@@ -238,7 +238,7 @@ def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
 
 
 def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks = ALONE) -> tuple[Alphas, bool]:
-    """Calibrate a job and write its alphas to `path`; returns them, and whether they were there already.
+    """Calibrate a job and write its alphas to `path`; returns them, and whether `path` already held them.
 
     Raises:
         OutputError, AlphasError: see `check_alphas_target` and `reuse_or_calibrate`.

@@ -1,10 +1,10 @@
-"""The residual that really remains in each submodule after the merge, beside the one that linearity predicts.
+"""Measure the residual of each submodule after the merge, to compare it with the one that linearity predicts.
 
-Scope: one more forward pass over the rows, in which every submodule is evaluated with its merged tensors and with those
-of the row's own expert: three forward passes of each row, against T + 1 of a calibration.
+Scope: one more pass over the rows. It evaluates every submodule with its merged tensors and with those of the row's own
+expert. This takes 3 forward passes per row; a calibration takes T + 1.
 
-Under `inputs: base` a submodule sees the base's features, as in the calibration; under `inputs: merged` those of the
-merged submodules before it, now with all alphas final.
+The inputs of a submodule are the base's features with `inputs: base`, as in the calibration. With `inputs: merged` they
+are the features of the merged submodules before it, with the final alphas.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mergekit_slta.runner.state import ForwardState
 from mergekit_slta.runtime.progress import Progress
 
 TOLERANCE = 0.1
-"""A submodule is flagged where its residual differs from the prediction by more than this share of the experts' change:
-there, features do not add up as the closed form assumes."""
+"""A submodule is flagged if its measured residual differs from the predicted one by more than this. The features of the
+experts then do not add up linearly, as the closed form assumes."""
 FLAG = "nonlinear"
 
 
@@ -42,8 +42,8 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
 
     Args:
         job: the recipe, prepared, with rows.
-        alphas: of this job.
-        statistics: Gram matrices that they were solved from.
+        alphas: the alphas of this job.
+        statistics: the Gram matrices from which they were solved.
 
     Returns:
         The same alphas with measured residuals and flags.
