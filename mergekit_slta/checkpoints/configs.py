@@ -1,4 +1,4 @@
-"""The models' configs and the tokenizer: read, checked, and compared with the base's.
+"""Read the models' configs and the tokenizer, check them, and compare them with the base's.
 
 Scope: `config.json` and tokenizer files. No weights are read.
 """
@@ -32,12 +32,12 @@ _MUST_MATCH = (
     "num_key_value_heads",
     "head_dim",
 )
-"""Keys of a config that decide tensor shapes: every model must have the base's value."""
+"""Config keys that determine tensor shapes. Every model must have the base's value."""
 _MAY_DIFFER = frozenset(
     "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
     "bos_token_id eos_token_id pad_token_id model_type".split()
 )
-"""Keys of a config that do not change the forward pass, or that are checked elsewhere."""
+"""Config keys that do not change the forward pass, or that are checked elsewhere."""
 
 
 def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
@@ -102,7 +102,7 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
 
 
 def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig], names: Mapping[Any, str]) -> None:
-    """Name the keys that differ: the merged model runs with the base's config, which an expert may not suit."""
+    """Warn of config keys that differ: the merged model runs with the base's config, which may not suit an expert."""
     models = list(configs)
     base = configs[models[0]].to_dict()
     for model in models[1:]:
@@ -118,10 +118,9 @@ def ties_embeddings(config: PretrainedConfig) -> bool:
 
 
 def stored_settings(model: ModelReference) -> dict[str, Any]:
-    """What a checkpoint's `config.json` says, without the defaults that transformers adds when it loads it.
+    """Read a checkpoint's `config.json` without the defaults that transformers adds when it loads the file.
 
-    Left out are keys that start with `_` and the version of transformers that wrote the file: neither says anything
-    about the model.
+    Keys that start with `_` and the version of transformers are left out: they do not describe the model.
     """
     settings, _ = PretrainedConfig.get_config_dict(model.model.path, revision=model.model.revision)
     if model.override_architecture:
@@ -130,10 +129,10 @@ def stored_settings(model: ModelReference) -> dict[str, Any]:
 
 
 def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
-    """The merged model's tokenizer: the base's, or the one that mergekit builds where the recipe asks for one.
+    """Load the merged model's tokenizer: the base's, or the one that mergekit builds if the recipe asks for one.
 
     Returns:
-        The tokenizer, and what mergekit built; None where the base's own is used.
+        The tokenizer, and what mergekit built (None if it is the base's own).
 
     Raises:
         DataError: there is none, or it cannot be loaded.

@@ -1,7 +1,7 @@
 """Hash of a checkpoint's contents: headers, file sizes, and a sample of each tensor's bytes.
 
-Training moves nearly all weights and so changes the hash, and 100 GB take seconds. An edit of single elements between
-the samples goes unnoticed.
+Hashing 100 GB takes seconds. Training changes nearly all weights, so it changes the hash. An edit of a few elements
+between the samples is not detected.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from mergekit_slta.checkpoints.headers import TensorHeader
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 
 _SAMPLES = 4
-"""Samples of a tensor's bytes."""
+"""Number of samples of a tensor's bytes."""
 _FILE_SAMPLES = 64
-"""Samples of a shard that is not safetensors."""
+"""Number of samples of a shard that is not safetensors."""
 _SAMPLE_BYTES = 1024
 _BLOCK_BYTES = 2**20
-"""Bytes read at a time of a file that is hashed as a whole."""
+"""Bytes per read, for files that are hashed completely."""
 
 
 def checkpoint_fingerprint(loader: LazyTensorLoader, headers: Mapping[str, TensorHeader] | None) -> str:
     """SHA-256 of the size and sampled bytes of every shard (safetensors: of every tensor), as hexadecimal digits.
 
-    An adapter's files are hashed as a whole, together with the dtype that its sums are rounded to.
+    An adapter's files are hashed completely, together with the dtype to which its sums are rounded.
 
     Args:
         loader: mergekit's loader, or an adapter's.
         headers: tensor name -> header; None for checkpoints that are not safetensors.
     """
     digest = hashlib.sha256(str(getattr(loader, "dtype", None)).encode())
-    for path in getattr(loader, "fingerprint_files", ()):  # of an adapter
+    for path in getattr(loader, "fingerprint_files", ()):  # only adapters have these
         with open(path, "rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)

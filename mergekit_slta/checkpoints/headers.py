@@ -28,7 +28,7 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
         name: the model's name, for messages.
 
     Raises:
-        ModelError: a shard is missing, truncated or corrupt, or lacks a tensor that the index promises.
+        ModelError: a shard is missing, truncated or corrupt, or lacks a tensor that the index lists.
     """
     headers: dict[str, TensorHeader] = {}
     for shard in loader.index.shards:

@@ -1,6 +1,6 @@
-"""peft's LoRA adapters: their files, what they add to which weight, and which adapters are no such sum.
+"""peft's LoRA adapters: their files, the update of each weight, and the adapters that are more than such updates.
 
-Scope: settings, names and shapes. lora_loader.py reads the matrices.
+Scope: settings, names and shapes. `lora_loader.py` reads the matrices.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _UNDERSTOOD = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out bias init_lora_weights "
     "target_modules exclude_modules layers_to_transform layers_pattern".split()
 )
-# These say where the adapter comes from, or only matter in training or at the initialization.
+# These describe where the adapter comes from, or matter only in training or at initialization.
 _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path inference_mode lora_dropout peft_version revision runtime_config task_type "
     "corda_config eva_config loftq_config lora_ga_config megatron_core qalora_group_size".split()
 )
 _DISPLAY_NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "lora_bias": "lora_bias"}
-# Other initializations (PiSSA, OLoRA, LoftQ, ...) change the base's weights, and do so again when peft loads them.
+# Other initializations (PiSSA, OLoRA, LoftQ, ...) change the base's weights, also when peft loads the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one weight: `scaling * B @ A`.
+    """The update of one weight by an adapter: `scaling * B @ A`.
 
     Attributes:
         module: the adapted module's path in the adapter.
         a, b: names of the matrices A [rank, in] and B [out, rank] in the adapter's file.
         shape: (out, in).
         scaling: lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA.
-        transposed: linear layers of this model class store [in, out].
+        transposed: whether linear layers of this model class store [in, out].
     """
 
     module: str
@@ -64,14 +64,14 @@ class LowRank:
     transposed: bool
 
     def is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a base tensor of this shape stores [in, out].
+        """Whether a base tensor of this shape is stored as [in, out].
 
         Raises:
-            ModelError: the product fits it neither way.
+            ModelError: the product fits neither [in, out] nor [out, in].
         """
         if self.transposed and shape == self.shape[::-1]:
             return True
-        if shape == self.shape:  # in such a class, too: the output projection is an nn.Linear
+        if shape == self.shape:  # also in a transposed class, whose output projection is an nn.Linear
             return False
         raise ModelError(
             f"the adapter's product for {show(self.module)} is {list(self.shape)}, {show(name)} of its base "
@@ -82,7 +82,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's files, its settings, and name -> shape of its tensors."""
+    """An adapter: its files, its settings, and the shapes of its tensors by name."""
 
     name: str
     config_file: str
@@ -117,7 +117,7 @@ def read_adapter(lora: ModelPath) -> Adapter:
         raise _corrupt(config_file, error) from error
     try:
         shapes = _shapes(weights_file)
-    except Exception as error:  # safetensors, torch and pickle each have their own
+    except Exception as error:  # safetensors, torch and pickle raise different errors
         raise _corrupt(weights_file, error) from error
     return Adapter(name, config_file, weights_file, config, shapes)
 
@@ -136,9 +136,9 @@ def _file(lora: ModelPath, names: tuple[str, ...]) -> str:
         for name in names:
             try:
                 return hf_hub_download(lora.path, name, revision=lora.revision)
-            except EntryNotFoundError as missing:  # the next name may be there
+            except EntryNotFoundError as missing:  # the next name may exist
                 error = missing
-            except Exception as other:  # no such repository, no network, not a valid name of one
+            except Exception as other:  # no such repository, no network, or an invalid repository name
                 error = other
                 break
     detail = f" ({show(error)})" if error else ""
@@ -156,10 +156,10 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def merge_reason(adapter: Adapter) -> str | None:
-    """Why an adapter is more than `scaling * B @ A` added to weights, in a few words; None where it is just that.
+    """Why an adapter is more than `scaling * B @ A` added to weights, in a few words; None if it is only that.
 
     Raises:
-        ModelError: its settings make no sense.
+        ModelError: its settings are invalid.
     """
     config = adapter.config
     kind = config.get("peft_type")
@@ -204,11 +204,11 @@ def _foreign_tensors(adapter: Adapter) -> str | None:
 
 
 def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[str, LowRank]:
-    """Name in the base checkpoint -> what the adapter adds to it.
+    """Find the updates of an adapter: tensor name in the base checkpoint -> update.
 
     Args:
         adapter: the adapter.
-        base: loader of the base's checkpoint, for its names.
+        base: loader of the base's checkpoint; only its tensor names are used.
         config: the base's config.
 
     Raises:
@@ -221,7 +221,7 @@ def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[
             f"{show(adapter.weights_file)} holds no LoRA tensors: is {show(adapter.name)} an adapter?",
             code="corrupt-adapter",
         )
-    if is_built_in(config):  # as in peft, which looks at the layer's class there and not at the flag
+    if is_built_in(config):  # as in peft, which for these classes uses the layer's class and not the flag
         transposed = architecture(config.architectures, adapter.name).transposed
     else:
         transposed = bool(adapter.config.get("fan_in_fan_out"))
@@ -280,13 +280,15 @@ def _rank_and_scaling(adapter: Adapter, module: str) -> tuple[int, float]:
 def _name_in_base(module: str, base: LazyTensorLoader) -> str | None:
     names = [f"{module}.weight"]
     prefix, _, rest = module.partition(".")
-    if prefix in BASE_MODEL_NAMES:  # which transformers adds to the names when it loads such a checkpoint
+    if prefix in BASE_MODEL_NAMES:  # transformers adds this prefix when it loads such a checkpoint
         names.append(f"{rest}.weight")
     return next((name for name in names if name in base.index.tensor_paths), None)
 
 
 def check_shapes(base: LazyTensorLoader, updates: Mapping[str, LowRank]) -> None:
-    """Check an adapter against its base's headers. Pickled checkpoints have none: theirs is checked when it is read.
+    """Check an adapter's shapes against its base's headers.
+
+    Pickled checkpoints have no headers; their shapes are checked when the tensors are read.
 
     Raises:
         ModelError: a product does not fit its weight, or a file of the base is missing or corrupt.

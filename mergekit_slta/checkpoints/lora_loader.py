@@ -1,7 +1,7 @@
-"""LoRA adapters ("base+adapter" in a recipe) added to their base tensor by tensor, without a merged copy on disk.
+"""Add a LoRA adapter ("base+adapter" in a recipe) to its base tensor by tensor, without a merged copy on disk.
 
-Scope: a loader that mergekit uses like a checkpoint's. Adapters that are more than products of two matrices added to
-base tensors (DoRA, trained embeddings, ...) are left to mergekit, which merges a full copy on disk.
+Scope: a drop-in for mergekit's checkpoint loader. Adapters that do more than add a product of two matrices to base
+tensors (DoRA, trained embeddings, ...) are left to mergekit, which merges them into a full copy on disk.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class AdapterLoader(LazyTensorLoader):
     """A base checkpoint's tensors with an adapter's products added; a drop-in for mergekit's loader.
 
     The product is computed in float32 (float64 for float64 weights), and the sum is rounded once, to the base tensor's
-    dtype. peft does the same, unless it is told not to keep adapters in float32: then it rounds the product as well.
-    Tensors without an update are the base's to the last bit. Nothing is kept between calls: the matrices are read from
-    the adapter's mapped file. Threads may share a loader: both inner loaders lock, and nothing else changes.
+    dtype. peft does the same by default; with `autocast_adapter_dtype=False` it also rounds the product. Tensors
+    without an update equal the base's bit for bit. Nothing is cached between calls: the matrices are read from the adapter's
+    memory-mapped file. Threads may share a loader: both inner loaders use locks, and there is no other state.
 
     Args:
-        base: the base model's loader; others may use it, too.
+        base: the base model's loader, which may be shared.
         adapter: a loader of the adapter's file.
-        updates: name in the base checkpoint -> what is added.
-        files: the adapter's config and weights.
-        dtype: what floating tensors are rounded to instead (mergekit's --lora-merge-dtype).
+        updates: name in the base checkpoint -> update.
+        files: paths of the adapter's config and weights.
+        dtype: if given, floating tensors are rounded to it (mergekit's --lora-merge-dtype).
 
     Attributes:
-        index: the base's: names, shards and headers are those of the base.
+        index: the base's index of names and shards.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class AdapterLoader(LazyTensorLoader):
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> Tensor | None:
-        """The base's tensor, or its sum with the adapter's product.
+        """Read the base's tensor, with the adapter's product added if there is one.
 
         Raises:
-            KeyError: the base checkpoint lacks the tensor (None is returned where `raise_on_missing` is false).
+            KeyError: the base checkpoint lacks the tensor and `raise_on_missing` is true; else None is returned.
             ModelError: shapes differ, or the base's weights are quantized.
         """
         if key not in self.index.tensor_paths:
@@ -79,7 +79,7 @@ class AdapterLoader(LazyTensorLoader):
         return tensor.to(dtype)
 
     def flush(self) -> None:
-        """Close the open files of base and adapter, which unmaps them; they are opened again when needed."""
+        """Close and unmap the open files of base and adapter; they are opened again when needed."""
         self.base.flush()
         self.adapter.flush()
 
@@ -99,7 +99,7 @@ class AdapterLoader(LazyTensorLoader):
 
 
 def needs_merged_copy(model: ModelReference) -> str | None:
-    """Why a model's adapter cannot be added tensor by tensor, in a few words; None where it can, or there is none.
+    """Why a model's adapter cannot be added tensor by tensor, in a few words; None if it can, or there is no adapter.
 
     Reads the adapter's config and the header of its weights.
 
@@ -112,15 +112,15 @@ def needs_merged_copy(model: ModelReference) -> str | None:
 def open_adapter(
     model: ModelReference, options: MergeOptions, *, base: LazyTensorLoader | None = None
 ) -> AdapterLoader | None:
-    """A loader of "base+adapter", to be put where mergekit looks for it.
+    """Open a loader for "base+adapter", to be put into mergekit's cache of loaders.
 
     Args:
-        model: the reference.
-        options: the base's caches and `lazy_unpickle`, and `lora_merge_dtype`.
-        base: the base model's loader, to be shared; None opens one.
+        model: the model reference.
+        options: mergekit's options: caches, `lazy_unpickle` and `lora_merge_dtype` are used.
+        base: the base model's loader, which is then shared; None opens a new one.
 
     Returns:
-        The loader; None where the model has no adapter or mergekit has to merge a copy (see `needs_merged_copy`).
+        The loader; None if the model has no adapter or mergekit has to merge a copy (see `needs_merged_copy`).
 
     Raises:
         ModelError: the adapter is missing or damaged, adapts a module that its base lacks, or has other shapes.
@@ -134,7 +134,7 @@ def open_adapter(
     try:
         config = plain.config(trust_remote_code=options.trust_remote_code)
         base = base or plain.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
-    except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
+    except Exception as error:  # mergekit, the Hub and the file system raise different errors
         raise ModelError(
             f"cannot open the checkpoint of {show(plain)}, the base of an adapter ({show(error)}): "
             "check the path or Hub id",

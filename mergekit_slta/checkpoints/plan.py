@@ -1,7 +1,7 @@
 """mergekit's own plan of a merge: the tensors that OUT will hold, and the tasks that read them from every model.
 
-Scope: builds the plan and opens the checkpoints. Only headers are read. Calibration reads through the same tasks as the
-merge, so it sees adapters, aliases, conversions and the recipe's `dtype` and `tokenizer:` exactly as the merge does.
+Scope: builds the plan and opens the checkpoints. Only headers are read. Calibration reads tensors with the same tasks
+as the merge, so it applies adapters, aliases, conversions and the recipe's `dtype` and `tokenizer:` in the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PlannedTensor:
 
     Attributes:
         weight: mergekit's description; `weight.name` is the name in OUT and in the alphas file.
-        gather: the task that reads it from every model, for the merge method.
+        gather: mergekit's task that reads the tensor from every model.
         sources: model -> mergekit's description of the tensor in that model's checkpoint.
     """
 
@@ -49,15 +49,16 @@ class PlannedTensor:
 
 @dataclass
 class Plan:
-    """What mergekit will do, tensor by tensor, and what the checkpoints hold.
+    """The tensors that mergekit will merge, and the tensors that the checkpoints hold.
 
     Attributes:
         models: base first, then the experts in canonical order (sorted by the recipe's names).
         tensors: name in OUT -> planned tensor, in the plan's order.
         loaders: mergekit's lazy loaders of the models.
         headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
-        is_tied: the output projection is the embedding table in every model: the plan lacks it, or holds a copy.
-        copied: tensors of the plan that are not parameters. The merge takes the base's, and refuses models that differ.
+        is_tied: whether the output projection is the embedding table in every model. The plan then lacks the
+            projection, or holds a copy of the table.
+        copied: tensors of the plan that are not parameters. The merge copies the base's and refuses models that differ.
     """
 
     models: tuple[ModelReference, ...]
@@ -68,24 +69,24 @@ class Plan:
     copied: list[str] = field(default_factory=list)
 
     def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
-        """Shape of an output's tensor in a model's checkpoint; None where no header gives it."""
+        """Shape of a planned tensor in a model's checkpoint; None if no header gives it."""
         source = self.source_name(name, model)
         header = self.headers.get(model, {}).get(source) if source else None
         return header.shape if header else None
 
     def source_name(self, name: str, model: ModelReference) -> str | None:
-        """The name of an output's tensor in a model's checkpoint; None where it is converted from others or missing."""
+        """Name of a planned tensor in a model's checkpoint; None if it is converted from others, or missing."""
         present = self.loaders[model].index.tensor_paths
         return next((other for other in names_of(self.tensors[name].sources[model]) if other in present), None)
 
 
 def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
-    """Base, then the experts sorted by name: the order of every computation, whatever the recipe's order."""
+    """Base first, then the experts sorted by name. Every computation uses this order, not the recipe's."""
     return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
 
 
 def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
-    """Plan the merge as `run_merge` will, and open the checkpoints and read their headers.
+    """Plan the merge as `run_merge` will, open the checkpoints, and read their headers.
 
     Raises:
         ModelError: a checkpoint cannot be found or read, or mergekit cannot plan the recipe.
@@ -100,7 +101,7 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
             loaders[model] = open_loader(model, options)
         except ModelError:
             raise
-        except Exception as error:  # whatever mergekit, the Hub or the file system say about a missing checkpoint
+        except Exception as error:  # mergekit, the Hub and the file system raise different errors
             raise ModelError(
                 f"cannot open the checkpoint of {show(recipe.names[model])} ({show(error)}): "
                 "a file is missing or corrupt, fetch it again",

@@ -1,7 +1,7 @@
-"""Compare mergekit's plan with the model class and with what the checkpoints hold.
+"""Compare mergekit's plan with the model class and with the checkpoints.
 
-Scope: names, shapes and ties. mergekit's definitions of architectures do not list every tensor of every checkpoint;
-what they leave out is dropped from the output without a message.
+Scope: names, shapes and tied weights. mergekit's architecture definitions do not list every tensor of every checkpoint.
+mergekit drops the tensors that they lack from the output, without a message.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ def reconcile(
     shapes: Mapping[str, tuple[int, ...]],
     configs: Mapping[ModelReference, Any],
 ) -> list[str]:
-    """Make the plan's tensors those of the model class, so that calibration sees the whole model.
+    """Change the plan so that it holds exactly the parameters of the model class.
 
-    Tensors that mergekit would drop are added, and read by name. Buffers that mergekit lists beside the parameters are
+    Tensors that mergekit would drop are added, and read by name. Buffers that mergekit lists among the parameters are
     moved to `plan.copied`.
 
     Args:
         plan: changed in place.
-        names: the recipe's names of the models.
+        names: the models' names in the recipe, for messages.
         shapes: name in the plan -> shape of the model class's parameters.
         configs: the models' configs.
 
     Returns:
-        Why mergekit cannot merge these checkpoints as they are; empty where it can.
+        Reasons why mergekit cannot merge these checkpoints as they are; empty if it can.
 
     Raises:
         ModelError: a model lacks a tensor that another has, or shapes differ.
@@ -87,8 +87,8 @@ def reconcile(
 def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, projection: str) -> bool:
     """Whether the output projection is the embedding table in every model.
 
-    Some checkpoints of tied models store the table twice, and mergekit plans the projection as soon as one of them
-    does. It counts as tied in a model whose config ties the two and whose tensors are equal, or one and the same.
+    Some checkpoints of tied models store the table twice; if one does, mergekit plans a projection. A model counts as
+    tied if its config ties the two weights and they are equal, or stored only once.
 
     Args:
         plan: the plan.

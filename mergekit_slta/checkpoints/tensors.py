@@ -1,6 +1,6 @@
-"""Tensors of every model, by the plan's names, read when they are needed through mergekit's own tasks.
+"""Read the tensors of every model when they are needed, with mergekit's own tasks; names are those of the plan.
 
-Scope: reading, casting, moving to the device. Nothing is kept but open shards, which `flush` closes.
+Scope: reading, casting, moving to the device. Nothing is cached except open shards, which `flush` closes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ Weights = dict[str, Tensor]
 class Checkpoints:
     """Tensors of the base and the experts.
 
-    Wherever `models` is an argument, it holds positions in the plan's models, and None stands for all of them. Lists
-    are returned in that order.
+    An argument `models` holds indices into the plan's models; None means all. Returned lists are in that order.
 
     Args:
         plan: mergekit's plan; its models are the base, then the experts in canonical order.
-        names: the recipe's names of the models, for messages.
-        device: where tensors are put.
-        dtype: what tensors are cast to.
-        tokenizer: the output's tokenizer as mergekit builds it, where that has been done already.
+        names: the models' names in the recipe, for messages.
+        device: the device of the loaded tensors.
+        dtype: the dtype of the loaded tensors.
+        tokenizer: the output's tokenizer, if mergekit has already built it.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Checkpoints:
         self._tokenizer = tokenizer
 
     def raw(self, name: str, models: Sequence[int] | None = None) -> list[Tensor]:
-        """One tensor of each model as the merge method will get it: in its own dtype, on the CPU, maybe mapped.
+        """Read one tensor of each model as the merge method gets it: in its own dtype, on the CPU, maybe memory-mapped.
 
         Raises:
             ModelError: a model lacks it.
@@ -71,7 +70,7 @@ class Checkpoints:
         return [tensors[model] for model in chosen]
 
     def load(self, names: Sequence[str], models: Sequence[int] | None = None) -> list[Weights]:
-        """The named tensors of each model, cast and on the device.
+        """Load the named tensors of each model, cast and on the device.
 
         Raises:
             ModelError: a tensor holds NaN or Inf.
@@ -84,15 +83,15 @@ class Checkpoints:
         return weights
 
     def table_rows(self, table: str, used: Tensor, models: Sequence[int] | None = None) -> list[Tensor]:
-        """Rows of the embedding table of each model, [U, d], cast and on the device.
+        """Load rows of the embedding table of each model, [U, d], cast and on the device.
 
         Args:
-            table: its name.
+            table: name of the embedding table.
             used: [U] int64 token ids, ascending.
             models: see the class.
 
         Raises:
-            ModelError: a model's table has no such row, or holds NaN or Inf in one of them.
+            ModelError: a model's table lacks one of these rows, or a row holds NaN or Inf.
         """
         numbers = self._numbers(models)
         found = []
@@ -107,13 +106,13 @@ class Checkpoints:
         return found
 
     def place(self, tensor: Tensor, name: str, model: int) -> Tensor:
-        """Cast a raw tensor (or rows of it) of the model at position `model`, and move it to the device.
+        """Cast a tensor (or rows of it) from `raw` of the model with index `model`, and move it to the device.
 
         Raises:
             ModelError: it holds NaN or Inf.
         """
         if self.device.type == "cuda" and tensor.device.type == "cpu":
-            # Cast after the copy, which moves half the bytes that way; pinned, it runs while the host goes on.
+            # Copy, then cast on the device: fewer bytes are copied. Pinned memory makes the copy asynchronous.
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         placed = tensor.to(device=self.device, dtype=self.dtype)
         if not all_finite(placed):
@@ -125,7 +124,7 @@ class Checkpoints:
         return placed
 
     def prefetch(self, names: Sequence[str], models: Sequence[int] | None = None) -> None:
-        """Ask the system to read tensors into its file cache in the background; takes no memory of this process."""
+        """Ask the operating system to read tensors into its file cache in the background."""
         if not hasattr(os, "posix_fadvise"):  # macOS, Windows
             return
         for model in (self.plan.models[number] for number in self._numbers(models)):
@@ -142,7 +141,7 @@ class Checkpoints:
                             os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def flush(self) -> None:
-        """Close the open shards, which unmaps them."""
+        """Close and unmap the open shards."""
         for loader in self.plan.loaders.values():
             loader.flush()
 
