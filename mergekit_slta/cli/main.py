@@ -1,7 +1,7 @@
-"""`mergekit-slta ...`: the table of commands, and what a failed command prints.
+"""`mergekit-slta ...`: the table of commands, and the error line of a failed command.
 
-Scope: click and the standard library only. A command's file is imported when that command is used, so `--help` does
-not wait for torch, transformers and mergekit.
+Scope: click and the standard library only. The file of a command is imported when the command is used, so `--help` does
+not load torch, transformers and mergekit.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ COMMANDS = {
     "linearity": _Entry(_MERGEKIT, "Measure how linear the experts of RECIPE are."),
     "demo": _Entry(_PLAIN, "Train tiny models, merge them, and compare with other methods."),
 }
-"""Every command in the order of use. The summaries are the first lines of the commands' docstrings (a test compares
-them)."""
+"""The commands in the order of use. Each summary is the first line of the command's docstring; a test compares them."""
 
 
 class _LazyGroup(click.Group):

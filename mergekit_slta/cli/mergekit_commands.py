@@ -1,7 +1,7 @@
-"""The commands that read models: they take mergekit's options, by mergekit's names.
+"""The commands that read models. They take mergekit's options under mergekit's names.
 
-Scope: parse, call, print. Importing this file takes seconds, because mergekit's options come with torch, transformers
-and peft; everything else is imported inside the commands.
+Scope: parse, call, print. Importing this file takes seconds, because mergekit's options import torch, transformers and
+peft. Everything else is imported inside the commands.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ACTING_OPTIONS = {
     "read_to_gpu": _COMPUTING,
     "num_threads": _COMPUTING,
 }
-"""mergekit's option -> the commands beside `merge` that it acts on. `merge` takes every option that mergekit has.
+"""mergekit's option -> the commands, besides `merge`, that take it. `merge` takes every option of mergekit.
 
-`check` also takes what it only compares with the machine: a merge with `--multi-gpu` is refused without an accelerator.
+`check` also takes options that it only validates: it refuses `--multi-gpu` if there is no accelerator.
 """
 
 
 def _with_merge_options(function: Callable[..., None]) -> click.Command:
-    """Make a command of a function that takes `merge_options`: mergekit's options that act on it, and `-v`."""
+    """Turn a function that takes `merge_options` into a command with `-v` and the mergekit options that it uses."""
     name = function.__name__
     command = click.command(cls=PrettyPrintHelp)(add_merge_options(function))
     command.params = [
@@ -112,7 +112,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         read = read_recipe(load_config(recipe)[0])
         path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
         check_alphas_target(path)
-        if not ranks.is_first:  # prepares after the first process, which downloads and merges adapters on disk
+        if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
             return

@@ -1,4 +1,4 @@
-"""`-v/--verbose`, the same for every command: the traceback of an error, and more of the log."""
+"""The option `-v/--verbose` of every command: prints the traceback of an error, and more log messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _KEY = "mergekit_slta.verbosity"
 
 
 def with_verbose(command: click.Command, *, expose_value: bool = False) -> click.Command:
-    """Add `-v/--verbose` to a command; with `expose_value` the function gets the count as `verbosity`."""
+    """Add `-v/--verbose` to a command. With `expose_value`, the command's function gets the count as `verbosity`."""
     command.params.append(
         click.Option(
             ["-v", "--verbose", "verbosity"],
@@ -24,12 +24,12 @@ def with_verbose(command: click.Command, *, expose_value: bool = False) -> click
 
 
 def is_verbose(ctx: click.Context) -> bool:
-    """Whether the command that was run under `ctx` was given `-v`."""
+    """Whether the command that ran under `ctx` was given `-v`."""
     return bool(ctx.meta.get(_KEY))
 
 
 def _remember(ctx: click.Context, option: click.Parameter, value: int) -> int:
-    ctx.meta[_KEY] = value  # shared with the group's context, which handles errors
+    ctx.meta[_KEY] = value  # the group's context shares it, and handles errors
     if value:
         logging.basicConfig(level=logging.INFO if value == 1 else logging.DEBUG)  # as mergekit's own -v does
     return value
