@@ -25,8 +25,8 @@ class AdapterLoader(LazyTensorLoader):
 
     The product is computed in float32 (float64 for float64 weights), and the sum is rounded once, to the base tensor's
     dtype. peft does the same by default; with `autocast_adapter_dtype=False` it also rounds the product. Tensors
-    without an update equal the base's bit for bit. Nothing is cached between calls: the matrices are read from the adapter's
-    memory-mapped file. Threads may share a loader: both inner loaders use locks, and there is no other state.
+    without an update equal the base's bit for bit. Nothing is cached between calls: the matrices are read from the
+    adapter's memory-mapped file. Threads may share a loader: both inner loaders use locks, and there is no other state.
 
     Args:
         base: the base model's loader, which may be shared.
