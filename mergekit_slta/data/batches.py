@@ -1,6 +1,6 @@
-"""Calibration rows in micro-batches of rows of similar length, packed (no padding) or padded.
+"""Group calibration rows of similar length into micro-batches, and pack or pad their tokens.
 
-Scope: planning and reshaping. The plan depends on the rows alone, not on machine, device or number of processes.
+Scope: planning and reshaping. The plan depends only on the rows, not on machine, device or number of processes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 1024
-"""Tokens of a micro-batch: enough for efficient matrix products, and few enough that activations take less memory than
-weights and that several processes get even shares."""
+"""Tokens of a micro-batch. Enough for efficient matrix products; few enough that activations take less memory than
+weights, and that several processes get equal shares."""
 PADDING = 1.06
-"""Padded tokens of a batch per real token, at most."""
+"""Maximum ratio of padded tokens to real tokens in a batch."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together; b of them, the longest with s tokens.
+    """A batch of b rows; the longest has s tokens.
 
     Attributes:
         rows: [b] indices of the rows.
-        lengths: [b] their numbers of tokens.
-        ids: [b, s] int64 token ids, zeros on the right.
+        lengths: [b] number of tokens of each row.
+        ids: [b, s] int64 token ids, padded with zeros on the right.
     """
 
     rows: tuple[int, ...]
@@ -37,7 +37,7 @@ class Batch:
         return torch.cat([row[:length] for row, length in zip(padded, self.lengths, strict=True)])
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Add padding: [tokens, d] -> [b, s, d], zeros on the right."""
+        """Add padding: [tokens, d] -> [b, s, d], with zeros on the right."""
         if len(self.lengths) == 1:
             return packed[None]
         return torch.nn.utils.rnn.pad_sequence(list(packed.split(list(self.lengths))), batch_first=True)
@@ -50,8 +50,8 @@ def plan_batches(
 
     Args:
         rows: token ids of each row.
-        max_tokens: padded tokens of a batch of several rows, at most; 0 makes a batch of every row.
-        padding: padded tokens per real token, at most.
+        max_tokens: maximum padded tokens of a batch of several rows; 0 puts each row into its own batch.
+        padding: maximum ratio of padded tokens to real tokens.
     """
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
     groups: list[list[int]] = []
@@ -75,7 +75,7 @@ def plan_batches(
 def plan_task_batches(
     rows: Sequence[Sequence[int]], row_task: Sequence[int], max_tokens: int = BATCH_TOKENS
 ) -> list[Batch]:
-    """As `plan_batches`, with rows of one task in each batch, for passes that run a task's expert on its rows alone.
+    """As `plan_batches`, but a batch holds rows of one task only: for passes that run each row through its own expert.
 
     Args:
         rows: token ids of each row.
@@ -94,9 +94,9 @@ def plan_packs(batches: Sequence[Batch], max_tokens: int, groups: Sequence[int] 
     """Group consecutive batches whose tokens can be concatenated for token-wise modules.
 
     Args:
-        batches: as planned.
-        max_tokens: tokens of a pack of several batches, at most; 0 makes a pack of every batch.
-        groups: a label for each batch; only batches with the same label share a pack.
+        batches: from `plan_batches` or `plan_task_batches`.
+        max_tokens: maximum tokens of a pack of several batches; 0 puts each batch into its own pack.
+        groups: a label per batch; only batches with the same label share a pack.
 
     Returns:
         Packs, as lists of batch indices.

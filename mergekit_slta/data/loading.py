@@ -1,4 +1,4 @@
-"""Datasets from files, folders, glob patterns and the Hub, as `datasets` reads them."""
+"""Load datasets from files, folders, glob patterns and the Hub, with the library `datasets`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
 
     Args:
         name: a file, a folder, a glob pattern, or an id on the Hub.
-        config, split: as `datasets.load_dataset` takes them.
+        config, split: passed to `datasets.load_dataset`.
 
     Raises:
-        DataError: nothing is there, the file type is unknown, the split does not exist, or there are no rows.
+        DataError: the dataset or split does not exist, the file type is unknown, or there are no rows.
     """
     import datasets
 
@@ -34,9 +34,9 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
     try:
         with _no_progress_bars():
             rows = datasets.load_dataset(**arguments, split=split)
-            if arguments["path"] == "text":  # every line is a row; blank ones are left out
+            if arguments["path"] == "text":  # every line is a row; blank lines are skipped
                 rows = rows.filter(lambda row: bool(row["text"].strip()))
-    except Exception as error:  # `datasets` raises its own errors, fsspec's, pyarrow's and the Hub's
+    except Exception as error:  # `datasets`, fsspec, pyarrow and the Hub raise different errors
         cause = error.__cause__ or error
         reason = show(cause, 300) or type(cause).__name__
         raise DataError(
@@ -53,7 +53,7 @@ def load_rows(name: str, config: str | None, split: str) -> Dataset:
 
 
 def _load_arguments(name: str, config: str | None) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset`; what exists on disk goes before the Hub."""
+    """Arguments for `datasets.load_dataset`; a path that exists on disk takes precedence over the Hub."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return {"path": path, "name": config}
@@ -78,7 +78,7 @@ def _load_arguments(name: str, config: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Switch off the bars that `datasets` draws while it converts a file; this package draws its own."""
+    """Disable the progress bars of `datasets`; this package draws its own."""
     import datasets
 
     enabled = datasets.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Rows of a dataset as texts: a column, a template over columns, or a chat template."""
+"""Render rows of a dataset as text: from a column, a template over columns, or a chat template."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: the whole row.
-        is_chat: a chat template wrote it, with all special tokens, so that the tokenizer must add none.
-        answer: the character at which the answer begins; 0 where the whole row counts.
+        is_chat: whether a chat template wrote the text. It then has all special tokens; the tokenizer must add none.
+        answer: index of the answer's first character; 0 if the whole row is the answer.
     """
 
     text: str
@@ -27,7 +27,7 @@ class Rendered(NamedTuple):
 
 
 Render = Callable[[Mapping[str, Any], str], Rendered]
-"""(a row, where it is, for messages) -> the row as text."""
+"""(row, its location for messages) -> the row as text."""
 
 
 def renderer(
@@ -37,18 +37,19 @@ def renderer(
     dataset: str,
     completion: str | None = None,
 ) -> Render:
-    """How a dataset's rows become text.
+    """Make the function that renders a dataset's rows as text.
 
     Args:
-        text: column or template; None for the chat template over `messages`, or else the column `text`.
+        text: column or template. None uses the chat template with the column `messages`, else the column `text`.
         columns: the dataset's columns.
-        tokenizer: for its chat template.
-        dataset: its name, for messages.
+        tokenizer: its chat template is used.
+        dataset: the dataset's name, for messages.
         completion: column or template of the answer, which is appended to the text. In a chat the last message is the
             answer.
 
     Raises:
-        DataError: the column or a template's field does not exist, the template is malformed, or none applies.
+        DataError: the column or a template's field does not exist, the template is malformed, or no `text` is given and
+            neither default column exists.
     """
     if completion is not None:
         return _with_completion(text, completion, columns, tokenizer, dataset)
@@ -94,7 +95,10 @@ def _column_renderer(column: str) -> Render:
 
 
 def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> Render:
-    """Fields are plain column names: a recipe may come from a stranger, and `{a.b}` or `{a[0]}` reach into objects."""
+    """Render a template whose fields are plain column names.
+
+    `{a.b}` and `{a[0]}` are refused: they access attributes and items of objects, and recipes may come from strangers.
+    """
     parts: list[tuple[str, str | None]] = []
     try:
         for literal, field, spec, conversion in string.Formatter().parse(template):
@@ -139,7 +143,7 @@ def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
             )
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever Jinja or the template's own raise_exception raise
+        except Exception as error:  # Jinja and the template's own raise_exception raise different errors
             raise DataError(
                 f"the chat template refuses {where}: {show(error)}; mend the row", code="unusable-row"
             ) from error
@@ -149,9 +153,9 @@ def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
 
 
 def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The character at which the assistant's last message begins.
+    """Index of the first character of the assistant's last message.
 
-    0 where the last message is another's, or where the template renders the messages before it differently alone.
+    0 if the last message is not the assistant's, or if the text without that message is not a prefix of the whole text.
     """
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         return 0

@@ -1,8 +1,8 @@
-"""Calibration rows: drawn from a task's dataset, rendered and tokenized.
+"""Draw calibration rows from a task's dataset, render and tokenize them.
 
-Scope: what is used of a dataset; no models. Rules where the paper is silent ("30 samples per task", "FastChat
-template"): rows are drawn without replacement, with a generator of their own; the first n rows drawn are the same for
-every `num_samples` >= n; a row is cut to `max_seq_length` tokens; special tokens are those that the tokenizer adds.
+Scope: datasets; no models. The paper says only "30 samples per task" and "FastChat template". The rules here: rows are
+drawn without replacement, with a local generator; the first n rows are the same for every `num_samples` >= n; a row is
+cut to `max_seq_length` tokens; the tokenizer adds its usual special tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 MIN_TOKENS = 2
-"""Fewer tokens are refused: a single one is the same begin-of-sequence token in every row."""
+"""Rows with fewer tokens are refused: a single token may be the begin-of-sequence token, the same in every row."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Row:
     """One calibration row.
 
     Attributes:
-        number: its number in the dataset.
-        text: as rendered.
-        ids: its tokens, cut to `max_seq_length`.
-        completion: position of the answer's first token, for objectives that take the loss over the answer. It is 1
-            where the whole row is the answer, since a first token has no loss.
+        number: the row's number in the dataset.
+        text: the rendered text.
+        ids: token ids, cut to `max_seq_length`.
+        completion: position of the answer's first token; objectives with a loss take it over the answer. 1 if the whole
+            row is the answer, because the first token of a row has no loss.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Example:
 
     Attributes:
         row: the row.
-        task: the canonical number of the task's expert, from 0.
+        task: index of the task's expert in canonical order.
     """
 
     row: Row
@@ -67,7 +67,7 @@ class TaskRows:
 
     Attributes:
         name: the expert's name.
-        dataset: as the recipe names it.
+        dataset: the dataset's name in the recipe.
         rows: the rows.
     """
 
@@ -77,17 +77,17 @@ class TaskRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows together."""
+        """Total number of tokens."""
         return sum(len(row.ids) for row in self.rows)
 
     def part(self, number: int, parts: int) -> tuple[Row, ...]:
-        """Part `number`, from 0, of the rows divided into `parts` consecutive parts of even size."""
+        """Divide the rows into `parts` consecutive parts of equal size; return part `number`, from 0."""
         count = len(self.rows)
         return self.rows[count * number // parts : count * (number + 1) // parts]
 
     @property
     def sha256(self) -> str:
-        """Hash of the texts and the tokens, which depend on the data, the template and the tokenizer."""
+        """Hash of the texts and the tokens. It changes with the data, the template and the tokenizer."""
         digest = hashlib.sha256()
         for row in self.rows:
             content = [row.text, row.ids, *([row.completion] if row.completion > 1 else [])]
@@ -99,9 +99,9 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreT
     """Load a task's dataset, draw its rows, and tokenize them.
 
     Args:
-        task: where the rows are, and how a row becomes text.
+        task: the dataset, and how to render a row as text.
         name: the expert's name, for messages.
-        settings: how many rows of how many tokens, and the seed.
+        settings: number of rows, tokens per row, and seed.
         tokenizer: the merged model's.
 
     Raises:
@@ -141,7 +141,7 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreT
 
 
 def missing_dataset(name: str) -> DataError:
-    """The error for an expert whose rows are needed and that names no `dataset`."""
+    """The error for an expert that needs rows and names no `dataset`."""
     return DataError(
         f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`",
         code="missing-dataset",
@@ -149,10 +149,10 @@ def missing_dataset(name: str) -> DataError:
 
 
 def _check_number(dataset: str, available: int, num_samples: int, groups: int) -> None:
-    """Warn of a dataset with fewer rows than `num_samples` for each of `groups` steps.
+    """Warn if a dataset has fewer than `num_samples` rows for each of `groups` steps.
 
     Raises:
-        DataError: there is not even one row for each step.
+        DataError: there are fewer rows than steps.
     """
     if available < groups:
         raise DataError(
@@ -169,12 +169,12 @@ def _check_number(dataset: str, available: int, num_samples: int, groups: int) -
 
 
 def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
-    """Warn of rows without an answer whose loss could be taken.
+    """Warn of rows without an answer, which have no loss.
 
     Args:
-        dataset: its name.
+        dataset: the dataset's name.
         rows: the rows.
-        unmarked: number of chats in which no answer was found, so that the whole chat counts.
+        unmarked: number of chats in which no answer was found. Their loss is taken over the whole chat.
 
     Raises:
         DataError: no row has an answer.
@@ -201,7 +201,7 @@ def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
 def sample_numbers(num_rows: int, num_samples: int, seed: int) -> list[int]:
     """Draw row numbers without replacement; a larger `num_samples` only adds numbers at the end.
 
-    The generator is local: the global random state does not change.
+    Uses a local generator, not the global random state.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_rows, generator=generator, device="cpu")[:num_samples].tolist()

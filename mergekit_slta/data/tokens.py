@@ -1,4 +1,4 @@
-"""Texts as token ids, and the token at which a row's answer begins."""
+"""Tokenize texts, and find the first token of a row's answer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text, cut to `max_length`.
+    """Tokenize a text, and cut it to `max_length` tokens.
 
-    A begin-of-sequence token that stands in the text is not doubled by the one that the tokenizer adds.
+    If the text begins with a begin-of-sequence token, the one that the tokenizer adds is dropped.
     """
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, truncation=True, max_length=max_length + 1)
     ids = encoded["input_ids"]
@@ -22,14 +22,15 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, ad
 def completion_start(
     text: str, start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
 ) -> int:
-    """The first token that holds a character of the answer; at least 1, and len(ids) where the answer was cut off.
+    """Position of the first token that holds a character of the answer.
 
-    It is found by characters: some tokenizers make one token of a header's line break and of what follows it.
+    At least 1; len(ids) if the answer was cut off. It is found from character offsets, because some tokenizers merge
+    the last character of the prompt and the first of the answer into one token.
 
     Args:
         text: the whole row.
-        start: the character at which its answer begins.
-        ids: the row's tokens, from `encode`.
+        start: index of the answer's first character.
+        ids: the row's token ids, from `encode`.
         tokenizer, add_special_tokens: as for `encode`.
     """
     if tokenizer.is_fast:
@@ -37,7 +38,7 @@ def completion_start(
         whole = encoded["input_ids"]
         ends = [stop for _, stop in encoded["offset_mapping"]]
         first = next((place for place, stop in enumerate(ends) if stop > start), len(whole))
-    else:  # no offsets: the first token in which the row differs from its prompt
+    else:  # no offsets: find the first token where row and prompt differ
         whole = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         prompt = tokenizer(text[:start], add_special_tokens=add_special_tokens)["input_ids"]
         pairs = zip(prompt, whole, strict=False)
@@ -46,6 +47,6 @@ def completion_start(
 
 
 def _doubled_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """1 where two begin-of-sequence tokens stand at the beginning, else 0."""
+    """1 if the ids begin with two begin-of-sequence tokens, else 0."""
     bos = tokenizer.bos_token_id
     return int(bos is not None and list(ids[:2]) == [bos, bos])
