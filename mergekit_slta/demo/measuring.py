@@ -1,4 +1,4 @@
-"""Scores of the demo's models on held-out rows, mergekit's own merges as baselines, and the table of both."""
+"""Score the demo's models and mergekit's own merges (the baselines) on held-out rows, and print the table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Score:
     """Held-out quality on one task (or the mean over tasks).
 
     Attributes:
-        exact: share of rows, 0 to 1, whose every answer token is the likeliest one, end of sequence included.
+        exact: share of rows, 0 to 1, in which every answer token, end of sequence included, is the most likely one.
         loss: mean cross-entropy of the answer tokens, in nats per token.
     """
 
@@ -80,7 +80,7 @@ def _merge_in_process(recipe: dict[str, Any], folder: Path) -> None:
     try:
         run_merge(config, str(folder), MergeOptions(quiet=True, write_model_card=False))
     finally:
-        # mergekit keeps open files by path for the whole process: a later demo would read what it has overwritten.
+        # mergekit caches open files by path for the whole process; a later demo would read the overwritten files.
         forget_loaders(config.referenced_models())
 
 
@@ -105,9 +105,9 @@ def evaluate(folder: Path, tests: Mapping[str, Sequence[data.Encoded]]) -> dict[
 
 
 def score(model: LlamaForCausalLM, rows: Sequence[data.Encoded], batch_rows: int = 128) -> Score:
-    """Score answers given the prompt and the answer so far (teacher forcing).
+    """Score answers with teacher forcing: each token given the prompt and the answer so far.
 
-    A row whose likeliest tokens are all right is what greedy decoding would write.
+    If the most likely tokens of a row are all right, greedy decoding writes exactly this answer.
     """
     import torch
     import torch.nn.functional as functional

@@ -81,10 +81,10 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
     """Train the models, merge them with the stock command, and compare with baselines.
 
     Args:
-        directory: a new or empty folder, or that of an earlier demo, which is overwritten.
-        seed: of data, initialisation and batches.
-        quick: train for a few updates and measure few rows, to show that everything runs.
-        echo: prints a line: the progress and the table.
+        directory: a new or empty folder, or the folder of an earlier demo, which is overwritten.
+        seed: seed of data, initialisation and batches.
+        quick: train for a few updates and measure few rows; checks only that everything runs.
+        echo: called with each line of output.
 
     Returns:
         The content of results.json.
@@ -172,7 +172,7 @@ def make_models(directory: Path, seed: int, size: DemoSize, clock: _Clock) -> di
 
 
 def prepare_folder(directory: Path) -> None:
-    """Create the folder or clear what an earlier demo left in it, and write the recipe that marks it as a demo's.
+    """Create the folder, or remove an earlier demo's files from it; then write the recipe that marks it as a demo.
 
     Raises:
         OutputError: the path is a file, or the folder holds files that no demo wrote.

@@ -100,7 +100,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: matrices this small gain little from more, and lose much where other work holds a core."""
+    """Compute on one thread. More threads speed up such small matrices little, and slow them down on a busy machine."""
     import torch
 
     threads = torch.get_num_threads()
