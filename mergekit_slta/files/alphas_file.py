@@ -1,6 +1,6 @@
-"""The alphas file: the weight of every submodule of every expert, how it was computed, and what it is valid for.
+"""The alphas file: each submodule's weight for every expert, how it was computed, and the merge it is valid for.
 
-Scope: the file's fields, reading and writing it, and looking up a tensor's weights. It is JSON; nothing is pickled.
+Scope: the fields of the file, reading, writing, and looking up a tensor's weights. The format is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "mergekit-slta/alphas"
 VERSION = 1
 LARGEST_BYTES = 256 * 2**20
-"""Larger files are refused unread: 100 layers x 100 heads x 10 experts stay far below."""
+"""Larger files are refused without reading. 100 layers x 100 heads x 10 experts need far less."""
 DOCUMENT = DocumentType(
     noun="alphas file",
     article="an",
@@ -47,16 +47,16 @@ class SubmoduleAlphas(BaseModel):
 
     Attributes:
         name, kind, layer, tensors: see `submodules.Submodule`; tensor names are those of the merged model.
-        alpha: one weight for each model of the file.
-        stderr: jackknife standard errors of `alpha` over the calibration rows; None with a single row per task.
-        condition: condition number of the system that was solved; None where it lost rank.
+        alpha: one weight per model of the file.
+        stderr: jackknife standard errors of `alpha` over the calibration rows; None if a task has a single row.
+        condition: condition number of the linear system; None if it is rank-deficient.
         rank: rank of that system.
-        residual: predicted share of the experts' changes that is lost.
-        residual_measured: the same share, measured on the merged submodule's features; None if it was not verified.
-        slices: for tensors of which only a part belongs here: [axis, start, stop], or a list of such parts.
-        flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme" for a weight
-            outside the expected range; "nonlinear" where the measured residual differs from the predicted one.
-        unchanged: models that equal the base here, whose alpha is 0.
+        residual: predicted share of the experts' changes that the merge loses.
+        residual_measured: the same share, measured on the merged submodule's features; None if it was not measured.
+        slices: for tensors of which the submodule owns a part: [axis, start, stop], or a list of such parts.
+        flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme": a weight is
+            outside the expected range; "nonlinear": the measured residual differs from the predicted one.
+        unchanged: models whose submodule equals the base's; their alpha is 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +76,7 @@ class SubmoduleAlphas(BaseModel):
     unchanged: tuple[str, ...] = ()
 
     def parts(self, tensor: str) -> tuple[Part, ...]:
-        """The slices of a tensor that belong here; empty where the whole tensor does."""
+        """The slices of a tensor that the submodule owns; empty if it owns the whole tensor."""
         slices = self.slices.get(tensor, ())
         return (slices,) if slices and isinstance(slices[0], int) else slices  # type: ignore[return-value]
 
@@ -86,7 +86,7 @@ class Alphas(BaseModel):
 
     Attributes:
         copied: tensors that are not parameters and are copied from the base.
-        calibration: the settings and rows that the weights were computed with.
+        calibration: the settings and rows from which the weights were computed.
         provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`.
     """
 
@@ -131,7 +131,7 @@ class Alphas(BaseModel):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the weights are valid for, by label (see `files.identity`)."""
+        """The inputs that the weights depend on, as label -> value (see `files.identity`)."""
         identity = self.provenance.get("identity")
         return identity if isinstance(identity, dict) else {}
 
@@ -140,7 +140,7 @@ class Alphas(BaseModel):
         return weights_by_tensor(self.submodules)
 
     def pieces(self, tensor: str) -> tuple[WeightedSlice, ...] | None:
-        """The slices of a tensor with their weights; None where the file does not cover it."""
+        """The slices of a tensor with their weights; None if the file does not cover the tensor."""
         return self._by_tensor.get(tensor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -171,7 +171,7 @@ class Alphas(BaseModel):
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:
-    """The ridge in an alphas file's settings, as given or as chosen, for a message."""
+    """Describe the ridge in an alphas file's settings, given by the user or chosen by the solve, for a message."""
     given, chosen = calibration.get("ridge"), calibration.get("ridge_used")
     if given is None and chosen is not None:
         return f"{chosen:.3g}, chosen by leaving out rows" if isinstance(chosen, float) else show(chosen)
@@ -180,7 +180,7 @@ def describe_ridge(calibration: Mapping[str, Any]) -> str:
 
 def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[WeightedSlice, ...]]:
     """Tensor name -> its slices with their weights, sorted along the sliced axis."""
-    from mergekit_slta.maths.task_arithmetic import WeightedSlice  # torch: not needed to read a file
+    from mergekit_slta.maths.task_arithmetic import WeightedSlice  # imports torch, which reading a file does not need
 
     pieces: dict[str, list[WeightedSlice]] = {}
     for submodule in submodules:
@@ -191,5 +191,5 @@ def weights_by_tensor(submodules: Sequence[SubmoduleAlphas]) -> dict[str, tuple[
 
 
 def finite_or_none(value: float) -> float | None:
-    """`value`, or None where it is infinite or NaN, which JSON cannot hold."""
+    """`value`; None if it is infinite or NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Write a file atomically: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
-    The file gets the permissions of any new file: `0o666` less the process's umask.
+    The file gets the permissions of a new file: `0o666` minus the process's umask.
 
     Raises:
-        OutputError: the folder cannot be written to or the disk is full; `path` is then as it was.
+        OutputError: the folder cannot be written to, or the disk is full; `path` is then unchanged.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         candidate = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        # The kernel applies the umask. Reading it needs os.umask(), which sets it for all threads.
+        # The kernel applies the umask. Reading the umask would need os.umask(), which sets it for all threads.
         handle = os.open(candidate, _NEW_FILE, 0o666)
         temporary = candidate
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -35,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # `write` may have put a file of its own in the place
+        os.chmod(temporary, mode)  # `write` may have replaced the file
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
@@ -53,5 +53,5 @@ def write_error_code(error: OSError) -> str:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all (see `write_atomically`)."""
+    """Write `text` as UTF-8 to `path` (see `write_atomically`)."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

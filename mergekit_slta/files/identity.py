@@ -1,6 +1,6 @@
-"""The identity of alphas: what they are valid for, as label -> value, and how two identities differ.
+"""The identity of alphas: the inputs that they depend on, as label -> value.
 
-Scope: pure functions over such a mapping; `job.identity` fills it. A model's labels are made here and nowhere else.
+Scope: names of the labels, hashing and comparing identities. `job.identity` computes the values.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from mergekit_slta.errors import listing
 
 
 def rows_label(model: str) -> str:
-    """The label of the hash of a task's rows."""
+    """Label of the hash of a task's rows."""
     return f"rows of {model}"
 
 
 def importance_label(model: str) -> str:
-    """The label of a task's share in the objective."""
+    """Label of a task's importance in the objective."""
     return f"importance of {model}"
 
 
 def weights_label(model: str) -> str:
-    """The label of the hash of a model's checkpoint."""
+    """Label of the hash of a model's checkpoint."""
     return f"weights of {model}"
 
 
 def hash_identity(record: Mapping[str, str]) -> str:
-    """One hash of an identity."""
+    """Hash of an identity, as hexadecimal digits."""
     return hash_text(json.dumps(dict(record), sort_keys=True))
 
 
 def differences(expected: Mapping[str, str], stored: Mapping[str, str], stored_models: Iterable[str]) -> list[str]:
     """Labels whose values differ between two identities, sorted.
 
-    A label counts where `expected` has it. Models that only the stored identity has count as well.
+    Only the labels of `expected` are compared. Models that occur only in `stored` count as differences, too.
 
     Args:
-        expected: the identity of what is to be merged.
+        expected: the identity of the merge to run.
         stored: the identity in a file.
         stored_models: names of the models of that file, the base included.
     """
@@ -48,7 +48,7 @@ def differences(expected: Mapping[str, str], stored: Mapping[str, str], stored_m
 
 
 def describe(labels: Sequence[str]) -> str:
-    """Labels for a message, the first six of them."""
+    """List the first six labels, for a message."""
     return listing(labels, 6)
 
 

@@ -1,6 +1,6 @@
-"""Read a JSON file of this package: of the right type and version, and valid, or an error of one line.
+"""Read a JSON file of this package: check its type and version, and validate its fields.
 
-Scope: files that may come from strangers. Their fields are defined in their own modules.
+Scope: files that may come from strangers. Each type's fields are defined in its own module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from mergekit_slta.errors import AlphasError, show
 
 OTHER_VERSION = "other-file-version"
-"""The code of the error for a file that another version of this package has made."""
+"""Error code for a file written by another version of this package."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -25,11 +25,11 @@ class DocumentType:
     """A type of file.
 
     Attributes:
-        noun, article: its name in messages.
+        noun, article: the type's name in messages.
         format, version: the values of its first two fields.
         largest_bytes: a larger file is refused without reading it.
         command: the command that writes such files.
-        remedy: what to do where a file cannot be used.
+        remedy: what to do if a file cannot be used, for messages.
     """
 
     noun: str

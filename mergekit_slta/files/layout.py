@@ -1,6 +1,6 @@
-"""The layout: everything of an alphas file that is not a result, kept with the statistics.
+"""The layout: all fields of an alphas file that are not results of the solve. It is saved with the statistics.
 
-Scope: its fields, reading and writing it. With the layout, saved statistics are solved again without any model.
+Scope: the fields of the layout, reading and writing it. Statistics with a layout can be solved without any model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.statistics_file import Statistics
 
 KEY = "layout"
-"""Under which the statistics' metadata hold it."""
+"""Key of the layout in the statistics' metadata."""
 
 
 class LayoutSubmodule(BaseModel):
     """A submodule, as the alphas file lists it (see `alphas_file.SubmoduleAlphas`).
 
     Attributes:
-        objectives: names of the statistics that its alpha minimises together. A tied embedding table is read at both
-            ends of the model, so it has `embed` and `head`.
+        objectives: names of the statistics from which its alpha is solved. A tied embedding table is used at both ends
+            of the model, so it has two: `embed` and `head`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,12 +52,12 @@ class LayoutTask(BaseModel):
 
 
 class SolveSettings(BaseModel):
-    """What another solve of the same statistics may change.
+    """The settings that another solve of the same statistics may change.
 
     Attributes:
-        ridge: relative ridge; None where the solve chooses one.
-        balance: Eq. 33-34 or Eq. 14.
-        importance: w_t by model.
+        ridge: relative ridge; None if the solve chooses it.
+        balance: True for Eq. 33-34, False for Eq. 14.
+        importance: model -> w_t.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,17 +68,18 @@ class SolveSettings(BaseModel):
 
 
 class Layout(BaseModel):
-    """See the module.
+    """The layout of an alphas file.
 
     Attributes:
-        models: the experts in the recipe's order, which is that of the file's alphas.
-        canonical: the same, sorted by name, which is the order of the statistics.
+        models: the experts in the recipe's order: the order of the alphas in the file.
+        canonical: the experts sorted by name: the order of the statistics.
         settings: the shared settings of the calibration, as the alphas file's `calibration` lists them.
         tasks: the calibration rows of every expert that names a dataset, in the recipe's order.
-        solve: what the weights are solved with.
-        solve_dependence: the key by which the statistics depend on earlier solves; see `recipe.settings`.
-        identity: what the alphas are valid for, by label.
-        versions: of this package and of those that it computes with.
+        solve: the settings of the solve.
+        solve_dependence: the recipe key that makes the statistics depend on earlier solves, or None; see
+            `recipe.settings`.
+        identity: label -> value, the inputs that the alphas depend on (see `files.identity`).
+        versions: versions of this package and of the libraries.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,7 +100,7 @@ class Layout(BaseModel):
 
     @property
     def order(self) -> list[int]:
-        """For every model of `models`, its place in `canonical`."""
+        """Index in `canonical` of every model of `models`."""
         return [self.canonical.index(name) for name in self.models]
 
     @property
@@ -108,12 +109,12 @@ class Layout(BaseModel):
         return [self.solve.importance[name] for name in self.canonical]
 
     def to_metadata(self) -> str:
-        """As the statistics' metadata hold it; the same layout gives the same text."""
+        """Serialize for the statistics' metadata; the same layout gives the same text."""
         return self.model_dump_json()
 
     @classmethod
     def of(cls, statistics: Statistics) -> Layout:
-        """The layout that statistics carry, checked against them.
+        """Read the layout of statistics, and check that it fits them.
 
         Raises:
             AlphasError: there is none, or it does not fit the statistics.

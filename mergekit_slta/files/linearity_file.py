@@ -1,6 +1,6 @@
-"""The linearity file: how linear every submodule of the experts is, and the rows and grids it was measured on.
+"""The linearity file: linearity measures of every submodule, and the rows and grids on which they were taken.
 
-Scope: the file's fields, reading and writing it. It is JSON; NaN (where nothing changes) is null.
+Scope: the fields of the file, reading and writing it. The format is JSON; NaN (an expert changes nothing) is null.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Vector = tuple[Number, ...]
 
 
 class MeanStd(BaseModel):
-    """Mean and standard deviation over submodules and, as the paper has it, over experts or merging weights."""
+    """Mean and standard deviation over submodules and, as in the paper, over experts or merging weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,10 +51,10 @@ class MeanStd(BaseModel):
 
 
 class Combined(BaseModel):
-    """A measure of merging over pairs and over triples of experts, for one submodule.
+    """A measure of merged experts for one submodule, over pairs and over triples of experts.
 
-    One row for each combination of experts, in the file's order. A row has one number for each configuration of
-    weights; the last expert's weight varies fastest.
+    There is one row per combination of experts, in the file's order. A row has one number per configuration of weights;
+    the last expert's weight varies fastest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +73,7 @@ class CombinedMeanStd(BaseModel):
 
     @classmethod
     def of(cls, values: Iterable[Combined]) -> CombinedMeanStd:
-        """Over the submodules of a level."""
+        """Compute over the submodules of a level."""
         values = list(values)
         return cls(
             pairs=MeanStd.of(number for one in values for row in one.pairs for number in row),
@@ -86,13 +86,14 @@ class SubmoduleLinearity(BaseModel):
 
     Attributes:
         name, kind, layer: see `submodules.Submodule`.
-        non_linearity, non_linearity_std: Eq. 19 per model of the file: mean and standard deviation over its rows.
+        non_linearity, non_linearity_std: Eq. 19 per model of the file: mean and standard deviation over the rows of its
+            task.
         distances: per model, the mean matrix of distance ratios (Fig. 6), 11 x 11; left out for attention heads.
         projection_distance: Eq. 8.
         cosine: Eq. 16.
         cosine_base: Eq. 17.
         disentanglement: per pair, the weight disentanglement error at every pair of weights, on features.
-        disagreement: the same error on the most likely next token; None where the submodule predicts no tokens.
+        disagreement: the same error on the most likely next token; None if the submodule predicts no tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,8 +143,8 @@ class Linearity(BaseModel):
 
     Attributes:
         models: the experts, sorted by name, so that the file does not depend on the recipe's order.
-        pairs, triples: indices of `models`, the combinations that were merged.
-        settings: what the measures were taken with: `intervals` (N of Eq. 19), grids, rows and precision.
+        pairs, triples: the merged combinations of experts, as indices of `models`.
+        settings: settings of the measurement: `intervals` (N of Eq. 19), grids, rows and precision.
         submodules: in the order of a forward pass: layers, blocks, then the whole model.
         levels: kind of submodule -> averages over its submodules.
         provenance: versions and fingerprint.
@@ -173,7 +174,7 @@ class Linearity(BaseModel):
             for key in ("distances", "disagreement"):
                 if submodule[key] is None:
                     del submodule[key]
-        # One line per submodule: a file of thousands of numbers that can still be read and compared.
+        # One line per submodule keeps a file of thousands of numbers readable and comparable.
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in content.pop("submodules"))
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text_atomically(Path(path), text[:-2] + ',\n "submodules": [\n' + rows + "\n ]\n}\n")
@@ -189,7 +190,7 @@ class Linearity(BaseModel):
 
 
 def is_linearity_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a sound linearity file."""
+    """Whether `path` is a valid linearity file."""
     try:
         Linearity.load(path)
     except AlphasError:
@@ -198,7 +199,7 @@ def is_linearity_file(path: str | os.PathLike[str]) -> bool:
 
 
 def number(value: float) -> float | None:
-    """A measure rounded to six digits; None where it could not be taken."""
+    """Round a measure to six digits; None for NaN."""
     return _rounded(value) if math.isfinite(value) else None
 
 

@@ -1,7 +1,6 @@
-"""Keep other processes from a file or folder. The system releases a lock with the process, however that ends.
+"""Lock a file or folder against other processes. The operating system releases the lock when the process ends.
 
-Scope: the lock itself; what to say when another process holds it is the caller's. A second lock of the same process
-counts as another process's.
+Scope: the lock; the caller supplies the error for a lock that is held. A second lock in the same process fails, too.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from mergekit_slta.errors import OutputError, show
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, users must not start two runs on one path
+except ImportError:  # Windows has no flock; users must not start two runs on one path there
     fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
@@ -28,16 +27,16 @@ _POLL_SECONDS = 0.1
 def folder_lock(
     folder: Path, busy: Callable[[], OutputError], *, shared: bool = False, wait_seconds: float = 0.0
 ) -> Iterator[None]:
-    """Lock an existing folder; does nothing where it does not exist.
+    """Lock a folder; does nothing if it does not exist.
 
     Args:
-        folder: locked itself; no file is made.
-        busy: makes the error for a folder that another process holds.
+        folder: the folder; no lock file is created.
+        busy: makes the error if another process holds the lock.
         shared: several processes may hold a shared lock at once.
-        wait_seconds: how long to wait for another process.
+        wait_seconds: how long to wait for the lock.
 
     Raises:
-        OutputError: what `busy` made.
+        OutputError: another process holds the lock; the error is from `busy`.
     """
     if fcntl is None or not folder.is_dir():
         yield
@@ -53,14 +52,15 @@ def folder_lock(
 
 @contextmanager
 def file_lock(path: Path, busy: Callable[[str], OutputError]) -> Iterator[None]:
-    """Lock the file `path`, which is made for this and removed afterwards, with folders that were missing.
+    """Create and lock the file `path`; it and the folders created for it are removed afterwards.
 
     Args:
-        path: holds the number of the process that has the lock.
-        busy: makes the error for a lock that another process holds; gets that process's number, or "unknown".
+        path: the lock file; it holds the id of the process that has the lock.
+        busy: makes the error if another process holds the lock; gets that process's id, or "unknown".
 
     Raises:
-        OutputError: what `busy` made; or the file is a link or cannot be made.
+        OutputError: another process holds the lock (the error is from `busy`); or the file is a link or cannot be
+            created.
     """
     if fcntl is None:
         yield
@@ -82,7 +82,7 @@ def file_lock(path: Path, busy: Callable[[str], OutputError]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # folders that hold something by now
+            with suppress(OSError):  # folders that are no longer empty
                 for parent in made:
                     parent.rmdir()
     finally:
@@ -90,7 +90,7 @@ def file_lock(path: Path, busy: Callable[[str], OutputError]) -> Iterator[None]:
 
 
 def _acquired(handle: int, path: Path, *, shared: bool = False, wait_seconds: float = 0.0) -> bool:
-    """Whether the lock of an open file was taken; True as well where the file system has no locks."""
+    """Try to lock an open file; returns whether it worked. True, too, if the file system does not support locks."""
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
     for attempt in range(1 + round(wait_seconds / _POLL_SECONDS)):
         if attempt:
@@ -99,12 +99,12 @@ def _acquired(handle: int, path: Path, *, shared: bool = False, wait_seconds: fl
             fcntl.flock(handle, operation)
         except BlockingIOError:
             continue
-        except OSError as error:  # a run without a lock is better than none
+        except OSError as error:  # running without a lock is better than not running
             LOG.warning("%s cannot be locked (%s): start no other run that writes there meanwhile", show(path), error)
         return True
     return False
 
 
 def _is_open_file(handle: int, path: Path) -> bool:
-    """Whether `path` is still the open file: a holder that has just finished has removed it."""
+    """Whether `path` still is the open file: the previous holder may have removed it meanwhile."""
     return path.exists() and os.path.samestat(os.fstat(handle), os.stat(path))

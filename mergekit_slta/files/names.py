@@ -1,6 +1,6 @@
-"""Every file and folder name that the package writes, or reads beside a merged model.
+"""Names of all files and folders that the package writes, or reads beside a merged model.
 
-Scope: names and paths only; nothing here touches the disk.
+Scope: names and paths only; nothing here accesses the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 LINEARITY_NAME = "slta_linearity.json"
 SOLVED_NAME = "slta_alphas_solved.json"
-"""What `solve` writes beside a merged model, whose alphas file says what that model was merged with."""
+"""Output of `solve` beside a merged model. That model's own alphas file must stay: it records its weights."""
 MERGE_RECORD_NAME = "slta_merge.json"
 """Lists the files that a merge put into its output folder, with their hashes."""
 
@@ -26,17 +26,17 @@ MERGING_FOLDER = ".slta_merging"
 MERGED_FOLDER = ".slta_merged"
 CALIBRATING_FOLDER = ".slta_calibrating"
 PID_NAME = "pid"
-"""In `MERGING_FOLDER`: the number of the process that merges."""
+"""In `MERGING_FOLDER`: the id of the process that merges."""
 REPLACED_NAME = "replaces.json"
 """In `MERGED_FOLDER`: the files of the earlier merge that the finished one replaces."""
 
 RESUME_MARKER_NAME = "resume.json"
-"""In a resume folder: what is being computed there."""
+"""In a resume folder: the fingerprint of the job that is being computed."""
 ACTIVATIONS_FOLDER = "activations"
 """In a resume folder: ends the name of each folder of stored activations."""
 ACTIVATIONS_NAME = "activations.bin"
 ACTIVATIONS_MARKER_NAME = "activations.json"
-"""Beside `ACTIVATIONS_NAME`: which depths and layers are stored there."""
+"""Beside `ACTIVATIONS_NAME`: the depths and layers that are stored in it."""
 
 FIGURE_PREFIX = "slta"
 
@@ -47,10 +47,10 @@ def figure_name(figure: str, suffix: str = "png", prefix: str = FIGURE_PREFIX) -
 
 
 def resume_folder(path: Path) -> Path:
-    """Where the unfinished work of a run that writes `path` is kept."""
+    """Folder for the unfinished work of a run that writes `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 def lock_path(path: Path) -> Path:
-    """The lock file that stands for `path`."""
+    """Path of the lock file for `path`."""
     return path.with_name(path.name + ".lock")

@@ -1,13 +1,13 @@
-"""The output folder OUT: whose weights it holds, and how a merge replaces them without ever leaving a mixture.
+"""The output folder OUT: check what it holds, and replace an earlier merge without ever mixing two merges.
 
 Scope: files of OUT, no tensors. mergekit neither refuses nor clears a folder that holds a model, and
 `from_pretrained` prefers an old one-file model to a new sharded one beside it. So mergekit writes into a folder inside
-OUT, and only a finished merge is moved out of it. The record `slta_merge.json` lists the files that a merge of this
-package put into OUT. Any other weights belong to somebody else: they are refused and never touched.
+OUT, and only a finished merge is moved to OUT. The record `slta_merge.json` lists the files that a merge of this
+package put into OUT. A folder with any other weights is refused, and these files are never touched.
 
-    OUT/.slta_merging/NAME/    being written; after a failure only its alphas and statistics stay, for the next run
-    OUT/.slta_calibrating/     what a merge calibrates before it locks OUT; the next run resumes it after a kill
-    OUT/.slta_merged/NAME/     finished, being moved to OUT; if the run dies here, the next one completes the move
+    OUT/.slta_merging/NAME/    the merge being written; after a failure only its alphas and statistics stay
+    OUT/.slta_calibrating/     the calibration before OUT is locked; after a kill the next run resumes it
+    OUT/.slta_merged/NAME/     a finished merge being moved to OUT; after a kill the next run completes the move
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ FORMAT = "mergekit-slta/merge"
 VERSION = 1
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?$")
 _WAIT_SECONDS = 2.0
-"""How long a lock is waited for: another process may be checking the folder, which takes less."""
+"""How long to wait for the lock. A check of the folder by another process takes less."""
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def weight_files(out: Path) -> list[str]:
-    """Names of the weight and index files in a folder, without this package's statistics."""
+    """Names of the weight and index files in a folder, except this package's statistics."""
     if not out.is_dir():
         return []
     names = (entry.name for entry in os.scandir(out) if entry.is_file())
@@ -55,14 +55,14 @@ def weight_files(out: Path) -> list[str]:
 
 
 def check_output(out: Path, inputs: Sequence[str]) -> None:
-    """Refuse a folder in which a merge would do harm; changes nothing.
+    """Check that a merge into a folder destroys nothing; changes nothing.
 
     Args:
         out: the output folder; need not exist.
-        inputs: paths of the models that are merged.
+        inputs: paths of the models to merge.
 
     Raises:
-        OutputError: it is a file, cannot be written to, is one of the inputs, is being merged into, or holds weights
+        OutputError: `out` is a file, cannot be written to, is one of the inputs, is being merged into, or holds weights
             that no merge of this package recorded.
     """
     if out.exists() and not out.is_dir():
@@ -83,10 +83,10 @@ def check_output(out: Path, inputs: Sequence[str]) -> None:
 
 
 def _locked(out: Path, *, shared: bool = False) -> AbstractContextManager[None]:
-    """Hold OUT for this process, where it exists; `shared` to read only.
+    """Lock OUT if it exists; `shared` is for reading only.
 
     Raises (on entering):
-        OutputError: another process merges into it.
+        OutputError: another process is merging into it.
     """
 
     def busy() -> OutputError:
@@ -101,20 +101,20 @@ def _locked(out: Path, *, shared: bool = False) -> AbstractContextManager[None]:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder for mergekit to write into. When the block ends, its files replace the earlier merge in OUT.
+    """Yield a folder for mergekit to write into; when the block ends, its files replace the earlier merge in OUT.
 
     Yields:
-        The folder; its name is OUT's. An error inside the block leaves OUT as it was.
+        The folder, with the same name as OUT. If the block raises, OUT stays as it was.
 
     Raises:
-        OutputError: another process merges into OUT, or somebody put other weights there during the merge.
+        OutputError: another process is merging into OUT, or other weights were put there during the merge.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         finish(out)
         staging = out / MERGING_FOLDER
         folder = pending(out)
-        if folder.is_dir():  # left by a run that failed; its alphas and statistics are this merge's
+        if folder.is_dir():  # left by a run that failed; this merge uses its alphas and statistics
             _keep_alphas_only(staging, folder)
         folder.mkdir(parents=True, exist_ok=True)
         (staging / PID_NAME).write_text(str(os.getpid()))
@@ -129,12 +129,12 @@ def staged(out: Path) -> Iterator[Path]:
         except BaseException:
             _keep_alphas_only(staging, folder)
             raise
-        os.rename(staging, out / MERGED_FOLDER)  # from here on the merge is done, whatever happens
+        os.rename(staging, out / MERGED_FOLDER)  # from here on a kill does not undo the merge
         finish(out)
 
 
 def _keep_alphas_only(staging: Path, folder: Path) -> None:
-    """Remove all files of a failed merge but the alphas and statistics, which serve the next try."""
+    """Remove all files of a failed merge except the alphas and statistics, which the next run uses."""
     for entry in folder.iterdir():
         if entry.name not in (ALPHAS_NAME, STATISTICS_NAME):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -143,17 +143,17 @@ def _keep_alphas_only(staging: Path, folder: Path) -> None:
 
 
 def pending(out: Path) -> Path:
-    """Where a merge that failed or was killed leaves its alphas and statistics."""
+    """Folder in which a failed or killed merge leaves its alphas and statistics."""
     return out / MERGING_FOLDER / (Path(os.path.realpath(out)).name or "model")
 
 
 def calibrating(out: Path) -> Path:
-    """Where a merge calibrates before it locks OUT: apart from what another merge may be writing."""
+    """Folder for a merge's calibration before OUT is locked, separate from the files of another running merge."""
     return out / CALIBRATING_FOLDER
 
 
 def forget_calibration(out: Path) -> None:
-    """Remove the calibrated files once OUT holds them. Unfinished work of another run stays."""
+    """Remove the alphas and statistics in `calibrating`, once OUT holds them. Unfinished work of other runs stays."""
     folder = calibrating(out)
     for name in (ALPHAS_NAME, STATISTICS_NAME):
         (folder / name).unlink(missing_ok=True)
@@ -162,10 +162,9 @@ def forget_calibration(out: Path) -> None:
 
 
 def finish(out: Path) -> None:
-    """Move a finished merge to OUT. It may be killed at any moment and called again; the caller holds the lock.
+    """Move a finished merge to OUT. If it is killed, calling it again completes the move. The caller holds the lock.
 
-    `config.json` is removed first and written last: without it, transformers loads nothing from a folder that is being
-    changed.
+    `config.json` is removed first and written last. Without it transformers refuses to load the half-moved model.
 
     Raises:
         OutputError: OUT has a folder where the merge has a file.
@@ -174,15 +173,15 @@ def finish(out: Path) -> None:
     folder = next((entry for entry in merged.iterdir() if entry.is_dir()), None) if merged.is_dir() else None
     if folder is not None:
         marker = merged / REPLACED_NAME
-        if not marker.exists():  # written once: the move overwrites OUT's own record
+        if not marker.exists():  # written before the first move, because the move overwrites OUT's record
             ours = [name for name, taken in _recorded(out).items() if _is_unchanged(out / name, taken)]
             write_text_atomically(marker, json.dumps(ours))
         replaced = json.loads(marker.read_text())
-        if (folder / CONFIG_NAME).exists():  # else it has been moved, and everything before it
+        if (folder / CONFIG_NAME).exists():  # else all files are already moved, because it is the last
             (out / CONFIG_NAME).unlink(missing_ok=True)
         new = _recorded(folder) if (folder / MERGE_RECORD_NAME).exists() else _recorded(out)
         for name in replaced:
-            if name not in new:  # the others are overwritten below, or have been already
+            if name not in new:  # files in `new` are overwritten by the move
                 (out / name).unlink(missing_ok=True)
         for entry in sorted(
             folder.iterdir(), key=lambda entry: (entry.name == CONFIG_NAME, entry.name == MERGE_RECORD_NAME)
@@ -212,7 +211,7 @@ def _drop(folder: Path) -> None:
 def _foreign(out: Path) -> list[str]:
     """Weight files in OUT that differ (in size or in sampled bytes) from what a merge has recorded."""
     records = [_recorded(out)]
-    if (out / MERGED_FOLDER).is_dir():  # a merge was killed during the move: some of its files are in OUT already
+    if (out / MERGED_FOLDER).is_dir():  # a merge was killed during the move; some of its files are already in OUT
         records += [_recorded(folder) for folder in (out / MERGED_FOLDER).iterdir() if folder.is_dir()]
     foreign = []
     for name in weight_files(out):
@@ -223,7 +222,7 @@ def _foreign(out: Path) -> list[str]:
 
 
 def _recorded(folder: Path) -> Mapping[str, str]:
-    """File name -> hash, as the record in a folder lists them; empty where there is no sound record."""
+    """Read the record in a folder: file name -> hash; empty if there is no valid record."""
     try:
         record: Any = json.loads((folder / MERGE_RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -241,7 +240,7 @@ def _write_record(folder: Path) -> None:
 
 
 def _sampled_hash(path: Path) -> str:
-    """Hash of a file's size and of pieces spread evenly over it: a few milliseconds for 5 GB."""
+    """Hash a file's size and samples spread evenly over it; takes a few milliseconds for 5 GB."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size};".encode())
     stride = max(_SAMPLE_BYTES, (size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
@@ -260,7 +259,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def free_bytes(out: Path) -> int:
-    """Free bytes on the disk that `out` is or will be on. Files that a killed merge left in it count as free."""
+    """Free bytes on the disk of `out`, which need not exist. Files that a killed merge left in it count as free."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     left = sum(path.stat().st_size for path in (out / MERGING_FOLDER).rglob("*") if path.is_file())
     return shutil.disk_usage(existing).free + left

@@ -1,4 +1,4 @@
-"""The statistics file: one small tensor for every submodule and calibration row, which alphas are solved from.
+"""The statistics file: one small tensor per submodule and calibration row, from which the alphas are solved.
 
 Scope: accumulate statistics, save and load them; `maths/` solves them. There are three forms:
 
@@ -36,15 +36,15 @@ class Statistics:
     """Gram matrices, or derivatives of the loss, of every submodule and calibration row.
 
     Attributes:
-        row_task: [rows] int64, the task (index into the statistics' own order of models) that each row belongs to.
+        row_task: [rows] int64, each row's task, as an index into the experts in canonical order.
         num_models: T.
-        by_submodule: name of a submodule -> [rows, T, T] float64 Gram matrices, or [rows, S, T] derivatives.
-            A tied table has `embed` and `head` among its Gram matrices.
+        by_submodule: submodule -> [rows, T, T] float64 Gram matrices, or [rows, S, T] derivatives. A tied embedding
+            table has two Gram matrices, `embed` and `head`.
         metadata: fingerprint and layout, as strings.
         form: "gram", "slope" or "step".
-        point: of a step, the alphas of the model that slopes were taken at: the names of `by_submodule` -> [T] float64.
-        divergences: of a step, [rows, 2] float64, KL(expert || model) in nats of the base and of that model.
-        row_step: where every step has rows of its own, [rows] int64, the step that added each row; else None.
+        point: form "step": submodule -> [T] float64, the alphas of the model at which the derivatives were taken.
+        divergences: form "step": [rows, 2] float64, KL(expert || model) in nats, for the base and for that model.
+        row_step: if every step has its own rows: [rows] int64, the step that added each row; else None.
     """
 
     row_task: Tensor
@@ -60,20 +60,28 @@ class Statistics:
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
         base: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Add the products of `outputs` (less `base`, see `row_grams`) to the rows' matrices of `name`."""
+        """Add the Gram matrices of `outputs` (minus `base`, see `row_grams`) to those of submodule `name`.
+
+        Args:
+            name: the submodule.
+            rows: the rows that the outputs belong to.
+            outputs: T times [N, d], the rows' tokens one after another.
+            lengths: tokens of each row.
+            base: [N, d], subtracted from the outputs; None if they are differences already.
+        """
         self.begin(name)
         places = torch.as_tensor(list(rows), device="cpu")
         self.by_submodule[name].index_add_(0, places, row_grams(outputs, lengths, base))
 
     def begin(self, name: str) -> None:
-        """Zeros for `name`, where nothing has been added yet."""
+        """Set the matrices of `name` to zeros if it has none yet."""
         if name not in self.by_submodule:
             shape = (len(self.row_task), self.num_models, self.num_models)
             self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     @classmethod
     def join(cls, parts: Sequence[Statistics]) -> Statistics:
-        """Statistics of different rows of the same tasks: task by task, within a task in the order of the parts."""
+        """Concatenate statistics of different rows of the same tasks: sorted by task, then in the order of `parts`."""
         order = torch.argsort(torch.cat([part.row_task for part in parts]), stable=True)
 
         def joined(each: Callable[[Statistics], Tensor | None]) -> Tensor | None:
@@ -93,7 +101,11 @@ class Statistics:
         )
 
     def save(self, path: Path) -> None:
-        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically."""
+        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.by_submodule.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
         tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
@@ -163,7 +175,7 @@ def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metada
 
 
 def _fits(statistics: Statistics) -> bool:
-    """Whether a step has its point and its divergences, and nothing else has."""
+    """Whether `point`, `divergences` and `row_step` fit the form of the statistics."""
     point, divergences = statistics.point, statistics.divergences
     row_step = statistics.row_step
     if statistics.form != "step":
@@ -182,7 +194,7 @@ def _fits(statistics: Statistics) -> bool:
 
 
 def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
-    """Whether it could be: every step, from 1, brings a row of each task."""
+    """Whether `row_step` is plausible: [rows] int64, steps from 1, at most one step per row."""
     return (
         row_step.dtype == torch.int64
         and row_step.shape == row_task.shape

@@ -1,4 +1,4 @@
-"""May this file be written? One check for all that the package overwrites; and writing a calibration's results."""
+"""Check that a file may be overwritten, for every file that the package writes; write a calibration's results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that can neither be written to nor made.
+    """Check that a folder can be written to, or created.
 
     Raises:
-        OutputError: the nearest folder that exists is a file, or may not be written to.
+        OutputError: the nearest existing parent is a file, or is not writable.
     """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
@@ -40,17 +40,17 @@ def check_overwrite(
     remedy: str = "name another file with -o",
     sources: Sequence[Path | None] = (),
 ) -> None:
-    """Refuse to write a file where that would destroy something else. Changes nothing.
+    """Check that writing a file destroys nothing else. Changes nothing.
 
     Args:
         path: the file to write; need not exist.
-        noun: what is written there, as messages call it.
-        is_own: whether an existing file is of that kind and may be replaced.
-        remedy: what to do instead.
-        sources: files that the new one is made from.
+        noun: the type of the file, for messages.
+        is_own: whether an existing file is of that type and may be replaced.
+        remedy: what to do instead, for messages.
+        sources: files from which the new one is made; they are not replaced.
 
     Raises:
-        OutputError: `path` is a link, a device, a folder, one of `sources` or a file of another kind, or its folder
+        OutputError: `path` is a link, a device, a folder, one of `sources` or a file of another type, or its folder
             cannot be written to.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -65,15 +65,15 @@ def check_overwrite(
 
 
 def check_alphas_target(path: Path, out: Path | None = None) -> None:
-    """Refuse to write alphas over anything but an alphas file: a recipe may come from a stranger.
+    """Check that alphas may be written: they replace only an alphas file, because recipes may come from strangers.
 
     Args:
         path: the alphas file; the statistics are written beside it.
-        out: the output folder, in which mergekit's files have names of their own.
+        out: the output folder; in it only the default name is allowed, because mergekit writes other files there.
 
     Raises:
-        OutputError: see `check_overwrite`; or the alphas file has the name of another file.
-        AlphasError: the file is of another kind, or a damaged alphas file under a name of the user's.
+        OutputError: see `check_overwrite`; or the name is reserved for another file.
+        AlphasError: the file is of another type, or is damaged and does not have the default name.
     """
     folder = os.path.realpath(path.parent)
     in_out = out is not None and folder == os.path.realpath(out) and path.name != ALPHAS_NAME
@@ -90,7 +90,7 @@ def check_alphas_target(path: Path, out: Path | None = None) -> None:
 
 
 def check_linearity_target(path: Path) -> None:
-    """Refuse to write over anything but a linearity file.
+    """Check that a linearity file may be written: it replaces only a linearity file.
 
     Raises:
         OutputError: see `check_overwrite`.
@@ -99,8 +99,9 @@ def check_linearity_target(path: Path) -> None:
 
 
 def _is_alphas_file(path: Path) -> bool:
-    """True for an alphas file of any version, and for a file of the default name that is no JSON at all: a broken disk
-    or an interrupted copy, not somebody's document.
+    """Whether a file is an alphas file of any version, or has the default name and is not JSON.
+
+    The latter is the result of a broken disk or an interrupted copy, not a user's document.
 
     Raises:
         AlphasError: any other file; the message says what is wrong with it.
@@ -119,7 +120,7 @@ def _is_alphas_file(path: Path) -> bool:
 
 
 def _is_linearity_file(path: Path) -> bool:
-    """True for a linearity file of any version."""
+    """Whether a file is a linearity file of any version."""
     try:
         Linearity.load(path)
     except AlphasError as error:
@@ -128,7 +129,7 @@ def _is_linearity_file(path: Path) -> bool:
 
 
 def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
-    """Write the alphas file `path` and the statistics beside it; other files are not overwritten.
+    """Write the alphas file `path` and the statistics beside it, after `check_alphas_target`.
 
     Raises:
         OutputError, AlphasError: see `check_alphas_target`; or the disk is full.
@@ -138,7 +139,7 @@ def write_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
 
 
 def save_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
-    """Write both files in a folder that only this package writes to.
+    """Write both files without a check, into a folder that only this package uses.
 
     Raises:
         OutputError: the disk is full.
