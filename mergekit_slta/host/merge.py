@@ -1,6 +1,6 @@
-"""Around mergekit's `run_merge`: the pre-pass before it, and an output folder that never holds a mixture.
+"""Run the pre-pass before mergekit's `run_merge`, and move a finished merge to the output folder OUT.
 
-Scope: what happens before and after mergekit's own merge, on the main thread, before OUT exists.
+Scope: the work before and after mergekit's own merge.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mergekit_slta.reporting.report import add_section
 
 LOG = logging.getLogger(__name__)
 _MERGES = itertools.count(1)
-"""Numbers the merges of this process: two that run at once may name the same alphas file."""
+"""Numbers the merges of this process, because two merges that run at once may name the same alphas file."""
 
 
 def run(
@@ -51,20 +51,20 @@ def run(
     verify_residuals: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Run the pre-pass, mergekit's `run_merge`, and add the section to the model card.
+    """Run the pre-pass, then mergekit's `run_merge`; then add the section to the model card.
 
     Args:
         original: mergekit's own function.
-        merge_config, out_path, options, config_source: as mergekit's; the configuration is not changed.
-        args, kwargs: further arguments of mergekit's function, passed on as they are.
+        merge_config, out_path, options, config_source: as in mergekit's function; the configuration is not changed.
+        args, kwargs: further arguments, passed to mergekit's function.
         verify_residuals: measure the residual of each merged submodule; see `calibration.verify`.
 
     Returns:
         What mergekit's function returns.
 
     Raises:
-        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. Where it
-            failed, OUT is left without weights of this run, and with those that it held before.
+        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. OUT then
+            holds the weights that it held before, and none of this run.
     """
 
     def merge_into(folder: Path, config: MergeConfiguration) -> Any:
@@ -120,7 +120,7 @@ def _run(
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
     try:
         with staged(out) as folder, active(key, merge):
-            alphas.save(folder / ALPHAS_NAME)  # what OUT is merged with stays with it
+            alphas.save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             kept = statistics or statistics_beside(job, path)
             if kept is not None:
                 kept.save(folder / STATISTICS_NAME)
@@ -135,22 +135,24 @@ def _run(
 
 
 def _check_source(source: str | None) -> None:
-    """Refuse keys that mergekit ignores, where the recipe's text is at hand.
+    """Refuse keys that mergekit ignores, if the recipe's text is given.
 
     Raises:
         RecipeError: see `check_content`.
     """
     try:
         content = yaml.safe_load(source or "")
-    except yaml.YAMLError:  # a caller's own text: the configuration is what counts
+    except yaml.YAMLError:  # the caller passed some other text; only the configuration is used
         return
     if isinstance(content, dict):
         check_content(content)
 
 
 def _untie_config(job: Job, out: Path) -> None:
-    """Write `tie_word_embeddings: false` where an expert has an output projection of its own: with a tied base's config
-    transformers would drop the merged one."""
+    """Write `tie_word_embeddings: false` if an expert has its own output projection.
+
+    With the config of a tied base, transformers would drop the merged projection.
+    """
     path = out / CONFIG_NAME
     if job.plan.is_tied or not path.is_file():
         return

@@ -1,7 +1,7 @@
-"""The merge method: looks up a tensor's weights by name and takes the weighted sum; registers itself with mergekit.
+"""The merge method: looks up a tensor's weights by name and computes the weighted sum; registers with mergekit.
 
-Scope: functions of the group that mergekit hands over and of an alphas file. No calibration and no thread-local state:
-mergekit's executor chooses the thread and the device.
+Scope: merging one tensor, from mergekit's group of inputs and an alphas file. There is no calibration and no
+thread-local state: mergekit's executor chooses the thread and the device.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ REFERENCE_URL = "https://arxiv.org/abs/2504.10902"
 
 @dataclass(frozen=True)
 class ActiveMerge:
-    """The weights that a running merge uses.
+    """The alphas that a running merge uses.
 
     Attributes:
         alphas: the content of the alphas file.
-        columns: id of an input of a group -> position in `alphas.models`.
-        keep_precision: return the sum in the dtype it was taken in; mergekit casts it to the recipe's `out_dtype`.
+        columns: id of an input in mergekit's group -> index in `alphas.models`.
+        keep_precision: return the sum in the dtype of the computation; mergekit casts it to the recipe's `out_dtype`.
     """
 
     alphas: Alphas
@@ -44,12 +44,12 @@ class ActiveMerge:
 
 
 _ACTIVE: dict[str, ActiveMerge] = {}
-"""Merges that run in this process, by the value of their recipe's `alphas`. Every thread of an executor reads it."""
+"""Running merges of this process, by the value of `alphas` in their recipe. All threads of an executor read it."""
 
 
 @contextmanager
 def active(key: str, merge: ActiveMerge) -> Iterator[None]:
-    """Let `merge_group` use `merge` for recipes whose `alphas` is `key`, which no other running merge may have."""
+    """Let `merge_group` use `merge` for recipes whose `alphas` is `key`. Each running merge needs its own key."""
     _ACTIVE[key] = merge
     try:
         yield
@@ -58,7 +58,7 @@ def active(key: str, merge: ActiveMerge) -> Iterator[None]:
 
 
 def _load(path: str) -> ActiveMerge:
-    """Read an alphas file for a caller that does not pass through `run_merge`; models are found by their names in it.
+    """Read an alphas file for a caller that does not use `run_merge`. Models are matched by their names in the file.
 
     Raises:
         AlphasError: it is missing or damaged.
@@ -72,17 +72,17 @@ def _load(path: str) -> ActiveMerge:
 
 @functools.lru_cache(maxsize=8)
 def _load_version(path: str, version: tuple[int, ...]) -> ActiveMerge:
-    """Called for every tensor, so cached; `version` changes when the file is rewritten."""
+    """Cached, because it is called for every tensor; `version` changes when the file is rewritten."""
     alphas = Alphas.load(path)
     return ActiveMerge(alphas, {name: column for column, name in enumerate(alphas.models)}, keep_precision=False)
 
 
 @functools.cache
 def method() -> Any:
-    """The method object; one per process.
+    """Return the method object; there is one per process.
 
     Raises:
-        RegistrationError: the installed mergekit is older than the API this is written for.
+        RegistrationError: mergekit is missing, or older than `OLDEST_MERGEKIT`.
     """
     _check_mergekit()
     from mergekit.merge_methods.base import (
@@ -102,7 +102,7 @@ def method() -> Any:
             name=METHOD,
             pretty_name="Submodule Linear (SLTA)",
             reference_url=REFERENCE_URL,
-            # `recipe.read` validates the values before the planner meets them.
+            # `recipe.read` validates the values before mergekit plans the merge.
             parameters=(
                 ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
                 *(
@@ -182,7 +182,7 @@ def _check_mergekit() -> None:
 
 
 def register() -> None:
-    """Make `submodule_linear` known to mergekit; calling it again changes nothing.
+    """Register `submodule_linear` with mergekit; calling it again changes nothing.
 
     Raises:
         RegistrationError: mergekit is missing or too old, or another package has taken the name.

@@ -1,4 +1,4 @@
-"""Wraps mergekit's `run_merge`, the one function that every way to merge calls, so that the pre-pass runs first."""
+"""Wrap mergekit's `run_merge` so that the pre-pass runs first. All of mergekit's commands call this function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WRAPPED = "_mergekit_slta_original"
 def wrap_run_merge(module: ModuleType) -> None:
     """Replace `run_merge` in `mergekit.merge` and in the modules of mergekit that have imported it.
 
-    The new function runs the pre-pass for recipes of this method, and passes every other one through. Calling this
+    The new function runs the pre-pass for recipes of this method, and calls the original for all others. Calling this
     again changes nothing.
 
     Args:
@@ -34,6 +34,6 @@ def wrap_run_merge(module: ModuleType) -> None:
         return run(original, merge_config, *args, **kwargs)
 
     setattr(run_merge, _WRAPPED, original)
-    for loaded in list(sys.modules.values()):  # includes those that imported the name before this package was loaded
+    for loaded in list(sys.modules.values()):  # also modules that imported the name before this package was loaded
         if getattr(loaded, "__name__", "").startswith("mergekit.") and vars(loaded).get("run_merge") is original:
             loaded.run_merge = run_merge  # type: ignore[attr-defined]
