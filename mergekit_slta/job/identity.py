@@ -1,4 +1,4 @@
-"""What alphas are valid for: a labelled record of settings, calibration rows and checkpoint contents."""
+"""Compute the identity of a job: labels -> values of all settings, rows and checkpoints that its alphas depend on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.recipe.settings import Settings
 
 ROW_SETTINGS = ("num_samples", "max_seq_length", "seed")
-"""Settings that only choose rows. The rows' hashes stand for them; where a recipe names no dataset, those that it
-states are compared with the alphas file's."""
+"""Settings that only choose rows. The hashes of the rows replace them in the identity. If a recipe names no dataset,
+the settings that it states are compared with those in the alphas file."""
 
 
 def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) -> dict[str, str]:
-    """Everything that moves the weights, by label.
+    """Everything that the alphas depend on, by label.
 
     Args:
         recipe: the recipe; `lambda` only acts at merge time and is left out.
-        plan: mergekit's plan, for the checkpoints.
-        rows: the rows of each of the recipe's tasks; None where the recipe names no dataset.
+        plan: mergekit's plan; its loaders and headers are used to hash the checkpoints.
+        rows: the rows of each of the recipe's tasks; None for a task without a dataset.
 
     Returns:
-        label -> value. Where an expert names no dataset, only those settings that the recipe states.
+        label -> value. If an expert names no dataset, only the settings that the recipe states are included.
     """
     settings = recipe.settings
     record = {
@@ -51,14 +51,16 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
 
 
 def _settings(settings: Settings) -> dict[str, object]:
-    """The shared settings that move the weights, whatever the rows are."""
+    """The shared settings that change the alphas for given rows."""
     left_out = {"alphas", "own", "stated", *ROW_SETTINGS} - ({"seed"} if settings.own.uses_seed else set())
     return {**settings.model_dump(exclude=left_out), **settings.own.effective()}
 
 
 def statistics_identity(recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:
-    """The part of a job's identity that its statistics depend on: all of it where they depend on earlier solves, else
-    what another solve cannot change."""
+    """The part of a job's identity that its statistics depend on.
+
+    All of it if the statistics depend on earlier solves; else all but the settings of the solve.
+    """
     if recipe.settings.own.solve_dependence is not None:
         return identity
     solve_only = {"balance", "ridge", *(importance_label(recipe.label(task.model)) for task in recipe.tasks)}

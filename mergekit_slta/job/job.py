@@ -1,7 +1,7 @@
-"""A job: a recipe that has passed every check, with all that is known of its models and rows.
+"""A job: a recipe that has passed every check, with its models, plan and calibration rows.
 
-Everything is computed in canonical order, the experts sorted by name, so that the order of the recipe's models does not
-change a digit.
+Everything is computed in canonical order (experts sorted by name), so that the order of models in the recipe does not
+change the results.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Job:
     """A recipe that has passed every check.
 
     Attributes:
-        recipe, options: what the user asked for.
-        rows: calibration rows of each of the recipe's tasks, in its order; None where it names no dataset.
-        tokenizer: what mergekit makes for the output, where the recipe changes the vocabulary.
-        skeleton, plan, submodules: the parts of the model.
-        identity: what alphas of this job are valid for, by label (see `job.identity`).
+        recipe, options: the recipe, and mergekit's options.
+        rows: calibration rows of each task, in the recipe's order; None for a task without a dataset.
+        tokenizer: the output's tokenizer as mergekit builds it; None if it is the base's own.
+        skeleton, plan, submodules: the model's code, mergekit's plan, and the submodules.
+        identity: label -> value, the inputs that the alphas depend on (see `job.identity`).
         base_is_tied: whether the base's config ties its embeddings.
-        merged_copies: adapters that mergekit merges into a full copy on disk -> why.
+        merged_copies: adapter that mergekit merges into a full copy on disk -> reason.
     """
 
     recipe: Recipe
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where mergekit's options want the arithmetic."""
+        """The device of the forward passes."""
         return torch.device(self.options.device or "cpu")
 
     @property
@@ -69,16 +69,16 @@ class Job:
 
     @property
     def expert_names(self) -> list[str]:
-        """The recipe's names of the experts, in canonical order."""
+        """Names of the experts as in the recipe, in canonical order."""
         return [self.recipe.names[model] for model in self.experts]
 
     @property
     def num_tokens(self) -> int:
-        """Calibration tokens of all tasks."""
+        """Number of calibration tokens of all tasks."""
         return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
 
     def check_rows(self) -> None:
-        """Refuse to calibrate where an expert names no rows.
+        """Check that every expert has calibration rows.
 
         Raises:
             DataError: an expert without a `dataset`.
@@ -101,7 +101,7 @@ class Job:
         """All calibration rows in canonical order.
 
         Args:
-            group: which of the `row_groups` parts of each task's rows; all of them by default.
+            group: index of one of the `row_groups` parts of each task's rows; all parts by default.
 
         Raises:
             DataError: an expert without a `dataset`.
@@ -118,7 +118,7 @@ class Job:
         return Checkpoints(self.plan, self.recipe.names, self.device, self.dtype, self.tokenizer)
 
     def advice_on_memory(self) -> AbstractContextManager[None]:
-        """Turn an allocation that fails inside into a line that names this job's settings."""
+        """Turn a failed allocation in the block into an error that names this job's settings."""
         settings = self.recipe.settings
         return advice_on_memory(self.device, max_seq_length=settings.max_seq_length, num_samples=settings.num_samples)
 

@@ -1,4 +1,4 @@
-"""The layout of a job's alphas file: everything that is known before anything is solved."""
+"""Make the layout of a job's alphas file: all its fields that are known before the solve."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _submodule(job: Job, submodule: Submodule) -> LayoutSubmodule:
 
 
 def _slices(submodule: Submodule) -> dict[str, Any]:
-    """tensor -> [axis, start, stop], or a list of these where a fused tensor holds several parts."""
+    """tensor -> [axis, start, stop]; a list of these if the submodule owns several parts of a fused tensor."""
     slices: dict[str, Any] = {}
     for tensor in dict.fromkeys(part.tensor for part in submodule.slices):
         parts = [list(part[1:]) for part in submodule.slices if part.tensor == tensor]

@@ -1,7 +1,7 @@
-"""Everything that can be refused before a weight is read.
+"""Check everything that can be checked before a weight is read.
 
-Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first; what may download
-weights comes last.
+Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first; the checks that may
+download weights come last.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     Args:
         recipe: the validated recipe.
         options: mergekit's options.
-        need_rows: whether every expert must name a dataset; not so where an existing alphas file is to be used.
-        for_merge: refuse checkpoints that mergekit cannot represent; without it that is a warning.
+        need_rows: whether every expert must name a dataset. False if an existing alphas file is used.
+        for_merge: refuse checkpoints that mergekit cannot represent; if False, only warn.
 
     Raises:
-        ModelError, DataError, RunError: the first thing that is wrong, with its remedy.
+        ModelError, DataError, RunError: the first check that fails.
     """
     _check_device(options)
     _check_chat_template(recipe.config.chat_template)
@@ -88,7 +88,7 @@ def _check_device(options: MergeOptions) -> None:
 
 
 def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
-    """Warn of an expert with the same weights as the base or as another expert: most likely a wrong path."""
+    """Warn of an expert with the same weights as the base or another expert: probably its path is wrong."""
     names: dict[str, str] = {}
     for model in recipe.models:
         name = show(recipe.names[model])
@@ -98,7 +98,7 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
 
 
 def _check_chat_template(template: str | None) -> None:
-    """Refuse a chat template that mergekit would refuse only after the merge, when it writes the tokenizer."""
+    """Refuse an unknown chat template now; mergekit would refuse it only after the merge."""
     if template is None or template == "auto":
         return
     known = chat_template_names()
