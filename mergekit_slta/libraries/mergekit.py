@@ -1,9 +1,9 @@
-"""What this package uses of mergekit that mergekit does not document: names, attributes and behaviours.
+"""All undocumented names, attributes and behaviours of mergekit that this package uses.
 
-Scope: the one file to look at when a new mergekit breaks something. What mergekit's README and its guide to merge
-methods describe (`run_merge`, `MergeConfiguration`, `MergeOptions`, `ModelReference`, `merge_methods`) is imported
-directly where it is used. Only leaf modules of mergekit are imported at the top: the others may still be loading when
-this package registers its method.
+Scope: this is the file to check when a new version of mergekit breaks something. Names that mergekit's README and its
+guide to merge methods describe (`run_merge`, `MergeConfiguration`, `MergeOptions`, `ModelReference`, `merge_methods`)
+are imported directly where they are used. Only leaf modules of mergekit are imported at the top: other modules may
+still be loading when this package registers its method.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "add_merge_options",
     "evaluate_setting",
 ]
-"""Classes and functions that are used as they are, from here."""
+"""Classes and functions of mergekit that other files import from here."""
 USED = {
     "mergekit._data.chat_templates": "names of the chat templates (`chat_template_names`)",
     "mergekit.architecture.WeightInfo.aliases": "other names of a tensor (`names_of`)",
@@ -77,13 +77,13 @@ USED = {
     "(base_model, referenced_models, tokenizer_source, trust_remote_code, add_tokens)": "checkpoints/configs.py",
     "mergekit.tokenizer.truncate.TruncatedVocabulary.gather_tensors": "rows cut to the smallest vocabulary",
 }
-"""name, or name(parameters) -> what it is used for."""
+"""name, or name(parameters) -> its use in this package."""
 
 
 def open_loader(model: ModelReference, options: MergeOptions) -> LazyTensorLoader:
-    """The loader of a model's checkpoint that mergekit's own tasks will use.
+    """Open the loader of a model's checkpoint that mergekit's own tasks will use.
 
-    Relies on `LoaderCache`: one for each thread, `loaders` shared by all threads and kept for the whole process.
+    Relies on `LoaderCache`: there is one per thread, but all threads share `loaders`, for the life of the process.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -93,7 +93,7 @@ def open_loader(model: ModelReference, options: MergeOptions) -> LazyTensorLoade
 
 
 def place_loader(model: ModelReference, loader: LazyTensorLoader) -> None:
-    """Put a loader where mergekit looks for one first, so that it merges no copy of an adapter's model on disk.
+    """Put a loader into mergekit's cache, so that mergekit does not merge an adapter into a copy on disk.
 
     Relies on `LoaderCache.get`, which opens a model only if `loaders` lacks it.
     """
@@ -103,10 +103,10 @@ def place_loader(model: ModelReference, loader: LazyTensorLoader) -> None:
 
 
 def forget_loaders(models: Iterable[ModelReference]) -> None:
-    """Take models out of mergekit's cache of loaders.
+    """Remove models from mergekit's cache of loaders.
 
-    The cache outlives a merge: the files may change before the next one, and other methods merge adapters their own
-    way.
+    The cache outlives a merge, but the files may change before the next one, and other merge methods use mergekit's own
+    loaders for adapters.
     """
     from mergekit.io.tasks import LoaderCache
 
@@ -115,7 +115,7 @@ def forget_loaders(models: Iterable[ModelReference]) -> None:
 
 
 def loader_of_file(path: str, names: Sequence[str]) -> LazyTensorLoader:
-    """A loader of one file, safetensors or pickled, whose tensors have the given names.
+    """Open a loader for one file, safetensors or pickled, whose tensors have the given names.
 
     `lazy_unpickle` is off: pickles are read by torch's own loader with `weights_only`.
     """
@@ -130,13 +130,13 @@ def loader_of_file(path: str, names: Sequence[str]) -> LazyTensorLoader:
 
 
 def plan_tensors(config: MergeConfiguration, options: MergeOptions, out_config: Any) -> list[tuple[WeightInfo, Task]]:
-    """The tensors that a merge will write, in its order: (description, the task that reads it from every model).
+    """List the tensors that a merge writes, in order: (description, the task that reads it from every model).
 
-    Relies on `MergePlanner.plan_to_disk` only describing what would be written: nothing is created at its path. (Its
+    Relies on `MergePlanner.plan_to_disk` only planning: it creates nothing at its path. (Its
     sibling `plan_in_memory` fails under pydantic 2.14.)
 
     Args:
-        config: changed by the planner; give a copy.
+        config: pass a copy, because the planner changes it.
         options: mergekit's options.
         out_config: the base's config.
     """
@@ -155,7 +155,7 @@ def names_of(weight: WeightInfo) -> list[str]:
 
 
 def is_gather(task: Task) -> bool:
-    """Whether a planned tensor is read as it is stored; else mergekit changes its rows for another vocabulary."""
+    """Whether a planned tensor is read as it is stored. If not, mergekit changes its rows for another vocabulary."""
     from mergekit.io.tasks import GatherTensors
 
     return isinstance(task, GatherTensors)
@@ -164,14 +164,14 @@ def is_gather(task: Task) -> bool:
 def sources_of(task: Task) -> dict[ModelReference, WeightInfo]:
     """model -> description of a planned tensor in that model's checkpoint.
 
-    Relies on the tasks that change a vocabulary keeping the plain task in `gather_tensors`.
+    Relies on tasks that change a vocabulary: they hold the task that reads the tensors in `gather_tensors`.
     """
     plain: Any = task if is_gather(task) else task.gather_tensors  # type: ignore[attr-defined]
     return dict(plain.weight_info.items())
 
 
 def gather_by_name(name: str, models: Iterable[ModelReference]) -> tuple[WeightInfo, Task]:
-    """As an entry of `plan_tensors`, for a tensor that mergekit's plan lacks and every model has by the same name."""
+    """Make an entry as in `plan_tensors` for a tensor that the plan lacks and every model has under the same name."""
     from mergekit.architecture import WeightInfo
     from mergekit.common import ImmutableMap
     from mergekit.io.tasks import GatherTensors
@@ -181,9 +181,10 @@ def gather_by_name(name: str, models: Iterable[ModelReference]) -> tuple[WeightI
 
 
 def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
-    """The task that reads a tensor from some of the models only; the same task where models depend on each other.
+    """Make the task that reads a tensor from some of the models only.
 
-    They do where mergekit changes the rows for another vocabulary (`is_gather`).
+    Returns the same task if mergekit changes the rows for another vocabulary (see `is_gather`), because the models then
+    depend on each other.
     """
     from mergekit.common import ImmutableMap
 
@@ -196,13 +197,13 @@ def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
 def build_tokenizer(
     config: MergeConfiguration, models: Sequence[ModelReference], options: MergeOptions
 ) -> TokenizerInfo:
-    """The output's tokenizer, as mergekit makes it where the recipe has `tokenizer` or `tokenizer_source`.
+    """Build the output's tokenizer as mergekit does for a recipe with `tokenizer` or `tokenizer_source`.
 
     Relies on `build_tokenizer` being all that the planner's `BuildTokenizer` does.
 
     Args:
         config: the recipe.
-        models: all its models, base first; the order decides the ids of added tokens under `source: union`.
+        models: all models of the recipe, base first; with `source: union` the order determines the ids of added tokens.
         options: mergekit's options.
     """
     from mergekit.tokenizer.build import build_tokenizer
@@ -218,11 +219,11 @@ def build_tokenizer(
 
 
 def run_task(task: Task, build: Callable[[Task], TokenizerInfo]) -> Any:
-    """The result of a task of mergekit's graph, computed here and now with all that it needs.
+    """Execute a task of mergekit's graph and the tasks that it depends on, and return its result.
 
     Args:
         task: any task.
-        build: called for the task that builds the output's tokenizer, which takes seconds and is needed once.
+        build: called for the task that builds the output's tokenizer, so that the caller can cache the result.
     """
     from mergekit.tokenizer import BuildTokenizer
 
@@ -232,21 +233,27 @@ def run_task(task: Task, build: Callable[[Task], TokenizerInfo]) -> Any:
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """The dtype that one of mergekit's options names ("bfloat16", "float16", ...); None for None."""
+    """Convert the dtype name of a mergekit option ("bfloat16", "float16", ...); None for None."""
     from mergekit.common import dtype_from_name
 
     return dtype_from_name(name)
 
 
 def can_convert(model_type: str, present: set[str], name: str) -> bool:
-    """Whether mergekit can make a tensor from others of a checkpoint (experts stored one by one are fused)."""
+    """Whether mergekit can convert a tensor from others of a checkpoint (it fuses MoE experts stored one by one).
+
+    Args:
+        model_type: the config's `model_type`.
+        present: names of the checkpoint's tensors.
+        name: the tensor that is missing.
+    """
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
     return can_convert_checkpoint_keys(model_type, present, name)
 
 
 def chat_template_names() -> list[str]:
-    """Names of the chat templates that mergekit brings, sorted.
+    """Names of the chat templates that mergekit includes, sorted.
 
     Relies on the files `NAME.jinja` in its package `_data.chat_templates`.
     """

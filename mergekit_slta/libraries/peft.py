@@ -1,4 +1,4 @@
-"""What this package uses of peft that peft does not document: how adapters name the modules that they adapt."""
+"""All undocumented functions of peft that this package uses: they match an adapter's settings with module names."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ USED = {
     "peft.tuners.tuners_utils.check_target_module_exists(config, key)": "`is_target`",
     "peft.utils.other.get_pattern_key(pattern_keys, key_to_match)": "`pattern_key`",
 }
-"""name(parameters) -> what it is used for."""
+"""name(parameters) -> its use in this package."""
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether peft adapts a module under an adapter's settings; it ignores tensors of other modules.
+    """Whether peft adapts a module with an adapter's settings. peft ignores tensors of other modules.
 
-    Relies on peft asking its config for the four keys below and no others, as attributes.
+    Relies on peft reading only the four keys below from its config, as attributes.
 
     Raises:
-        re.error, TypeError, AttributeError: the settings are none that peft understands.
+        re.error, TypeError, AttributeError: the settings are invalid.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -28,10 +28,10 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
 
 
 def pattern_key(patterns: Sequence[str], module: str) -> str:
-    """The key of `rank_pattern` or `alpha_pattern` that applies to a module; the module itself where none does.
+    """The key of `rank_pattern` or `alpha_pattern` that applies to a module; the module itself if none does.
 
     Raises:
-        re.error: a pattern is no regular expression.
+        re.error: a pattern is not a regular expression.
     """
     from peft.utils.other import get_pattern_key
 

@@ -1,4 +1,4 @@
-"""What this package relies on in torch that torch does not promise."""
+"""Behaviours of torch that this package relies on and torch does not document."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Put other functions in the place of modules' `forward`, for a while.
+    """Replace the `forward` of modules inside the context.
 
-    Relies on `nn.Module.__call__` and `torch.func.functional_call` looking `forward` up on the instance, where an
-    attribute hides the class's method.
+    Relies on `nn.Module.__call__` and `torch.func.functional_call` calling `self.forward`: an attribute of the instance
+    hides the method of the class.
     """
     try:
         for module, forward in forwards.items():
@@ -26,5 +26,5 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's CPU allocator found no memory: it raises a plain RuntimeError, told by its text alone."""
+    """Whether an error is from torch's CPU allocator. It is a plain RuntimeError, recognized only by its text."""
     return "not enough memory" in str(error) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What this package uses of transformers that transformers does not document."""
+"""All undocumented names of transformers that this package uses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 USED = {
     "transformers.PreTrainedModel._no_split_modules": "class names of the decoder layers (`layer_classes`)",
 }
-"""name -> what it is used for."""
+"""name -> its use in this package."""
 
 
 def layer_classes(model: PreTrainedModel) -> set[str]:
     """Class names of a model's decoder layers.
 
-    Relies on `_no_split_modules`, which transformers keeps for device maps: a set, a list, or None.
+    Relies on `_no_split_modules`, which transformers uses for device maps: a set, a list, or None.
     """
     return set(model._no_split_modules or ())
 
@@ -24,6 +24,6 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
 def is_built_in(config: PretrainedConfig) -> bool:
     """Whether a config's class is one of transformers' own.
 
-    Relies on a checkpoint's remote code being imported under `transformers_modules`.
+    Relies on transformers importing a checkpoint's remote code under `transformers_modules`.
     """
     return type(config).__module__.startswith("transformers.")
