@@ -1,4 +1,4 @@
-"""The paper's closed form for one submodule's weights, with the evidence for them.
+"""Compute one submodule's merging weights with the paper's closed form, and diagnostics for them.
 
 Scope: Gram matrices in, merging weights out; tensors only, float64 on the CPU (T is small).
 
@@ -8,11 +8,11 @@ Scope: Gram matrices in, merging weights out; tensors only, float64 on the CPU (
     alpha = solve(A, b)                                           (Eq. 12, 32)
 
 Decisions where the paper gives none:
-- a row whose G is zero holds no information about the submodule and is left out of the mean;
-- an expert that does not change the submodule (its diagonal is zero in every row) gets alpha 0 and is `unchanged`;
-- where A has lost rank for another reason (duplicated experts), the minimum-norm solution is taken and flagged;
-- `ridge` is relative to A's mean diagonal and pulls towards 1/T, the plain average of the task vectors;
-- several objectives for one submodule (tied embeddings: `embed` and `head`) are added; each is balanced by itself.
+- a row with G = 0 is left out of the mean, because it holds no information about the submodule;
+- an expert that does not change the submodule (its diagonal of G is zero in every row) is `unchanged` and gets alpha 0;
+- if A is rank-deficient for another reason (duplicated experts), the minimum-norm solution is used and flagged;
+- `ridge` is relative to A's mean diagonal and pulls alpha towards 1/T, the plain average of the task vectors;
+- several objectives of one submodule (tied embeddings: `embed` and `head`) are added; each is balanced separately.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-12
-"""An eigenvalue of A, scaled to a unit diagonal, counts as zero below this share of the largest. With float32 forward
-passes distinct experts stay above it, and duplicates (bit-equal features) below it."""
+"""With A scaled to a unit diagonal, an eigenvalue below this share of the largest counts as zero. With float32 forward
+passes, distinct experts are above it and duplicates (bit-equal features) below it."""
 ILL_CONDITIONED = 1e6
-"""A solve is flagged above this condition number: forward passes' errors of 1e-7 then become errors of percents."""
+"""A solve is flagged above this condition number: rounding errors of 1e-7 in the features then change alpha by up to
+10 per cent."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Merging weights of one submodule, and the evidence for them.
+    """Merging weights of one submodule, and diagnostics.
 
     Attributes:
         alpha: T weights.
-        stderr: T jackknife standard errors over rows; None where a task has fewer than two rows.
-        condition: 2-norm condition number of A over the experts that changed; inf where rank was lost, 1 for none.
+        stderr: T jackknife standard errors over rows; None if a task has fewer than two rows.
+        condition: 2-norm condition number of A over the changed experts; inf if A is rank-deficient, 1 if no expert
+            changed.
         rank: rank of A.
-        residual: share of sum_a ||df_a||^2 that linearity predicts to remain; 0 where no expert changed anything.
-        unchanged: T marks of experts that equal the base here.
-        flags: some of "unchanged", "rank_deficient", "ill_conditioned".
+        residual: predicted share of sum_a ||df_a||^2 that the merge loses, under linearity; 0 if no expert changed
+            anything.
+        unchanged: T flags: whether the expert equals the base in this submodule.
+        flags: any of "unchanged", "rank_deficient", "ill_conditioned".
     """
 
     alpha: tuple[float, ...]
@@ -56,7 +59,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Balanced matrices of the rows that are used: `grams` [R, T, T], their `task` [R] and the tasks' `counts` [T]."""
+    """Balanced matrices `grams` [R, T, T] (0 for unused rows), `task` of each row [R], used rows per task [T]."""
 
     grams: Tensor
     task: Tensor
@@ -117,7 +120,7 @@ def measured_residual(
     importance: Sequence[float],
     balance: bool,
 ) -> float:
-    """The share that `Solution.residual` predicts, measured on the features of a merged submodule.
+    """Measure, on the features of a merged submodule, the share that `Solution.residual` predicts.
 
     Args:
         errors: per objective, [rows] float64: ||f(x; merged) - f(x; theta_a)||^2 of row x of task a.
@@ -125,7 +128,7 @@ def measured_residual(
         row_task, importance, balance: as in `solve_closed_form`.
 
     Returns:
-        sum_a w_a E errors / c_x over sum_a w_a E ||df_a||^2 / c_x; 0 where no expert changed anything.
+        sum_a w_a E[errors / c_x] over sum_a w_a E[||df_a||^2 / c_x]; 0 if no expert changed anything.
     """
     weights = torch.as_tensor(list(importance), dtype=torch.float64)
     remaining, whole = 0.0, 0.0
@@ -138,7 +141,7 @@ def measured_residual(
 
 
 def _usable_rows(grams: Tensor, row_task: Tensor, balance: bool, values: Tensor | None = None) -> _Rows:
-    """Divide the rows' matrices by c_x; or, in their place, other `values` of the rows ([R] -> [R, 1, 1])."""
+    """Divide the rows' matrices by c_x; if `values` [R] are given, divide them instead ([R, 1, 1])."""
     trace = grams.diagonal(dim1=1, dim2=2).sum(-1)  # [R]
     used = trace > 0
     num_models = grams.shape[-1]
@@ -171,7 +174,7 @@ def _with_ridge(a: Tensor, b: Tensor, ridge: float, num_models: int) -> tuple[Te
 
 
 def _solve_changed(a: Tensor, b: Tensor, changed: Tensor, ridge: float) -> tuple[Tensor, int, float]:
-    """(alpha [T], rank, condition number): solved over the experts that changed, 0 for the others."""
+    """Solve over the changed experts: (alpha [T], with 0 for unchanged experts; rank; condition number)."""
     alpha = torch.zeros_like(b)
     index = changed.nonzero().flatten()
     if len(index) == 0:
@@ -186,12 +189,12 @@ def _solve_changed(a: Tensor, b: Tensor, changed: Tensor, ridge: float) -> tuple
 
 
 def _solutions(a: Tensor, b: Tensor, full: bool) -> Tensor:
-    """[..., T] exact solutions, or those of minimum norm where rank was lost."""
+    """[..., T] exact solutions; minimum-norm solutions if `full` is false (rank-deficient)."""
     if full:
         return torch.linalg.solve(a, b)
     if a.dim() > 2:
         return torch.stack([_solutions(one, other, full) for one, other in zip(a, b, strict=True)])
-    # Rank is decided on the matrix scaled to a unit diagonal: an expert with small features is not a duplicate.
+    # The rank is that of the matrix scaled to a unit diagonal, so that small features do not count as a duplicate.
     scale = _scale(a)
     values, vectors = torch.linalg.eigh(a / scale[:, None] / scale[None, :])
     kept = values > RANK_TOLERANCE * values.max()
@@ -248,7 +251,7 @@ def _jackknife(
     leave_one_out = torch.zeros((num_rows, len(weights)), dtype=torch.float64)
     try:
         leave_one_out[:, index] = _solutions(a, b, rank == len(index))
-    except torch.linalg.LinAlgError:  # without one of the rows the matrix is singular
+    except torch.linalg.LinAlgError:  # the matrix is singular without one of the rows
         leave_one_out[:, index] = _solutions(a, b, False)
     group_mean = torch.zeros((len(weights), len(weights)), dtype=torch.float64)
     group_mean.index_add_(0, row_task, leave_one_out)

@@ -1,7 +1,7 @@
-"""One Gauss-Newton step of all submodules' alphas together, at a merged model: the `steps` of `objective: joint`.
+"""One Gauss-Newton step for the alphas of all submodules, at a merged model: a step of `objective: joint`.
 
-Scope: derivatives in, merging weights out; tensors only, float64 on the CPU. `joint.py` takes the derivatives at every
-expert. Here they are taken at the model that is merged so far, with the experts as teachers (no labels are needed):
+Scope: derivatives in, merging weights out; tensors only, float64 on the CPU. In `joint.py` the derivatives are taken at
+the experts. Here they are taken at the current merged model; the experts are teachers, so no labels are needed:
 
     D_x(alpha)     = sum over the answer of row x of task a of KL(expert a || model merged with alpha)
     g_x[t, m]      = d D_x / d alpha_{t, m}                        at the point alpha'
@@ -9,18 +9,18 @@ expert. Here they are taken at the model that is merged so far, with the experts
     c_a            = mean over rows of D_x(0) if balance else 1    (at the base)
     alpha          = alpha' + argmin_e  sum_a w_a / c_a mean_x ( g_x e + 1/2 mean_s (u_{x, s} e)^2 ) + 1/2 rho d ||e||^2
 
-The mean of u u^T is the Gauss-Newton matrix of D_x; d is the mean of its diagonal, summed as above. As in `joint.py`,
-the system is solved among rows, and any row can be left out exactly.
+The mean of u u^T over s is the Gauss-Newton matrix of D_x; d is the mean diagonal of the weighted sum of these
+matrices. As in `joint.py`, the dual system over rows is solved, from which any row can be left out exactly.
 
-Decisions: where the recipe gives no rho, it is the largest that predicts left-out rows within one standard error of the
-best (`ridges.one_standard_error`), because the quadratic form only holds near the point. For the same reason, and
-because no row constrains some directions, rho is at least `SMALLEST_RIDGE`. A task whose expert is the base has c_a 0;
-the mean of the other tasks' c_a stands for it.
+Decisions: if the recipe gives no rho, it is the largest whose error on left-out rows is within one standard error of
+the smallest (`ridges.one_standard_error`), because the quadratic form is accurate only near the point. For this reason,
+and because no row constrains some directions, rho is at least `SMALLEST_RIDGE`. A task whose expert equals the base has
+c_a = 0; the mean of the other tasks' c_a is used instead.
 
-Where every step has rows of its own, the quadratic forms of earlier steps' rows stay in the sum (and D_x(0) in c_a):
-`rebase_quadratics` rewrites them at the new point. Each step multiplies their weight by `ROW_DECAY`, since a form gets
-less accurate with the distance from its own point; below `MIN_ROW_WEIGHT` it is dropped. The choice of rho and the
-residual use the newest rows only, which no step has fitted.
+If every step has its own rows, the quadratic forms of earlier rows stay in the sum (and their D_x(0) in c_a):
+`rebase_quadratics` rewrites them at the new point. A form gets less accurate with the distance from its own point, so
+each step multiplies its weight by `ROW_DECAY`; below `MIN_ROW_WEIGHT` it is dropped. Only the newest rows, which no
+step has fitted, are used for the choice of rho and the residual.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from mergekit_slta.maths.joint import JointSolution, condition_and_rank, named_s
 from mergekit_slta.maths.ridges import RIDGES, Spectrum, one_standard_error
 
 ROW_DECAY = 0.7
-"""Every step multiplies the weight of earlier rows by this."""
+"""Factor by which every step multiplies the weight of earlier rows."""
 MIN_ROW_WEIGHT = 0.01
-"""Rows with less than this share of a new row's weight are left out."""
+"""Rows with a weight below this share of a new row's weight are left out."""
 
 
 @dataclass(frozen=True)
 class _System:
-    """Products of the rows' weighted gradients; K unknowns, N = rows x samples, R rows.
+    """The weighted gradients of the rows, and their inner products; K unknowns, R rows, N = R x samples.
 
     Attributes:
         z: [N, K] label samples' gradients, scaled so that z^T z is the objective's matrix.
         slopes: [R, K] gradients of the divergences, scaled so that their sum is the objective's gradient.
-        weight: [R] the factor that scaled them.
-        zz, zs, ss: products of the two with each other.
-        groups: [R, S] places of the rows' samples in z.
-        task: [R].
-        newest: [R] marks of the rows that no earlier step has used.
+        weight: [R] the factor by which they were scaled.
+        zz, zs, ss: [N, N], [N, R], [R, R] inner products of z and slopes.
+        groups: [R, S] indices in z of each row's samples.
+        task: [R] the task of each row.
+        newest: [R] bool, the rows that no earlier step has used.
         unit: d.
     """
 
@@ -69,11 +69,11 @@ class _System:
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Every row predicted by the step without it.
+    """Leave-one-out predictions: for each row, the step that is fitted without it.
 
     Attributes:
-        change: [R] change of that row's term of the objective.
-        coefficients: [N, R] of z in the step without it.
+        change: [R] change of the row's term of the objective by that step.
+        coefficients: [N, R] coefficients of z in that step.
     """
 
     change: Tensor
@@ -92,22 +92,22 @@ def gauss_newton_step(
     ridge: float | None = None,
     with_evidence: bool = True,
 ) -> JointSolution:
-    """Minimise the objective above.
+    """Minimise the objective in the module's docstring.
 
     Args:
         slopes: submodule -> [rows, 1 + S, T] float64: g, then u of every label sample.
         row_task: [rows] int64, the task of each row.
         point: submodule -> [T] alpha'.
-        divergences: [rows, 2] D_x at the base, and at the point.
-        row_step: [rows] int64, the step that added each row; None where all belong to this one.
+        divergences: [rows, 2] float64, D_x at the base and at the point.
+        row_step: [rows] int64, the step that added each row; None if all rows belong to this step.
         importance: T weights w_a of the tasks; all 1 by default.
         balance: divide each task by its c_a.
         ridge: rho >= `SMALLEST_RIDGE`; None chooses one of `RIDGES`.
         with_evidence: also compute standard errors, condition, rank and residual.
 
     Returns:
-        The new alphas. `residual` is the share of the newest rows' divergence at the base that remains: what was
-        measured at the point, and its change by the step, each row predicted by the others.
+        The new alphas. `residual` is the predicted share of the newest rows' divergence at the base that remains: the
+        divergence measured at the point, plus its change by the step, which is predicted for each row without it.
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, T, M]
@@ -156,9 +156,9 @@ def rebase_quadratics(
 
     Args:
         point: submodule -> [T] the new point.
-        slopes: submodule -> [rows, 1 + S, T] at the old one.
+        slopes: submodule -> [rows, 1 + S, T] at the old point.
         before: submodule -> [T] the old point.
-        divergences: [rows, 2] D_x at the base, and at the old point.
+        divergences: [rows, 2] D_x at the base and at the old point.
 
     Returns:
         Slopes and divergences at the new point, in the same form.
@@ -178,7 +178,7 @@ def _row_weights(
     row_task: Tensor, divergences: Tensor, importance: Sequence[float] | None, balance: bool, num_models: int,
     share: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[R]: w_a / c_a and a row's share of its task; 0 where a row has no answer."""
+    """[R]: w_a / c_a times the row's share of its task; 0 for a row without an answer."""
     given = torch.ones(num_models, dtype=torch.float64)
     if importance is not None:
         given = torch.as_tensor(list(importance), dtype=torch.float64)
@@ -205,24 +205,24 @@ def _system(whole: Tensor, row_task: Tensor, weight: Tensor, changed: Tensor, ne
 
 
 def _step(system: _System, coefficients: Tensor, rows: Tensor, shift: float) -> Tensor:
-    """e = -(z^T z + shift)^-1 (sum of the given rows' gradients), from its coefficients [N]: see `_left_out`."""
+    """[K] e = -(z^T z + shift I)^-1 (sum of the gradients of `rows`), from the coefficients [N] of z; see `_fit`."""
     return (system.z.T @ coefficients - system.slopes.T @ rows) / shift
 
 
 def _fit(system: _System, shift: float) -> tuple[Tensor, Tensor]:
     """(C [N, N], C z b_x [N, R]) with C = (z z^T + shift I)^-1 and b_x the gradient of row x.
 
-    The step is e = (z^T c - b) / shift with b the sum of all b_x and c = C z b.
+    The step is e = (z^T c - b) / shift, where b is the sum of all b_x and c = C z b.
     """
     inverse = torch.linalg.inv(system.zz + shift * torch.eye(len(system.zz), dtype=torch.float64))
     return inverse, inverse @ system.zs
 
 
 def _left_out(system: _System, shift: float, inverse: Tensor, parts: Tensor) -> _LeftOut:
-    """Every row's term of the objective after the step without it; `inverse` and `parts` are those of `_fit`.
+    """Leave each row out of the step, and predict the change of its term; `inverse` and `parts` are from `_fit`.
 
-    Without the samples g of a row (and its gradient), c is C (v - E_g C_gg^-1 (C v)_g) with v = z b of the other rows:
-    0 at g, and exact elsewhere.
+    Without a row (its samples g and its gradient), c = C (v - E_g C_gg^-1 (C v)_g), where v = z b of the other rows.
+    This is exact: c is 0 at g, and elsewhere it solves the system without g.
     """
     num_rows = len(system.groups)
     others = parts.sum(1)[:, None] - parts  # [N, R]: C v
@@ -238,8 +238,7 @@ def _left_out(system: _System, shift: float, inverse: Tensor, parts: Tensor) -> 
 
 
 def _scores(system: _System) -> Tensor:
-    """`_LeftOut.change` of the newest rows for every candidate of `RIDGES`, [candidates, rows], from one
-    eigendecomposition."""
+    """[candidates, newest rows] `_LeftOut.change` for every candidate of `RIDGES`, from one eigendecomposition."""
     spectrum = Spectrum.of(system.zz, system.groups)
     gradients = spectrum.vectors.T @ system.zs  # [N, R], in the basis of the eigenvectors
     others = gradients.sum(1, keepdim=True) - gradients
@@ -259,9 +258,9 @@ def _scores(system: _System) -> Tensor:
 
 
 def _jackknife(system: _System, left: _LeftOut, step: Tensor, shift: float) -> Tensor:
-    """[K] delete-one standard errors, rows stratified by task; d, c_a and the other rows' weights stay as they are.
+    """[K] delete-one jackknife standard errors, rows stratified by task; d, c_a and the other rows' weights are fixed.
 
-    A row that is left out takes its weight with it: its share of the task's mean change is subtracted.
+    Leaving a row out lowers the total weight of its task, so the row's share of the task's total change is subtracted.
     """
     rows = torch.ones(len(system.task), dtype=torch.float64)
     variance = torch.zeros(system.z.shape[1], dtype=torch.float64)

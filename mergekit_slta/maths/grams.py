@@ -1,4 +1,4 @@
-"""Gram matrices of the changes that T experts make to the outputs of a submodule (the terms of Eq. 14)."""
+"""Gram matrices of a submodule's output changes under T experts (the terms of Eq. 14)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | None = None) -> Tensor:
-    """G_x[j, k] = <df_j(x), df_k(x)> of packed rows x, the sum over a row's tokens and features.
+    """Compute G_x[j, k] = <df_j(x), df_k(x)> of packed rows x, summed over a row's tokens and features.
 
     Args:
-        outputs: T times [N, d], any floating dtype; the rows' tokens one after another, N = sum(lengths).
+        outputs: T tensors [N, d], any floating dtype; the rows' tokens are concatenated, N = sum(lengths).
         lengths: tokens of each row.
-        base: [N, d] outputs that are subtracted; if None, `outputs` are differences already.
+        base: [N, d] outputs to subtract; None if `outputs` already are differences.
 
     Returns:
-        [rows, T, T] float64 on the CPU. Products and sums are taken in float64, whatever the dtype of `outputs`:
-        df is a small difference of large outputs, and G squares it.
+        [rows, T, T] float64 on the CPU. Products and sums are always in float64, because df is a small difference of
+        large outputs and G squares it.
     """
-    if outputs[0].device.type == "mps":  # the one backend without float64
+    if outputs[0].device.type == "mps":  # the only backend without float64
         outputs, base = [part.cpu() for part in outputs], None if base is None else base.cpu()
     grams = []
     start = 0
-    for length in lengths:  # one row at a time: its differences stay in the cache, and need little memory
+    for length in lengths:  # one row at a time, so that its differences fit into the cache
         own = slice(start, start + length)
         start += length
         first = outputs[0][own]

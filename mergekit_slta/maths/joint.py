@@ -1,20 +1,20 @@
-"""Solve all submodules' alphas together under the Fisher metric: the first solve of `objective: joint`.
+"""Solve the alphas of all submodules together under the Fisher metric: the first solve of `objective: joint`.
 
 Scope: derivatives in, merging weights out; tensors only, float64 on the CPU. The paper names second-order information
-and the joint optimisation of all weights as open directions (A.5.3); this is both.
+and the joint optimisation of all weights as future work (A.5.3); this uses both.
 
     u_x[t, m]   = <d loss_x / d theta^m at theta_a, tau_t^m>      row x of task a, expert t, submodule m
     r_x(alpha)  = sum_{t, m} (alpha_{t, m} - [t = a]) u_x[t, m]   the merge's change of the row's loss, to first order
     c_a         = mean over rows and experts of (sum_m u_x[t, m])^2  if balance else 1
     alpha       = argmin  sum_a (w_a / c_a) mean_x r_x(alpha)^2  +  rho d ||alpha - prior||^2
 
-With labels sampled from expert a itself, the mean of r^2 is the quadratic form of that expert's Fisher information: the
-increase of its loss, to second order, when its weights change. d is the mean diagonal of the first term's matrix. There
-are fewer rows than unknowns, so the system is solved among rows. Any row, with all its label samples, can then be left
-out exactly. Standard errors and the residual come from this, and rho where the recipe gives none.
+If labels are sampled from expert a, the mean of r^2 is the quadratic form of its Fisher information: the increase of
+its loss, to second order, when its weights change. d is the mean diagonal of the matrix of the first term. There are
+fewer rows than unknowns, so the dual system over rows is solved. From it any row, with all its label samples, can be
+left out exactly. Leaving rows out gives the standard errors, the residual, and rho if the recipe gives none.
 
-Decisions: an expert that does not change a submodule gets 0 there. `prior` is 1, an expert's whole change: it costs
-nothing, to first order, where the loss does not depend on it.
+Decisions: an expert that does not change a submodule gets alpha 0 there. `prior` is 1, the expert's whole change: in
+directions that do not change the loss, to first order, keeping the change costs nothing.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ PRIOR = 1.0
 
 @dataclass(frozen=True)
 class JointSolution:
-    """Weights of all submodules, and the evidence for them.
+    """Weights of all submodules, and diagnostics.
 
     Attributes:
         alpha: submodule -> [T].
-        stderr: submodule -> [T] delete-one-row jackknife standard errors; None where a task has fewer than two rows.
-        unchanged: submodule -> [T] marks of experts that equal the base there.
-        ridge: rho that was used.
-        condition, rank: of the system among rows, with its ridge, and without.
-        residual: share of sum_a mean_x y_x^2 / c_a that remains, each row predicted by the others.
+        stderr: submodule -> [T] delete-one-row jackknife standard errors; None if a task has fewer than two rows.
+        unchanged: submodule -> [T] bool, whether the expert equals the base there.
+        ridge: the rho that was used.
+        condition: condition number of the dual system, with its ridge.
+        rank: rank of the dual system, without the ridge.
+        residual: share of sum_a mean_x y_x^2 / c_a that remains, predicted for each row without it.
 
-    Without evidence, `stderr` is None, `condition` inf, and `rank` and `residual` are 0.
+    If `with_evidence` is false, `stderr` is None, `condition` inf, and `rank` and `residual` are 0.
     """
 
     alpha: dict[str, Tensor]
@@ -56,12 +57,12 @@ class JointSolution:
 
 @dataclass(frozen=True)
 class _System:
-    """Rows scaled so that the objective is ||z alpha - y||^2 + rho d ||alpha - prior||^2.
+    """The rows, scaled so that the objective is ||z alpha - y||^2 + rho d ||alpha - prior||^2.
 
     Attributes:
-        z: [N, K] over the K unknowns of changed submodules, N = rows x samples.
-        y: [N].
-        groups: [R, S] int64, the places of each row's samples in z.
+        z: [N, K] scaled u; K unknowns (the changed submodules of each expert), N = rows x samples.
+        y: [N] scaled sums over m of u_x[a, m], a the row's own task.
+        groups: [R, S] int64, indices in z of each row's samples.
         task: [R], the task of each row.
         unit: d.
     """
@@ -73,7 +74,7 @@ class _System:
     unit: float
 
     def shift(self, kernel: Tensor, ridge: float) -> float:
-        """rho d, or what keeps the kernel invertible."""
+        """rho d, or the smallest shift that keeps the kernel invertible if that is larger."""
         return max(ridge * self.unit, 1e-12 * float(kernel.diagonal().max()))
 
 
@@ -87,15 +88,15 @@ def solve_joint(
     prior: float = PRIOR,
     with_evidence: bool = True,
 ) -> JointSolution:
-    """Minimise the objective above.
+    """Minimise the objective in the module's docstring.
 
     Args:
         slopes: submodule -> [rows, S, T] float64, u of every label sample.
         row_task: [rows] int64, the task of each row.
         importance: T weights w_a of the tasks; all 1 by default.
-        balance: divide each task by its c_a, so that a task with a steep loss does not dominate.
+        balance: divide each task by its c_a, so that a task with large derivatives does not dominate.
         ridge: rho >= 0; None chooses the one of `RIDGES` that predicts left-out rows best.
-        prior: the value that weights are pulled towards.
+        prior: the value towards which the ridge pulls the weights.
         with_evidence: also compute standard errors, condition, rank and residual.
     """
     names = list(slopes)
@@ -128,7 +129,15 @@ def named_solution(
     names: Sequence[str], row_task: Tensor, changed: Tensor, solution: Tensor, error: Tensor | None, ridge: float,
     condition: float, rank: int, residual: float,
 ) -> JointSolution:  # fmt: skip
-    """Split a [T, M] solution by submodule; without errors where a task has fewer than two rows."""
+    """Split a [T, M] solution by submodule. `stderr` is None if a task has fewer than two rows.
+
+    Args:
+        names: M names of submodules.
+        row_task: [rows] int64, the task of each row.
+        changed: [T, M] bool, whether the expert changes the submodule.
+        solution, error: [T, M] alphas and their standard errors.
+        ridge, condition, rank, residual: see `JointSolution`.
+    """
     columns = dict(zip(names, range(len(names)), strict=True))
     few = torch.bincount(row_task, minlength=len(solution)).min() < 2
     return JointSolution(
@@ -143,7 +152,7 @@ def named_solution(
 
 
 def condition_and_rank(kernel: Tensor, shift: float) -> tuple[float, int]:
-    """Condition of kernel + shift I, and rank of the kernel [N, N], which is symmetric and positive semidefinite."""
+    """Condition number of kernel + shift I, and rank of the kernel [N, N] (symmetric, positive semidefinite)."""
     values = torch.linalg.eigvalsh(kernel)
     smallest = values.min().clamp(min=0) + shift
     condition = float((values.max() + shift) / smallest) if smallest > 0 else float("inf")
@@ -190,9 +199,9 @@ def _fit(kernel: Tensor, system: _System, ridge: float, prior: float) -> tuple[T
 
 
 def _residual(system: _System, coefficients: Tensor, inverse: Tensor) -> float:
-    """The share of y^2 that remains when every row is predicted without it.
+    """The share of y^2 that remains if every row is predicted from a fit without it.
 
-    Without a row's samples g, the errors there are C_gg^-1 c_g, exactly.
+    The prediction errors of a row's samples g in the fit without them are C_gg^-1 c_g, exactly.
     """
     remaining = sum(
         float(torch.linalg.solve(inverse[group][:, group], coefficients[group]).square().sum())
@@ -206,12 +215,12 @@ def _total(system: _System) -> float:
 
 
 def _jackknife(system: _System, coefficients: Tensor, inverse: Tensor, num_models: int) -> Tensor:
-    """[K] delete-one standard errors, rows stratified by task as in `closed_form.py`; d and c_a stay fixed."""
+    """[K] delete-one jackknife standard errors, rows stratified by task as in `closed_form.py`; d and c_a are fixed."""
     changes = []
     for group in system.groups:
         part = inverse[:, group] @ torch.linalg.solve(inverse[group][:, group], coefficients[group])
         changes.append(-(system.z.T @ part))
-    left = torch.stack(changes)  # [R, K]: alpha without the row, less alpha
+    left = torch.stack(changes)  # [R, K]: alpha fitted without the row, minus alpha
     variance = torch.zeros(left.shape[1], dtype=torch.float64)
     for number in range(num_models):
         mine = left[system.task == number]

@@ -1,16 +1,16 @@
-"""The paper's measures of linearity (sections 2.2-2.3, A.1-A.2), from features to numbers.
+"""The paper's measures of linearity (sections 2.2-2.3, A.1-A.2), computed from features.
 
-Scope: tensors only, one calibration row at a time. A submodule's features are computed at several points of weight
-space `theta_0 + sum_t c_t tau_t`. Their changes from the base are reduced to inner products (`Products`), which add up
-over parts of a row's features (a head's vocabulary comes in chunks). All measures are computed from those.
+Scope: tensors only, one calibration row at a time. The features of a submodule are given at several points of weight
+space `theta_0 + sum_t c_t tau_t`. Their changes from the base are reduced to inner products (`Products`), which are
+summed over parts of a row's features (the vocabulary of the head comes in chunks). All measures are computed from them.
 
 Decisions where the paper gives none, or contradicts itself:
-- a row whose features an expert does not change has no score, and is left out of the means;
-- a pair's or triple's expectation is over the rows of the tasks that it merges;
-- Eq. 17 sums T (T - 1) / 2 pairs and divides by T (T - 1); the text says "average over all possible pairs", which is
-  what is computed: two equal experts then have a baseline of 1;
-- the companion paper's weight disentanglement error is measured on features: the distance, on the rows of task t,
-  between the features of the merged submodule and of theta_0 + c_t tau_t, relative to expert t's own change.
+- if an expert does not change the features of a row, the row has no score and is left out of the means;
+- the expectation for a pair or triple of experts is over the rows of their tasks;
+- Eq. 17 sums T (T - 1) / 2 pairs and divides by T (T - 1), but the text says "average over all possible pairs". The
+  average is computed here; two equal experts then have a baseline of 1;
+- the weight disentanglement error of the companion paper is measured on features: on the rows of task t, the distance
+  between the features of the merged submodule and those of theta_0 + c_t tau_t, relative to the change by expert t.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch import Tensor
 NUM_INTERVALS = 10
 """N of Eq. 19."""
 PAIR_GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""Weights of each of two experts (the paper's Fig. 3 and 4)."""
+"""Weights of each expert of a pair (the paper's Fig. 3 and 4)."""
 TRIPLE_GRID = (0.3, 0.5, 0.7)
-"""Weights of each of three."""
+"""Weights of each expert of a triple."""
 
 Coefficients = tuple[float, ...]
 """T coefficients c_t: the weights theta_0 + sum_t c_t tau_t."""
 
 
 def non_linearity_score(features: Tensor) -> float:
-    """The Non-linearity Score of one row, Eq. 19: the sum of (N + 1)^2 squared deviations; 0 is exactly linear.
+    """The Non-linearity Score of one row (Eq. 19), a sum of (N + 1)^2 squared deviations; 0 is exactly linear.
 
     Args:
         features: [N + 1, ...] outputs f(x; theta_0 + i / N tau) for i = 0..N, any floating dtype.
 
     Returns:
-        The score; NaN where the expert does not change the features.
+        The score; NaN if the expert does not change the features.
     """
     changes = (features[1:] - features[0]).flatten(1).to(torch.float64)
     return float(scores(distance_ratios(changes @ changes.T)))
@@ -53,14 +53,14 @@ def distance_ratios(grams: Tensor) -> Tensor:
         grams: [..., N, N] float64 inner products of the changes f(theta_i) - f(theta_0), i = 1..N.
 
     Returns:
-        [..., N + 1, N + 1] float64; NaN where the last change is zero.
+        [..., N + 1, N + 1] float64; NaN if the last change is zero.
     """
     steps = grams.shape[-1]
     full = torch.zeros((*grams.shape[:-2], steps + 1, steps + 1), dtype=torch.float64)
     full[..., 1:, 1:] = grams
     diagonal = full.diagonal(dim1=-2, dim2=-1)
     squared = diagonal[..., :, None] + diagonal[..., None, :] - 2 * full
-    squared.diagonal(dim1=-2, dim2=-1).zero_()  # else the rounding of equal terms
+    squared.diagonal(dim1=-2, dim2=-1).zero_()  # exactly zero, without rounding errors
     whole = full[..., -1, -1]
     return squared.clamp(min=0).sqrt() / torch.where(whole > 0, whole, torch.nan).sqrt()[..., None, None]
 
@@ -73,15 +73,15 @@ def scores(ratios: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """The points at which features of a task's rows are needed.
+    """The points of weight space at which the features of a task's rows are needed.
 
     Attributes:
-        task: the task, and its expert.
+        task: index of the task and of its expert.
         num_models: T.
-        own: N points on the line from the base to that expert.
-        others: the other experts.
-        mixed: every pair that holds the expert over `PAIR_GRID`, then every triple over `TRIPLE_GRID`.
-        members: the experts of each of `mixed`.
+        own: N points from the base (excluded) to that expert.
+        others: the points of the other experts.
+        mixed: C points: every pair with that expert over `PAIR_GRID`, then every triple over `TRIPLE_GRID`.
+        members: the experts of each point of `mixed`.
     """
 
     task: int
@@ -97,7 +97,7 @@ class Grid:
 
     @property
     def anchors(self) -> list[Coefficients]:
-        """`own`, then `others`: the points that mixtures are compared with."""
+        """`own`, then `others`: K points with which the mixed points are compared."""
         return [*self.own, *self.others]
 
     @property
@@ -113,7 +113,7 @@ class Grid:
         return NUM_INTERVALS - 1 if model == self.task else NUM_INTERVALS + model - (model > self.task)
 
     def alone(self, point: Coefficients) -> Coefficients:
-        """The own expert at its weight in `point`: one of `own`, since the grids are multiples of 1 / N."""
+        """The point of the own expert alone, at its weight in `point`. It is in `own`: grids are multiples of 1 / N."""
         return self.own[round(point[self.task] * NUM_INTERVALS) - 1]
 
     def _point(self, members: Sequence[int], weights: Sequence[float]) -> Coefficients:
@@ -132,12 +132,12 @@ class Grid:
 
 @dataclass
 class Products:
-    """Inner products of a row's changes; they add up over parts of the features.
+    """Inner products of a row's feature changes, summed over parts of the features.
 
     Attributes:
-        anchors: [K, K] float64, between the changes at the anchors.
+        anchors: [K, K] float64, among the changes at the anchors.
         norms: [C] float64, squared norms of the changes at the mixed points.
-        cross: [C, K] float64, between the two.
+        cross: [C, K] float64, between the changes at mixed points and at anchors.
     """
 
     anchors: Tensor
@@ -146,31 +146,31 @@ class Products:
 
     @classmethod
     def zeros(cls, grid: Grid) -> Products:
-        """Start with no features."""
+        """All zeros: no features added yet."""
         size, count = len(grid.anchors), len(grid.mixed)
         shapes = ((size, size), (count,), (count, size))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add_anchors(self, changes: Tensor) -> None:
-        """Add a part of the features: [K, n] float64."""
+        """Add a part of the features: `changes` [K, n] float64 at the anchors."""
         self.anchors += (changes @ changes.T).cpu()
 
     def add_mixed(self, place: int, change: Tensor, anchors: Tensor) -> None:
-        """Add the same part at one mixed point: [n] float64, and the anchors' [K, n]."""
+        """Add the same part at mixed point number `place`: `change` [n] and the anchors' changes [K, n], float64."""
         self.norms[place] += (change @ change).cpu()
         self.cross[place] += (anchors @ change).cpu()
 
 
 @dataclass(frozen=True)
 class RowMeasures:
-    """The measures of one row of a task for one submodule; NaN where something did not change.
+    """The measures of one row of a task for one submodule; NaN if a change in a denominator is zero.
 
     Attributes:
         ratios: [N + 1, N + 1], see `distance_ratios`.
         score: Eq. 19.
         projections: [C] the terms of Eq. 8: |merged| cos / |linear combination|.
         cosines: [C] Eq. 15.
-        disentanglement: [C] distance to the own expert alone, relative to its change; meant for pairs.
+        disentanglement: [C] distance from the own expert alone, relative to its change; used for pairs only.
         cosine_base: the terms of Eq. 17, the mean over pairs of experts.
     """
 
@@ -183,7 +183,7 @@ class RowMeasures:
 
     @classmethod
     def of(cls, products: Products, grid: Grid) -> RowMeasures:
-        """All measures of a row."""
+        """Compute all measures of a row."""
         ratios = distance_ratios(products.anchors[:NUM_INTERVALS, :NUM_INTERVALS])
         columns = [grid.column(model) for model in range(grid.num_models)]
         experts = products.anchors[columns][:, columns]  # [T, T]
@@ -193,7 +193,7 @@ class RowMeasures:
         merged = _or_nan(products.norms)
         places = (
             weights[:, grid.task] * NUM_INTERVALS
-        ).round().long() - 1  # of theta_0 + c_t tau_t among the own points
+        ).round().long() - 1  # index of theta_0 + c_t tau_t among the own points
         apart = (
             products.norms + products.anchors.diagonal()[places] - 2 * products.cross.gather(1, places[:, None])[:, 0]
         )

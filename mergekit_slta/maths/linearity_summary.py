@@ -1,6 +1,6 @@
-"""Averages of the rows' linearity measures: a submodule's numbers in the linearity file.
+"""Average the linearity measures of the rows into a submodule's entry of the linearity file.
 
-Scope: tensors only; expectations over rows as in equations 8, 16 and 17.
+Scope: tensors only; expectations over rows as in Eq. 8, 16 and 17.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mergekit_slta.maths.linearity import Grid, RowMeasures, projection_distance
 
 @dataclass(frozen=True)
 class Measures:
-    """The measures of one submodule: means over rows; NaN where nothing changes.
+    """The measures of one submodule: means over rows; NaN if nothing changes.
 
     Attributes:
-        score, score_std: [T] Eq. 19 of every expert on its own task's rows, and the standard deviation over these.
+        score, score_std: [T] Eq. 19 of every expert: mean and standard deviation over the rows of its task.
         ratios: [T, N + 1, N + 1], see `distance_ratios`.
-        pair_projection, pair_cosine, pair_disentanglement: [pairs, 25] Eq. 8, Eq. 16 and the companion's error for
-            every pair of experts over `PAIR_GRID` x `PAIR_GRID`; the last is the mean over the pair's two tasks.
+        pair_projection, pair_cosine, pair_disentanglement: [pairs, 25] Eq. 8, Eq. 16 and the weight disentanglement
+            error of every pair of experts over `PAIR_GRID` x `PAIR_GRID`; the last is a mean over the pair's two tasks.
         triple_projection, triple_cosine: [triples, 27] the same over `TRIPLE_GRID`.
         cosine_base: [] Eq. 17.
-        pair_disagreement: [pairs, 25] share of tokens whose most likely successor differs between the merged model
-            and the task's expert alone at the same weight; NaN for submodules that predict no tokens.
+        pair_disagreement: [pairs, 25] share of tokens for which the merged model and the task's expert alone, at the
+            same weight, predict different next tokens; NaN for submodules that predict no tokens.
     """
 
     score: Tensor
@@ -43,12 +43,12 @@ class Measures:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, RowMeasures]], num_models: int, apart: Sequence[Tensor] | None) -> Measures:
-        """Reduce the rows.
+        """Average over the rows.
 
         Args:
             rows: the task of each row, and its measures.
             num_models: T.
-            apart: [C] per row, where tokens are predicted: see `pair_disagreement`.
+            apart: [C] per row, the terms of `pair_disagreement`; None if the submodule predicts no tokens.
         """
         own = [[row for task, row in rows if task == model] for model in range(num_models)]
         scored = [torch.stack([row.score for row in group]) for group in own]
@@ -56,7 +56,7 @@ class Measures:
         missing = torch.full_like(rows[0][1].cosines, torch.nan)
 
         def gather(size: int, field: str) -> list[list[Tensor]]:
-            """Per combination of `size` experts and per task of it: [rows, configurations]."""
+            """Per combination of `size` experts, and per task in it: [rows, configurations]."""
             combined = []
             for members in combinations(range(num_models), size):
                 per_task = []

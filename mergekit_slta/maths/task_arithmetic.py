@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 2**18
-"""Elements summed at a time: the operands of a chunk stay in a core's cache, and no second buffer of the tensor's
-size is needed."""
+"""Elements summed at a time. The operands of a chunk fit into a core's cache, and no second buffer of the tensor's size
+is needed."""
 
 
 class WeightedSlice(NamedTuple):
-    """A slice of a tensor and its weights: `alpha` holds one number per expert, in the file's order of models.
+    """The slice [start, stop) of a tensor along `axis`, and its weights. `axis` None means the whole tensor.
 
-    `axis` None stands for the whole tensor.
+    `alpha` has one number per expert, in the order of models of the alphas file.
     """
 
     axis: int | None
@@ -32,10 +32,10 @@ def merge_tensor(
 
     Args:
         base: theta_0, any shape and strides.
-        experts: theta_t in the order of the pieces' alphas; same shape and device. Inputs are never written.
-        pieces: slices of the tensor with their alphas; together they cover it once.
+        experts: theta_t in the order of the pieces' alphas, with the base's shape and device. Inputs are not changed.
+        pieces: slices of the tensor with their alphas; together they cover every element once.
         scale: the recipe's `lambda`.
-        dtype: of the result; the sum is taken in float32, or float64 for float64 inputs, and cast once.
+        dtype: dtype of the result. The sum is computed in float32 (float64 for float64 inputs) and cast once.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     merged = torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
@@ -46,11 +46,11 @@ def merge_tensor(
         views = [view.reshape(1) if view.dim() == 0 else view for view in views]
         rows = max(1, _CHUNK_ELEMENTS // max(1, views[0][0].numel())) if views[0].numel() else 1
         if views[0].device.type != "cpu":
-            rows *= 64  # an accelerator wants fewer, larger launches
+            rows *= 64  # fewer, larger kernel launches on an accelerator
         for into, origin, *others in zip(*(view.split(rows) for view in views), strict=True):
             start_point = origin.to(wide)
             total = torch.zeros_like(start_point)
-            # Rounded step by step as mergekit's task_arithmetic is, so that an exported recipe gives the same digits.
+            # Rounds like mergekit's task_arithmetic, so that an exported recipe gives equal bits.
             for weight, other in zip(alpha, others, strict=True):
                 if weight != 0.0:
                     total.add_((other.to(wide) - start_point).mul_(weight))
