@@ -1,7 +1,7 @@
-"""The supported model classes, and all that is known about each by name.
+"""The table of supported model classes.
 
-Scope: names of modules, packing of heads, layout of weights. Everything else is found out by running the model's own
-code (skeleton.py). A new architecture is an entry here.
+Scope: names of modules, packing of heads, layout of weights. Everything else is found by running the model's own code
+(`skeleton.py`). To support a new architecture, add an entry to `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _PRE_NORMS: tuple[tuple[str, Block], ...] = (("input_layernorm", "attention"), (
 
 @dataclass(frozen=True)
 class Projections:
-    """Where an attention block keeps its heads.
+    """The projections of an attention block, and the layout of heads in them.
 
     Attributes:
-        inputs: modules that make queries, keys and values (in this order), or the one that makes all of them.
-        output: the module that reads the heads.
-        packing: "separate" modules; one whose rows are "stacked" [all q | all k | all v]; or one whose rows are
-            "grouped" by key/value group, each with its queries, key and value.
+        inputs: the modules that project to queries, keys and values (in this order), or the one module for all three.
+        output: the output projection of the heads.
+        packing: "separate": three modules; "stacked": one module with rows [all q | all k | all v]; "grouped": one
+            module with rows by key/value group, in each group [queries | key | value].
     """
 
     inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -35,7 +35,7 @@ class Projections:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Sizes of an attention block: key/value groups, query heads in each group, and features of a head."""
+    """Sizes of an attention block: number of key/value groups, query heads per group, and features per head."""
 
     groups: int
     queries: int
@@ -58,13 +58,13 @@ class Architecture:
 
     Attributes:
         attention, mlp: names of a decoder layer's two blocks.
-        norms: the layer's own norms -> the block that each belongs to: the one that it feeds or, for post-norms,
-            follows. A layer without any of the MLP's norms has one norm that feeds both blocks; that norm is a
-            submodule of its own.
-        final_norm: the norm before the output projection, under the base model.
-        projections: the attention block's heads.
-        key_value_heads: number of key/value heads, from the config.
-        transposed: linear layers store their weights as [in, out] (transformers' Conv1D).
+        norms: (name of a layer's norm, the block that it belongs to). A pre-norm belongs to the block after it, a
+            post-norm to the block before it. If a layer has none of the MLP's norms, its one norm feeds both blocks
+            and is a submodule of its own.
+        final_norm: name of the norm before the output projection, in the base model.
+        projections: the attention block's projections.
+        key_value_heads: config -> number of key/value heads.
+        transposed: whether linear layers store their weights as [in, out] (transformers' Conv1D).
         renamed: (name in mergekit's plan, name in transformers) of parameters whose name differs in some version of
             transformers.
     """
@@ -83,7 +83,7 @@ class Architecture:
         return self.attention if block == "attention" else self.mlp
 
     def head_layout(self, config: Any) -> HeadLayout:
-        """A config's heads by key/value group; without grouped-query attention every head is a group of its own."""
+        """Sizes of the heads from a config. Without grouped-query attention each head is its own group."""
         heads = int(config.num_attention_heads)
         groups = self.key_value_heads(config)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -136,20 +136,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 ATTENTION_NAMES = frozenset(entry.attention for entry in ARCHITECTURES.values())
 """Names of attention blocks in the layers of all supported classes."""
 BASE_MODEL_NAMES = ("model", "transformer")
-"""First parts of a parameter's name that checkpoints saved without their head lack (the Hub's GPT-2)."""
+"""Prefixes that parameter names lack in checkpoints saved without the output head (GPT-2 on the Hub)."""
 OUTPUT_PROJECTION = "lm_head"
 """The output projection's name in transformers."""
 
 
 def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
-    """The entry for a config's `architectures`.
+    """Look up the model class of a config.
 
     Args:
-        class_names: the config's value.
+        class_names: the config's `architectures`.
         model: the model's name, for the message.
 
     Raises:
-        ModelError: the class is not supported; the message lists those that are.
+        ModelError: the class is not supported; the message lists the supported ones.
     """
     name = class_names[0] if class_names else "none"
     if name not in ARCHITECTURES:
@@ -161,6 +161,6 @@ def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module is a norm, by its path: `input_layernorm`, GPT-2's `ln_1`, StableLM's `q_layernorm.norms.0`."""
+    """Whether a module's path names a norm: `input_layernorm`, GPT-2's `ln_1`, StableLM's `q_layernorm.norms.0`."""
     parents, _, last = module.rpartition(".")
     return "norm" in last or last.startswith("ln_") or parents.rpartition(".")[2] == "norms"

@@ -1,4 +1,4 @@
-"""Record what modules are given while a model runs, and the gradients with respect to their outputs."""
+"""Record the inputs of modules while a model runs, and the gradients with respect to their outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class ModuleCall:
 
     Attributes:
         inputs: its positional arguments.
-        gradient: of the last backward pass, with respect to the module's output and in its shape; None before one.
+        gradient: gradient of the last backward pass with respect to the module's output, in the shape of the output;
+            None before a backward pass.
     """
 
     inputs: tuple[Any, ...]
@@ -31,8 +32,8 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Mo
         modules: name -> module.
 
     Yields:
-        name -> the module's calls so far, in order. Gradients are there where the output is one tensor that requires
-        a gradient, after a backward pass.
+        name -> the module's calls so far, in order. A gradient is recorded only if the output is one tensor that
+        requires a gradient.
     """
     seen: dict[str, list[ModuleCall]] = {name: [] for name in modules}
 

@@ -1,8 +1,8 @@
-"""The model's code without its weights: transformers runs each part of it, with tensors handed in for each call.
+"""The model's code without its weights: runs parts of a transformers model with given tensors.
 
 Scope: the only file that calls a model's forward. Parameters are on the meta device and buffers are real, so the
-skeleton of a 70B model takes next to no memory. A block is computed by the layer's own forward, whatever the
-architecture: a decoder layer whose other block returns zeros is the block, with its residual and norms.
+skeleton of a 70B model takes almost no memory. A block is computed with the layer's own forward, for any architecture:
+the layer's other block is replaced by zeros, which leaves the block with its residual connection and norms.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this fi
 
 @dataclass(frozen=True)
 class _LayerCall:
-    """What a decoder layer is given besides the hidden states: masks, position embeddings."""
+    """The arguments of a decoder layer besides the hidden states: masks, position embeddings."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _BaseOutput:
-    """A base model's output as any head reads it: features, and None for everything else (router logits, caches)."""
+    """Stands for a base model's output: the features, and None for everything else (router logits, caches)."""
 
     def __init__(self, features: Tensor) -> None:
         self.last_hidden_state = features
@@ -52,21 +52,22 @@ class _BaseOutput:
 
 
 class Skeleton:
-    """A causal language model with its parameters on the meta device. Tensors have the names of mergekit's plan.
+    """A causal language model with its parameters on the meta device. Tensor names are those of mergekit's plan.
 
     Args:
-        config: the base model's config. Tying is ignored: the output projection is always a tensor of its own here.
+        config: the base model's config. Weight tying is ignored: the output projection always is a separate tensor
+            here.
         name: the base model's name, for messages.
-        dtype: precision of the forward passes and of buffers. The model is built in it, since a later cast would round
-            what a model computes at construction (Gemma's embedding scale).
-        device: of buffers and inputs.
-        trust_remote_code: the user's own flag.
+        dtype: precision of the forward passes and of buffers. The model is built in this dtype, because a later cast
+            would round values that the model computes when it is built (Gemma's embedding scale).
+        device: device of buffers and inputs.
+        trust_remote_code: as in transformers.
 
     Attributes:
-        arch: what is known of the model class.
+        arch: the entry of the model class in `ARCHITECTURES`.
         model: the transformers model.
-        layers, layers_path, num_layers: the decoder layers, the path of their list, and how many there are.
-        renamed: name in the plan -> name in transformers, where the two differ.
+        layers, layers_path, num_layers: the decoder layers, the path of their list, and their number.
+        renamed: name in the plan -> name in transformers, for names that differ.
         shapes: name -> shape of every parameter.
         head_weight, embedding_weight: names of the output projection's and of the embedding's weight.
         anatomy: names and structure, for `partition`.
@@ -113,18 +114,19 @@ class Skeleton:
             self.arch, config, self.layers_path, self.num_layers, self.head_weight, frozenset(modules)
         )
         self._calls: dict[tuple[int, int], list[_LayerCall]] = {}
-        self._layers_return_tuples = False  # found out by `embed`
+        self._layers_return_tuples = False  # set by `embed`
 
     def embed(self, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run everything before the first layer.
 
         Args:
-            ids: [b, s] int64 positions in the embedding table given in `weights`, which may hold only the rows that
+            ids: [b, s] int64 indices of rows of the embedding table in `weights`, which may hold only the rows that
                 occur.
-            weights: the tensors that are used there.
+            weights: the tensors before the first layer.
 
         Returns:
-            [b, s, d]. No attention mask is needed: rows are padded on the right, and attention is causal.
+            [b, s, d] input of the first layer. No attention mask is needed: rows are padded on the right, and attention
+            is causal.
         """
         shape = (ids.shape[0], ids.shape[1])
         hidden, calls = self._enter(ids, weights)
@@ -141,7 +143,7 @@ class Skeleton:
         def recorder(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, named = _take_hidden(args, kwargs)
             if calls and hidden.shape != inputs[0].shape:
-                raise _Stop  # the model took [0] of a tensor: its layers return tuples
+                raise _Stop  # the model took [0] of a tensor, so it expects layers that return tuples
             inputs.append(hidden)
             calls.append(_LayerCall(rest, named))
             if len(calls) == self.num_layers:
@@ -153,40 +155,41 @@ class Skeleton:
         return inputs[0], calls
 
     def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """A decoder layer's output for its input, both [b, s, d]; `embed` must have run for the same (b, s) before."""
+        """Run a decoder layer, [b, s, d] -> [b, s, d]; `embed` must have run before with the same (b, s)."""
         call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
         return self._run_layer(index, hidden, weights, call)
 
     def block(self, index: int, block: Block, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """A layer's output, [b, s, d], with its other block returning zeros: `x + attention(norm(x))` and the like.
+        """Run a layer without its other block: `x + attention(norm(x))` or `x + mlp(norm(x))`, [b, s, d].
 
         Args:
             index: the decoder layer.
-            block: which block is kept.
-            hidden: [b, s, d]. For the attention block `embed` must have run for the same (b, s) before; the MLP block
-                takes any.
-            weights: the block's tensors, and the norms of the other block, which run without effect.
+            block: the block to run.
+            hidden: [b, s, d] input. For the attention block, `embed` must have run before with the same (b, s); the MLP
+                block takes any shape.
+            weights: the block's tensors, and the norms of the other block, which run but have no effect.
         """
         layer = self.layers[index]
         if block == "attention":
             with replaced_forwards({layer.get_submodule(self.arch.mlp): _zeros}):
                 return self.layer(index, hidden, weights)
-        call = next(iter(self._calls.values()))[index]  # of any shape: only attention reads positions and masks
+        call = next(iter(self._calls.values()))[index]  # any shape will do: only attention reads positions and masks
         with replaced_forwards({layer.get_submodule(self.arch.attention): _no_attention}):
             return self._run_layer(index, hidden, weights, call)
 
     def has_parallel_blocks(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> bool:
-        """Whether a layer's MLP reads the layer's input, beside attention, and not attention's output.
+        """Whether attention and MLP of a layer run in parallel: the MLP reads the layer's input, not attention's
+        output.
 
-        Both ways are computed from the blocks and compared with the layer's own output.
+        Computes the layer from its blocks in both ways, and compares the results with the layer's own output.
 
         Args:
             index: the decoder layer.
-            hidden: [b, s, d] its input.
-            weights: its tensors.
+            hidden: [b, s, d] the layer's input.
+            weights: the layer's tensors.
 
         Raises:
-            ModelError: neither way gives the layer's output, so the blocks are not what the model computes.
+            ModelError: neither way gives the layer's output.
         """
         whole = self.layer(index, hidden, weights)
         attended = self.block(index, "attention", hidden, weights)
@@ -209,9 +212,9 @@ class Skeleton:
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Everything after the last layer: logits [1, n, v] of hidden states [1, n, d].
+        """Run everything after the last layer: hidden states [1, n, d] -> logits [1, n, v].
 
-        `weights` may hold only some rows of the output projection and of its bias; v is their number.
+        `weights` may hold only some rows of the output projection and of its bias; v is the number of these rows.
         """
         norm = self._base_model.get_submodule(self.arch.final_norm)
 
@@ -223,11 +226,11 @@ class Skeleton:
 
     def _call_model(self, weights: Mapping[str, Tensor], **inputs: Tensor) -> Any:
         named = {self.renamed.get(key, key): tensor for key, tensor in weights.items()}
-        # No parameters are tied in the skeleton, and none must be tied in this call.
+        # The skeleton has no tied parameters, and this call must not tie any.
         return functional_call(self.model, named, (), {**inputs, "use_cache": False}, tie_weights=False)
 
     def module(self, path: str, inputs: tuple[Any, ...], weights: Mapping[str, Tensor]) -> Tensor:
-        """One module's output for inputs of its own; the first one where it has several (a router's logits)."""
+        """Run one module on given inputs; returns its first output if it has several (a router's logits)."""
         local = {key.removeprefix(path + "."): tensor for key, tensor in weights.items() if key.startswith(path + ".")}
         output = functional_call(self.model.get_submodule(path), local, inputs)
         return output[0] if isinstance(output, tuple) else output
@@ -235,13 +238,14 @@ class Skeleton:
     def layer_with_inputs(
         self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], modules: Sequence[str]
     ) -> tuple[Tensor, dict[str, tuple[Any, ...]]]:
-        """A decoder layer's output, [b, s, d], and name -> positional inputs of each of the named modules in it."""
+        """Run a decoder layer; returns its output [b, s, d], and name -> positional inputs of the named modules."""
         with record_calls({path: self.model.get_submodule(path) for path in modules}) as seen:
             output = self.layer(index, hidden, weights)
         return output, {path: calls[-1].inputs for path, calls in seen.items() if calls}
 
     def attention_with_heads(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The attention block's output, [b, s, d], and the heads' outputs that it projects, [b, s, heads * width]."""
+        """Run the attention block; returns its output [b, s, d] and the input of its output projection
+        [b, s, heads * width]."""
         path = f"{self.layers_path}.{index}.{self.arch.attention}.{self.arch.projections.output}"
         with record_calls({path: self.model.get_submodule(path)}) as seen:
             output = self.block(index, "attention", hidden, weights)
@@ -249,7 +253,7 @@ class Skeleton:
 
 
 def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
-    """The decoder layers, found by their class, and the path of their list."""
+    """Find the decoder layers by their class; returns them and the path of their list."""
     classes = layer_classes(model)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in classes for m in module):
@@ -261,7 +265,7 @@ def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
 
 
 def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The hidden states among a layer's or a block's arguments, then the other arguments."""
+    """Split the arguments of a layer or block into the hidden states and the rest."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -278,16 +282,16 @@ def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf."""
-    # A sum is finite only if every element is, and needs no mask. Elements are looked at where the sum overflows.
+    # If the sum is finite, so is every element. Only if not (it may overflow), each element is tested.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(features: Tensor, where: str) -> Tensor:
-    """The features (or gradients) as they are given, after a check.
+    """Check features or gradients for NaN and Inf, and return them.
 
     Args:
-        features: of any shape.
-        where: the submodule or layer that they come from, for the message.
+        features: any shape.
+        where: their submodule or layer, for the message.
 
     Raises:
         RunError: they hold NaN or Inf.

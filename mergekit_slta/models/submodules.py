@@ -1,15 +1,14 @@
-"""Which tensors make up which submodule, at every granularity.
+"""Divide a model's tensors into submodules, for every granularity.
 
-Scope: names and slices only; no tensor is read here. Tensor names are those of mergekit's plan.
+Scope: names and slices only; no tensor is read. Tensor names are those of mergekit's plan.
 
 Rules where the paper is silent:
 - `embed` is everything before the first decoder layer, `head` everything after the last.
-- With tied embeddings the plan has no tensor for the output projection. The shared table belongs to `embed` and is
-  solved for both objectives together; the final norm belongs to `head`.
-- Under `head_mlp` a head is a key/value group with its queries. Tensors that cannot be divided by head (norms, the
-  output's bias, q/k norms) take the attention block's alpha.
-- Under `linear` a tensor that is neither a matrix nor a norm nor a bias of its own module (fused MoE experts) takes
-  the MLP block's alpha.
+- With tied embeddings the plan has no tensor for the output projection. The shared table belongs to `embed`, and its
+  alpha is solved for both objectives, `embed` and `head`. The final norm belongs to `head`.
+- With `head_mlp` a head is a key/value group with its queries. Tensors that cannot be divided by head (norms, the bias
+  of the output projection, q/k norms) get the attention block's alpha.
+- With `linear`, tensors that are not the weight or bias of a module (fused MoE experts) get the MLP block's alpha.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Submodule:
-    """A part of the model with an alpha of its own for each expert.
+    """A part of the model that has its own alpha for each expert.
 
     Attributes:
-        name: the module's path in the plan's terms, or `embed`, `head`, `model`. Heads are numbered under their
-            attention block.
-        kind: what it is.
-        layer: the decoder layer's number; None outside the layers.
-        tensors: plan names of the tensors that its alphas merge; empty where another submodule owns them all.
-        slices: which part it owns, of tensors that it shares with other submodules.
-        forward_group: submodules of the same group are evaluated by the same forward pass.
+        name: the module's path, as in the plan, or `embed`, `head`, `model`. Attention head n has the path
+            `BLOCK.heads.n`.
+        kind: type of the submodule.
+        layer: number of the decoder layer; None outside the layers.
+        tensors: plan names of the tensors that it owns, completely or in part; empty if other submodules own them all.
+        slices: the parts that it owns of tensors that it shares with other submodules.
+        forward_group: name of its group. Submodules of one group are in memory and evaluated together.
     """
 
     name: str
@@ -57,14 +56,14 @@ class Submodule:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's structure in the plan's terms.
+    """A model's structure, with names as in the plan.
 
     Attributes:
-        arch: what is known of the model class.
+        arch: the entry of the model class in `ARCHITECTURES`.
         config: the base's config.
         layers_path: path of the list of decoder layers (`model.layers`).
-        num_layers: how many there are.
-        head_weight: name of the output projection's weight; the plan lacks it where embeddings are tied.
+        num_layers: number of decoder layers.
+        head_weight: name of the output projection's weight; not in the plan if embeddings are tied.
         modules: paths of modules that have a parameter called `weight` or `bias`.
     """
 
@@ -83,16 +82,17 @@ class Anatomy:
 
 
 def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
-    """Divide a model's tensors among submodules, which are returned in the order of a forward pass.
+    """Divide a model's tensors among submodules; returns these in the order of a forward pass.
 
     Args:
         tensors: names of all tensors of mergekit's plan.
         anatomy: the model's structure.
         granularity: "model", "layer", "attn_mlp", "head_mlp" or "linear".
-        tied: the output projection is the embedding table; a copy of it among the tensors goes to `embed`.
+        tied: whether the output projection is the embedding table. A copy of the table in `tensors` then goes to
+            `embed`.
 
     Raises:
-        ModelError: a tensor belongs to no submodule by the rules above.
+        ModelError: a tensor belongs to no submodule.
     """
     names = list(tensors)
     if granularity == "model":
@@ -137,7 +137,7 @@ def _whole_layer(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[S
 
 
 def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """Attention and MLP with their norms. A norm that feeds both blocks comes first, as a submodule of its own."""
+    """Attention and MLP with their norms. A norm that feeds both blocks is a submodule of its own, and comes first."""
     arch, prefix = anatomy.arch, _path(index, anatomy) + "."
     norms = dict(arch.norms)
     modules = {name[len(prefix) :].partition(".")[0] for name in tensors}
@@ -163,7 +163,7 @@ def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submod
 def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
     """As `_blocks`, with the attention block divided by key/value group.
 
-    The tensors that cannot be divided stay in a submodule with the block's name.
+    Tensors that cannot be divided stay in a submodule with the block's name.
     """
     result = []
     for block in _blocks(index, tensors, anatomy):
@@ -182,16 +182,16 @@ def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodu
 
 
 def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: HeadLayout, group: int) -> list[Slice]:
-    """The parts of an attention block's tensors that belong to one key/value group.
+    """The slices of an attention block's tensors that belong to one key/value group.
 
-    These are the rows that make its queries, keys and values, and the columns of the output that read them; rows and
-    columns change places where the architecture stores weights as [in, out].
+    These are the rows of the input projections for its queries, keys and values, and the columns of the output
+    projection for its heads. Rows and columns are swapped if the architecture stores weights as [in, out].
 
     Args:
-        path: the attention block.
-        tensors: names of its tensors; those it lacks (biases) get no slice.
-        arch, layout: how the heads are stored, and their sizes.
-        group: number of the key/value group.
+        path: path of the attention block.
+        tensors: names of its tensors; a tensor that is not among them (a bias) gets no slice.
+        arch, layout: the layout and the sizes of the heads.
+        group: number of the key/value group, from 0.
     """
     present, projections = set(tensors), arch.projections
     query, width = layout.queries * layout.width, layout.width
@@ -213,7 +213,7 @@ def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: H
 
 
 def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """Every module with a weight or bias by itself; the MLP's other tensors together, as the MLP block."""
+    """One submodule per module with a weight or bias; the MLP's other tensors are one submodule, the MLP block."""
     forward_group = _path(index, anatomy)
     owned: dict[str, list[str]] = {}
     mlp = _path(index, anatomy, anatomy.arch.mlp)
