@@ -1,7 +1,8 @@
-"""The objectives: one row for each, with its keys, defaults and granularities, and how a model card explains it.
+"""The table of objectives: each one's keys, defaults and granularities, and its explanation in model cards.
 
-Scope: what a recipe can say. How an objective gathers statistics and solves them is one file in the folder
-`objectives`, which `module` names and `objectives.registry` loads.
+Scope: the keys that a recipe may have. The code that gathers and solves statistics is in the folder `objectives`:
+`ObjectiveRow.module` names the file, and `objectives.registry` loads it. To add an objective, add a row here and that
+file.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class FeaturesSettings(ObjectiveSettings):
     """The keys of `objective: features`.
 
     Attributes:
-        inputs: whose features enter a submodule: the base's (the paper), or those of the submodules merged before it
-            (A.5.3).
+        inputs: features that are the inputs of a submodule: "base": those of the base (the paper); "merged": those of
+            the merged submodules before it (A.5.3).
     """
 
     measures_residuals = True
@@ -42,9 +43,9 @@ class JointSettings(ObjectiveSettings):
     """The keys of `objective: joint`.
 
     Attributes:
-        steps: Gauss-Newton steps at the merged model.
-        label_samples: label draws per row; 0 takes the row's own tokens.
-        fresh_rows: every step has rows of its own.
+        label_samples: labels sampled per position; 0 uses the row's own tokens.
+        steps: number of Gauss-Newton steps.
+        fresh_rows: whether every step has its own rows.
     """
 
     needs_answers = True
@@ -63,7 +64,7 @@ class JointSettings(ObjectiveSettings):
         return "steps" if self.steps else None
 
     def effective(self) -> dict[str, object]:
-        """With at most one step, every row is the step's own whatever `fresh_rows` says."""
+        """Without `fresh_rows` if it has no effect: there is only one group of rows."""
         values = self.model_dump()
         if self.row_groups == 1:
             del values["fresh_rows"]
@@ -89,13 +90,13 @@ class ObjectiveRow:
     """One objective.
 
     Attributes:
-        name: the value of the recipe's `objective`.
-        module: the file that gathers, solves and estimates costs.
-        settings: the keys of its own.
-        granularities: those that it can be used with.
-        defaults: shared keys whose default is another than that of `Settings`.
-        num_solves: from an alphas file's calibration settings, how many solves the weights took.
-        residual: how a model card explains the residuals.
+        name: value of the recipe's `objective`.
+        module: the module that defines its `OBJECTIVE` (gather, solve, estimate).
+        settings: its own keys.
+        granularities: the granularities that it supports.
+        defaults: shared key -> default, if it differs from that in `Settings`.
+        num_solves: calibration settings of an alphas file -> number of solves.
+        residual: explanation of the residuals in a model card.
     """
 
     name: str
@@ -112,18 +113,18 @@ OBJECTIVES: dict[str, ObjectiveRow] = {}
 
 
 def register_objective(row: ObjectiveRow) -> None:
-    """Make an objective known to recipes, under its name."""
+    """Add an objective to `OBJECTIVES`."""
     OBJECTIVES[row.name] = row
 
 
 def all_shared_keys() -> tuple[str, ...]:
-    """Shared keys of every objective."""
+    """The shared keys, including the own keys of every objective."""
     own = (key for row in OBJECTIVES.values() for key in row.settings.model_fields)
     return tuple(dict.fromkeys((*SHARED_KEYS, *own)))
 
 
 def owners_of(key: str) -> list[str]:
-    """Names of the objectives that have a key as their own."""
+    """Names of the objectives that have `key` as an own key."""
     return [row.name for row in OBJECTIVES.values() if key in row.settings.model_fields]
 
 
@@ -141,7 +142,7 @@ register_objective(
         name="joint",
         module="mergekit_slta.objectives.joint",
         settings=JointSettings,
-        # What is solved together gains from smaller submodules: see examples/reproduce. The ridge is chosen.
+        # A joint solve is better with smaller submodules: see examples/reproduce. The solve chooses the ridge.
         defaults={"granularity": "linear", "ridge": None},
         num_solves=lambda calibration: 1 + int(calibration.get("steps") or 0),
         residual="All were solved together. The residual is the share of the base's loss against the experts that "

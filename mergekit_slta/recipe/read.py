@@ -1,6 +1,6 @@
-"""Read a recipe: mergekit's YAML, validated for `submodule_linear` to the last key.
+"""Read a recipe in mergekit's YAML format, and validate every key for `submodule_linear`.
 
-Scope: what the recipe says, nothing about models or data. Every refusal here needs the recipe alone.
+Scope: checks that need only the recipe, not the models or the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mergekit_slta.recipe.recipe import Recipe, Task
 from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number
 
 _TOP_KEYS = (*MergeConfiguration.model_fields, "name")
-"""Keys beside `merge_method`; `name` is mergekit-multi's."""
+"""Top-level keys of a recipe; `name` is used by mergekit-multi."""
 _MODEL_KEYS = tuple(InputModelDefinition.model_fields)
 
 
@@ -65,11 +65,11 @@ def check_content(content: object, path: str | os.PathLike[str] | None = None) -
     """Refuse keys that mergekit would ignore, and keys without a value.
 
     Args:
-        content: the recipe's YAML, loaded.
+        content: the parsed YAML of the recipe.
         path: its file, for messages.
 
     Raises:
-        RecipeError: it is no mapping, a key is in the wrong place or unknown, or a key has no value.
+        RecipeError: it is not a mapping, or a key is unknown, in the wrong place, or without a value.
     """
     where = f"the recipe {show(path)}" if path is not None else "the recipe"
     if not isinstance(content, dict):
@@ -89,7 +89,7 @@ def check_content(content: object, path: str | os.PathLike[str] | None = None) -
 
 
 def _check_places(content: Mapping[Any, Any], entries: Sequence[Mapping[Any, Any]]) -> None:
-    """Refuse keys beside `merge_method`, or beside a model's `model`, that mergekit's own layout does not have."""
+    """Refuse keys at the top level, or in a model's entry, that mergekit does not know there."""
     for key in content:
         if key in all_shared_keys():
             _refuse_place(key, "beside `merge_method`", "under the top-level `parameters:`")
@@ -116,8 +116,8 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
     """Validate mergekit's configuration for this method.
 
     Raises:
-        RecipeError: another method, `slices` or `modules`, no base, no expert, an expert twice, an unknown key or
-            value, or a value that differs between tensors.
+        RecipeError: the recipe has another method, `slices` or `modules`, no base, no expert, an expert twice, an
+            unknown key or value, or a value that differs between tensors.
     """
     if config.merge_method != METHOD:
         raise RecipeError(
@@ -246,10 +246,10 @@ def _refuse_unknown(key: str, known: Sequence[str], where: str) -> None:
 
 
 def constant(key: str, setting: Any) -> Any:
-    """The one value of a mergekit setting.
+    """Get the value of a mergekit setting that must be the same for all tensors.
 
     Raises:
-        RecipeError: filters or gradients give different tensors different values, or leave some without one.
+        RecipeError: filters or gradients give tensors different values, or give some tensors none.
     """
     leaves = list(_leaves(setting))
     conditions = (
@@ -295,7 +295,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _absolute(model: ModelReference) -> ModelReference:
-    """Local paths made absolute: offline, mergekit's model card asks the Hub about a relative `a/b`."""
+    """Make a local path absolute. mergekit's model card looks up a relative `a/b` on the Hub, which fails offline."""
     changes = {}
     for part in ("model", "lora"):
         path = getattr(model, part)

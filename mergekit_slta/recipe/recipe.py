@@ -1,4 +1,4 @@
-"""A validated recipe: the base, the experts with their tasks, the settings, and the names of the models."""
+"""The type of a validated recipe: base, experts with their tasks, settings, and names of the models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Recipe(BaseModel):
         tasks: the experts in the recipe's order, base left out.
         settings: the shared keys.
         config: mergekit's own configuration, local model paths made absolute.
-        names: how the recipe spells base and experts; used in messages.
-        labels: the models' names in files: as the recipe spells them, local paths without `./` and trailing slashes.
+        names: model -> its name as written in the recipe; used in messages.
+        labels: model -> its name in files: as in the recipe, but local paths have no `./` and no trailing slash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     labels: dict[ModelReference, str]
 
     def label(self, model: ModelReference) -> str:
-        """A model's name in files."""
+        """A model's name in files (see `labels`)."""
         return self.labels[model]
 
     @property

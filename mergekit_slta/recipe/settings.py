@@ -1,7 +1,7 @@
 """The keys of a recipe: their names, types and defaults, and the method's name.
 
-Scope: pydantic models, nothing of mergekit's, so that registering the method costs no import. What an objective has as
-keys of its own is in `objectives.py`.
+Scope: pydantic models. mergekit is not imported, so that registering the method stays cheap. `objectives.py` has the
+own keys of each objective.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 def to_number(value: object) -> object:
-    """Read "1e-3" as a number, as YAML does not.
+    """Convert text to a number: YAML reads "1e-3" as text.
 
     Raises:
-        ValueError: the value is a boolean, which Python counts as a number, or text that is no number.
+        ValueError: the value is a boolean (a number in Python), or text that is not a number.
     """
     if isinstance(value, bool):
         raise ValueError("must be a number")
@@ -30,7 +30,7 @@ def to_number(value: object) -> object:
 
 
 def _to_count(value: object) -> object:
-    """Read a quoted whole number; the strict type behind it refuses fractions and booleans."""
+    """Convert a quoted whole number; the strict type `Count` then refuses fractions and booleans."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
@@ -39,7 +39,7 @@ Count = Annotated[int, BeforeValidator(_to_count), Field(strict=True)]
 
 
 class TaskSettings(BaseModel):
-    """The keys of one expert: where its task's calibration rows come from, and the task's share in the objective."""
+    """The keys of one expert: the calibration rows of its task, and the task's importance in the objective."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,12 +52,12 @@ class TaskSettings(BaseModel):
 
 
 class ObjectiveSettings(BaseModel):
-    """The keys that only one objective reads; each objective derives its own model from this one.
+    """Base class for the own keys of an objective: the keys that only this objective reads.
 
     Attributes:
-        needs_answers: whether the loss over a row's answer matters, so that rows mark where their answer begins.
-        uses_seed: whether `seed` matters once the rows are drawn.
-        measures_residuals: whether the residual that remains after the merge can be measured (`--verify`).
+        needs_answers: whether the objective uses the loss over a row's answer, so that rows must mark where it begins.
+        uses_seed: whether `seed` also affects the statistics of given rows.
+        measures_residuals: whether the residual after the merge can be measured (`--verify`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,39 +68,41 @@ class ObjectiveSettings(BaseModel):
 
     @property
     def row_groups(self) -> int:
-        """How many times `num_samples` rows of each task are drawn."""
+        """Number of groups of `num_samples` rows that are drawn for each task."""
         return 1
 
     @property
     def inputs_are_merged(self) -> bool:
-        """Whether a submodule sees the features of the submodules merged before it, in place of the base's."""
+        """Whether a submodule's inputs are the features of the merged submodules before it, and not the base's."""
         return False
 
     @property
     def solve_dependence(self) -> str | None:
-        """The key by which the statistics depend on earlier solves, so that new weights need a new calibration; None
-        where saved statistics can be solved again with another ridge, balance or importance."""
+        """The key that makes the statistics depend on earlier solves. New weights then need a new calibration.
+
+        None if saved statistics can be solved again with another ridge, balance or importance.
+        """
         return None
 
     def effective(self) -> dict[str, object]:
-        """The keys and values that move the weights."""
+        """The keys and values that affect the weights."""
         return self.model_dump()
 
     def check_shared(self, shared: Settings) -> None:
-        """Refuse shared values that do not go with this objective's.
+        """Check that the shared settings are compatible with these keys.
 
         Raises:
-            RecipeError: with the key, its value and the remedy.
+            RecipeError: two keys conflict.
         """
 
 
 class Settings(BaseModel):
-    """The keys shared by all models. `lambda` is left out: mergekit resolves it for every tensor at merge time.
+    """The keys shared by all models, except `lambda`, which mergekit resolves for each tensor at merge time.
 
     Attributes:
-        ridge: None where the solve chooses one.
-        own: the keys of the objective.
-        stated: the keys that the recipe states; the others have their defaults.
+        ridge: relative ridge; None if the solve chooses it.
+        own: the objective's own keys.
+        stated: the keys that the recipe states; all others have their defaults.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,4 +122,4 @@ class Settings(BaseModel):
 
 TASK_KEYS = tuple(TaskSettings.model_fields)
 SHARED_KEYS = (*(key for key in Settings.model_fields if key not in ("own", "stated")), "lambda")
-"""Keys that every objective reads; `objectives.all_shared_keys` has those of the objectives, too."""
+"""Keys that every objective reads; `objectives.all_shared_keys` also has the own keys of the objectives."""

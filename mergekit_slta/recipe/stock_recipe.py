@@ -1,8 +1,8 @@
-"""An alphas file as a stock mergekit recipe, which gives the same merge where this package is not installed.
+"""Export an alphas file as a stock mergekit recipe, which gives the same merge without this package.
 
-Scope: write `task_arithmetic` with a filter for every tensor, and refuse what filters cannot express. A filter is a
-substring and the first that matches wins, so each is a full tensor name, and longer names come first. mergekit's own
-resolver reads the result back as a check.
+Scope: write a `task_arithmetic` recipe with a filter for every tensor, and refuse alphas that filters cannot express.
+A filter is a substring, and the first one that matches wins. So each filter is a full tensor name, and longer names
+come first. As a check, the result is resolved with mergekit's own code.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def export(
             one.
 
     Returns:
-        The recipe's text; notes for the user, a line each; and the recipe that was used, if any.
+        The text of the stock recipe; notes for the user, one line each; the path of the original recipe that was used.
 
     Raises:
         AlphasError: the file cannot be read, or filters cannot express it.
-        RecipeError: the recipe is not the one of these alphas, or asks for what a stock recipe cannot do.
+        RecipeError: the recipe does not belong to these alphas, or has settings that a stock recipe cannot express.
     """
     alphas = Alphas.load(path)
     notes = []
@@ -80,7 +80,7 @@ def export(
 
 
 def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
-    """Arguments of `stock_recipe` that the recipe supplies."""
+    """Get the arguments of `stock_recipe` from the original recipe."""
     config, text = load_config(path)
     read = read_recipe(config)
     names = [read.names[model] for model in read.models]
@@ -103,7 +103,7 @@ def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
 
 
 def _check_without_recipe(alphas: Alphas) -> None:
-    """Refuse alphas whose recipe, which is not at hand, has settings that the stock recipe would need."""
+    """Refuse alphas without their recipe, if the identity shows that the stock recipe would need its settings."""
     dtype = alphas.identity.get("dtype", "None")
     _check_dtype(None if dtype == "None" else dtype)
     if alphas.identity.get("tokenizer", "None") != "None":
@@ -140,11 +140,11 @@ def stock_recipe(
     Args:
         alphas: the weights.
         scale: the recipe's `lambda`.
-        out_dtype: of the merged model; None leaves it at float32, which the merge is computed in.
-        extra: further top-level keys (tokenizer, chat template), copied as they are.
+        out_dtype: dtype of the merged model; None for float32, in which the merge is computed.
+        extra: further top-level keys (tokenizer, chat template), copied unchanged.
 
     Raises:
-        AlphasError: slices of a tensor have weights of their own, or mergekit resolves the filters otherwise.
+        AlphasError: slices of a tensor have different weights, or mergekit resolves the filters to other weights.
     """
     weights = _weights(alphas)
     names = filter_order(weights)
@@ -170,8 +170,8 @@ def stock_recipe(
 
 
 def _reachable(model: str) -> str:
-    """Make local folders absolute: mergekit's model card asks the Hub about a relative path, and offline that ends the
-    merge."""
+    """Make the path of a local folder absolute. mergekit's model card looks up a relative path on the Hub, which fails
+    offline."""
     return "+".join(os.path.realpath(part) if os.path.isdir(part) else part for part in model.split("+"))
 
 
@@ -193,7 +193,7 @@ def _weights(alphas: Alphas) -> dict[str, tuple[float, ...]]:
 
 
 def filter_order(names: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Sort tensor names so that none stands before one that contains it; equal lengths keep their order."""
+    """Sort tensor names so that no name comes before one that contains it; names of equal length keep their order."""
     return sorted(names, key=len, reverse=True)
 
 
@@ -212,7 +212,7 @@ def _check_filters(text: str, alphas: Alphas, weights: Mapping[str, Sequence[flo
 
 
 def weights_dtype(folder: Path) -> str | None:
-    """The one floating dtype of a folder's safetensors weights; None where there are none, or several dtypes."""
+    """The floating dtype of a folder's safetensors weights; None if there are no weights or several dtypes."""
     found = set()
     try:
         for path in sorted(folder.glob("model*.safetensors")):
@@ -224,7 +224,7 @@ def weights_dtype(folder: Path) -> str | None:
 
 
 def check_recipe_target(path: Path, sources: Sequence[Path | None]) -> None:
-    """Refuse to write a recipe over any other file, or over one that the export was made from.
+    """Check that a recipe may be written: it replaces only a recipe, and none of the export's sources.
 
     Raises:
         OutputError: see `check_overwrite`.
