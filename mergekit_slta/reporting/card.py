@@ -1,6 +1,6 @@
-"""The model card's section on a merge, as Markdown: what was merged, how, and which weights to doubt.
+"""Write the section about a merge for the model card, in Markdown.
 
-Scope: text from an alphas file. Names come from strangers' recipes, so each is shown as code on one line.
+Scope: makes text from an alphas file. Names may come from strangers' recipes, so each is shown as inline code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
 _SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
 _MOST_FLAGS = 20
-"""Submodules named for a flag; the others are counted."""
+"""At most this many submodules are named per flag; the others are counted."""
 _KINDS = {
     "model": "whole model",
     "layer": "decoder layers",
@@ -36,7 +36,7 @@ _MEANINGS = {
 
 
 def replace_section(card: str, section: str) -> str:
-    """Put the section in the place of an earlier one in the card, or at its end."""
+    """Replace the section in a card, or append it if there is none."""
     if _SECTION.search(card):
         return _SECTION.sub(lambda _: section, card, count=1)
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
@@ -46,9 +46,9 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
     """Write the section, with the two markers around it.
 
     Args:
-        alphas: what the model was merged with.
+        alphas: the alphas of the merge.
         figures: description and file name (beside the card) of each figure.
-        scale: the recipe's `lambda`, which multiplies every weight; None where it differs between tensors.
+        scale: the recipe's `lambda`, which multiplies every weight; None if it differs between tensors.
     """
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     parts = [
@@ -83,7 +83,7 @@ def _scaled(scale: float | None) -> str:
 
 
 def code(value: object) -> str:
-    """Show any text as inline code, on one line, also within a table."""
+    """Format any text as inline code on one line; safe inside a table."""
     text = show(value, 120).replace("`", "'").replace("|", "¦").strip()
     return f"`{text or ' '}`"
 
@@ -120,7 +120,7 @@ def _calibration(alphas: Alphas) -> str:
 
 
 def _objective(alphas: Alphas) -> ObjectiveRow | None:
-    """The row of the objective that the weights minimise; None for one that this installation lacks."""
+    """The row of the objective that the weights minimise; None if this installation does not know it."""
     return OBJECTIVES.get(str(alphas.calibration.get("objective")))
 
 
@@ -149,7 +149,7 @@ def _weights(alphas: Alphas, measured: bool) -> str:
 
 
 def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
-    """Submodules by kind and by third of the depth, in the order of a forward pass: labels and members."""
+    """Group submodules by kind and third of the depth, in the order of a forward pass: (label, members)."""
     num_layers = 1 + max((entry.layer for entry in alphas.submodules if entry.layer is not None), default=-1)
     groups: dict[tuple[int, str], list[SubmoduleAlphas]] = {}
     for entry in alphas.submodules:

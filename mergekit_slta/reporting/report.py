@@ -1,6 +1,6 @@
-"""Draws the figures of saved files, and writes the section on a merge into its model card.
+"""Draw the figures of saved files, and write the section about a merge into its model card.
 
-Scope: which files are there, and where the figures and the section are written.
+Scope: finding the input files, and writing figures and cards.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
 
     Args:
         target: an alphas, statistics or linearity file, or a folder that holds a merge.
-        folder: where the figures are written; beside the files by default. With it, no card is written.
+        folder: folder for the figures; None writes them beside the files. If it is given, no card is written.
 
     Returns:
         The files that were written.
 
     Raises:
         AlphasError: there is nothing to draw from, or a file is damaged.
-        OutputError: a figure or the card cannot be written, or the card's front matter is no YAML.
+        OutputError: a figure or the card cannot be written, or the card's front matter is not YAML.
     """
     if target.is_dir():
         written = _draw_folder(target, folder or target)
@@ -85,7 +85,7 @@ def _draw_folder(source: Path, folder: Path) -> list[Path]:
 
 
 def _write_section(out: Path) -> Path:
-    """Put the section into the card and the tag into its front matter; doing it again changes nothing."""
+    """Write the section into the card, and the tag into its front matter; calling it again changes nothing."""
     path = out / CARD_NAME
     check_overwrite(path, "model card", Path.is_file, remedy="put the model card in its place")
     alphas = Alphas.load(out / ALPHAS_NAME)
@@ -106,7 +106,7 @@ def _write_section(out: Path) -> Path:
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode("utf-8"))
-        if METHOD not in tags:  # else the front matter keeps the layout that others gave it
+        if METHOD not in tags:  # otherwise the front matter is not reformatted
             metadata_save(temporary, {**metadata, "tags": [*tags, METHOD]})
 
     write_atomically(path, write)
@@ -114,7 +114,7 @@ def _write_section(out: Path) -> Path:
 
 
 def _scale(out: Path) -> float | None:
-    """The `lambda` of the recipe beside the model: 1 without a recipe, None where it differs between tensors."""
+    """`lambda` of the recipe beside the model; 1 if there is no recipe, None if it differs between tensors."""
     recipe = out / MERGED_RECIPE_NAME
     if not recipe.is_file():
         return 1.0

@@ -1,4 +1,4 @@
-"""Plain text for the terminal: what a job will do and cost, and what a calibration or an analysis found."""
+"""Plain text for the terminal: the plan and costs of a job, and results of a calibration or an analysis."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from mergekit_slta.objectives.costs import Costs
 
 _SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
-"""Shared keys that `check` shows, beside those of the objective."""
+"""Shared keys that `check` shows, besides the objective's own keys."""
 _MOST_NAMES = 12
-"""Submodules named for a flag; the others are counted."""
+"""At most this many submodules are named per flag; the others are counted."""
 
 
 def describe_job(job: Job, costs: Costs) -> str:
-    """The plan of a job and its costs, for `check`."""
+    """Describe the plan of a job and its costs, for `check`."""
     recipe, settings = job.recipe, job.recipe.settings
     lines = [
         f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
@@ -60,13 +60,13 @@ def describe_job(job: Job, costs: Costs) -> str:
 
 
 def _libraries() -> int:
-    """Anonymous bytes of this process: it has loaded the libraries that a calibration loads, and no weights."""
+    """Anonymous memory of this process in bytes. It has loaded a calibration's libraries, and no weights."""
     memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))  # where the system can tell them apart, without mapped files
+    return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, if the system reports them
 
 
 def describe_alphas(alphas: Alphas) -> str:
-    """Mean alphas by kind of submodule and expert, and every flag."""
+    """Describe alphas: the mean by kind of submodule and expert, and all flags."""
     kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
     header = ["submodules", "n", *alphas.models, "residual"]
     rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
@@ -91,7 +91,7 @@ def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
 
 
 def describe_linearity(linearity: Linearity) -> str:
-    """The measures of every level, as in the paper's Fig. 1 to 4. In every column 0 is linear."""
+    """Describe the measures of every level, as in the paper's Fig. 1 to 4. In every column 0 means linear."""
     header = ["level", "n", "non-linearity score", "projection distance", "1 - cosine", "(of the experts)",
               "disentanglement error"]  # fmt: skip
     rows = []
@@ -116,7 +116,7 @@ def _mean_std(mean_std: MeanStd | None) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text: the first column is aligned left, the others right."""
+    """Format a plain-text table; the first column is left-aligned, the others right-aligned."""
     cells = [[show(cell, 48) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(

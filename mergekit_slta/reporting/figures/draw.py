@@ -1,6 +1,6 @@
-"""Draws all figures that a saved file allows, and writes them.
+"""Draw and write all figures of a saved file.
 
-Scope: which figures there are. matplotlib is imported when something is drawn, not before.
+Scope: the list of figures. matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def draw(source: Alphas | Linearity, folder: Path, prefix: str = FIGURE_PREFIX) -> list[Path]:
-    """Draw all figures that a file allows, each as PNG and SVG.
+    """Draw all figures of a file, each as PNG and SVG.
 
     An alphas file gives `alphas` (the paper's Fig. 5) and `residuals`. A linearity file gives `levels` (Fig. 1-4),
     `distances` (Fig. 6) and, for two experts or more, `disentanglement`.
 
     Args:
         source: the content of a file.
-        folder: where the figures are written, as `{prefix}_{figure}.png` and `.svg`; files of these names are replaced.
-        prefix: first part of the files' names.
+        folder: the figures are written there as `{prefix}_{figure}.png` and `.svg`; existing files are replaced.
+        prefix: first part of the file names.
 
     Returns:
         The paths written.

@@ -1,6 +1,6 @@
 """Heat maps of a linearity file: distances between interpolated models (the paper's Fig. 6), and disentanglement.
 
-Scope: matrices as colours, with one scale for each measure. Zero is dark; a cell without a measurement is grey.
+Scope: figures of matrices, with one colour scale per measure. Zero is dark; a cell without a value is grey.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 MOST_EXPERTS = 4
 MOST_PAIRS = 3
-"""Rows of a figure; the others are left out, and the figure says so."""
+"""At most this many pairs are drawn, one per row; the figure says if there are more."""
 Matrix = list[list[float]]
 """Rows from bottom to top; NaN where nothing was measured."""
 
 
 def distances_figure(linearity: Linearity) -> Figure | None:
-    """Draw distances between the outputs of models between base and expert, beside those of a linear one.
+    """Draw distances between outputs of models interpolated between base and expert, beside those of a linear model.
 
     Returns:
         The figure; None for a file without distances.
@@ -65,7 +65,7 @@ def distances_figure(linearity: Linearity) -> Figure | None:
 
 
 def _examples(entries: Sequence[SubmoduleLinearity]) -> dict[str, SubmoduleLinearity]:
-    """title -> the whole model, the middle layer and its MLP block, as far as they were measured."""
+    """title -> measures of the whole model, the middle layer and its MLP block, if they exist."""
     layers = [entry.layer for entry in entries if entry.layer is not None]
     middle = (max(layers) + 1) // 2 if layers else None
     titles = {
@@ -144,7 +144,7 @@ def _matrix(rows: Sequence[Vector]) -> Matrix:
 
 
 def _mean(rows: Sequence[Vector]) -> Matrix:
-    """The mean over submodules of each cell that was measured; the second expert's weight increases from row to row."""
+    """Mean of each cell over the submodules that have it; the second expert's weight increases from row to row."""
     means = []
     for values in zip(*rows, strict=True):
         found = [value for value in values if value is not None]

@@ -1,7 +1,7 @@
-"""How linear models, layers and blocks are, from a linearity file: the paper's Fig. 1 to 4.
+"""Draw the linearity of models, layers and blocks from a linearity file (the paper's Fig. 1 to 4).
 
-Scope: one panel for each measure and one row for each level, with the mean as a point, the standard deviation as a bar,
-and both numbers beside them.
+Scope: one panel per measure, one row per level. The mean is a point, the standard deviation a bar, with both numbers
+beside them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LEVELS = {
 }
 """kind of submodule -> name of its level, in the order of drawing."""
 _LONGEST = 10**5
-"""Largest ratio of the ends of a logarithmic axis."""
+"""Maximum ratio between the ends of a logarithmic axis."""
 _FAR_APART = 10.0
-"""Means that differ by more than this factor are drawn on a logarithmic axis."""
+"""If means differ by more than this factor, the axis is logarithmic."""
 _LINE, _GAP = 0.17, 0.12
 """Height of a series within a row, and of the gap between rows, in inches."""
 
@@ -127,7 +127,7 @@ def _draw(axis: Axes, levels: dict[str, Level], series: Sequence[_Series]) -> No
     if logarithmic:
         edge = max(
             min(positive) / 4, max(positive) / _LONGEST
-        )  # embeddings are a table look-up: their score is rounding
+        )  # embeddings are a table look-up, so their score is only rounding
         axis.set_xscale("log")
         axis.set_xlim(
             edge, 2.5 * max(mean_std.mean + mean_std.std for *_, mean_std in measures if mean_std is not None)

@@ -1,8 +1,8 @@
 """Figures over the depth of a model, from an alphas file: merging weights (the paper's Fig. 5) and residuals.
 
 Scope: one panel for each kind of submodule, with the decoder layers from left to right and the submodules before and
-after them at the ends. Where a layer has several submodules of a kind (heads, matrices), the panel shows their mean and
-range. Flags are marked above the number that they make doubtful. A file without layers is drawn as a list of numbers.
+after them at the ends. If a layer has several submodules of a kind (heads, matrices), the panel shows their mean and
+range. A flag is marked above the value that it concerns. A file without layers is drawn as a list of numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 5
-"""More experts than this are drawn in panels of their own."""
+"""With more experts than this, each expert gets its own panel."""
 _DASHES = (0, (6, 3))
 _MARK_INCHES = 0.12
 """Height of a row of flags above a panel."""
@@ -60,7 +60,7 @@ def alphas_figure(alphas: Alphas) -> Figure:
 
 
 def residuals_figure(alphas: Alphas) -> Figure:
-    """Draw the residual of every submodule: as linearity predicts it and, where it was measured, as measured."""
+    """Draw the residual of every submodule: predicted from linearity and, if available, measured."""
     series = [Series("predicted by linearity", Look.of(0), lambda entry: entry.residual)]
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     if measured:
@@ -100,9 +100,9 @@ def _draw(
         title, notes: the heading.
         unit: label of the vertical axis.
         series: the lines.
-        usual: the smallest span that the axis is cut by; see `value_range`.
-        reference: a value to compare with, and its name.
-        floor: where the axis begins; near the lowest value by default.
+        usual: smallest span for cutting the axis; see `value_range`.
+        reference: a value to compare with, and its label.
+        floor: start of the axis; None for a value near the lowest one.
     """
     if all(entry.layer is None for entry in alphas.submodules):
         return _list(alphas, title, notes, unit, series, reference)
@@ -141,7 +141,7 @@ def _draw(
 def _draw_panel(
     axis: Axes, entries: Sequence[SubmoduleAlphas], series: Sequence[Series], depth: Depth, limits: tuple[float, float]
 ) -> bool:
-    """Draw a panel's lines; returns whether any layer has several submodules in it."""
+    """Draw a panel's lines; returns whether a layer has several submodules in this panel."""
     inside = at_depth(depth, [entry for entry in entries if entry.layer is not None])
     outside = at_depth(depth, [entry for entry in entries if entry.layer is None])
     several = any(len(members) > 1 for members in inside.values())
@@ -184,7 +184,7 @@ def _draw_line(
 def _draw_marks(
     axis: Axes, entries: Sequence[SubmoduleAlphas], depth: Depth, present: Sequence[str], step: float
 ) -> None:
-    """Draw a row of marks for each flag above the panel, and a faint line down to the number that it is about."""
+    """Draw a row of marks per flag above the panel, and a faint line from each mark down to its value."""
     for row, flag in enumerate(present):
         flagged = list(at_depth(depth, [entry for entry in entries if flag in entry.flags]))
         for place in flagged:
@@ -201,7 +201,7 @@ def _mark(flag: str) -> dict[str, Any]:
 
 
 def _handles(alphas: Alphas, series: Sequence[Series], reference: tuple[float, str] | None, beyond: bool) -> list[Any]:
-    """Entries of the legend, for the marks that occur in the figure."""
+    """Legend entries for the marks that occur in the figure."""
     from matplotlib.lines import Line2D
 
     marks: list[dict[str, Any]] = [
@@ -226,7 +226,7 @@ def _list(
     series: Sequence[Series],
     reference: tuple[float, str] | None,
 ) -> Figure:
-    """Draw a row for each series of each submodule, with its number beside it."""
+    """Draw one row per submodule and series, with the number beside it."""
     rows = [(entry, one) for entry in alphas.submodules for one in series]
     if flags := sorted({flag for entry in alphas.submodules for flag in entry.flags}):
         notes += f" Flagged: {escape(', '.join(flags).replace('_', ' '))}."

@@ -1,6 +1,6 @@
-"""Which submodule of an alphas file is in which panel, and which ranges the axes show.
+"""Assign the submodules of an alphas file to panels, and choose the ranges of the axes.
 
-Scope: everything that `over_depth` decides before it draws.
+Scope: the layout of the figures that `over_depth` draws.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Series:
     Attributes:
         label: for the legend.
         look: how it is drawn.
-        value: of a submodule; None where there is none.
-        error: half the height of the error bar.
-        zero: whether the value is 0 because the expert is unchanged there, and not by measurement.
+        value: submodule -> value, or None.
+        error: submodule -> half the height of the error bar.
+        zero: submodule -> whether the value is 0 only because the expert is unchanged there.
     """
 
     label: str
@@ -49,12 +49,12 @@ class Series:
     zero: Callable[[SubmoduleAlphas], bool] = lambda entry: False
 
     def measured(self, entry: SubmoduleAlphas) -> float | None:
-        """The value; None where it is 0 because the expert is unchanged."""
+        """The value; None if it is 0 only because the expert is unchanged."""
         return None if self.zero(entry) else self.value(entry)
 
 
 def panels_of(alphas: Alphas) -> dict[str, list[SubmoduleAlphas]]:
-    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are in every panel, at its ends."""
+    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are in every panel, at the ends."""
     found: dict[str, list[SubmoduleAlphas]] = {}
     for entry in alphas.submodules:
         if not _is_end(entry):
@@ -91,10 +91,10 @@ def value_range(
     reference: tuple[float, str] | None,
     floor: float | None,
 ) -> tuple[tuple[float, float], bool]:
-    """The range of the vertical axis, and whether numbers lie outside it.
+    """Choose the range of the vertical axis; also returns whether values lie outside it.
 
-    A few extreme numbers (of ill-conditioned solves) must not flatten all others. With 20 numbers or more, the axis
-    ends two spans beyond their middle 90 per cent, where a span is the width of that middle or, if larger, `usual`.
+    A few extreme values (of ill-conditioned solves) must not flatten all others. With 20 values or more, the axis ends
+    two spans beyond the middle 90 per cent of the values. A span is the width of that middle, but at least `usual`.
     """
     found = [(value, one.error(entry)) for entry in alphas.submodules for one in series
              if (value := one.measured(entry)) is not None] or [(0.0, 0.0)]  # fmt: skip
@@ -119,7 +119,7 @@ class Depth:
 
     Attributes:
         layers: number of decoder layers.
-        ends: name of a submodule outside the layers -> its place.
+        ends: name of a submodule outside the layers -> its position on the axis.
     """
 
     layers: int
@@ -127,7 +127,7 @@ class Depth:
 
     @classmethod
     def of(cls, alphas: Alphas) -> Depth:
-        """Place the submodules outside the layers in the order of the file, before and after the layers."""
+        """Make the axis of a file; submodules outside the layers keep the file's order, before and after the layers."""
         numbers = [entry.layer for entry in alphas.submodules]
         layers = max(number for number in numbers if number is not None) + 1
         first = next(place for place, number in enumerate(numbers) if number is not None)
@@ -141,7 +141,7 @@ class Depth:
         return self.ends[entry.name] if entry.layer is None else float(entry.layer)
 
     def dress(self, axis: Axes, *, labels: bool) -> None:
-        """Set ticks at layers and ends, and shade the ends, which are not of the panel's kind."""
+        """Set ticks at layers and ends, and shade the ends, because they are of another kind than the panel."""
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, self.layers) if self.layers / step <= 10)
         ticks = {float(layer): str(layer) for layer in range(0, self.layers, step)}
         ticks |= {place: short_name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}

@@ -1,9 +1,9 @@
-"""What all figures share: sizes and colours, how names are shown, and how figures are saved.
+"""Common style of all figures: sizes, colours, names; and saving figures.
 
-Scope: nothing about the files that are drawn. A figure is 7 inches wide, which a model card shows with 700 pixels; one
-point of type is 1.4 pixels there. The background is white, so that figures can be read in print and on a dark page.
-Colours are Okabe and Ito's, each with a marker and a line style of its own. Heat maps use cividis, whose lightness
-rises evenly. Both can be read by colour-blind people and after black-and-white printing.
+Scope: independent of the files that are drawn. A figure is 7 inches wide; a model card shows it 700 pixels wide, so one
+point of type is 1.4 pixels. The background is white, which is readable in print and on a dark page. Colours are those
+of Okabe and Ito, each with its own marker and line style. Heat maps use cividis, whose lightness increases evenly. Both
+are readable for colour-blind people and in black-and-white print.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = {
     "png": {"Software": None},
     "svg": {"Date": None},
 }
-"""format -> metadata to leave out, because it would differ from run to run."""
+"""format -> metadata to leave out, because it differs between runs."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -64,12 +64,12 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, place: int) -> Look:
-        """The look of series number `place`, from 0; the first ten all differ."""
+        """The look of series number `place`, from 0. The first ten looks are different."""
         marker, line = MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
         return cls(COLORS[place % len(COLORS)], marker, line, place >= len(COLORS))
 
     def style(self, size: float = 4.5) -> dict[str, Any]:
-        """Keyword arguments for a line of matplotlib, without a line style; `size` is the marker's, in points."""
+        """Keyword arguments for a matplotlib line, without the line style; `size` is the marker size in points."""
         face = "white" if self.hollow else self.color
         return {"color": self.color, "marker": self.marker, "markersize": size, "markerfacecolor": face}
 
@@ -80,8 +80,7 @@ def short_name(model: object, longest: int = 32) -> str:
 
 
 def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
-    """As `short_name`, with as many parts of the paths as are needed to tell the models apart (`run1/final`,
-    `run2/final`)."""
+    """As `short_name`, but with enough parts of the paths to make the names different (`run1/final`, `run2/final`)."""
     paths = [[part for part in re.split(r"[/\\]", show(model, 4096)) if part] or [show(model)] for model in models]
     for depth in range(1, max(map(len, paths)) + 1):
         ends = ["/".join(path[-depth:]) for path in paths]
@@ -92,14 +91,14 @@ def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
 
 
 def escape(text: object, longest: int = 200) -> str:
-    """Make any text safe for matplotlib, which reads `$...$` as a formula and drops labels like `_x` from legends."""
+    """Escape text for matplotlib, which reads `$...$` as a formula and omits labels like `_x` from legends."""
     shown = show(text, longest).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw with the settings of this file and matplotlib's own fonts, whatever the user's `matplotlibrc` says."""
+    """Use the settings of this file and matplotlib's own fonts; the user's `matplotlibrc` is ignored."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -109,7 +108,7 @@ def figure_style() -> Iterator[None]:
 
 
 class Sheet(NamedTuple):
-    """A figure laid out in inches, like its type: a panel has the same size and place however many there are.
+    """A figure laid out in inches, so that the size of a panel does not depend on the number of panels.
 
     Attributes:
         figure: the figure, with its heading.
@@ -137,7 +136,7 @@ class Sheet(NamedTuple):
         return self.figure.add_axes((left / WIDTH, (self.height - top - height) / total, width / WIDTH, height / total))
 
     def label(self, text: str, height: float) -> None:
-        """Write the label of the vertical axis that the panels in the uppermost `height` inches share."""
+        """Write the common label of the vertical axes of the panels in the top `height` inches."""
         place = (self.height - height / 2) / self.figure.get_figheight()
         self.figure.text(0.012, place, text, rotation="vertical", va="center")
 
@@ -148,10 +147,10 @@ def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
     The same figure gives the same bytes.
 
     Returns:
-        The paths; none where `make` returns no figure.
+        The written paths; empty if `make` returns no figure.
 
     Raises:
-        OutputError: it cannot be written, or not in the format of a suffix.
+        OutputError: a file cannot be written, or the format of its suffix is not supported.
     """
     formats = [path.suffix.lstrip(".").lower() or "png" for path in paths]
     for path, form in zip(paths, formats, strict=True):
@@ -167,6 +166,6 @@ def save_figure(make: Callable[[], Figure | None], *paths: Path) -> list[Path]:
 
 
 def clean_axes(axis: Axes, grid: str = "y") -> None:
-    """Draw a faint grid along `grid`, and take the upper and right frame away."""
+    """Draw a faint grid along the axis `grid`, and remove the top and right frame."""
     axis.grid(axis=grid, color=FAINT, linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
