@@ -38,7 +38,7 @@ def is_verified(alphas: Alphas) -> bool:
 
 @torch.inference_mode()
 def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
-    """Measure the residual of every submodule, and flag it where it differs from the predicted one.
+    """Measure the residual of every submodule, and flag it if it differs from the predicted one.
 
     Args:
         job: the recipe, prepared, with rows.
