@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a text. The loss counts from position `start` on, where the answer begins."""
+    """Token ids of a text. The answer begins at position `start`; only its tokens have a loss."""
 
     ids: tuple[int, ...]
     start: int

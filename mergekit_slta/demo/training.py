@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARD_SIZE = "500KB"
 """Small, so that every checkpoint has several shards, as large models have."""
 NO_LOSS = -100
-"""The label that the losses of transformers leave out."""
+"""Label that transformers' losses ignore."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -78,7 +78,7 @@ def train(
 
 
 def padded(rows: Sequence[data.Encoded]) -> tuple[Any, Any]:
-    """(ids, labels), both [rows, longest] int64, padded on the right, where causal attention needs no mask."""
+    """(ids, labels), both [rows, longest] int64; padded on the right, so that causal attention needs no mask."""
     import torch
 
     longest = max(len(row.ids) for row in rows)
