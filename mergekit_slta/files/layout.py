@@ -36,7 +36,7 @@ class LayoutSubmodule(BaseModel):
 
 
 class LayoutTask(BaseModel):
-    """The calibration rows of one expert; `tokens` and `sha256` are None where only some of the rows were solved."""
+    """The calibration rows of one expert; `tokens` and `sha256` are None if only some of the rows were solved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

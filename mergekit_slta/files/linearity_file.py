@@ -45,7 +45,7 @@ class MeanStd(BaseModel):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> MeanStd | None:
-        """Mean and standard deviation of the values that are not None; None where there are none."""
+        """Mean and standard deviation of the values that are not None; None if all are None."""
         found = [value for value in values if value is not None]
         return cls(mean=_rounded(statistics.fmean(found)), std=_rounded(statistics.pstdev(found))) if found else None
 
