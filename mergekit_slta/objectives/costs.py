@@ -1,6 +1,6 @@
-"""What a calibration will cost, predicted from headers and rows alone.
+"""Estimate the costs of a calibration, from headers and rows only.
 
-Floating point operations and bytes are exact counts. Memory is a sum of named parts, times one margin.
+Floating point operations and bytes are exact counts. Memory is a sum of named parts, times a margin.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.activations import activation_bytes
 
 MEMORY_MARGIN = 1.5
-"""Peak memory over the sum of its parts: the allocator keeps freed blocks for the next tensors of their size."""
+"""Ratio of peak memory to the sum of its parts. The allocator keeps freed blocks for later tensors of the same size."""
 SOLVE_MATRICES = 5
-"""Matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
+"""Number of matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
 _DERIVATIVE_COPIES = 6
-"""Copies of all derivatives that rebasing, joining and solving them holds at a time."""
+"""Number of copies of all derivatives in memory while they are rebased, joined and solved."""
 _SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
-"""granularity -> the one whose forward groups hold the same tensors at a time."""
+"""granularity -> the granularity whose forward groups hold the same tensors."""
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of dtypes in safetensors headers."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Predictions for a calibration and its merge.
+    """Estimated costs of a calibration and its merge.
 
     Attributes:
         flops: floating point operations of the calibration.
         read_bytes: bytes of checkpoints that the calibration reads.
-        memory: part -> bytes in use at the moment of the peak, without the libraries.
+        memory: part -> bytes in use at the peak, without the libraries.
         largest_bytes: the largest single allocation.
         written_bytes: bytes of the merged model.
         scratch_bytes: bytes of activations on disk during the calibration.
@@ -59,7 +59,7 @@ class Costs:
 
 
 class _Sizes:
-    """Counts that both estimates share."""
+    """Sizes that both estimates use."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -76,7 +76,7 @@ class _Sizes:
 
     @cached_property
     def layers(self) -> list[int]:
-        """Parameters of every decoder layer."""
+        """Number of parameters of every decoder layer."""
         prefix = self.job.skeleton.layers_path + "."
         sizes = [0] * self.job.skeleton.num_layers
         for name, size in self.parameters.items():
@@ -85,8 +85,10 @@ class _Sizes:
         return sizes
 
     def copies(self, name: str) -> int:
-        """In how many models a tensor is cast or moved to a device, which takes memory of its own; elsewhere the mapped
-        file is used."""
+        """Number of models in which a tensor is cast or moved to a device, which needs extra memory.
+
+        In the other models the memory-mapped file is used.
+        """
         job = self.job
         if job.device.type != "cpu":
             return self.models
@@ -106,14 +108,14 @@ class _Sizes:
 
 
 def estimate_features(job: Job) -> Costs:
-    """Costs of the forward pass behind `objective: features`: (T+1) x tokens x 2 x parameters, every byte read once.
+    """Estimate `objective: features`: (T + 1) x tokens x 2 x parameters operations; every byte is read once.
 
-    The peak is in the layer, the head or the embeddings: a forward group's weights of every model with the features of
-    a pack of batches, or a part of the vocabulary with its logits.
+    Memory peaks in a layer (weights of a forward group of every model, and features of a pack), in the head (a part of
+    the vocabulary, and its logits) or in the embeddings.
     """
     sizes = _Sizes(job)
     models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
-    group_bytes: dict[str, int] = {}  # that are not mapped files
+    group_bytes: dict[str, int] = {}  # without memory-mapped files
     in_layers = 0
     granularity = job.recipe.settings.granularity
     for submodule in partition(job.plan.tensors, job.skeleton.anatomy, _SAME_GROUPS[granularity]):
@@ -123,9 +125,9 @@ def estimate_features(job: Job) -> Costs:
             group_bytes[submodule.forward_group] = group_bytes.get(submodule.forward_group, 0) + copied
     head_size = sizes.parameters[sizes.head]
     tokens = min(max(job.num_tokens, 1), max(BATCH_TOKENS, longest))
-    if granularity == "linear":  # row by row
+    if granularity == "linear":  # batches hold one row
         tokens = longest
-    part = min(head_size // width, max(1, HEAD_ELEMENTS // tokens))  # rows of the vocabulary at a time
+    part = min(head_size // width, max(1, HEAD_ELEMENTS // tokens))  # vocabulary entries at a time
     used = len({token for drawn in job.rows if drawn is not None for row in drawn.rows for token in row.ids})
     moments = (
         {
@@ -154,12 +156,13 @@ def estimate_features(job: Job) -> Costs:
 
 
 def estimate_gradients(job: Job) -> Costs:
-    """Costs of the passes behind `objective: joint`.
+    """Estimate `objective: joint`.
 
-    Every row runs forward, and back with the forward repeated, through its own expert; with steps also forward through
-    the base, and in each step through the merged model as through the expert, with one derivative more. Where every
-    step has rows of its own, each row is part of one step, and those of later steps run forward through their experts
-    once more. The activations of all layers are on disk, those of one pass at a time.
+    A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. The first group of
+    rows makes a full pass through its experts. With steps, every row also makes a forward pass through the base, and in
+    each of its steps a full pass through the merged model, with one more derivative. If every step has its own rows, a
+    row takes part in one step only, and rows of later steps make only a forward pass through their experts. The
+    activations of all layers are on disk, for one pass at a time.
     """
     settings, sizes = job.recipe.settings.own, _Sizes(job)
     assert isinstance(settings, JointSettings)
@@ -174,7 +177,7 @@ def estimate_gradients(job: Job) -> Costs:
     tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
     tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
     head_size = sizes.parameters[sizes.head]
-    logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of a part of it
+    logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of some of its positions
     num_rows = sum(len(rows.rows) for rows in drawn)
     moments = (
         {
@@ -183,7 +186,7 @@ def estimate_gradients(job: Job) -> Costs:
         },
         {
             "output projections": head_size * item * ((sizes.copies(sizes.head) > 0) + (steps > 0)),
-            # The teacher's beside the model's own; the gradients twice.
+            # With steps, also the teacher's logits. The gradients are held twice.
             "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
         },
         {

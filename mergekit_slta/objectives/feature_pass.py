@@ -1,6 +1,6 @@
-"""The forward pass behind `objective: features`: Gram matrices of every submodule (Eq. 14) for every calibration row.
+"""Gather the statistics of `objective: features`: Gram matrices per submodule and calibration row (Eq. 14).
 
-Scope: in one process or several, from the start or from where a killed run stopped.
+Scope: one forward pass over the rows, in one process or several; resumes a killed run.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 @torch.inference_mode()
 def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
-    """Feed all rows through the base and evaluate every expert's submodules on the base's inputs.
+    """Run all rows through the base (or merged submodules), and evaluate every expert's submodules on these inputs.
 
     Args:
         job: the recipe, prepared.
-        resume: forward groups that an earlier run has finished, and where this one keeps its own; None keeps none.
-        ranks: processes that share the rows; each gets the matrices of all.
+        resume: the finished forward groups of an earlier run; this run adds to them. None stores nothing.
+        ranks: the processes that share the rows; each process gets all matrices.
 
     Returns:
         Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order.
 
     Raises:
         DataError: an expert without rows.
-        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
+        ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
     """
     examples = job.examples()
     row_task = torch.tensor([example.task for example in examples], dtype=torch.int64, device="cpu")
@@ -51,7 +51,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
     finished = _load_finished(statistics, by_group, resume, ranks)
 
     def finish(group: str) -> None:
-        """Sum a group's matrices over the processes once all rows have passed it, and keep them."""
+        """Sum a group's matrices over all processes, and store them; called after the group's last evaluation."""
         if group in finished:
             return
         finished.add(group)
@@ -61,12 +61,13 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
         if resume is not None and ranks.is_first:
             resume.put(group, {name: statistics.by_submodule[name] for name in by_group[group]})
 
-    # Single matrices take rows one by one: see `runner.layers.evaluate_matrices`.
+    # Single matrices need batches of one row: see `runner.layers.evaluate_matrices`.
     limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
     planned = plan_batches([example.row.ids for example in examples], limit)
     packs = plan_packs(planned, limit)
     sizes = [sum(sum(planned[number].lengths) for number in pack) for pack in packs]
-    own = [packs[place] for place in ranks.share(sizes)]  # whole packs: no product depends on the number of processes
+    # Packs are not split, so products do not depend on the number of processes.
+    own = [packs[place] for place in ranks.share(sizes)]
     whole_models = job.recipe.settings.granularity == "model"
     merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.own.inputs_are_merged else None
     state = ForwardState(
@@ -98,7 +99,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
 
 
 def _renumber(packs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same packs, with their batches numbered from 0."""
+    """Number the batches of the packs from 0."""
     places = iter(range(sum(len(pack) for pack in packs)))
     return [[next(places) for _ in pack] for pack in packs]
 
@@ -136,11 +137,13 @@ def _accumulate(statistics: Statistics, state: ForwardState, evaluation: Evaluat
 
 
 def _merge_as_solved(job: Job, statistics: Statistics, finish: Callable[[str], None]) -> MergeGroup:
-    """For `inputs: merged` (A.5.3): solve each forward group, and let the rows move on through its merged submodules.
+    """For `inputs: merged` (A.5.3): solve each forward group, and compute the next features with its merged tensors.
 
-    `lambda` acts at merge time and is taken as 1 here. A tied table moves the rows by the embedding's objective alone,
-    since the head's is not known yet; the file's alpha is solved for both. Heads of one attention block, and matrices
-    of one layer, see what the base makes of the merged features before that block or layer."""
+    `lambda` applies at merge time; here it is 1. For the next features, a tied table is merged with the alpha of the
+    objective `embed` only, because the statistics of `head` do not exist yet; the alpha in the file is solved for both.
+    Inside an attention block divided into heads, or a layer divided into matrices, the base's tensors compute the
+    inputs, from the merged features before that block or layer.
+    """
     layout = layout_of(job)
     by_name = {submodule.name: submodule for submodule in layout.submodules}
 

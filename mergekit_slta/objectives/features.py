@@ -1,4 +1,4 @@
-"""`objective: features`, the paper's: keep what every expert changes of the features of its own task (Eq. 11, 33)."""
+"""`objective: features`, the paper's: keep each expert's features on the rows of its own task (Eq. 11, 33)."""
 
 from __future__ import annotations
 

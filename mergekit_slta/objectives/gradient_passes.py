@@ -1,8 +1,8 @@
-"""The passes behind `objective: joint`: one through the experts, then one through the merged model for every step.
+"""Gather the statistics of `objective: joint`: a pass through the experts, then one through a merged model per step.
 
-Scope: which passes there are, and what each starts from. One pass is `runner.backward`, one solve `objectives.joint`.
-The statistics are the derivatives of the last pass, since those before it only led to the model that it runs through.
-Where every step has rows of its own, the derivatives of earlier rows are kept, too, and rebased to the last model.
+Scope: the sequence of passes. `runner.backward` computes a pass, `objectives.solving` the alphas of the next model.
+The statistics are the derivatives of the last pass; earlier passes are only needed to get the model of the last one.
+If every step has its own rows, the derivatives of earlier rows are kept, too, and rebased to the last model.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 ACTIVATIONS_IN_MEMORY = 2**28
-"""Bytes of activations that a pass without a resume store keeps in memory; more go to a temporary file."""
+"""Without a resume store, activations up to this size in bytes stay in memory; larger ones go to a temporary file."""
 NEW_ROWS_TOLERANCE = 1.25
-"""A step on new rows is suspected of harm where the divergence left is this many times what the rows before showed:
-other rows differ a little anyway."""
+"""With new rows in each step, warn if the remaining divergence is this many times that of the rows before. A smaller
+increase may come from the difference between rows."""
 _TEACHERS, _BASE = "teachers", "base"
 
 
 @torch.no_grad()
 def gather_derivatives(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
-    """Feed every row forward and back, and keep the derivative of its loss along each submodule's task vectors.
+    """Compute the derivatives of every row's losses along each submodule's task vectors.
 
     Args:
         job: the recipe, prepared; its objective is `joint`.
-        resume: layers that an earlier run has finished, and where this one keeps its own; None keeps none.
-        ranks: processes that share the rows; each gets the derivatives of all.
+        resume: the finished layers of an earlier run; this run adds to them. None stores nothing.
+        ranks: the processes that share the rows; each process gets all derivatives.
 
     Returns:
-        Derivatives at the experts; with `steps`, those of the last step, with its point and its divergences. Where
-        every step has rows of its own, also those of the steps before it, rebased to that point.
+        Derivatives at the experts; with `steps`, those of the last step, with its point and its divergences. If every
+        step has its own rows, also those of the earlier steps, rebased to that point.
 
     Raises:
         DataError: an expert without rows.
-        ModelError, RunError: NaN or Inf in weights or features, memory runs out, or another process is gone.
-        OutputError: no room for the activations of all layers.
+        ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
+        OutputError: no disk space for the activations of all layers.
     """
     passes = _Passes(job, resume, ranks)
     steps, groups = passes.settings.steps, passes.settings.row_groups
@@ -78,7 +78,7 @@ def gather_derivatives(job: Job, *, resume: ResumeStore | None, ranks: Ranks) ->
 
 
 class _Passes:
-    """The passes of one job over the current group of rows. A pass that the resume store holds is loaded from there."""
+    """Runs the passes of a job over the current group of rows. Passes in the resume store are loaded, not run."""
 
     def __init__(self, job: Job, resume: ResumeStore | None, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
@@ -92,21 +92,21 @@ class _Passes:
         self._use_rows(0)
 
     def _use_rows(self, group: int) -> None:
-        """Make a group of rows the current one."""
+        """Set the current group of rows."""
         self._rows = self._job.examples(group)
         self._places = self._ranks.share([len(row.row.ids) for row in self._rows])
         self._own_rows = [self._rows[place] for place in self._places]
         self._row_task = torch.tensor([example.task for example in self._rows], dtype=torch.int64, device="cpu")
         self._teachers: list[Tensor] = []
-        self._prefix = f"{group}-" if group else ""  # of the names of these rows' records
+        self._prefix = f"{group}-" if group else ""  # prefix of these rows' keys in the resume store
 
     @property
     def layers(self) -> list[str]:
-        """Names of a backward pass's layers; the head and the embeddings count."""
+        """Names of a backward pass's layers, including the head and the embeddings."""
         return backward_layers(self._job.skeleton)
 
     def at_experts(self) -> Statistics:
-        """Run every row through its own expert, whose outputs become the teacher of later passes."""
+        """Run every row through its own expert. Its outputs are the teacher of later passes."""
         settings = self.settings
         known = self._is_recorded(_TEACHERS)
         derivatives, _ = self._pass(
@@ -121,7 +121,7 @@ class _Passes:
         return Statistics(self._row_task, len(self._job.plan.models) - 1, derivatives, form="slope")
 
     def take_rows(self, group: int) -> None:
-        """Go over to other rows, with their experts' outputs as the teacher."""
+        """Set the current group of rows, and compute their experts' outputs as the teacher."""
         self._use_rows(group)
         if self._is_recorded(_TEACHERS):
             self._load_teachers()
@@ -139,7 +139,7 @@ class _Passes:
         return self._job.recipe.settings.seed
 
     def _keep_teachers(self, backward: BackwardPass) -> None:
-        """Keep the outputs of a pass through the experts."""
+        """Keep the outputs of a pass through the experts as the teachers, also in the resume store."""
         self._teachers = backward.completion_features()
         if self._resume is not None:
             flat = torch.cat(self._teachers) if self._teachers else torch.zeros(0)
@@ -151,11 +151,11 @@ class _Passes:
             self._teachers = list(self._resume.get(self._prefix + _TEACHERS)[_TEACHERS].split(lengths))
 
     def _is_recorded(self, what: str) -> bool:
-        """Whether the resume store holds it for the current rows."""
+        """Whether the resume store has the part `what` for the current rows."""
         return self._resume is not None and self._prefix + what in self._resume.finished
 
     def at_base(self) -> Tensor:
-        """Every row's KL(expert || base) in nats, [rows] float64: what there is to recover."""
+        """Compute every row's KL(expert || base) in nats, [rows] float64: the divergence that a merge can remove."""
         found = torch.zeros(len(self._rows), dtype=torch.float64)
         label = f"{self._prefix}{_BASE}-"
         if self._resume is not None and self._is_recorded(_BASE):
@@ -172,7 +172,13 @@ class _Passes:
         return found
 
     def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
-        """Run all rows through the model that the statistics `before` solve to; earlier rows are rebased to it."""
+        """Solve the statistics `before`, and run the current rows through the merged model; rebase earlier rows to it.
+
+        Args:
+            number: number of the step, from 1.
+            before: statistics of the pass before.
+            base: [rows] float64, from `at_base`.
+        """
         settings = self.settings
         entries = solve_together(before, self._layout, with_evidence=False).entries
         slices, models = weights_by_tensor(entries), self._layout.models
@@ -209,12 +215,12 @@ class _Passes:
         """Run one pass: submodule -> [rows, draws, T] derivatives, and [rows] divergences (zeros without teachers).
 
         Args:
-            label: the start of its records' names.
-            draws: derivatives per row.
-            seed: of the label draws.
-            then: called when the pass is through, while its activations are still there.
-            done: whether `then` has run already, in an earlier run.
-            where: further arguments of the pass.
+            label: prefix of its keys in the resume store.
+            draws: number of derivatives per row.
+            seed: seed of the sampled labels.
+            then: called at the end of the pass, before its activations are removed.
+            done: whether `then` has already run, in an earlier run.
+            where: further arguments of `BackwardPass`.
         """
         experts = len(self._job.plan.models) - 1
         shape = (len(self._rows), draws, experts)
@@ -235,7 +241,7 @@ class _Passes:
         elif self._own_rows:
             with self._activations(label, self._job.skeleton.num_layers + 1, draws) as store:
                 if not finished.issuperset(labels[: store.layers_done]):
-                    store.rewind()  # a record was damaged: start at the loss again, the activations are there
+                    store.rewind()  # a stored layer was damaged: restart the backward pass
                 for layer in labels[: store.layers_done]:
                     add(self._resume.get(layer) if self._resume is not None else {})
                 self.progress.advance(store.layers_done)
@@ -263,8 +269,7 @@ class _Passes:
 
     @contextmanager
     def _activations(self, label: str, num_depths: int, draws: int) -> Iterator[ActivationStore]:
-        """The store for a pass's activations: in the resume store's folder; without one in memory, or in a temporary
-        file."""
+        """Make a pass's activation store: in the resume store's folder, else in memory or in a temporary file."""
         lengths = [len(example.row.ids) for example in self._own_rows]
         width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
         with ExitStack() as stack:
@@ -277,17 +282,17 @@ class _Passes:
         self._forget(label)
 
     def _forget(self, label: str) -> None:
-        """Remove a pass's activations once all its derivatives are recorded."""
+        """Remove a pass's activations, after all its derivatives are stored."""
         if self._resume is not None:
             shutil.rmtree(self._resume.activations_folder(label), ignore_errors=True)
 
 
 def report_divergence(number: int, before: Statistics, divergences: Tensor) -> None:
-    """Log the divergence from the experts before a step, and warn where the step before has increased it.
+    """Log the divergence from the experts before a step, and warn if the step before has increased it.
 
     Args:
-        number: of the step, from 1.
-        before: the statistics that the step before was solved from.
+        number: number of the step, from 1.
+        before: the statistics from which the step before was solved.
         divergences: [rows, 2] float64, KL(expert || model) in nats of the base and of the merged model.
     """
     left = (divergences[:, 1].sum() / divergences[:, 0].sum()).item()

@@ -1,5 +1,5 @@
-"""`objective: joint`: all submodules' weights solved together from derivatives of the loss, then Gauss-Newton steps at
-the merged model."""
+"""`objective: joint`: solve the weights of all submodules together from derivatives of the loss, then make Gauss-Newton
+steps at the merged model."""
 
 from __future__ import annotations
 

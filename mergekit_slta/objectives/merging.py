@@ -1,4 +1,4 @@
-"""Merged tensors during a calibration, from alphas that have just been solved."""
+"""Compute merged tensors during a calibration, from alphas that are already solved."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from mergekit_slta.runner.state import MergeGroup
 def merge_with(
     job: Job, models: Sequence[str], weights_of: Callable[[Sequence[Submodule]], Mapping[str, Sequence[WeightedSlice]]]
 ) -> MergeGroup:
-    """Make a forward group's merged tensors as the merge method will, but for the recipe's `lambda`.
+    """Make the function that merges a forward group's tensors as the merge method does, with `lambda` = 1.
 
     Args:
-        job: whose models are merged.
-        models: the order of the alphas.
-        weights_of: submodules of a group -> tensor name -> the slices of the tensor with their alphas; it may hold more
-            tensors.
+        job: the job.
+        models: labels of the experts in the order of the alphas.
+        weights_of: submodules of a group -> (tensor name -> its slices with their alphas); may contain more tensors.
     """
     columns = [models.index(job.recipe.label(model)) for model in job.experts]
 

@@ -1,8 +1,8 @@
-"""What an objective does: gather statistics, solve them, and estimate what that costs.
+"""The interface of an objective (gather statistics, solve them, estimate costs), and its lookup by name.
 
-Scope: the form of an objective, and finding one by its name. Its keys and defaults are its row in `recipe.objectives`,
-which names the file that defines `OBJECTIVE`. That file is loaded when it is first used, and imports what only
-gathering needs inside of its functions: saved statistics are solved without mergekit or transformers.
+Scope: to add an objective, add a row to `recipe.objectives` (its keys and defaults), and the file that the row names,
+which defines `OBJECTIVE`. That file is imported at the first use. Imports that only gathering needs must be inside its
+functions, because saved statistics are solved without mergekit or transformers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Solved:
     """Weights of all submodules.
 
     Attributes:
-        entries: one for every submodule of the layout, in its order.
-        ridge: the ridge that was chosen, where the solve chooses one.
+        entries: one per submodule of the layout, in its order.
+        ridge: the ridge, if the solve chose it; else None.
     """
 
     entries: tuple[SubmoduleAlphas, ...]
@@ -43,10 +43,10 @@ class Objective:
     """One objective.
 
     Attributes:
-        gather: (job, finished work and where more is kept, processes that share the rows) -> statistics, without
-            metadata. Raises DataError, ModelError, RunError.
-        solve: (statistics, their layout) -> weights, by the layout's solve settings. Raises AlphasError.
-        estimate: what gathering will cost, from headers and rows alone.
+        gather: (job, store of finished work or None, processes that share the rows) -> statistics, without metadata.
+            Raises DataError, ModelError, RunError.
+        solve: (statistics, their layout) -> weights, with the layout's solve settings. Raises AlphasError.
+        estimate: job -> costs of gathering, from headers and rows only.
     """
 
     gather: Callable[[Job, ResumeStore | None, Ranks], Statistics]
@@ -55,15 +55,15 @@ class Objective:
 
 
 def estimate(job: Job) -> Costs:
-    """What a job will cost, from headers and rows alone."""
+    """Estimate the costs of a job, from headers and rows only."""
     return objective(job.recipe.settings.objective).estimate(job)
 
 
 def objective(name: str) -> Objective:
-    """Find an objective.
+    """Find an objective by its name.
 
     Raises:
-        AlphasError: no objective has that name (a file may name any).
+        AlphasError: there is no such objective (the name may come from a file).
     """
     if name not in OBJECTIVES:
         raise AlphasError(

@@ -1,4 +1,4 @@
-"""Statistics -> entries of the alphas file: one submodule by itself, or all together."""
+"""Solve statistics into entries of the alphas file: one submodule at a time, or all together."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mergekit_slta.maths.joint import solve_joint
 from mergekit_slta.objectives.registry import Solved
 
 EXPECTED_ALPHA = (-0.5, 1.5)
-"""A weight outside is flagged `extreme`: linearity was measured between base and expert, and little beyond."""
+"""A weight outside this range is flagged `extreme`: linearity was hardly measured beyond base and expert."""
 
 
 def make_entry(
     layout: Layout, submodule: LayoutSubmodule, solution: Solution, *, flag_extreme: bool = True
 ) -> SubmoduleAlphas:
-    """Describe a solved submodule, in the order of the recipe's models.
+    """Make the entry of a solved submodule, in the order of the recipe's models.
 
     Args:
-        layout: of all submodules.
-        submodule: the solved one.
+        layout: the layout.
+        submodule: the solved submodule.
         solution: its weights, in canonical order.
-        flag_extreme: flag weights outside of `EXPECTED_ALPHA`; not where they come from the merged model itself.
+        flag_extreme: flag weights outside `EXPECTED_ALPHA`. False if the statistics are from a merged model.
     """
     alpha = tuple(solution.alpha[place] for place in layout.order)
     extreme = flag_extreme and any(not EXPECTED_ALPHA[0] <= value <= EXPECTED_ALPHA[1] for value in alpha)
@@ -52,10 +52,10 @@ def make_entry(
 
 
 def select(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
-    """The statistics of the named submodules.
+    """Get the statistics of the named submodules.
 
     Raises:
-        AlphasError: one is missing.
+        AlphasError: a submodule is missing.
     """
     missing = [name for name in names if name not in statistics.by_submodule]
     if missing:
@@ -66,16 +66,16 @@ def select(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
 def solve_submodule(
     submodule: LayoutSubmodule, statistics: Statistics, layout: Layout, objectives: Sequence[str] | None = None
 ) -> SubmoduleAlphas:
-    """Solve one submodule by itself (Eq. 12).
+    """Solve one submodule separately (Eq. 12).
 
     Args:
-        submodule: of the layout.
+        submodule: a submodule of the layout.
         statistics: Gram matrices.
-        layout: of the statistics; its solve settings are used.
-        objectives: names of the Gram matrices to use, where the submodule's own are not all there yet.
+        layout: the layout; its solve settings are used.
+        objectives: names of the Gram matrices to use, if not all of the submodule's own are available yet.
 
     Raises:
-        AlphasError: the statistics lack one of them.
+        AlphasError: the statistics lack a Gram matrix.
     """
     solution = solve_closed_form(
         select(statistics, objectives or submodule.objectives),
@@ -88,14 +88,13 @@ def solve_submodule(
 
 
 def solve_together(statistics: Statistics, layout: Layout, *, with_evidence: bool = True) -> Solved:
-    """Solve every submodule's weights in one system, whose rank, condition and residual every entry has.
+    """Solve the weights of all submodules in one system. Its rank, condition and residual are written to every entry.
 
-    The derivatives of a tied table at both ends of the model add up under its own name, so no submodule has two
-    objectives here.
+    No submodule has two objectives here: the derivatives of a tied table at both ends of the model are summed.
 
     Args:
         statistics: derivatives at the experts, or at a merged model.
-        layout: of the statistics; its solve settings are used.
+        layout: the layout; its solve settings are used.
         with_evidence: also compute standard errors, condition, rank and residual.
 
     Raises:
