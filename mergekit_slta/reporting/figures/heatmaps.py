@@ -22,7 +22,7 @@ MOST_EXPERTS = 4
 MOST_PAIRS = 3
 """At most this many pairs are drawn, one per row; the figure says if there are more."""
 Matrix = list[list[float]]
-"""Rows from bottom to top; NaN where nothing was measured."""
+"""Rows from bottom to top; NaN for a cell without a value."""
 
 
 def distances_figure(linearity: Linearity) -> Figure | None:

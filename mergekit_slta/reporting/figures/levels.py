@@ -80,7 +80,7 @@ def _away_from_one(cosine: MeanStd | None) -> MeanStd | None:
 
 
 def levels_figure(linearity: Linearity) -> Figure | None:
-    """Draw the Non-linearity Score and, where experts were merged, projection distance and cosine of every level.
+    """Draw the Non-linearity Score of every level and, if experts were merged, projection distance and cosine.
 
     Returns:
         The figure; None for a file without levels.
