@@ -1,12 +1,12 @@
-"""The backward pass, layer by layer: how each submodule's task vectors change each row's losses, to first order.
+"""The backward pass, layer by layer: derivatives of each row's losses along each submodule's task vectors.
 
-Scope: all rows forward and back through their own experts, or through a merged model, with one layer of every model in
-memory at a time. Knows no solve. For submodule m, loss s of a row and expert t:
+Scope: one forward and backward pass of all rows, through their own experts, the base, or a merged model. One layer of
+every model is in memory at a time. Nothing is solved here. For submodule m, loss s of a row, and expert t:
 
-    u[s, t] = <d loss_s / d theta^m, theta_t^m - theta_0^m>      at the weights that the row runs through
+    u[s, t] = <d loss_s / d theta^m, theta_t^m - theta_0^m>      at the weights used for the row
 
-The losses are those of `head_loss.py`. The weight gradients of linear maps never exist whole: `directional.py` makes
-and uses them block by block. All other gradients come from autograd.
+The losses are those of `head_loss.py`. The weight gradients of linear maps are never stored completely:
+`directional.py` computes and uses them block by block. All other gradients are from autograd.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mergekit_slta.runner.row_weights import MergeWeights, RowEmbeddings, RowWei
 from mergekit_slta.runtime.activations import ActivationStore
 
 DIVERGENCE = "divergence"
-"""Key beside the head's derivatives: [rows] float64, see `HeadLoss.divergences`."""
+"""Key of `HeadLoss.divergences` ([rows] float64) among the derivatives of the head."""
 
 
 def backward_layers(skeleton: Skeleton) -> list[str]:
-    """Names of the layers in the order of a backward pass; the head and the embeddings count as layers."""
+    """Names of the layers in the order of a backward pass. The head and the embeddings count as layers."""
     layers = [f"{skeleton.layers_path}.{index}" for index in range(skeleton.num_layers)]
     return ["head", *reversed(layers), "embed"]
 
@@ -45,13 +45,13 @@ class BackwardPass:
         checkpoints: every model's tensors; experts in canonical order.
         submodules: the submodules whose derivatives are computed.
         examples: the calibration rows.
-        label_samples: S, labels drawn per position; 0 takes the rows' own tokens.
-        seed: of the draws.
-        store: for the rows' features and gradients.
-        at: the weights that rows run through, see `RowWeights`.
-        teachers: per row, its expert's `completion_features`. The divergence from the expert is then one more loss, the
-            first.
-        announce: called with the name of the layer that is worked on.
+        label_samples: S, labels sampled per position; 0 uses the rows' own tokens.
+        seed: seed of the sampled labels.
+        store: stores the rows' features and gradients.
+        at: the weights used for each row, see `RowWeights`.
+        teachers: per row, its expert's `completion_features`. If given, the divergence from the expert is an additional
+            loss, the first one.
+        announce: called with the name of the current layer.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class BackwardPass:
         self._derivatives = DirectionalDerivatives(submodules, shape)
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The derivatives of every layer of `backward_layers`: (its name, submodule -> [rows, losses, T] float64).
+        """Yield for each layer of `backward_layers`: its name, and submodule -> [rows, losses, T] float64 derivatives.
 
-        Layers that are finished in the store are left out. With teachers, the head's come with the rows' `DIVERGENCE`.
+        Layers that are finished in the store are skipped. With teachers, the head's dictionary also has `DIVERGENCE`.
 
         Raises:
             ModelError: a weight holds NaN or Inf.
@@ -105,7 +105,7 @@ class BackwardPass:
             self._store.finish_layer()
 
     def divergences(self) -> Tensor:
-        """[rows] float64, KL(expert || model) of every row in nats, by a forward pass alone; needs teachers.
+        """KL(expert || model) of every row in nats, [rows] float64, from a forward pass only. Needs teachers.
 
         Raises:
             ModelError, RunError: as in `run`.
@@ -116,7 +116,7 @@ class BackwardPass:
         return self._head.divergences
 
     def completion_features(self) -> list[Tensor]:
-        """Per row, [completion, d] the last layer's outputs that predict its completion; after a forward pass."""
+        """Per row, the last layer's outputs [completion, d] that predict its completion. Needs a forward pass before."""
         last = self._skeleton.num_layers
         return [
             self._store.features(last, index)[row.completion - 1 : len(row.ids) - 1].clone()
@@ -124,7 +124,7 @@ class BackwardPass:
         ]
 
     def forward(self) -> None:
-        """Run every row forward, layer by layer; the store keeps the inputs of as many layers as it has depths.
+        """Run every row forward, layer by layer. The store keeps the features at its last depths.
 
         Raises:
             ModelError, RunError: as in `run`.
@@ -142,8 +142,7 @@ class BackwardPass:
             self._checkpoints.flush()
 
     def _embeddings_forward(self) -> None:
-        """Run every row through the embeddings; in a resumed run, too, since this sets the layers' positions and
-        masks."""
+        """Run every row through the embeddings; also in a resumed run, because this sets positions and masks."""
         store = self._store
         embeddings = RowEmbeddings(self._weights)
         for row in range(len(self._rows)):
@@ -155,12 +154,12 @@ class BackwardPass:
             store.finish_depth()
 
     def _layer_backward(self, layer: int) -> None:
-        """A decoder layer's derivatives, and the gradients with respect to its input."""
+        """Compute a decoder layer's derivatives, and the gradients with respect to its input."""
         skeleton, store = self._skeleton, self._store
         names = self._weights.layer_tensors(layer)
         loaded = self._checkpoints.load(names)
         shared = self._weights.shared(loaded)
-        # A tensor leaves `loaded` once its task vectors are made: only one tensor exists twice at a time.
+        # `pop` frees each tensor after its task vectors are computed, so that only one tensor exists twice.
         vectors = {name: task_vectors([weights.pop(name) for weights in loaded]) for name in names}
         linears: dict[str, nn.Linear] | None = None
         for weights, rows in self._weights.load(names, shared):
@@ -188,7 +187,7 @@ class BackwardPass:
                 store.put_gradients(row, grad_in)
 
     def _linear_maps(self, layer: int, names: Sequence[str], weights: Weights, row: int) -> dict[str, nn.Linear]:
-        """A layer's linear maps by path: modules of exactly that class that the layer's forward calls as modules."""
+        """A layer's linear maps by path: modules of the exact class nn.Linear that the layer's forward calls."""
         skeleton, prefix = self._skeleton, f"{self._skeleton.layers_path}.{layer}."
         paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         modules = {path: skeleton.layers[layer].get_submodule(path.removeprefix(prefix)) for path in paths}
@@ -199,7 +198,7 @@ class BackwardPass:
         return {path: module for path, module in linears.items() if recorded[path]}
 
     def _embeddings_backward(self) -> None:
-        """The derivatives of everything before the layers."""
+        """Compute the derivatives of everything before the layers."""
         table = self._skeleton.embedding_weight
         embeddings = RowEmbeddings(self._weights)
         for row in range(len(self._rows)):

@@ -1,7 +1,7 @@
 """Directional derivatives: inner products of gradients with the experts' task vectors, summed per submodule.
 
-Scope: which slice of a tensor belongs to which submodule, and sums. Autograd makes the gradients, except the weight
-gradients of linear maps: those are made here, block by block, and a whole one never exists.
+Scope: the inner products, for the slices of each submodule, and their sums. The gradients are from autograd, except the
+weight gradients of linear maps: these are computed here block by block, and never stored completely.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_slta.models.submodules import Slice, Submodule
 
 BLOCK_ELEMENTS = {"cpu": 2**17}
-"""Elements of a linear map's gradient that are made at a time, by type of device: on a CPU they stay in the cache."""
+"""Elements of a linear map's gradient that are computed at a time, by type of device. For a CPU they fit its cache."""
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
@@ -23,14 +23,14 @@ class DirectionalDerivatives:
     CPU.
 
     Args:
-        submodules: the submodules to sum for; tensors of no submodule are skipped.
-        shape: number of rows, S losses, T experts.
+        submodules: the submodules; tensors that belong to none of them are skipped.
+        shape: (number of rows, S losses, T experts).
     """
 
     def __init__(self, submodules: Sequence[Submodule], shape: tuple[int, int, int]) -> None:
         self._shape = shape
         self._sums: dict[str, Tensor] = {}
-        # tensor -> the submodules that own it, with their slices; None is all of it
+        # tensor -> the submodules that own it, each with its slice; None for the whole tensor
         self._owners: dict[str, list[tuple[str, Slice | None]]] = {}
         for submodule in submodules:
             for tensor in submodule.tensors:
@@ -38,7 +38,7 @@ class DirectionalDerivatives:
                 self._owners.setdefault(tensor, []).extend((submodule.name, part) for part in slices or [None])
 
     def take(self) -> dict[str, Tensor]:
-        """submodule -> the sums since the last call, [rows, S, T]; submodules without any are left out."""
+        """Return and reset the sums: submodule -> [rows, S, T]; submodules without any are left out."""
         sums, self._sums = self._sums, {}
         return sums
 
@@ -49,11 +49,12 @@ class DirectionalDerivatives:
 
         Args:
             name: the tensor.
-            row, loss: whose gradient.
-            gradient: [n, ...] with respect to the tensor's rows from `start` on.
-            vectors: [T, n, ...] the experts' task vectors of the same rows.
+            row, loss: indices of the row and of its loss.
+            gradient: [n, ...] with respect to n rows of the tensor, from row `start`.
+            vectors: [T, n, ...] the experts' task vectors for these rows.
             start: see `gradient`.
-            whole: the rows given stand for the whole tensor (the embedding table's rows that occur).
+            whole: whether the given rows are all that matter (for the embedding table, the rows that occur);
+                slices of rows are then ignored.
         """
         for submodule, part in self._owners.get(name, ()):
             own_gradient, own_vectors = gradient, vectors
@@ -77,7 +78,7 @@ class DirectionalDerivatives:
         gradients: Iterable[Tensor | None],
         vectors: Mapping[str, Tensor],
     ) -> None:
-        """`add` for several whole tensors; a gradient is None where the loss does not depend on the tensor."""
+        """`add` for several whole tensors; a gradient is None if the loss does not depend on the tensor."""
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self.add(name, row, loss, gradient, vectors[name])
@@ -87,7 +88,7 @@ class DirectionalDerivatives:
 
         Args:
             name, row, loss: as in `add`.
-            inputs: [..., in] that the map was given.
+            inputs: [..., in] inputs of the map.
             grad_out: [..., out] gradient with respect to its output.
             vectors: [T, out, in] task vectors of its weight.
         """
@@ -99,10 +100,10 @@ class DirectionalDerivatives:
 
 
 def block_rows(inputs: Tensor) -> int:
-    """Rows of a linear map's weight gradient that are made at a time, for inputs [..., in]."""
+    """Rows of a linear map's weight gradient that are computed at a time, for inputs [..., in]."""
     return max(1, BLOCK_ELEMENTS.get(inputs.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // inputs.shape[-1])
 
 
 def task_vectors(tensors: Sequence[Tensor]) -> Tensor:
-    """[T, ...] theta_t - theta_0 of one tensor, from every model's, the base's first."""
+    """[T, ...] theta_t - theta_0 of one tensor; `tensors` are those of every model, the base first."""
     return torch.stack([tensor - tensors[0] for tensor in tensors[1:]])

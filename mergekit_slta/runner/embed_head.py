@@ -14,7 +14,7 @@ from mergekit_slta.runtime.activations import ActivationStore
 
 
 def evaluate_embeddings(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Evaluate everything before the first layer; fills the state's features."""
+    """Evaluate everything before the first layer, and set the state's features `hidden`."""
     interpolated, ids = _used_embeddings(state, submodule, submodule.tensors)
     for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
 
@@ -35,8 +35,11 @@ def evaluate_embeddings(state: ForwardState, submodule: Submodule) -> Iterator[E
 def _used_embeddings(
     state: ForwardState, submodule: Submodule, names: Sequence[str]
 ) -> tuple[InterpolatedWeights, list[Tensor]]:
-    """The named tensors before the layers, with only those rows of the embedding table that occur in the batches; and
-    per batch, its ids [b, s] as row numbers of that smaller table."""
+    """Load the named tensors before the layers, but only those rows of the embedding table that occur in the batches.
+
+    Returns:
+        The tensors, and per batch its ids [b, s] as row numbers of the smaller table.
+    """
     table = state.skeleton.embedding_weight
     used = torch.unique(torch.cat([batch.ids.flatten() for batch in state.batches]))  # [U]
     others = [name for name in names if name not in (table, state.skeleton.head_weight)]
@@ -65,9 +68,10 @@ def _evaluate_logits(
     names: Sequence[str],
     features: Callable[[Sequence[int], Coefficients], list[Tensor]],
 ) -> Iterator[Evaluation]:
-    """Logits in parts of the vocabulary: those of a vocabulary of 100,000 tokens never exist at once.
+    """Evaluate logits in parts of the vocabulary, because all logits of a large vocabulary take too much memory.
 
     Args:
+        state: the state of the pass.
         submodule: the submodule of the evaluations.
         names: its tensors after the layers.
         features: (pack, coefficients) -> the last layer's outputs [tokens, d] of each batch.
@@ -75,11 +79,11 @@ def _evaluate_logits(
     projection, norm = state.skeleton.head_weight, state.skeleton.anatomy.final_norm + "."
     prefix = projection.removesuffix("weight")
     checkpoints = state.checkpoints
-    sources = {name: name for name in names if name.startswith(prefix)}  # read by rows; the bias, too
+    sources = {name: name for name in names if name.startswith(prefix)}  # read in parts of rows, weight and bias
     if projection not in sources or checkpoints.plan.is_tied:
         sources[projection] = state.skeleton.embedding_weight
     context = [name for name in checkpoints.plan.tensors if name.startswith(norm) and name not in names]
-    base_norm = checkpoints.load(context, models=[0])[0]  # where the norm is a submodule of its own
+    base_norm = checkpoints.load(context, models=[0])[0]  # if the norm is a submodule of its own
     whole = checkpoints.load([name for name in names if name not in sources])
     raw = {name: checkpoints.raw(source) for name, source in sources.items()}
     num_rows = min(tensor.shape[0] for tensor in raw[projection])
@@ -111,8 +115,10 @@ def _evaluate_logits(
 
 
 def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Evaluate whole models: each batch runs through the layers at each of its coefficients, separately, with one layer
-    of every model in memory at a time."""
+    """Evaluate whole models: run each batch through all layers, once for each of its coefficients.
+
+    One layer of every model is in memory at a time.
+    """
     skeleton, anatomy = state.skeleton, state.skeleton.anatomy
     if submodule.forward_group in state.skip:
         return
@@ -124,12 +130,12 @@ def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
         list(dict.fromkeys([state.base_coefficients, *(state.coefficients[index] if state.coefficients else models)]))
         for index in range(len(state.batches))
     ]
-    by_coefficients: dict[Coefficients, list[int]] = {}  # -> the batches that run there
+    by_coefficients: dict[Coefficients, list[int]] = {}  # -> indices of the batches evaluated there
     for index, listed in enumerate(by_batch):
         for coefficients in listed:
             by_coefficients.setdefault(coefficients, []).append(index)
     keys = [(index, coefficients) for index, listed in enumerate(by_batch) for coefficients in listed]
-    entries = {key: entry for entry, key in enumerate(keys)}  # of the store
+    entries = {key: entry for entry, key in enumerate(keys)}  # index in the store
     lengths = [sum(state.batches[index].lengths) for index, _ in keys]
     width = int(skeleton.config.hidden_size)
     store = ActivationStore(lengths, 1, 0, width, state.checkpoints.dtype, state.folder)  # overwritten in place

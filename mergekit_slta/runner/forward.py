@@ -1,10 +1,10 @@
-"""The forward pass, layer by layer: feeds the calibration rows through the base and yields every submodule's outputs.
+"""The forward pass, layer by layer: runs the calibration rows through the model and evaluates every submodule.
 
-Scope: at any time one forward group of every model (at most a decoder layer) is in memory, and the features of all
-rows. Knows no Gram matrix and no solve; the caller chooses the weights with which a submodule is evaluated.
+Scope: evaluation only; no Gram matrices, no solve. The caller chooses the weights with which a submodule is evaluated.
+The features of all rows and one forward group of every model (at most a decoder layer) are in memory.
 
 Features are packed, [tokens, d] per batch. Token-wise submodules (MLP blocks, the head) run over all tokens at once
-without padding; attention pads rows on the right, where no token looks.
+without padding. For attention, rows are padded on the right, where causal attention ignores the padding.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mergekit_slta.runner.state import Evaluation, ForwardState
 def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) -> Iterator[Evaluation]:
     """Evaluate every submodule on every batch, in the order of a forward pass.
 
-    An evaluation keeps its forward group's weights alive: drop it before asking for the next.
+    An evaluation holds its forward group's weights. Delete it before taking the next one, to free them.
 
     Args:
-        state: a new one, with no features yet.
+        state: a new state, without features.
         submodules: all submodules, in the order of a forward pass.
 
     Raises:
@@ -32,7 +32,7 @@ def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) ->
     """
     groups = [list(group) for _, group in groupby(submodules, key=lambda submodule: submodule.forward_group)]
     for group, following in zip(groups, [*groups[1:], []], strict=True):
-        if following and following[0].layer is not None:  # the head is read in parts
+        if following and following[0].layer is not None:  # the head loads its tensors in parts
             names = [name for submodule in following for name in submodule.tensors]
             base_only = following[0].forward_group in state.skip and not state.merged_inputs
             state.checkpoints.prefetch(names, [0] if base_only else None)
@@ -47,7 +47,7 @@ def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) ->
             yield from layers.evaluate_attention(state, group)
         elif kinds <= {"layer", "mlp"}:
             yield from layers.evaluate_block(state, group[0])
-        elif group[0].name == group[0].forward_group:  # a norm alone: it feeds both blocks, or the head
+        elif group[0].name == group[0].forward_group:  # a single norm: it feeds both blocks, or the head
             yield from layers.evaluate_norm(state, group[0])
         else:
             yield from layers.evaluate_matrices(state, group)

@@ -1,9 +1,9 @@
-"""The losses of every row in the head: their values, and their gradients back to the last layer's output.
+"""Compute every row's losses at the output head, and their gradients with respect to the last layer's output.
 
 Scope: final norm and output projection, for a backward pass or for divergences alone. A loss is the next-token
-cross-entropy, summed over the row's completion. Its labels are drawn from the model's own distribution, S times: the
-gradients' second moment is then the true Fisher information. With S = 0 they are the row's own tokens. With teachers,
-one more loss comes first: the divergence KL(expert of the row's task || model), summed over the completion.
+cross-entropy, summed over the row's completion. The labels are sampled S times from the model's own distribution, so
+that the second moment of the gradients is the true Fisher information. With S = 0 the labels are the row's own tokens.
+With teachers there is an additional loss, the first: KL(expert of the row's task || model), summed over the completion.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from mergekit_slta.runner.row_weights import RowWeights
 from mergekit_slta.runtime.activations import ActivationStore
 
 LOGIT_GRADIENTS = 2**24
-"""Gradients with respect to logits that are held at a time, over rows, losses, positions and vocabulary."""
+"""Maximum number of logit gradients in memory, over rows, losses, positions and vocabulary."""
 
 
 class HeadLoss:
     """The losses of all rows.
 
     Args:
-        weights: the weights that each row runs through.
-        store: holds the last layer's outputs; takes the gradients with respect to them.
-        label_samples: S, labels drawn per position; 0 takes the row's own tokens.
-        seed: of the draws.
-        teachers: per row, the last layer's outputs [completion, d] in the expert of its task.
+        weights: the weights used for each row.
+        store: holds the last layer's outputs; the gradients with respect to them are stored there.
+        label_samples: S, labels sampled per position; 0 uses the row's own tokens.
+        seed: seed of the sampled labels.
+        teachers: per row, the last layer's outputs [completion, d] of the expert of its task.
 
     Attributes:
         num_losses: losses per row: max(1, S), and one more with teachers.
@@ -60,7 +60,8 @@ class HeadLoss:
         """Compute all rows' losses and gradients.
 
         Args:
-            derivatives: takes those of every tensor after the layers; None computes the divergences alone.
+            derivatives: the derivatives of all tensors after the layers are added to it; None computes only
+                divergences.
 
         Raises:
             ModelError: a weight holds NaN or Inf.
@@ -103,11 +104,14 @@ class HeadLoss:
         max_positions: int,
         derivatives: DirectionalDerivatives | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute a row's losses, some positions at a time; yields the output projection's inputs [n, d] there, and the
-        gradients with respect to its outputs [losses, n, V].
+        """Compute a row's losses, at most `max_positions` positions at a time.
 
-        Stores the gradients with respect to the last layer's output, and adds the derivatives of all tensors but the
-        projection. Without `derivatives`, yields nothing.
+        Stores the gradients with respect to the last layer's output, and adds the derivatives of all tensors except
+        the output projection.
+
+        Yields:
+            The inputs [n, d] of the output projection at n positions, and the gradients [losses, n, V] with respect to
+            its outputs. Nothing without `derivatives`.
         """
         skeleton, num_tokens = self._skeleton, len(self._weights.rows[row].ids)
         features = self._store.features(skeleton.num_layers, row).to(skeleton.device)
@@ -137,9 +141,9 @@ class HeadLoss:
             self._store.put_gradients(row, grad_in)
 
     def _logit_gradients(self, row: int, positions: slice, log_probs: Tensor, expert: Weights) -> Iterator[Tensor]:
-        """Gradients [n, V] of every loss with respect to the logits at `positions`, whose log-probabilities are [n, V].
+        """Yield, for every loss, the gradients [n, V] with respect to the logits at `positions`.
 
-        Adds the positions' divergence before it yields the first.
+        `log_probs` [n, V] are the model's. The positions' divergence is added to `divergences` before the first yield.
         """
         own, probs = self._weights.rows[row], log_probs.exp()
         first = positions.start - own.completion + 1  # position within the completion
@@ -183,9 +187,9 @@ class HeadLoss:
 
 
 def label_uniforms(row: Row, samples: int, seed: int) -> Tensor | None:
-    """[S, positions] float64 uniform numbers that choose a row's labels; None without samples.
+    """Draw uniform numbers for sampling a row's labels, [S, positions] float64; None if `samples` is 0.
 
-    They depend on the seed and the row's number in its dataset alone, not on the process or the order of rows.
+    They depend only on the seed and the row's number in its dataset, not on the process or the order of rows.
     """
     if not samples:
         return None
@@ -194,7 +198,7 @@ def label_uniforms(row: Row, samples: int, seed: int) -> Tensor | None:
 
 
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """[n] int64 tokens drawn by inverse transform sampling, from distributions [n, V] and uniform numbers [n]."""
+    """Sample [n] int64 tokens from distributions [n, V] and uniform numbers [n], by inverse transform sampling."""
     source = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     cumulative = source.double().cumsum(-1)
     labels = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * cumulative[:, -1:])

@@ -18,7 +18,7 @@ def _interpolated_weights(state: ForwardState, group: Sequence[Submodule]) -> In
 
 
 def evaluate_block(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Evaluate a whole layer, or an MLP block, which is token-wise and takes the batches of a pack together."""
+    """Evaluate a whole layer, or an MLP block. MLP blocks are token-wise and run on all batches of a pack at once."""
     context = state.context(submodule)
     interpolated = _interpolated_weights(state, [submodule])
     packs = state.packs if submodule.kind == "mlp" else [[index] for index in range(len(state.batches))]
@@ -43,7 +43,7 @@ def evaluate_block(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
 
 
 def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
-    """[tokens, d] -> [tokens, d]: an MLP block over all tokens at once, all else over padded rows."""
+    """[tokens, d] -> [tokens, d]. An MLP block runs over packed tokens, attention and whole layers over padded rows."""
     assert submodule.layer is not None
     if submodule.kind == "mlp":
         return state.skeleton.block(submodule.layer, "mlp", hidden[None], weights)[0]
@@ -53,17 +53,17 @@ def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidde
 
 
 def _advance_all(state: ForwardState, submodule: Submodule, weights: Weights) -> None:
-    """Move every batch past a layer or block that has the given weights."""
+    """Run every batch through a layer or block with the given weights, and store its features."""
     for index, batch in enumerate(state.batches):
         hidden = state.hidden[index].to(state.skeleton.device)
         state.advance(submodule, index, hidden, _block_output(state, submodule, batch, hidden, weights))
 
 
 def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
-    """Evaluate an attention block and, where it is divided, its heads by key/value group (A.3.5).
+    """Evaluate an attention block and, if it is divided, its heads by key/value group (A.3.5).
 
-    A head's output is its columns of the output projection applied to the head's features, which come from queries,
-    keys and values at the same coefficients.
+    The output of a head is its columns of the output projection, applied to the head's features. Queries, keys, values
+    and the output projection all have the same coefficients.
     """
     block, heads = group[0], group[1:]
     assert block.layer is not None
@@ -95,7 +95,7 @@ def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Itera
             yield evaluation
             for head in heads:
                 projection = head.slices[-1]
-                columns = slice(projection.start, projection.stop)  # of the features that the projection reads
+                columns = slice(projection.start, projection.stop)  # the head's part of the projection's input
 
                 def head_outputs_at(
                     coefficients: Coefficients,
@@ -119,7 +119,7 @@ def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Itera
 
 
 def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
-    """Evaluate a norm that is a submodule of its own; the rows do not move."""
+    """Evaluate a norm that is a submodule of its own. The features `hidden` do not change."""
     interpolated = _interpolated_weights(state, [submodule])
     for index, batch in enumerate(state.batches):
         hidden = state.hidden[index].to(state.skeleton.device)
@@ -134,10 +134,10 @@ def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluat
 
 
 def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
-    """Evaluate every module of a layer by itself, on the input that it gets inside the base's layer.
+    """Evaluate every module of a layer separately, on the input that it has in the base's layer.
 
-    Inputs have whatever shape the model gives them (q/k norms get heads, routers flat tokens), so an output counts
-    whole, flattened to [1, elements]: batches hold one row, which needs no padding.
+    The shape of inputs depends on the module (q/k norms get heads, routers flat tokens). So batches hold one row, which
+    needs no padding, and an output is flattened to [1, elements].
     """
     layer = group[0].layer
     assert layer is not None
@@ -149,7 +149,7 @@ def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterat
         output, inputs = state.skeleton.layer_with_inputs(layer, hidden, base, modules)
         output = state.check_finite(batch.pack(output), group[0], state.base_coefficients)
         for submodule in group if group[0].forward_group not in state.skip else ():
-            # Tensors that are no matrix (fused experts) take the MLP block's weights: the whole block is evaluated.
+            # Tensors that are not matrices (fused experts) get the MLP block's alpha: evaluate the whole block.
             mlp_input = _mlp_input(state, group[0], hidden, base) if submodule.kind == "mlp" else None
 
             def outputs_at(
@@ -174,7 +174,7 @@ def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterat
 
 
 def _mlp_input(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
-    """[b, s, d] input of a layer's MLP block, from the layer's input."""
+    """Compute the input [b, s, d] of a layer's MLP block from the layer's input `hidden`."""
     if state.parallel is None:
         state.parallel = state.has_parallel_blocks(submodule)
     assert submodule.layer is not None

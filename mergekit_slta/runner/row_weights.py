@@ -1,6 +1,6 @@
-"""The weights that each row of a backward pass runs through: its own expert's, the base's, or merged ones.
+"""The weights used for each row of a backward pass: its own expert's, the base's, or merged ones.
 
-Scope: which tensors to load where in the model, and which rows share them. Evaluates nothing.
+Scope: which tensors to load for each part of the model, and which rows share them. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.runner.directional import block_rows
 
 MergeWeights = Callable[[Sequence[Weights]], Weights]
-"""The same tensors of every model -> the merged tensors."""
+"""(some tensors of every model, the base first) -> the merged tensors."""
 
 
 class RowWeights:
@@ -27,12 +27,12 @@ class RowWeights:
         skeleton: the model's code.
         checkpoints: every model's tensors; experts in canonical order.
         examples: the calibration rows.
-        at: "experts" runs each row through its own expert, "base" all rows through the base, a function through what it
-            merges.
+        at: "experts": each row uses its own expert; "base": all rows use the base; a function: all rows use the tensors
+            that it merges.
 
     Attributes:
         rows: the rows of `examples`.
-        row_task: per row, the canonical number of its task's expert, from 0.
+        row_task: per row, the index of its task's expert in canonical order.
         by_task: task -> indices of its rows.
         num_experts: T.
     """
@@ -68,17 +68,17 @@ class RowWeights:
         return [name for name in names if name not in (*after, *tables)], [name for name in after if name not in tables]
 
     def shared(self, weights: Sequence[Weights]) -> Weights | None:
-        """The tensors that all rows run through, from every model's; None where each runs through its own expert's."""
+        """The tensors used for all rows, from those of every model; None if each row uses its own expert's."""
         if self.at == "experts":
             return None
         return dict(weights[0]) if self.at == "base" else self.at(weights)
 
     def load(self, names: Sequence[str], shared: Weights | None = None) -> Iterator[tuple[Weights, Sequence[int]]]:
-        """The named tensors that rows run through, each time with the indices of these rows.
+        """Yield the named tensors, each time with the indices of the rows that use them.
 
         Args:
-            names: of the tensors.
-            shared: what `shared` gives for them, where that is known; nothing is read then.
+            names: names of the tensors.
+            shared: result of the method `shared` for these tensors, if known; nothing is read then.
         """
         every = range(len(self.rows))
         if shared is not None:
@@ -92,11 +92,11 @@ class RowWeights:
             yield self.at(self.checkpoints.load(names)), every
 
     def shared_projection(self, raw: Sequence[Tensor], source: str) -> Tensor | None:
-        """[V, d] output projection that all rows run through; None where each runs through its own expert's.
+        """The output projection [V, d] used for all rows; None if each row uses its own expert's.
 
         Args:
-            raw: every model's, as `Checkpoints.raw` gives it.
-            source: its tensor's name: that of the embedding table where the two are tied.
+            raw: the projection of every model, from `Checkpoints.raw`.
+            source: name of the tensor; that of the embedding table if the two are tied.
         """
         vocabulary = min(tensor.shape[0] for tensor in raw)
         if self.at == "experts":
@@ -105,7 +105,7 @@ class RowWeights:
             return self.checkpoints.place(raw[0][:vocabulary], source, 0)
         merged = torch.empty((vocabulary, raw[0].shape[1]), dtype=self.checkpoints.dtype, device=self.skeleton.device)
         block = block_rows(raw[0])
-        for start in range(0, vocabulary, block):  # in parts: all models' projections never exist at once
+        for start in range(0, vocabulary, block):  # in parts, so that not all models' projections are in memory
             part = slice(start, min(start + block, vocabulary))
             placed = [self.checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
             merged[part] = self.at([{source: tensor} for tensor in placed])[source]
@@ -113,10 +113,10 @@ class RowWeights:
 
 
 class RowEmbeddings:
-    """The tensors before the layers of every model, with only those rows of the embedding table that occur.
+    """The tensors before the layers of every model, but only those rows of the embedding table that occur.
 
     Args:
-        weights: which weights each row runs through.
+        weights: the weights used for each row.
     """
 
     def __init__(self, weights: RowWeights) -> None:
@@ -128,14 +128,14 @@ class RowEmbeddings:
         self._table_rows = checkpoints.table_rows(self._table, self._used)
 
     def of_model(self, row: int, model: int) -> tuple[Weights, Tensor]:
-        """A model's tensors, the table with a row's own tokens alone, and the row's ids [1, tokens] in that table."""
+        """A model's tensors, with only this row's tokens in the table, and the row's ids [1, tokens] in that table."""
         device = self._weights.skeleton.device
         own, ids = torch.unique(torch.as_tensor(list(self._weights.rows[row].ids)), return_inverse=True)
         used = torch.searchsorted(self._used, own).to(device)
         return {**self._others[model], self._table: self._table_rows[model][used]}, ids[None].to(device)
 
     def of_row(self, row: int) -> tuple[Weights, Tensor]:
-        """As `of_model`, with the tensors that the row runs through."""
+        """As `of_model`, but with the weights used for the row."""
         weights = self._weights
         if weights.at == "experts":
             return self.of_model(row, weights.row_task[row] + 1)

@@ -1,7 +1,7 @@
-"""The state of a forward pass: every row's features before the next forward group, and how the rows move on.
+"""The state of a forward pass: every row's features before the next forward group, and how they are updated.
 
-Scope: shared by `embed_head.py` and `layers.py`. Evaluates no submodule itself; it only finds out how a layer's blocks
-are wired.
+Scope: shared by `embed_head.py` and `layers.py`, which evaluate the submodules. Only the check whether a layer's blocks
+are parallel runs the model here.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from mergekit_slta.models.skeleton import Skeleton, check_finite
 from mergekit_slta.models.submodules import Submodule
 
 Coefficients = tuple[float, ...] | Literal["merged"]
-"""Which weights: c_t in theta_0 + sum_t c_t (theta_t - theta_0), or "merged": what the state's `merge` makes."""
+"""The weights to evaluate: c_t in theta_0 + sum_t c_t (theta_t - theta_0), or "merged": the result of `merge`."""
 MergeGroup = Callable[[Sequence[Submodule], Sequence[Weights]], Weights]
-"""(submodules of a forward group, their tensors of every model) -> their merged tensors."""
+"""(submodules of a forward group, their tensors in every model) -> their merged tensors."""
 HEAD_ELEMENTS = 2**21
-"""Logits held per model at a time: the vocabulary is evaluated in parts of `HEAD_ELEMENTS / tokens` entries."""
+"""Logits in memory per model: the vocabulary is evaluated in parts of `HEAD_ELEMENTS / tokens` entries."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A submodule on the features of one batch, or of the batches of a pack.
+    """Evaluates a submodule on the features of one batch, or of the batches of a pack.
 
     Attributes:
-        submodule: the submodule. The head comes as one evaluation per part of the vocabulary.
-        batch: index of the batch in the state; of a pack, its first batch.
+        submodule: the submodule. The head has one evaluation per part of the vocabulary.
+        batch: index of the batch in the state; for a pack, of its first batch.
         rows: the rows of the batch or pack.
-        lengths: per row, how many entries of the outputs belong to it; the rows follow each other.
-        outputs_at: coefficients -> [entries, ...] outputs with the weights there. Whole models have outputs only at the
-            state's `coefficients`.
-        base_coefficients: the base's.
+        lengths: per row, the number of entries of the outputs that belong to it; the rows are in order.
+        outputs_at: coefficients -> [entries, ...] outputs. Whole models can be evaluated only at the state's
+            `coefficients`.
+        base_coefficients: the coefficients of the base.
     """
 
     submodule: Submodule
@@ -57,25 +57,25 @@ class Evaluation:
 
 @dataclass
 class ForwardState:
-    """The rows of a forward pass: where they are in the model, and with which weights they move on.
+    """The rows of a forward pass: their current features, and the weights that compute the next ones.
 
     Attributes:
         skeleton: the model's code.
         checkpoints: the models' tensors.
         batches: the calibration rows; one row each where single matrices are evaluated.
-        coefficients: per batch, the coefficients at which whole models are evaluated; every model's if None.
-        packs: indices of batches that token-wise submodules take together; every batch alone if empty.
-        max_pack_tokens: tokens of the largest pack; given where that pack belongs to another process.
-        merge: makes the merged tensors of a forward group.
-        merged_inputs: the rows pass each group through its merged tensors instead of the base's. `merge` is called once
-            all evaluations of the group have been yielded.
-        skip: names of forward groups that the rows only pass; their evaluations are not yielded.
-        folder: holds the features of whole models; in memory if None.
+        coefficients: per batch, the coefficients at which whole models are evaluated; None: base and experts.
+        packs: lists of indices of batches that token-wise submodules run on together; empty: every batch alone.
+        max_pack_tokens: tokens of the largest pack of all processes; 0: of `packs`.
+        merge: computes the merged tensors of a forward group.
+        merged_inputs: whether the next features are computed with merged tensors instead of the base's. `merge` is then
+            called after all evaluations of the group have been yielded.
+        skip: names of forward groups that are not evaluated; only the next features are computed.
+        folder: folder for the features of whole models; None keeps them in memory.
         head_elements: see `HEAD_ELEMENTS`.
-        announce: called with the name of the part that a long evaluation works on.
+        announce: called with the name of the current part of a long evaluation.
         hidden: per batch, [tokens, d] on the CPU: the input of the next forward group.
-        parallel: whether attention and MLP both read the layer's input; found out on the base's first layer.
-        norms: merged norms that feed both blocks of a layer, for the rows to pass through.
+        parallel: whether attention and MLP both read the layer's input; tested on the base's first layer.
+        norms: merged norms that feed both blocks of a layer; used to compute the next features.
     """
 
     skeleton: Skeleton
@@ -103,13 +103,18 @@ class ForwardState:
 
     @property
     def vocabulary_part(self) -> int:
-        """Entries of the vocabulary that are evaluated at a time; the same in every process."""
+        """Number of vocabulary entries that are evaluated at a time; the same in every process."""
         return max(1, self.head_elements // self.max_pack_tokens)
 
     def gather_pack(
         self, pack: Sequence[int], features: Sequence[Tensor]
     ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
-        """Rows, their lengths, and features [tokens, d] on the device, of a pack; from the features of its batches."""
+        """Concatenate a pack's batches; returns its rows, their lengths, and features [tokens, d] on the device.
+
+        Args:
+            pack: indices of the batches.
+            features: [tokens, d] per batch of the pack.
+        """
         rows = tuple(row for index in pack for row in self.batches[index].rows)
         lengths = tuple(length for index in pack for length in self.batches[index].lengths)
         packed = features[0] if len(features) == 1 else torch.cat(list(features))
@@ -117,7 +122,7 @@ class ForwardState:
 
     @property
     def num_models(self) -> int:
-        """T + 1."""
+        """T + 1: the base and the experts."""
         return len(self.checkpoints.plan.models)
 
     @property
@@ -126,13 +131,13 @@ class ForwardState:
         return (0.0,) * (self.num_models - 1)
 
     def model_coefficients(self, model: int) -> Coefficients:
-        """A model's coefficients: the base is model 0, the experts follow."""
+        """A model's coefficients; the base is model 0, then the experts."""
         return tuple(float(expert == model) for expert in range(1, self.num_models))
 
     def advance(self, submodule: Submodule, index: int, hidden: Tensor, output: Tensor) -> None:
-        """Move batch `index` past a submodule, from the submodule's input and output, both [tokens, d].
+        """Update the features of batch `index` after a submodule; its input `hidden` and `output` are [tokens, d].
 
-        Of parallel blocks, both read the layer's input, and the layer's output is the sum of their changes to it.
+        Parallel blocks both read the layer's input, and their changes to it are summed.
         """
         if not self.parallel or submodule.kind == "layer":
             self.hidden[index] = output.cpu()
@@ -142,8 +147,10 @@ class ForwardState:
             self.hidden[index] = (self._attention_outputs.pop(0).to(output.device) + (output - hidden)).cpu()
 
     def context(self, *group: Submodule) -> Weights:
-        """The base's tensors that a block's forward needs but that are not the block's own: the norm of the silenced
-        branch, and norms that are submodules of their own."""
+        """Load the base's tensors that a block's forward needs and that are not the block's own.
+
+        These are the norms of the layer's other block, and norms that are submodules of their own.
+        """
         prefix = f"{self.skeleton.layers_path}.{group[0].layer}."
         arch = self.skeleton.arch
         branches = (f"{prefix}{arch.attention}.", f"{prefix}{arch.mlp}.")
@@ -156,10 +163,10 @@ class ForwardState:
         return self.checkpoints.load(names, models=[0])[0]
 
     def has_parallel_blocks(self, submodule: Submodule) -> bool:
-        """Whether the MLP of the base's layer reads the layer's input, as attention does, and not attention's output.
+        """Whether attention and MLP of the base's layer are parallel; see `Skeleton.has_parallel_blocks`.
 
         Raises:
-            ModelError: neither reproduces the layer, so the blocks are not what the model computes.
+            ModelError: neither parallel nor sequential blocks give the layer's output.
         """
         assert submodule.layer is not None
         skeleton, layer = self.skeleton, submodule.layer
@@ -170,7 +177,7 @@ class ForwardState:
         return skeleton.has_parallel_blocks(layer, hidden, weights)
 
     def check_finite(self, features: Tensor, submodule: Submodule, coefficients: Coefficients) -> Tensor:
-        """The features unchanged; checked where they are the base's. The caller checks all others.
+        """Check the base's features for NaN and Inf; return the features. The caller checks those of other models.
 
         Raises:
             RunError: the base's features hold NaN or Inf.
@@ -179,12 +186,12 @@ class ForwardState:
 
 
 class InterpolatedWeights:
-    """The tensors of a forward group at any coefficients. A model's tensors are loaded when they are first needed.
+    """Computes the tensors of a forward group at any coefficients. A model's tensors are loaded at the first use.
 
     Args:
-        state: for its models and its `merge`.
-        group: the submodules whose tensors these are.
-        load: numbers of models -> their tensors.
+        state: its number of models and its `merge` are used.
+        group: the submodules of the forward group.
+        load: indices of models -> their tensors.
     """
 
     def __init__(
@@ -197,8 +204,8 @@ class InterpolatedWeights:
         self._merged: Weights | None = None
 
     def __call__(self, coefficients: Coefficients, names: Sequence[str] | None = None) -> Weights:
-        """The tensors at the coefficients; at least the named ones if `names` is given. A model's own tensors are
-        returned without a copy."""
+        """The tensors at the coefficients. If `names` is given, others may be missing. A model's own tensors are not
+        copied."""
         if coefficients == "merged":
             if self._merged is None:
                 assert self._state.merge is not None
@@ -218,7 +225,7 @@ class InterpolatedWeights:
     def _models(self, numbers: Sequence[int]) -> list[Weights]:
         missing = [number for number in numbers if number not in self._loaded]
         if missing:
-            # With the first expert all models are loaded: one pass over the shards for all tensors of the group.
+            # The first use of an expert loads all models, so that each shard is read only once for the group.
             if missing != [0]:
                 missing = [number for number in range(self._state.num_models) if number not in self._loaded]
             self._loaded |= zip(missing, self._load(missing), strict=True)
