@@ -1,7 +1,7 @@
-"""Features of all rows between layers, and the gradients with respect to them, in memory or in one memory-mapped file.
+"""Store the features of all rows between layers, and gradients with respect to them, in memory or in a mapped file.
 
-Scope: storage. Size grows with rows, tokens, width and stored depths, not with the model's weights. The file outlives a
-killed run, which continues from the last depth or layer that was finished.
+Scope: storage. The size depends on tokens, width and stored depths, not on the model's weights. The file outlives a
+killed run; the next run continues after the last finished depth or layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mergekit_slta.files.names import ACTIVATIONS_MARKER_NAME, ACTIVATIONS_NAME
 
 
 def activation_bytes(tokens: int, depths: int, samples: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of an `ActivationStore` for so many tokens; the other arguments are the store's own."""
+    """Bytes of an `ActivationStore` for `tokens` tokens of all rows; the other arguments are those of the store."""
     return tokens * (depths + 2 * samples) * width * dtype.itemsize
 
 
@@ -34,19 +34,19 @@ class ActivationStore:
 
     Args:
         lengths: tokens of each row.
-        depths: number of stored depths: layers + 1 for a backward pass, 2 (ping-pong) for forward only, 1 to overwrite
-            in place.
-        samples: S, the gradients of each row; 0 for forward only.
+        depths: number of stored depths: layers + 1 for a backward pass, 2 (ping-pong) for a forward pass, 1 to
+            overwrite in place.
+        samples: S, number of gradients per row; 0 for a forward pass.
         width: d, the model's hidden size.
-        dtype: of features and gradients.
-        folder: holds the file; None keeps everything in memory.
+        dtype: dtype of features and gradients.
+        folder: folder for the file; None keeps everything in memory.
 
     Attributes:
         depths_done: number of depths at which every row's features are stored.
         layers_done: number of layers (head and embeddings included) whose backward pass is finished.
 
     Raises:
-        OutputError: the file cannot be made.
+        OutputError: the file cannot be created.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class ActivationStore:
         self._mark()
 
     def gradients(self, row: int) -> Tensor:
-        """[S, tokens, d] gradients of a row with respect to the output of the layer that is worked on."""
+        """[S, tokens, d] gradients of a row with respect to the output of the current layer."""
         return self._gradients[self.layers_done % 2, :, self._tokens[row]]
 
     def put_gradients(self, row: int, gradients: Tensor) -> None:
-        """Store a row's gradients [S, tokens, d] with respect to the layer's input, to be read after `finish_layer`."""
+        """Store a row's gradients [S, tokens, d] with respect to the layer's input; read them after `finish_layer`."""
         self._gradients[(self.layers_done + 1) % 2, :, self._tokens[row]] = gradients.cpu()
 
     def finish_layer(self) -> None:
@@ -110,7 +110,7 @@ class ActivationStore:
         self._mark()
 
     def rewind(self) -> None:
-        """Start the backward pass over; the features stay."""
+        """Restart the backward pass; the features stay."""
         self.layers_done = 0
         self._mark()
 
@@ -122,9 +122,9 @@ class ActivationStore:
 
 
 def mapped(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """Map a file of `shape` bytes; a new file holds zeros, an existing one of that size keeps its content.
+    """Map a file of `shape` bytes; a new file holds zeros, an existing file of that size keeps its content.
 
-    The disk space is allocated at once: running out of space when a mapped page is written would kill the process.
+    All disk space is allocated now, because running out of space while writing to a mapped page kills the process.
     """
     size = shape[0] * shape[1]
     with open(path, "ab") as file:

@@ -1,9 +1,8 @@
-"""Several processes in one calibration (`torchrun`): how they share the rows, and sums over all processes.
+"""Run a calibration in several processes (`torchrun`): share the rows, and sum over all processes.
 
-Scope: process groups. Gram matrices are exchanged, a few kilobytes per forward group. They are on the CPU, so the
-backend is gloo on every device. Batches are planned independently of the number of processes and never split. Each
-row's matrix is computed by one process and is zero in the others, so the sum equals a single process's result bit for
-bit.
+Scope: process groups. The processes exchange Gram matrices, a few kilobytes per forward group. These are on the CPU, so
+the backend is always gloo. Batches do not depend on the number of processes and are never split. Each row's matrix is
+computed by one process and is zero in the others, so the sum equals a single process's result bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mergekit_slta.errors import RunError, show
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a calibration.
+    """This process, and the number of processes that share a calibration.
 
     Attributes:
         rank: number of this process, from 0.
@@ -37,7 +36,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and messages."""
+        """Whether this is process 0, which writes files and messages."""
         return self.rank == 0
 
     def share(self, sizes: Sequence[int]) -> list[int]:
@@ -62,7 +61,7 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value, in every process.
+        """Send the first process's value to all processes, and return it.
 
         Raises:
             RunError: another process has ended.
@@ -89,7 +88,7 @@ class Ranks:
 
 ALONE = Ranks()
 TIMEOUT = timedelta(days=7)
-"""How long to wait for a process that has more work. One that has ended is noticed at once: its sockets close."""
+"""How long to wait for a process with more work. A process that has ended is noticed at once: its sockets close."""
 
 
 def refuse_several(command: str) -> None:
@@ -112,9 +111,9 @@ def is_launched() -> bool:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the processes that were launched together; yields `ALONE` where there is one.
+    """Join the processes that were launched together; yields `ALONE` if there is only one.
 
-    Only the first process logs messages below ERROR meanwhile.
+    Inside the context, only the first process logs messages below ERROR.
 
     Raises:
         RunError: the process group cannot be set up.
@@ -141,7 +140,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def own_device(device: str | None) -> str | None:
-    """The accelerator of this process: one per process of a machine, unless the device was named with an index."""
+    """The device of this process: each process of a machine gets its own accelerator, unless `device` has an index."""
     if device and is_launched() and torch.device(device).type != "cpu" and torch.device(device).index is None:
         return f"{device}:{os.environ.get('LOCAL_RANK', '0')}"
     return device

@@ -1,4 +1,4 @@
-"""A progress bar that names the current part and the memory in use, and advice when memory runs out."""
+"""A progress bar with the current part and the memory in use; and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Progress:
         self._bar.close()
 
     def work_on(self, part: str) -> None:
-        """Show the part that is worked on; when it changes, the part before it counts as done."""
+        """Show the current part; when it changes, the part before it counts as done."""
         if part != self._part:
             self.advance(self._part is not None)
             self._part = part
             self.announce(part)
 
     def announce(self, name: str) -> None:
-        """Show a name and the memory in use; counts nothing."""
+        """Show a name and the memory in use, without counting a part."""
         self._bar.set_description(f"{self._verb} {show(name, 60)}", refresh=False)
         self._bar.set_postfix_str(f"memory {psutil.Process().memory_info().rss / 2**30:.1f} GiB")
 
     def advance(self, parts: int) -> None:
-        """Count so many parts as done."""
+        """Count `parts` more parts as done."""
         self._bar.update(parts)
 
 
@@ -60,11 +60,11 @@ def advice_on_memory(device: torch.device, **knobs: int) -> Iterator[None]:
     """Turn a failed allocation into an error that names the recipe keys to lower.
 
     Args:
-        device: where the arithmetic runs.
-        knobs: recipe keys that memory grows with, and their current values.
+        device: device of the computation.
+        knobs: recipe keys that increase memory, and their current values.
 
     Raises:
-        RunError: the device or the machine has no memory left.
+        RunError: the device or the machine is out of memory.
     """
     try:
         yield

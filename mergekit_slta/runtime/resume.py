@@ -1,7 +1,7 @@
-"""Results of the finished parts of a long run, on disk, so that a killed run continues where it stopped.
+"""Store the results of finished parts of a long run on disk, so that a killed run can resume.
 
-Scope: a folder with one file per part, each written whole or not at all. The folder carries the fingerprint of what is
-being computed; a run with another fingerprint removes it and starts over.
+Scope: a folder with one file per part, written atomically, and a marker file with the fingerprint of the job. A run
+with another fingerprint removes the folder's content and starts from the beginning.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FORMAT = "mergekit-slta/resume"
 _OWN = re.compile(
     rf"\.?({re.escape(RESUME_MARKER_NAME)}|[0-9a-f]{{24}}\.safetensors)(\..+)?|.*{re.escape(ACTIVATIONS_FOLDER)}"
 )
-"""Names of the files written here, temporary ones included. Anything else in the folder belongs to somebody else."""
+"""Names of the files that this package writes here, including temporary ones. Other files are not touched."""
 
 
 class ResumeStore:
-    """Tensors by the key of the part that computed them, kept until `remove`. A context manager that holds the lock.
+    """Stores the tensors of each finished part under a key, until `remove`. Leaving the context releases the lock.
 
-    Nothing on disk is read before `open`.
+    The disk is not read before `open`.
 
     Args:
-        folder: holds the files; made when the first part is stored.
-        fingerprint: hash of what is computed, and of the versions and the device that compute it.
+        folder: folder of the files; created when the first part is stored.
+        fingerprint: hash of the job, the library versions and the device.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -55,7 +55,7 @@ class ResumeStore:
         self._lock.close()
 
     def lock(self) -> None:
-        """Keep other processes from this folder, and from the file whose unfinished work it holds.
+        """Lock the folder, and thereby the file whose unfinished work it holds, against other processes.
 
         Raises:
             OutputError: another process uses the folder.
@@ -70,7 +70,7 @@ class ResumeStore:
         Files of a run with another fingerprint are removed.
 
         Raises:
-            OutputError: another process uses the folder, or it holds files that are not from here.
+            OutputError: another process uses the folder, or it holds other files.
         """
         if self._is_open:
             return
@@ -89,7 +89,7 @@ class ResumeStore:
             try:
                 with safe_open(path, framework="pt") as file:
                     self._finished[(file.metadata() or {})["key"]] = path
-            except (OSError, SafetensorError, KeyError):  # damaged: this part is computed again
+            except (OSError, SafetensorError, KeyError):  # damaged: compute this part again
                 path.unlink(missing_ok=True)
 
     def _in_the_way(self) -> OutputError:
@@ -103,7 +103,7 @@ class ResumeStore:
         )
 
     def _marker(self) -> str | None:
-        """The folder's fingerprint; None where its marker is missing or damaged."""
+        """The fingerprint in the folder's marker; None if the marker is missing or damaged."""
         try:
             content = json.loads((self.folder / RESUME_MARKER_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -116,12 +116,12 @@ class ResumeStore:
         return frozenset(self._finished)
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a finished part."""
+        """Read the tensors of a finished part."""
         with safe_open(self._finished[key], framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of a part, which is finished then."""
+        """Store the tensors of a part; it then counts as finished."""
         self._begin()
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -129,7 +129,7 @@ class ResumeStore:
         self._finished[key] = path
 
     def activations_folder(self, label: str = "") -> Path:
-        """The folder for the activations of the pass with this label; the caller makes and removes it."""
+        """Path for the activations of the pass `label`; the caller creates and removes the folder."""
         self._begin()
         return self.folder / f"{label}{ACTIVATIONS_FOLDER}"
 
@@ -140,7 +140,7 @@ class ResumeStore:
             )
 
     def remove(self) -> None:
-        """Remove everything. The marker goes first: files that a kill leaves behind then count as nobody's results."""
+        """Remove the folder. The marker is removed first, so that files left by a kill are not used as results."""
         if self._is_open and self.folder.is_dir():
             (self.folder / RESUME_MARKER_NAME).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
