@@ -116,7 +116,7 @@ class BackwardPass:
         return self._head.divergences
 
     def completion_features(self) -> list[Tensor]:
-        """Per row, the last layer's outputs [completion, d] that predict its completion. Needs a forward pass before."""
+        """Per row, the last layer's outputs [completion, d] that predict its completion. Needs a forward pass."""
         last = self._skeleton.num_layers
         return [
             self._store.features(last, index)[row.completion - 1 : len(row.ids) - 1].clone()
