@@ -8,7 +8,7 @@ import sys
 
 import click
 import pytest
-from conftest import slta
+from conftest import assert_refused, check_message, slta
 from mergekit.options import MergeOptions
 
 from mergekit_slta.cli.main import COMMANDS, main
@@ -80,15 +80,22 @@ def test_every_command_has_verbose(name):
     assert option.opts == ["-v", "--verbose"]
 
 
-@pytest.mark.parametrize("name", ["solve", "export", "report", "demo"])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("solve", "unreadable-file"), ("export", "wrong-file-type"), ("report", "wrong-file-type"),
+     ("demo", "not-a-folder")],
+)  # fmt: skip
 @pytest.mark.parametrize("flag", ["-v", "--verbose", None])
-def test_verbose_shows_the_traceback(tmp_path, name, flag):
+def test_verbose_shows_the_traceback(tmp_path, name, code, flag):
     """With `-v` the traceback and the line, else the line alone; the exit code is the same."""
     (tmp_path / "file").write_text("{}")
     result = slta(name, tmp_path / "file", *([flag] if flag else []))
+    if flag is None:
+        assert_refused(result, code, tmp_path / "file")
+        return
     assert result.exit_code == 2, result.output
-    assert ("Traceback" in result.output) == (flag is not None)
-    assert result.output.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" in result.output
+    check_message(result.output.splitlines()[-1], code, "Error: ", tmp_path / "file")
 
 
 @pytest.mark.parametrize("flag", ["-v", None])
@@ -100,6 +107,9 @@ def test_an_unexpected_error_is_one_line(tmp_path, monkeypatch, flag):
 
     monkeypatch.setattr("mergekit_slta.reporting.report.report", fail)
     result = slta("report", tmp_path, *([flag] if flag else []))
+    if flag is None:
+        assert_refused(result, "unexpected-error", "ZeroDivisionError: division by zero; -v shows where", exit_code=1)
+        return
     assert result.exit_code == 1
-    assert "Error: ZeroDivisionError: division by zero" in result.output
-    assert ("-v shows where" in result.output) == ("Traceback" not in result.output) == (flag is None)
+    assert "Traceback" in result.output
+    assert result.output.splitlines()[-1] == "Error: ZeroDivisionError: division by zero"

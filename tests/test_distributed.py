@@ -159,6 +159,17 @@ def test_processes_that_see_other_files_are_refused(tiny):
         help_calibrate(job, Ranks(1, 2), "another fingerprint")
 
 
+def test_a_process_whose_partner_is_gone(monkeypatch):
+    """It names itself and how many there are, and what to do."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", fail)
+    with refused(RunError, "lost-process", "process 1 of 2", "Connection closed by peer"):
+        Ranks(1, 2).broadcast("something")
+
+
 def test_processes_that_cannot_join(monkeypatch):
     """A process that torchrun has not told where the others are is refused."""
     for key, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():

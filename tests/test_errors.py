@@ -91,6 +91,12 @@ def test_every_code_is_documented():
         assert {int(row["exit"])} == EXIT_CODES[row["code"]], row
 
 
+def test_every_code_is_tried():
+    """Some test names it."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert [code for code in EXIT_CODES if f'"{code}"' not in tests] == []
+
+
 def test_a_code_is_required():
     """An error cannot be made without one."""
     with pytest.raises(TypeError, match="code"):

@@ -364,7 +364,8 @@ def test_failed_merge_keeps_what_was_calibrated(tiny, write_recipe, tmp_path, mo
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(TensorWriter, "finalize", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
-        assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET).exit_code == 1
+        result = mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET)
+    assert_refused(result, "merge-failed", "No space left", exit_code=1)
     assert not [name for name in os.listdir(out) if not name.startswith(".slta")]
     result = mergekit_yaml(write_recipe(tiny.recipe(2)), out)
     assert result.exit_code == 0, result.output

@@ -310,6 +310,15 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+def test_statistics_of_an_objective_that_is_not_known(saved):
+    """A release that lacks the objective says which it has."""
+    statistics = Statistics.load(saved)
+    layout = {**json.loads(statistics.metadata["layout"]), "objective": "magic"}
+    statistics.metadata["layout"] = json.dumps(layout)
+    with refused(AlphasError, "unknown-objective", "magic", "features"):
+        solve_again(statistics)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_layouts(saved, damage):
     """Whatever does not fit the matrices is an AlphasError."""
