@@ -42,7 +42,7 @@ class SltaError(click.ClickException):
     Attributes:
         message: one printable line: cause, value, remedy.
         code: name of the kind of problem, in lower case with hyphens ("unknown-key"). It does not change when the
-            message is reworded.
+            message is reworded. docs/errors.md lists them.
     """
 
     exit_code = 1

@@ -34,8 +34,8 @@ WORDING: dict[str, str] = {
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "invalid-template": r"`text` is not a template \(.+\): .+; write \{\{ for a brace",
-    "invalid-value": r"(`\w+` .*is|--\w+ (is )?).+(choose one of|give (a|1)|must be a|[Ii]nput should be|use at least"
-    r"|: write `auto`|name a model and|should have|valid)",
+    "invalid-value": r"(`\w+`|--\w+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least|: write `auto`"
+    r"|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
     "lost-process": r"process \d+ of \d+ has lost another one .+: see that one's message, then run the same command",
     "merge-failed": r"(the merge failed \(\w+\): .*|mergekit-yaml ended with exit code .+ \(.*\): .+); -v shows where",
