@@ -83,7 +83,7 @@ def solve_again(
 
 
 def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
-    """Refuse a change of settings where the statistics depend on earlier solves with the old settings."""
+    """Refuse a change of settings if the statistics depend on earlier solves with the old settings."""
     key = layout.solve_dependence
     if changed and key is not None:
         raise RecipeError(
