@@ -4,8 +4,8 @@ Scope: accumulate statistics, save and load them; `maths/` solves them. There ar
 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
     slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for its s-th label sample
-    step   first the derivative of a row's divergence from its expert, then u_x[s, t], at a merged model; rows of an
-           earlier step are rebased to that model (see `gauss_newton.rebase_quadratics`)
+    step   [0, t]: derivative of row x's divergence from its expert; [s, t], s >= 1: u_x as for slope. Both at a merged
+           model; rows of earlier steps are rebased to that model (see `gauss_newton.rebase_quadratics`)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FORMS = ("gram", "slope", "step")
 
 @dataclass
 class Statistics:
-    """Gram matrices, or derivatives of the loss, of every submodule and calibration row.
+    """Gram matrices, or derivatives of losses, for every submodule and calibration row.
 
     Attributes:
         row_task: [rows] int64, each row's task, as an index into the experts in canonical order.
