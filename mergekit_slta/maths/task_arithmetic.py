@@ -36,6 +36,9 @@ def merge_tensor(
         pieces: slices of the tensor with their alphas; together they cover every element once.
         scale: the recipe's `lambda`.
         dtype: dtype of the result. The sum is computed in float32 (float64 for float64 inputs) and cast once.
+
+    Returns:
+        The merged tensor, in the shape of `base`.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     merged = torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
