@@ -52,7 +52,7 @@ def make_entry(
 
 
 def select(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
-    """Get the statistics of the named submodules.
+    """Get the statistics of the named submodules: [rows, T, T] Gram matrices or [rows, S, T] derivatives.
 
     Raises:
         AlphasError: a submodule is missing.
