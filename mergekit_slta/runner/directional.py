@@ -78,7 +78,14 @@ class DirectionalDerivatives:
         gradients: Iterable[Tensor | None],
         vectors: Mapping[str, Tensor],
     ) -> None:
-        """`add` for several whole tensors; a gradient is None if the loss does not depend on the tensor."""
+        """`add` for several whole tensors.
+
+        Args:
+            names: the tensors.
+            row, loss: as in `add`.
+            gradients: per tensor, in its shape; None if the loss does not depend on the tensor.
+            vectors: name -> [T, ...] task vectors.
+        """
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self.add(name, row, loss, gradient, vectors[name])

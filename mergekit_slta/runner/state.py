@@ -51,7 +51,7 @@ class Evaluation:
 
     @cached_property
     def base(self) -> Tensor:
-        """Outputs with the base's weights, f(x; theta_0)."""
+        """[entries, ...] outputs with the base's weights, f(x; theta_0)."""
         return self.outputs_at(self.base_coefficients)
 
 
@@ -62,7 +62,7 @@ class ForwardState:
     Attributes:
         skeleton: the model's code.
         checkpoints: the models' tensors.
-        batches: the calibration rows; one row each where single matrices are evaluated.
+        batches: the calibration rows; one row per batch if single matrices are evaluated.
         coefficients: per batch, the coefficients at which whole models are evaluated; None: base and experts.
         packs: lists of indices of batches that token-wise submodules run on together; empty: every batch alone.
         max_pack_tokens: tokens of the largest pack of all processes; 0: of `packs`.
