@@ -18,7 +18,7 @@ class Progress:
     """A progress bar over the parts of a run (forward groups, layers of a backward pass); a context manager.
 
     Args:
-        verb: what is being done ("Calibrating").
+        verb: the activity, shown in front ("Calibrating").
         total: number of parts.
         quiet: show nothing.
     """

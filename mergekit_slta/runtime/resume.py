@@ -116,7 +116,7 @@ class ResumeStore:
         return frozenset(self._finished)
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """Read the tensors of a finished part."""
+        """Read the tensors of a finished part, as `put` stored them."""
         with safe_open(self._finished[key], framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
 
