@@ -78,7 +78,7 @@ WORDING: dict[str, str] = {
     "out-of-memory": r"out of memory on .+ \(.*\): lower `\w+` \(\d+\) .*or choose another --device",
     "output-is-an-input": r"(is one of the models to merge: name another folder|is an input of this command: name)",
     "path-in-the-way": r".+ is in the way of unfinished work: move it",
-    "plan-does-not-fit": r"mergekit (would drop .+ of .+|plans to merge .+, which .+ does not have): .+; try a newer mergekit",
+    "plan-does-not-fit": r"mergekit (would drop .+ of .+|plans to merge .+, which .+ does not have): .+; try a newer",
     "processes-differ": r"process \d+ sees other models or data than the first one: give all the same files and",
     "quantized-weights": r".+ is stored as .+, which an adapter cannot be added to: use a base that is not quantized",
     "recipe-needed": r"these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
