@@ -85,9 +85,7 @@ def solve_closed_form(
     """
     objectives = [grams] if isinstance(grams, Tensor) else list(grams)
     num_models = objectives[0].shape[-1]
-    weights = torch.ones(num_models, dtype=torch.float64)
-    if importance is not None:
-        weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    weights = task_weights(importance, num_models)
     parts = [_usable_rows(gram, row_task, balance) for gram in objectives]
     shares = [_task_means(part, num_models) for part in parts]  # [T, T, T] each
     a, b = _normal_equations(torch.stack(shares).sum(0), weights)
@@ -109,6 +107,15 @@ def solve_closed_form(
         residual=residual,
         unchanged=tuple((~changed).tolist()),
         flags=tuple(flags),
+    )
+
+
+def task_weights(importance: Sequence[float] | None, num_models: int) -> Tensor:
+    """The tasks' weights w_a in the objective, [T] float64; all 1 by default."""
+    return (
+        torch.ones(num_models, dtype=torch.float64)
+        if importance is None
+        else torch.tensor(list(importance), dtype=torch.float64)
     )
 
 

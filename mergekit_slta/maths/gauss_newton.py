@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_slta.maths.closed_form import task_weights
 from mergekit_slta.maths.joint import JointSolution, condition_and_rank, named_solution
 from mergekit_slta.maths.ridges import RIDGES, Spectrum, one_standard_error
 
@@ -179,9 +180,7 @@ def _row_weights(
     share: Tensor,
 ) -> Tensor:  # fmt: skip
     """[R]: w_a / c_a times the row's share of its task; 0 for a row without an answer."""
-    given = torch.ones(num_models, dtype=torch.float64)
-    if importance is not None:
-        given = torch.as_tensor(list(importance), dtype=torch.float64)
+    given = task_weights(importance, num_models)
     used = (divergences != 0).any(1)
     share = share * used
     total = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, share)

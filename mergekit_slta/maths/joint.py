@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_slta.maths.closed_form import RANK_TOLERANCE, task_weights
 from mergekit_slta.maths.ridges import RIDGES, Spectrum, smallest_error
 
 PRIOR = 1.0
@@ -75,7 +76,7 @@ class _System:
 
     def shift(self, kernel: Tensor, ridge: float) -> float:
         """rho d, or the smallest shift that keeps the kernel invertible if that is larger."""
-        return max(ridge * self.unit, 1e-12 * float(kernel.diagonal().max()))
+        return max(ridge * self.unit, RANK_TOLERANCE * float(kernel.diagonal().max()))
 
 
 def solve_joint(
@@ -103,9 +104,7 @@ def solve_joint(
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, S, T, M]
     num_models = whole.shape[2]
     changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
-    weights = torch.ones(num_models, dtype=torch.float64)
-    if importance is not None:
-        weights = torch.as_tensor(list(importance), dtype=torch.float64)
+    weights = task_weights(importance, num_models)
     system = _system(whole, row_task, weights, balance, changed)
     size = int(changed.sum())
     solution = torch.zeros((num_models, len(names)), dtype=torch.float64)
@@ -156,7 +155,7 @@ def condition_and_rank(kernel: Tensor, shift: float) -> tuple[float, int]:
     values = torch.linalg.eigvalsh(kernel)
     smallest = values.min().clamp(min=0) + shift
     condition = float((values.max() + shift) / smallest) if smallest > 0 else float("inf")
-    return condition, int((values > 1e-12 * values.max()).sum())
+    return condition, int((values > RANK_TOLERANCE * values.max()).sum())
 
 
 def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, changed: Tensor) -> _System:

@@ -84,6 +84,12 @@ class _Sizes:
                 sizes[int(name[len(prefix) :].partition(".")[0])] += size
         return sizes
 
+    @property
+    def largest_weight(self) -> int:
+        """Bytes of the largest tensor but the embeddings and the output projection, which are read in parts."""
+        ends = (self.table, self.head)
+        return max((size * self.item for name, size in self.parameters.items() if name not in ends), default=0)
+
     def copies(self, name: str) -> int:
         """Number of models in which a tensor is cast or moved to a device, which needs extra memory.
 
@@ -143,14 +149,11 @@ def estimate_features(job: Job) -> Costs:
         {"embeddings of the rows' tokens of every model": used * width * item * models},
     )
     peak = max(moments, key=lambda parts: sum(parts.values()))
-    weights = max(
-        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
-    )
     return Costs(
         flops=models * job.num_tokens * 2.0 * (in_layers + head_size),
         read_bytes=total_bytes(job.plan),
         memory={"hidden states of all rows": job.num_tokens * width * item, **peak},
-        largest_bytes=max(weights, tokens * sizes.inner_width * item, tokens * part * item),
+        largest_bytes=max(sizes.largest_weight, tokens * sizes.inner_width * item, tokens * part * item),
         written_bytes=sizes.written_bytes(),
     )
 
@@ -196,14 +199,11 @@ def estimate_gradients(job: Job) -> Costs:
     )
     total, base = total_bytes(job.plan), total_bytes(job.plan, [job.recipe.base])
     read = 2 * total * (1 + steps) + len(parts) * (steps > 0) * base + (len(parts) - 1) * (total - base)
-    weights = max(
-        (s * item for name, s in sizes.parameters.items() if name not in (sizes.table, sizes.head)), default=0
-    )
     return Costs(
         flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
         read_bytes=read,
         memory=max(moments, key=lambda parts: sum(parts.values())),
-        largest_bytes=max(weights, logits * derivatives),
+        largest_bytes=max(sizes.largest_weight, logits * derivatives),
         written_bytes=sizes.written_bytes(),
         scratch_bytes=activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype),
     )

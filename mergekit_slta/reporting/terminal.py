@@ -103,8 +103,8 @@ def describe_linearity(linearity: Linearity) -> str:
                 str(level.count),
                 _mean_std(level.non_linearity),
                 _mean_std(level.projection_distance.pairs),
-                _mean_std(cosine and cosine.model_copy(update={"mean": 1 - cosine.mean})),
-                "-" if level.cosine_base is None else f"{1 - level.cosine_base.mean:.3g}",
+                _mean_std(cosine and cosine.model_copy(update={"mean": max(0.0, 1 - cosine.mean)})),
+                "-" if level.cosine_base is None else f"{max(0.0, 1 - level.cosine_base.mean):.3g}",
                 _mean_std(level.disentanglement),
             ]
         )
