@@ -1,160 +1,202 @@
-"""The closed-form merges of examples/reproduce against least squares and explicit arithmetic."""
+"""The closed form against numpy's least squares and against explicit leave-one-out solves."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
-import numpy
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "reproduce"
-WIDTH = 16
-CONFIG = LlamaConfig(
-    hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-    vocab_size=64, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
+from mergekit_slta.maths.closed_form import Solution, solve_closed_form
+from mergekit_slta.maths.grams import row_grams
 
 
-@pytest.fixture(scope="module")
-def closed_form():
-    """The module, imported as the scripts beside it do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        import closed_form
-
-        yield closed_form
+def features(seed: int, num_models: int, rows_per_task: int, size: int = 12) -> tuple[list[np.ndarray], torch.Tensor]:
+    """Random df of each row ([T, size], scales apart by rows) and the row-to-task map."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.normal(size=(num_models, size)) * rng.uniform(0.1, 10) for _ in range(num_models * rows_per_task)]
+    return rows, torch.arange(num_models).repeat_interleave(rows_per_task)
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> list[Path]:
-    """Base and two experts, far apart, with norms that are no identity."""
-    folder = tmp_path_factory.mktemp("models")
-    paths = [folder / name for name in ("base", "first", "second")]
-    for seed, path in enumerate(paths):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(CONFIG)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        model.save_pretrained(path)
-    return paths
+def grams_of(rows: list[np.ndarray]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(row @ row.T) for row in rows])
 
 
-def token_rows(seed: int, lengths: tuple[int, ...] = (40, 30)) -> list[list[int]]:
-    """Calibration rows of a task."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(64, (length,), generator=generator).tolist() for length in lengths]
+def least_squares(rows, row_task, balance, importance) -> np.ndarray:
+    """Eq. 10/33 as one stacked least-squares problem: sum_t alpha_t df_t should be df_a."""
+    num_models = rows[0].shape[0]
+    matrix, target = [], []
+    for row, task in zip(rows, row_task.tolist(), strict=True):
+        count = int((row_task == task).sum())
+        scale = np.mean((row**2).sum(1)) if balance else 1.0
+        weight = math.sqrt(importance[task] / scale / count)
+        matrix.append(weight * row.T)
+        target.append(weight * row[task])
+    return np.linalg.lstsq(np.concatenate(matrix), np.concatenate(target), rcond=None)[0][:num_models]
 
 
-ROWS = [token_rows(1), token_rows(2)]
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_models=st.integers(1, 5),
+    rows_per_task=st.integers(1, 4),
+    balance=st.booleans(),
+    importance=st.lists(st.floats(0.1, 10), min_size=5, max_size=5),
+)
+def test_solution_is_the_least_squares_solution(seed, num_models, rows_per_task, balance, importance):
+    """alpha minimises the paper's objective, for any number of models and rows, balanced or not."""
+    rows, row_task = features(seed, num_models, rows_per_task)
+    found = solve_closed_form(grams_of(rows), row_task, importance=importance[:num_models], balance=balance)
+    np.testing.assert_allclose(found.alpha, least_squares(rows, row_task, balance, importance), rtol=1e-6, atol=1e-8)
+    assert found.rank == num_models
+    assert not found.flags
 
 
-def regression(seed: int, num_rows: int = 40) -> tuple[numpy.ndarray, torch.Tensor]:
-    """Inputs [rows, width] of a linear map and its weights [5, width]."""
-    generator = numpy.random.default_rng(seed)
-    return generator.normal(size=(num_rows, WIDTH)), torch.tensor(generator.normal(size=(5, WIDTH)))
+def test_single_expert_gets_weight_one():
+    """With one expert the objective is met exactly: alpha 1, residual 0."""
+    rows, row_task = features(0, 1, 3)
+    found = solve_closed_form(grams_of(rows), row_task)
+    assert found.alpha == pytest.approx((1.0,))
+    assert found.residual == pytest.approx(0.0, abs=1e-12)
 
 
-def least_squares(inputs: list[numpy.ndarray], weights: list[torch.Tensor]) -> numpy.ndarray:
-    """The linear map closest to all given ones on their own inputs."""
-    outputs = [x @ weight.numpy().T for x, weight in zip(inputs, weights, strict=True)]
-    return numpy.linalg.lstsq(numpy.concatenate(inputs), numpy.concatenate(outputs))[0].T
+def test_residual_is_the_share_that_remains():
+    """The residual is sum ||sum alpha df - df_a||^2 / sum ||df_a||^2, row by row."""
+    rows, row_task = features(3, 3, 4)
+    found = solve_closed_form(grams_of(rows), row_task, balance=False)
+    left = sum(np.sum((np.array(found.alpha) @ row - row[task]) ** 2) for row, task in zip(rows, row_task, strict=True))
+    total = sum(np.sum(row[task] ** 2) for row, task in zip(rows, row_task, strict=True))
+    assert found.residual == pytest.approx(left / total, rel=1e-9)
 
 
-def grams(inputs: list[numpy.ndarray]) -> list[torch.Tensor]:
-    """Gram matrices [width, width]."""
-    return [torch.tensor(x.T @ x) for x in inputs]
+def test_zero_rows_are_left_out():
+    """A row without any difference changes nothing, whatever it does to the number of rows."""
+    rows, row_task = features(1, 2, 3)
+    with_zero = [*rows, np.zeros_like(rows[0])]
+    one = solve_closed_form(grams_of(rows), row_task)
+    other = solve_closed_form(grams_of(with_zero), torch.cat([row_task, torch.tensor([1])]))
+    assert other.alpha == pytest.approx(one.alpha, rel=1e-12)
 
 
-def test_regmean_is_least_squares_on_the_experts_outputs(closed_form):
-    """With alpha 1, one linear map is that of numpy's lstsq on stacked inputs and outputs."""
-    inputs, weights = zip(*(regression(seed) for seed in range(3)), strict=True)
-    merged = closed_form.regmean_linear(grams(inputs), weights, torch.zeros(()), alpha=1.0)
-    numpy.testing.assert_allclose(merged, least_squares(inputs, weights), rtol=1e-9, atol=1e-9)
+def test_unchanged_expert_gets_zero_and_the_others_are_as_without_it():
+    """An expert whose features never move is marked; the rest of the system is solved without it."""
+    rows, row_task = features(2, 3, 3)
+    for row in rows:
+        row[1] = 0.0
+    found = solve_closed_form(grams_of(rows), row_task)
+    assert found.alpha[1] == 0.0
+    assert found.unchanged == (False, True, False)
+    assert found.flags == ("unchanged",)
+    np.testing.assert_allclose(found.alpha, least_squares(rows, row_task, True, [1, 1, 1]), atol=1e-8)
 
 
-@pytest.mark.parametrize("num_rows", [40, 5])
-def test_lot_is_the_smallest_least_squares_step_from_the_base(closed_form, num_rows):
-    """Task vectors are solved for; where the rows say nothing (10 rows, 16 inputs) the base stays."""
-    inputs, weights = zip(*(regression(seed, num_rows) for seed in range(2)), strict=True)
-    base = regression(9)[1]
-    merged = closed_form.lot_linear(grams(inputs), weights, base)
-    expected = base.numpy() + least_squares(inputs, [weight - base for weight in weights])
-    numpy.testing.assert_allclose(merged, expected, rtol=1e-8, atol=1e-8)
+def test_nothing_changed_at_all():
+    """Without any difference alpha is 0, and every number is finite."""
+    found = solve_closed_form(torch.zeros(4, 2, 2, dtype=torch.float64), torch.tensor([0, 0, 1, 1]))
+    assert found == Solution((0.0, 0.0), (0.0, 0.0), 1.0, 0, 0.0, (True, True), ("unchanged",))
 
 
-def test_lot_scales_are_least_squares_per_dimension(closed_form, checkpoints, tmp_path):
-    """The first norm reads the embeddings, so that its inputs are known without a forward pass."""
-    base, *experts = (AutoModelForCausalLM.from_pretrained(path) for path in checkpoints)
-    closed_form.merge("LOT merging", checkpoints[0], checkpoints[1:], ROWS, tmp_path)
-    merged = load_file(tmp_path / "model.safetensors")["model.layers.0.input_layernorm.weight"].numpy()
-
-    def scale(model: LlamaForCausalLM) -> numpy.ndarray:
-        return model.model.layers[0].input_layernorm.weight.detach().numpy()
-
-    normalised = []
-    for expert, rows in zip(experts, ROWS, strict=True):
-        x = expert.model.embed_tokens.weight.detach().numpy()[[token for row in rows for token in row]]
-        normalised.append(x / numpy.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps))
-    for number in range(WIDTH):
-        column = numpy.concatenate([x[:, number] for x in normalised])
-        drift = [
-            x[:, number] * (scale(expert) - scale(base))[number] for x, expert in zip(normalised, experts, strict=True)
-        ]
-        step = numpy.linalg.lstsq(column[:, None], numpy.concatenate(drift))[0][0]
-        assert merged[number] == pytest.approx(scale(base)[number] + step, abs=1e-5)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), copies=st.integers(2, 3))
+def test_duplicates_are_solved_by_minimum_norm(seed, copies):
+    """Duplicated experts share their weight equally, as numpy's minimum-norm least squares does, and are flagged."""
+    rows, row_task = features(seed, 3, 3)
+    rows = [np.concatenate([row, np.repeat(row[:1], copies - 1, axis=0)]) for row in rows]
+    extra = [rows[0] * 1.5] * 2  # rows for each copy's own task
+    tasks = torch.cat([row_task, *(torch.tensor([3 + copy, 3 + copy]) for copy in range(copies - 1))])
+    rows = rows + extra * (copies - 1)
+    found = solve_closed_form(grams_of(rows), tasks)
+    expected = least_squares(rows, tasks, True, [1.0] * (2 + copies))
+    np.testing.assert_allclose(found.alpha, expected, rtol=1e-5, atol=1e-7)
+    assert found.rank == 3
+    assert "rank_deficient" in found.flags
+    assert math.isinf(found.condition)
 
 
-@pytest.mark.parametrize("method", ["RegMean", "RegMean++", "LOT merging"])
-def test_identical_experts_merge_into_themselves(closed_form, checkpoints, tmp_path, method):
-    """Every method returns the expert where there is only one opinion."""
-    base, expert, _ = checkpoints
-    closed_form.merge(method, base, [expert, expert], ROWS, tmp_path)
-    merged, expected = (load_file(path / "model.safetensors") for path in (tmp_path, expert))
-    assert merged.keys() == expected.keys()
-    for name, value in merged.items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4, msg=lambda text, name=name: name + text)
+def test_jackknife_equals_explicit_leave_one_out():
+    """stderr is the delete-one jackknife, rows stratified by task, each left-out solve done anew."""
+    rows, row_task = features(5, 3, 4)
+    grams = grams_of(rows)
+    left_out = []
+    for row in range(len(rows)):
+        keep = [other for other in range(len(rows)) if other != row]
+        left_out.append(solve_closed_form(grams[keep], row_task[keep]).alpha)
+    left_out = np.array(left_out)
+    variance = np.zeros(3)
+    for task in range(3):
+        group = left_out[(row_task == task).numpy()]
+        variance += (len(group) - 1) / len(group) * ((group - group.mean(0)) ** 2).sum(0)
+    np.testing.assert_allclose(solve_closed_form(grams, row_task).stderr, np.sqrt(variance), rtol=1e-9)
 
 
-def shrunk_solution(inputs: list[numpy.ndarray], weights: list[numpy.ndarray]) -> numpy.ndarray:
-    """RegMean's formula at alpha 0.9, spelled out."""
-    left, right = numpy.zeros((WIDTH, WIDTH)), 0.0
-    for x, weight in zip(inputs, weights, strict=True):
-        gram = x.T.astype("float64") @ x / len(x)
-        gram = numpy.where(numpy.eye(WIDTH) == 1, gram, 0.9 * gram)
-        left, right = left + gram, right + gram @ weight.T
-    return numpy.linalg.solve(left, right).T
+def test_stderr_needs_two_rows_per_task():
+    """With a single row in a task there is no standard error, rather than one that is too small."""
+    rows, row_task = features(5, 2, 3)
+    assert solve_closed_form(grams_of(rows)[[0, 3, 4]], row_task[[0, 3, 4]]).stderr is None
 
 
-@pytest.mark.parametrize("method", ["RegMean", "RegMean++"])
-def test_second_layer_reads_what_the_method_says(closed_form, checkpoints, tmp_path, method):
-    """Merged first layer in RegMean++, every expert's own first layer in RegMean; rows of different lengths."""
-    rows = [token_rows(1), token_rows(2, (50, 12, 33))]
-    closed_form.merge(method, checkpoints[0], checkpoints[1:], rows, tmp_path)
-    merged, *experts = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, *checkpoints[1:]))
-    inputs = []
-    for expert, task in zip(experts, rows, strict=True):
-        source = merged if method == "RegMean++" else expert
-        with torch.no_grad():
-            states = [source(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0] for ids in task]
-        x = torch.cat(states).numpy()
-        scale = expert.model.layers[1].input_layernorm.weight.detach().numpy()
-        inputs.append(x / numpy.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps) * scale)
-    for name in ("q_proj", "v_proj"):
-        weights = [
-            getattr(model.model.layers[1].self_attn, name).weight.detach().numpy() for model in (merged, *experts)
-        ]
-        numpy.testing.assert_allclose(weights[0], shrunk_solution(inputs, weights[1:]), atol=1e-5)
-    norms = [model.model.layers[1].input_layernorm.weight for model in (merged, *experts)]
-    torch.testing.assert_close(norms[0], (norms[1] + norms[2]) / 2)
-    embeddings = [model.model.embed_tokens.weight for model in (merged, *experts)]
-    torch.testing.assert_close(embeddings[0], (embeddings[1] + embeddings[2]) / 2)
+@given(ridge=st.floats(1e3, 1e9))
+def test_ridge_pulls_towards_the_plain_average(ridge):
+    """A large relative ridge leads to 1/T for every expert."""
+    rows, row_task = features(6, 4, 2)
+    assert solve_closed_form(grams_of(rows), row_task, ridge=ridge).alpha == pytest.approx((0.25,) * 4, abs=2e-3)
 
 
-def test_rows_are_needed_for_every_expert(closed_form, checkpoints, tmp_path):
-    """Rows of one task for two experts are refused before anything is loaded."""
-    with pytest.raises(ValueError, match="2 experts, but calibration rows of 1"):
-        closed_form.merge("RegMean", checkpoints[0], checkpoints[1:], ROWS[:1], tmp_path)
+def test_ridge_is_relative():
+    """Scaling all features changes nothing, with or without ridge."""
+    rows, row_task = features(7, 3, 2)
+    for balance in (True, False):
+        one = solve_closed_form(grams_of(rows), row_task, ridge=0.1, balance=balance)
+        other = solve_closed_form(grams_of([row * 1e3 for row in rows]), row_task, ridge=0.1, balance=balance)
+        assert one.alpha == pytest.approx(other.alpha, rel=1e-9)
+
+
+def test_several_objectives_are_added():
+    """A shared tensor's alpha solves the sum of the objectives, each balanced by itself."""
+    one, row_task = features(8, 2, 3)
+    two, _ = features(9, 2, 3)
+    together = solve_closed_form([grams_of(one), grams_of(two)], row_task)
+    scaled = [[row / math.sqrt(np.mean((row**2).sum(1))) for row in rows] for rows in (one, two)]
+    stacked = [np.concatenate(pair, axis=1) for pair in zip(*scaled, strict=True)]
+    expected = solve_closed_form(grams_of(stacked), row_task, balance=False)
+    assert together.alpha == pytest.approx(expected.alpha, rel=1e-9)
+
+
+def test_ill_conditioned_systems_are_flagged():
+    """Two experts that nearly agree are solved, and flagged."""
+    rows, row_task = features(10, 2, 3)
+    for row in rows:
+        row[1] = row[0] + 1e-5 * row[1]
+    found = solve_closed_form(grams_of(rows), row_task)
+    assert found.flags == ("ill_conditioned",)
+    assert found.condition > 1e6
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), num_models=st.integers(1, 4))
+def test_row_grams_sum_over_a_rows_own_tokens(lengths, num_models):
+    """Packed rows give the products of each row's own tokens, in float64."""
+    deltas = torch.randn(num_models, sum(lengths), 3, generator=torch.Generator().manual_seed(len(lengths)))
+    found = row_grams(deltas, lengths)
+    start = 0
+    for row, length in enumerate(lengths):
+        part = deltas[:, start : start + length].double().numpy()
+        np.testing.assert_allclose(found[row], np.einsum("jnd,knd->jk", part, part), rtol=1e-12)
+        start += length
+    assert found.dtype == torch.float64
+
+
+def test_small_experts_are_no_lost_rank():
+    """Beside duplicates an expert with tiny features keeps its weight: rank is a matter of direction, not of size."""
+    rows, _ = features(11, 2, 3)
+    tiny = [np.stack([row[0], row[0], row[1] * 1e-7]) for row in rows]
+    tasks = torch.tensor([0, 0, 1, 1, 2, 2])
+    found = solve_closed_form(grams_of(tiny), tasks, balance=False)
+    assert found.rank == 2
+    assert found.alpha[0] == pytest.approx(found.alpha[1], abs=1e-2)
+    scaled = solve_closed_form(grams_of([row * np.array([[1], [1], [1e7]]) for row in tiny]), tasks, balance=False)
+    assert scaled.rank == 2
+    assert abs(found.alpha[2]) > 1e-3

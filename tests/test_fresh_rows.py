@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import assert_applied, assert_refused, mergekit_yaml, refused, slta
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
-from test_gradients import assert_close, whole_model
-from test_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
+from test_backward import assert_close, whole_model
+from test_gradient_passes import answer_log_probabilities, divergence, merged_model, same, slopes_of
 
 from mergekit_slta.calibration.calibrate import gather_statistics
 from mergekit_slta.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_applied, assert_refused, mergekit_yaml, refused, slta
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
-from test_gradients import assert_close, stop_after, whole_model
+from test_backward import assert_close, stop_after, whole_model
 from zoo import ZOO
 
 from mergekit_slta.calibration.assemble import assemble
