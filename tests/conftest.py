@@ -237,14 +237,19 @@ def assert_applied(models: Models, out: Path) -> Alphas:
     return alphas
 
 
-def mergekit_yaml(*arguments: object) -> Result:
-    """The stock command, in this process, where the plugin is registered."""
-    return CliRunner().invoke(run_yaml.main, [str(argument) for argument in arguments])
+NO_CARD = "--no-write-model-card"
+"""Drawing the card's figures takes longer than a tiny merge: only tests of the card have one."""
 
 
-def slta(*arguments: object) -> Result:
-    """The project's own command, in this process."""
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+def mergekit_yaml(*arguments: object, card: bool = False) -> Result:
+    """The stock command, in this process, where the plugin is registered; without a model card unless asked."""
+    return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *([] if card else [NO_CARD])])
+
+
+def slta(*arguments: object, card: bool = False) -> Result:
+    """The project's own command, in this process; a merge without a model card unless asked."""
+    plain = arguments[:1] == ("merge",) and not card
+    return CliRunner().invoke(cli.main, [*map(str, arguments), *([NO_CARD] if plain else [])])
 
 
 def check_message(message: str, code: str, *values: object) -> None:

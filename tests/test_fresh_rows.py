@@ -75,7 +75,7 @@ def test_fresh_rows_from_recipe_to_model(tiny, tmp_path, write_recipe):
     """By the stock command, which does so by default, with a weight for every matrix; the file lists every row, and
     the statistics hold them with their steps."""
     recipe = tiny.recipe_with_answers(objective="joint", steps=3, num_samples=2)
-    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet", card=True)
     assert result.exit_code == 0, result.output
     alphas = assert_applied(tiny, tmp_path / "out")
     assert alphas.calibration["fresh_rows"] is True

@@ -196,7 +196,7 @@ def test_merges_that_run_at_once_may_share_an_alphas_file(tiny, tmp_path, option
 def test_model_card_and_config_show_the_users_recipe(tiny, write_recipe, tmp_path):
     """mergekit_config.yml is the recipe as written, not as rewritten for mergekit."""
     path = write_recipe(tiny.recipe(2))
-    assert mergekit_yaml(path, tmp_path / "out", *QUIET).exit_code == 0
+    assert mergekit_yaml(path, tmp_path / "out", *QUIET, card=True).exit_code == 0
     assert (tmp_path / "out" / "mergekit_config.yml").read_text() == path.read_text()
     assert "Submodule Linear (SLTA)" in (tmp_path / "out" / "README.md").read_text()
 

@@ -61,7 +61,8 @@ def fixed(monkeypatch):
 @pytest.mark.parametrize(("settings", "weight"), [({}, SHARE), ({"fixed_weight": 0.5}, 0.5)])
 def test_a_registered_objective_merges(fixed, tiny, write_recipe, tmp_path, settings, weight):
     """A stock merge uses the new objective's default granularity, its own key, and its weights."""
-    result = mergekit_yaml(write_recipe(tiny.recipe(objective="fixed", **settings)), tmp_path / "out", "--quiet")
+    recipe = write_recipe(tiny.recipe(objective="fixed", **settings))
+    result = mergekit_yaml(recipe, tmp_path / "out", "--quiet", card=True)
     assert result.exit_code == 0, result.output
     alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
     assert alphas.granularity == "layer"

@@ -57,7 +57,7 @@ def merged(make_models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     models = make_models("llama")
     (folder / "recipe.yml").write_text(yaml.safe_dump(models.recipe(num_samples=2)))
-    result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet")
+    result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet", card=True)
     assert result.exit_code == 0, result.output
     return folder / "out"
 
