@@ -40,6 +40,7 @@ def test_a_summary_is_the_first_line_of_its_commands_docstring(name):
     assert command(name).name == name
 
 
+@pytest.mark.process
 def test_help_loads_nothing_heavy():
     """The list of commands, and the help of those without mergekit's options, wait for no library."""
     code = (

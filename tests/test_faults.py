@@ -93,7 +93,7 @@ def sound(tiny, tmp_path_factory):
             import yaml
 
             folder = tmp_path_factory.mktemp(objective)
-            recipe = tiny.recipe(objective=objective, **({"steps": 1} if objective == "joint" else {}))
+            recipe = tiny.recipe(2, objective=objective, **({"steps": 1} if objective == "joint" else {}))
             (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
             result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet")
             assert result.exit_code == 0, result.output

@@ -144,7 +144,7 @@ def test_steps_lead_to_the_experts(specimen):  # noqa: F811
     models = specimen("llama")
     left = []
     for steps in (1, 2, 3):
-        found = gather_statistics(same(models, steps=steps, num_samples=12, label_samples=8))
+        found = gather_statistics(same(models, steps=steps, num_samples=8, label_samples=4))
         base, here = found.divergences.sum(0).tolist()
         left.append(here / base)
     assert left[2] < left[1] < left[0] < 1

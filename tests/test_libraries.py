@@ -106,6 +106,7 @@ def test_other_folders_import_documented_names_only():
                 assert not any(part.startswith("_") for part in parts), path
 
 
+@pytest.mark.process
 def test_importing_a_file_loads_no_other_library():
     """Nor its own, where only functions need it."""
     code = (
