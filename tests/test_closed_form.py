@@ -200,3 +200,16 @@ def test_small_experts_are_no_lost_rank():
     scaled = solve_closed_form(grams_of([row * np.array([[1], [1], [1e7]]) for row in tiny]), tasks, balance=False)
     assert scaled.rank == 2
     assert abs(found.alpha[2]) > 1e-3
+
+
+def test_a_rank_that_hangs_on_one_row_still_has_standard_errors():
+    """Without the only row in which the second expert changes anything, the other solve is the one of minimum norm."""
+    rows = [np.array([[1.0, 2.0, 0.5], [0, 0, 0]]), np.array([[0.5, 1.0, 1.0], [0, 0, 0]]),
+            np.array([[1.0, 0.0, 1.0], [0.3, 1.0, 0.2]]), np.array([[0.2, 0.7, 1.0], [0, 0, 0]])]  # fmt: skip
+    row_task = torch.tensor([0, 0, 1, 1])
+    found = solve_closed_form(grams_of(rows), row_task)
+    assert found.rank == 2
+    kept = [np.array(solve_closed_form(grams_of(rows)[keep], row_task[keep]).alpha)
+            for keep in ([1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2])]  # fmt: skip
+    variance = sum(((pair - pair.mean(0)) ** 2).sum(0) / 2 for pair in (np.stack(kept[:2]), np.stack(kept[2:])))
+    np.testing.assert_allclose(found.stderr, np.sqrt(variance), rtol=1e-9)

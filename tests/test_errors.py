@@ -101,3 +101,9 @@ def test_a_code_is_required():
     """An error cannot be made without one."""
     with pytest.raises(TypeError, match="code"):
         SltaError("something is wrong")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("length", "shown"), [(9, "x" * 9), (10, "x" * 10), (11, "x" * 9 + "…")])
+def test_what_is_too_long_is_cut_and_nothing_else(length, shown):
+    """A value of the longest length is shown whole."""
+    assert errors.show("x" * length, 10) == shown

@@ -66,7 +66,12 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
     for name in ("base", "a", "b"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    recipe = read({"base_model": "./base", "models": [{"model": "a"}, {"model": "b"}]})
+    config = MergeConfiguration.model_validate(
+        {**BASE, "base_model": "./base", "models": [{"model": "a"}, {"model": "b"}]}
+    )
+    before = config.model_dump()
+    recipe = read_recipe(config)
+    assert config.model_dump() == before  # the caller's own
     assert recipe.base.model.path == str((tmp_path / "base").resolve())
     assert recipe.names[recipe.base] == "./base"
     assert str(recipe.config.models[0].model) == str((tmp_path / "a").resolve())
@@ -223,3 +228,17 @@ def test_mergekits_own_keys_may_stand_at_the_top(tmp_path):
     assert load_config(path)[0].out_dtype == "bfloat16"
     path.write_text(yaml.safe_dump({**BASE, "merge_method": "linear", "anything": 1}))
     assert load_config(path)[0].merge_method == "linear"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "key"),
+    [
+        ({}, None),
+        ({"inputs": "merged"}, "inputs"),
+        ({"objective": "joint", "steps": 0}, None),
+        ({"objective": "joint", "steps": 1}, "steps"),
+    ],
+)
+def test_what_makes_another_solve_need_another_calibration(parameters, key):
+    """Statistics that were gathered at weights solved before."""
+    assert read(**parameters).settings.own.solve_dependence == key

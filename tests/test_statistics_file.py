@@ -45,6 +45,7 @@ def test_save_and_load_round_trip(tmp_path: Path):
 DAMAGES = {
     "missing": "unreadable-file", "text": "unreadable-file", "truncated": "unreadable-file",
     "foreign": "wrong-file-type", "shape": "damaged-file", "nan": "damaged-file", "task": "damaged-file",
+    "not square": "damaged-file",
 }  # fmt: skip
 
 
@@ -55,6 +56,8 @@ def test_damaged_statistics_are_refused(tmp_path: Path, damage: str):
     statistics = sample()
     if damage == "shape":
         statistics.by_submodule["other"] = torch.zeros(3, 3, 3, dtype=torch.float64)
+    if damage == "not square":
+        statistics.by_submodule = {"head": torch.zeros(len(statistics.row_task), 3, 2, dtype=torch.float64)}
     if damage == "nan":
         statistics.by_submodule["head"][0, 0, 0] = float("nan")
     if damage == "task":
