@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from test_backward import assert_close, stop_after, whole_model
 from zoo import ZOO
 
 from mergekit_slta.calibration.assemble import assemble
-from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.calibration.calibrate import calibrate, gather_statistics, solve_job
 from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.layout import SolveSettings
@@ -120,6 +122,25 @@ def test_a_step_equals_autograd(specimen, monkeypatch, name, granularity):  # no
         for key, parts in expected.items():
             parts.append(torch.stack([part[key] for part in both]))
     assert_close(found.by_submodule, {key: torch.stack(parts) for key, parts in expected.items()})
+
+
+@pytest.mark.parametrize("objective", ["features", "joint"])
+@pytest.mark.parametrize("pad", [0, 7, 319])
+def test_the_padding_token_is_a_token_like_others(tiny, tmp_path, objective, pad):
+    """A base's `pad_token_id` changes nothing: not one that occurs in the rows, nor one beyond the rows that occur."""
+    padded = tmp_path / "padded"
+    for source in (tiny.base, *tiny.experts[:2]):
+        shutil.copytree(source, padded / source.name)
+        config = json.loads((source / "config.json").read_text())
+        (padded / source.name / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    own = {"steps": 1} if objective == "joint" else {}
+    recipe = tiny.recipe(2, objective=objective, granularity="attn_mlp", num_samples=3, **own)
+    expected = calibrate(recipe)
+    recipe["base_model"] = str(padded / tiny.base.name)
+    for entry, source in zip(recipe["models"], tiny.experts, strict=False):
+        entry["model"] = str(padded / source.name)
+    found = calibrate(recipe)
+    assert [entry.alpha for entry in found.submodules] == [entry.alpha for entry in expected.submodules]
 
 
 def test_points_follow_from_the_solves_before(specimen):  # noqa: F811

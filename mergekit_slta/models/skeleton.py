@@ -92,6 +92,10 @@ class Skeleton:
         self.model.requires_grad_(False)
         self.device = torch.device(device)
         for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                # The table that `embed` gets holds only the rows that occur, so a padding row has another number there;
+                # and torch gives it no gradient, though a calibration row may hold the padding token.
+                module.padding_idx = None
             for key, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, key, buffer.to(self.device))
         self.config = config
