@@ -15,7 +15,7 @@ from mergekit.common import ModelReference
 from mergekit_slta.data.loading import load_rows
 from mergekit_slta.data.rendering import renderer
 from mergekit_slta.data.rows import draw_rows, sample_numbers
-from mergekit_slta.data.tokens import completion_start, encode
+from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.errors import DataError
 from mergekit_slta.recipe.objectives import FeaturesSettings, JointSettings
 from mergekit_slta.recipe.read import Settings, Task
@@ -50,7 +50,7 @@ def draw(tokenizer, dataset, text=None, split="train", completion=None, **settin
         model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split, completion=completion
     )
     own = JointSettings(steps=0) if settings.get("objective") == "joint" else FeaturesSettings()
-    return draw_rows(task, "org/a", Settings(own=own, **settings), tokenizer)
+    return draw_rows(task, "org/a", Settings(own=own, **settings), ChatTemplate.of(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,6 @@ def test_missing_chat_template_is_named(tmp_path):
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
     with refused(DataError, "missing-chat-template", "`messages`"):
         draw(make_tokenizer(chat_template=None), path)
-
-
-def test_special_tokens_are_not_doubled(tokenizer):
-    """The tokenizer's own <s> is added once, whether or not the text brings one."""
-    plain = encode("the fox", tokenizer, 99, add_special_tokens=True)
-    assert plain[0] == 0
-    assert plain.count(0) == 1
-    assert encode("<s>the fox", tokenizer, 99, add_special_tokens=True) == plain
 
 
 def test_rows_are_cut(folder, tokenizer):
@@ -281,17 +273,6 @@ def test_the_last_message_of_a_chat_is_the_answer(tmp_path, tokenizer):
     assert by_number[0] == "<|assistant|>dog</s>"  # this template writes no header before the answer
     assert by_number[1] == "<|assistant|>two</s>"
     assert next(row for row in drawn.rows if row.number == 2).completion == 1
-
-
-def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
-    """Some tokenizers join a header's line break with what follows: offsets tell, token counts of the prompt do not."""
-    text = "the quick brown fox"
-    ids = encode(text, tokenizer, 99, add_special_tokens=True)
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    for start in range(1, len(text)):
-        first = completion_start(text, start, ids, tokenizer, add_special_tokens=True)
-        assert offsets[first][1] > start
-        assert first == 1 or offsets[first - 1][1] <= start
 
 
 def test_answers_that_were_cut_off_are_said(folder, tokenizer, caplog):

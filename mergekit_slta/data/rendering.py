@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_slta.errors import DataError, listing, show
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_slta.data.templates import ChatTemplate
 
 
 class Rendered(NamedTuple):
@@ -33,7 +33,7 @@ Render = Callable[[Mapping[str, Any], str], Rendered]
 def renderer(
     text: str | None,
     columns: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     dataset: str,
     completion: str | None = None,
 ) -> Render:
@@ -42,7 +42,7 @@ def renderer(
     Args:
         text: column or template. None uses the chat template with the column `messages`, else the column `text`.
         columns: the dataset's columns.
-        tokenizer: its chat template is used.
+        template: renders chats.
         dataset: the dataset's name, for messages.
         completion: column or template of the answer, which is appended to the text. In a chat the last message is the
             answer.
@@ -52,10 +52,10 @@ def renderer(
             neither default column exists.
     """
     if completion is not None:
-        return _with_completion(text, completion, columns, tokenizer, dataset)
+        return _with_completion(text, completion, columns, template, dataset)
     if text is None:
         if "messages" in columns:
-            return _chat_renderer("messages", tokenizer)
+            return _chat_renderer("messages", template)
         if "text" in columns:
             return _column_renderer("text")
         raise DataError(
@@ -64,7 +64,7 @@ def renderer(
             code="missing-column",
         )
     if text in columns:
-        return _chat_renderer(text, tokenizer) if text == "messages" else _column_renderer(text)
+        return _chat_renderer(text, template) if text == "messages" else _column_renderer(text)
     if "{" not in text:
         raise DataError(
             f"dataset {show(dataset)} has no column {show(text)!r}; it has {listing(columns)}", code="missing-column"
@@ -73,10 +73,10 @@ def renderer(
 
 
 def _with_completion(
-    text: str | None, completion: str, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, dataset: str
+    text: str | None, completion: str, columns: Sequence[str], template: ChatTemplate, dataset: str
 ) -> Render:
-    prompt = renderer(text, columns, tokenizer, dataset)
-    answer = renderer(completion, columns, tokenizer, dataset)
+    prompt = renderer(text, columns, template, dataset)
+    answer = renderer(completion, columns, template, dataset)
     if "messages" in (text, completion) or (text is None and "messages" in columns):
         raise DataError(
             f"dataset {show(dataset)} has `messages`, and the last is the answer: drop `completion`, or set `text`",
@@ -126,8 +126,8 @@ def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> R
     return render
 
 
-def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
-    if not getattr(tokenizer, "chat_template", None):
+def _chat_renderer(column: str, template: ChatTemplate) -> Render:
+    if not template.text:
         raise DataError(
             f"the base model's tokenizer has no chat template for the column `{column}`: "
             "choose another column or a template with `text`",
@@ -142,17 +142,17 @@ def _chat_renderer(column: str, tokenizer: PreTrainedTokenizerBase) -> Render:
                 code="unusable-row",
             )
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = template.render(messages)
         except Exception as error:  # Jinja and the template's own raise_exception raise different errors
             raise DataError(
                 f"the chat template refuses {where}: {show(error)}; mend the row", code="unusable-row"
             ) from error
-        return Rendered(text, is_chat=True, answer=_answer_in_chat(messages, text, tokenizer))
+        return Rendered(text, is_chat=True, answer=_answer_in_chat(messages, text, template))
 
     return render
 
 
-def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, template: ChatTemplate) -> int:
     """Index of the first character of the assistant's last message.
 
     0 if the last message is not the assistant's, or if the text without that message is not a prefix of the whole text.
@@ -160,7 +160,7 @@ def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, tokenizer:
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         return 0
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        prompt = template.render(messages[:-1], add_generation_prompt=True)
     except Exception:  # a template may refuse a chat that ends there
         return 0
     return len(prompt) if text.startswith(prompt) else 0

@@ -2,7 +2,8 @@
 
 Scope: datasets; no models. The paper says only "30 samples per task" and "FastChat template". The rules here: rows are
 drawn without replacement, with a local generator; the first n rows are the same for every `num_samples` >= n; a row is
-cut to `max_seq_length` tokens; the tokenizer adds its usual special tokens.
+cut to its first `max_seq_length` tokens; the tokenizer adds its usual special tokens to texts, and none to chats, whose
+template writes them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 
 from mergekit_slta.data.loading import load_rows
 from mergekit_slta.data.rendering import renderer
-from mergekit_slta.data.tokens import completion_start, encode
+from mergekit_slta.data.tokens import encode
 from mergekit_slta.errors import DataError, show
 from mergekit_slta.recipe.settings import Settings, TaskSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_slta.data.templates import ChatTemplate
 
 LOG = logging.getLogger(__name__)
 MIN_TOKENS = 2
@@ -95,14 +96,14 @@ class TaskRows:
         return digest.hexdigest()
 
 
-def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> TaskRows:
+def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatTemplate) -> TaskRows:
     """Load a task's dataset, draw its rows, and tokenize them.
 
     Args:
         task: the dataset, and how to render a row as text.
         name: the expert's name, for messages.
         settings: number of rows, tokens per row, and seed.
-        tokenizer: the merged model's.
+        template: renders chats; its tokenizer is the merged model's.
 
     Raises:
         DataError: no dataset, file, split, column or template field, or a row that is empty or too short.
@@ -110,7 +111,7 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreT
     if task.dataset is None:
         raise missing_dataset(name)
     dataset = load_rows(task.dataset, task.dataset_config, task.split)
-    render = renderer(task.text, dataset.column_names, tokenizer, task.dataset, task.completion)
+    render = renderer(task.text, dataset.column_names, template, task.dataset, task.completion)
     groups = settings.own.row_groups
     num_rows = settings.num_samples * groups
     _check_number(task.dataset, len(dataset), settings.num_samples, groups)
@@ -118,18 +119,18 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, tokenizer: PreT
     for number in sample_numbers(len(dataset), num_rows, settings.seed):
         where = f"row {number} of {show(task.dataset)}"
         text, is_chat, answer = render(dataset[number], where)
-        ids = encode(text, tokenizer, settings.max_seq_length, add_special_tokens=not is_chat)
+        ids, first = encode(
+            text, template.tokenizer, settings.max_seq_length, add_special_tokens=not is_chat,
+            answer=answer if settings.own.needs_answers else 0,
+        )  # fmt: skip
         if not text.strip() or len(ids) < MIN_TOKENS:
             raise DataError(
                 f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
                 "remove such rows or choose another `text`",
                 code="unusable-row",
             )
-        first = 1
-        if settings.own.needs_answers and answer:
-            first = completion_start(text, answer, ids, tokenizer, add_special_tokens=not is_chat)
         unmarked += is_chat and not answer
-        rows.append(Row(number, text, tuple(ids), first))
+        rows.append(Row(number, text, ids, first))
     if len(rows) > 1 and len({row.ids for row in rows}) == 1:
         LOG.warning(
             "all %d rows of %s are the same %d tokens: raise `max_seq_length` if they are cut, or choose another "

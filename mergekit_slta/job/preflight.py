@@ -17,6 +17,7 @@ from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.data.rows import draw_rows
+from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.files.identity import weights_label
 from mergekit_slta.job.identity import job_identity
@@ -45,10 +46,10 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     _check_chat_template(recipe.config.chat_template)
     configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
-    rows = []
+    rows, template = [], ChatTemplate.of(tokenizer)
     for task in recipe.tasks:
         name = recipe.names[task.model]
-        rows.append(draw_rows(task, name, recipe.settings, tokenizer) if need_rows or task.dataset else None)
+        rows.append(draw_rows(task, name, recipe.settings, template) if need_rows or task.dataset else None)
     dtype = getattr(torch, recipe.settings.compute_dtype)
     if dtype in (torch.bfloat16, torch.float16):
         LOG.warning(
