@@ -256,28 +256,31 @@ def test_out_of_memory_names_the_knobs(tiny, write_recipe, tmp_path, monkeypatch
     ("target", "code", "named"),
     [("notes.txt/alphas.json", "not-a-folder", "notes.txt"), ("out/config.json", "reserved-name", "out/config.json"),
      ("somewhere/slta_stats.safetensors", "reserved-name", "somewhere/slta_stats.safetensors"),
-     ("there/alphas.json", "foreign-file", "there/slta_stats.safetensors is no statistics file")],
+     ("there/alphas.json", "foreign-file", "there/alphas.stats.safetensors is no statistics file"),
+     ("there/slta_alphas.json", "foreign-file", "there/slta_stats.safetensors is no statistics file"),
+     ("there/", "foreign-file", "there/slta_stats.safetensors is no statistics file")],
 )  # fmt: skip
 def test_unusable_places_for_alphas_are_named_first(tiny, write_recipe, tmp_path, target, code, named):
     """A path that cannot be written, or would collide with other files, is refused before anything is computed."""
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "slta_stats.safetensors").write_text("mine")
-    path = write_recipe(tiny.recipe(2, alphas=str(tmp_path / target)))
+    mine = [tmp_path / "there" / name for name in ("slta_stats.safetensors", "alphas.stats.safetensors")]
+    for path in mine:
+        path.write_text("mine")
+    path = write_recipe(tiny.recipe(2, alphas=f"{tmp_path}/{target}"))
     for result in (mergekit_yaml(path, tmp_path / "out", *QUIET), slta("check", path), slta("calibrate", path, *QUIET)):
         if "config.json" in target and result.exit_code == 0:
             continue  # `check` and `calibrate` know of no OUT
         assert_refused(result, code, tmp_path / named)
     assert not (tmp_path / "out").exists() or "out/" in target
-    assert (tmp_path / "there" / "slta_stats.safetensors").read_text() == "mine"
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
 
 
-@pytest.mark.parametrize("target", ["folder", "link", "dangling", "text"])
+@pytest.mark.parametrize("target", ["link", "dangling", "text"])
 def test_alphas_overwrite_nothing_else(tiny, write_recipe, tmp_path, target):
-    """A recipe cannot make `alphas` overwrite another file, a folder, or follow a link."""
+    """A recipe cannot make `alphas` overwrite another file, or follow a link."""
     victim = tmp_path / "victim.json"
     victim.write_text("precious")
-    (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(victim)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere.json")
     path = victim if target == "text" else tmp_path / target

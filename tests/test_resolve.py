@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_refused, refused, slta
+from conftest import assert_refused, mergekit_yaml, refused, slta, tensors
 from safetensors.torch import save_file
 
 from mergekit_slta.calibration import resolve
@@ -61,6 +62,11 @@ def assert_same_alphas(one: Alphas, other: Alphas, tolerance: float) -> None:
         assert (ours.tensors, ours.flags) == (theirs.tensors, theirs.flags)
 
 
+def assert_same_provenance(solved: Alphas, fresh: Alphas) -> None:
+    """Fingerprint included, so that a recipe takes the file for its own; and the file says what it was made from."""
+    assert solved.provenance == {**fresh.provenance, "solved_from": "slta_stats.safetensors"}
+
+
 CHANGES = {
     "as calibrated": ({}, {}, []),
     "ridge": ({"ridge": 0.5}, {}, ["--ridge", "0.5"]),
@@ -85,10 +91,10 @@ def test_solve_equals_a_fresh_calibration(tiny, stats, tmp_path, case):
             options = [*options, "--importance", f"{recipe['models'][number]['model']}={weight}"]
     result = slta("solve", stats, *options)
     assert result.exit_code == 0, result.output
-    ours = Alphas.load(stats.with_name("slta_alphas.json"))
+    ours = Alphas.load(stats.with_name("slta_alphas_solved.json"))
     fresh = Alphas.load(calibrated(recipe, tmp_path / "fresh").with_name("slta_alphas.json"))
     assert_same_alphas(ours, fresh, 1e-10)
-    assert ours.provenance == fresh.provenance  # fingerprint included: the recipe takes this file for its own
+    assert_same_provenance(ours, fresh)
     assert ours.calibration == fresh.calibration
 
 
@@ -114,10 +120,10 @@ def test_fewer_experts_equal_a_calibration_of_the_others(tiny, stats, tmp_path, 
     recipe["models"] = [entry for entry in recipe["models"] if Path(entry["model"]).name not in dropped]
     result = slta("solve", stats, *(part for name in dropped for part in ("--without", name)))
     assert result.exit_code == 0, result.output
-    ours = Alphas.load(stats.with_name("slta_alphas.json"))
+    ours = Alphas.load(stats.with_name("slta_alphas_solved.json"))
     fresh = Alphas.load(calibrated(recipe, tmp_path / "fresh").with_name("slta_alphas.json"))
     assert_same_alphas(ours, fresh, 1e-6)
-    assert ours.provenance == fresh.provenance
+    assert_same_provenance(ours, fresh)
     assert ours.calibration == fresh.calibration
 
 
@@ -174,43 +180,130 @@ def test_no_model_is_needed(make_models, tmp_path):
     result = slta("solve", elsewhere / path.name, "--ridge", "0.1")
     assert result.exit_code == 0, result.output
     assert "ridge 0.1" in result.stderr
-    assert Alphas.load(elsewhere / "slta_alphas.json").calibration["ridge"] == 0.1
+    assert Alphas.load(elsewhere / "slta_alphas_solved.json").calibration["ridge"] == 0.1
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
 def test_alphas_are_replaced_and_other_files_are_not(stats, tmp_path):
-    """An alphas file is overwritten; anything else of that name, and links and folders, are not."""
-    target = tmp_path / "slta_alphas.json"
+    """What `solve` wrote is overwritten; anything else of that name, and links and folders' links, are not."""
+    target = tmp_path / "slta_alphas_solved.json"
     for _ in range(2):
         assert slta("solve", stats).exit_code == 0
     target.write_text('{"precious": true}')
-    (tmp_path / "folder").mkdir()
     (tmp_path / "link.json").symlink_to(target)
     (tmp_path / "note.txt").write_text("precious")
     for path, code in (
-        (None, "wrong-file-type"), (tmp_path / "folder", "not-a-plain-file"),
-        (tmp_path / "link.json", "not-a-plain-file"), (tmp_path / "note.txt", "unreadable-file"),
-        (stats, "reserved-name"),
+        (None, "wrong-file-type"), (tmp_path / "link.json", "not-a-plain-file"),
+        (tmp_path / "note.txt", "unreadable-file"), (stats, "reserved-name"),
     ):  # fmt: skip
         before = stats.read_bytes()
-        assert_refused(slta("solve", stats, *(["-o", path] if path else [])), code, path or target)
+        line = assert_refused(slta("solve", stats, *(["-o", path] if path else [])), code, path or target)
+        assert "remove" not in line
         assert stats.read_bytes() == before
     assert target.read_text() == '{"precious": true}'
     assert (tmp_path / "note.txt").read_text() == "precious"
 
 
-def test_alphas_beside_a_merged_model(stats, tmp_path):
-    """Where a model lies beside, the record of its own merge stays, and it is said how to use the new alphas."""
-    assert slta("solve", stats).exit_code == 0
-    before = (tmp_path / "slta_alphas.json").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    result = slta("solve", stats, "--ridge", "1")
-    assert "was merged with other alphas" in result.stderr
-    assert "ridge 1.0" in result.stderr
-    assert (tmp_path / "slta_alphas.json").read_bytes() == before
-    assert (tmp_path / "slta_alphas_solved.json").exists()
+def test_a_calibrations_alphas_are_replaced_only_on_demand(saved, tmp_path):
+    """By default `solve` writes a file of its own name; with -o it refuses a calibrated file without --overwrite, which
+    makes nothing else replaceable."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved.parent, folder)
+    calibrated_file = folder / "slta_alphas.json"
+    before = calibrated_file.read_bytes()
+    assert slta("solve", folder, "--ridge", "1").exit_code == 0  # a folder stands for the statistics in it
+    assert calibrated_file.read_bytes() == before
+    result = slta("solve", folder, "--ridge", "1", "-o", calibrated_file)
+    assert_refused(result, "foreign-file", calibrated_file, "--overwrite")
+    assert calibrated_file.read_bytes() == before
+    assert slta("solve", folder, "--ridge", "1", "-o", calibrated_file, "--overwrite").exit_code == 0
+    assert Alphas.load(calibrated_file).calibration["ridge"] == 1.0
+    for target, code in ((folder / "recipe.yml", "unreadable-file"), (saved, "reserved-name")):
+        content = target.read_bytes()
+        assert_refused(slta("solve", folder, "-o", target, "--overwrite"), code, target)
+        assert target.read_bytes() == content
+
+
+def test_two_calibrations_into_one_folder(tiny, write_recipe, tmp_path):
+    """Each keeps its statistics, and each is solved again from its own; a later run takes up both."""
+    pairs = {"A": {}, "B.v1": {"granularity": "layer"}, "B.v2": {"granularity": "model"}}
+    for name, parameters in pairs.items():
+        recipe = write_recipe(tiny.recipe(2, **parameters), f"{name}.yml")
+        result = slta("calibrate", recipe, "-o", tmp_path / "d" / f"{name}.json", *QUIET)
+        assert result.exit_code == 0, result.output
+    names = {f"{name}{end}" for name in pairs for end in (".json", ".stats.safetensors")}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == names
+    for name in pairs:
+        result = slta("solve", tmp_path / "d" / f"{name}.stats.safetensors")
+        assert result.exit_code == 0, result.output
+        solved, own = (Alphas.load(tmp_path / "d" / f"{name}{end}.json") for end in ("_solved", ""))
+        assert solved.submodules == own.submodules
+        recipe = write_recipe(tiny.recipe(2, ridge=0.5, **pairs[name]), f"{name}.yml")
+        result = slta("calibrate", recipe, "-o", tmp_path / "d" / f"{name}.json")
+        assert f"Solving again from the statistics in {tmp_path / 'd' / name}.stats.safetensors" in result.output
+    assert_refused(slta("solve", tmp_path / "d"), "several-files", "A.stats.safetensors", "B.v2.stats.safetensors")
+    assert_refused(slta("solve", tmp_path), "missing-file", tmp_path)
+
+
+# --- the printed recipe fragment ------------------------------------------------------------------------------------
+
+PASTED = {
+    "ridge": ["--ridge", "1e-5"],
+    "importance": ["--importance", "expert2=3.5"],
+    "balance": ["--no-balance"],
+    "rows": ["--rows", "2"],
+    "without": ["--without", "expert1"],
+    "all": ["--without", "expert3", "--rows", "3", "--ridge", "0.5", "--no-balance", "--importance", "expert1=2"],
+}
+
+
+def paste_whole(recipe: dict, fragment: dict) -> dict:
+    """The fragment's sections in place of the recipe's."""
+    return {**recipe, **fragment}
+
+
+def paste_keys(recipe: dict, fragment: dict) -> dict:
+    """The same, but other keys under `parameters` stay."""
+    return {**recipe, **fragment, "parameters": {**recipe["parameters"], **fragment["parameters"]}}
+
+
+@pytest.fixture(scope="module")
+def merged(saved, tmp_path_factory) -> Path:
+    """OUT of the stock command with the recipe of `saved`."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    result = mergekit_yaml(saved.parent / "recipe.yml", out, *QUIET)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize(
+    ("case", "paste"), [*((case, paste_whole) for case in PASTED), ("rows", paste_keys), ("all", paste_keys)]
+)
+def test_the_printed_fragment_works_when_pasted(tiny, saved, merged, write_recipe, tmp_path, case, paste):
+    """The recipe with the fragment merges with the solved weights, under the stock command, into the very folder."""
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    result = slta("solve", out, *PASTED[case])
+    assert result.exit_code == 0, result.output
+    text = result.stderr[result.stderr.index("# To merge") :]
+    dropped = [value for option, value in itertools.pairwise(PASTED[case]) if option == "--without"]
+    assert ("without " + "".join(dropped) in text) == bool(dropped)
+    recipe = yaml.safe_load((saved.parent / "recipe.yml").read_text())
+    result = mergekit_yaml(write_recipe(paste(recipe, yaml.safe_load(text))), out, *QUIET)
+    assert result.exit_code == 0, result.output
+    solved = Alphas.load(out / "slta_alphas_solved.json")
+    experts = {str(path): tensors(path) for path in tiny.experts}
+    base, found = tensors(tiny.base), tensors(out)
+    own = Alphas.load(out / "slta_alphas.json")
+    assert (own.submodules, own.identity, own.solved_from) == (solved.submodules, solved.identity, None)
+    # another solve stays possible
+    assert (out / "slta_stats.safetensors").read_bytes() == (merged / "slta_stats.safetensors").read_bytes()
+    for entry in solved.submodules:
+        for name in entry.tensors:
+            changes = [w * (experts[m][name] - base[name]) for w, m in zip(entry.alpha, solved.models, strict=True)]
+            torch.testing.assert_close(found[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -239,7 +332,7 @@ def test_options_out_of_range(stats, case):
     """One line, exit code 2, no file."""
     options, code, value = BAD_OPTIONS[case]
     assert_refused(slta("solve", stats, *options), code, value)
-    assert not stats.with_name("slta_alphas.json").exists()
+    assert not stats.with_name("slta_alphas_solved.json").exists()
 
 
 def test_two_models_of_one_basename(saved):
@@ -329,8 +422,8 @@ def test_damaged_layouts(saved, damage):
 
 
 NO_STATISTICS = {
-    "missing": "unreadable-file", "empty": "unreadable-file", "text": "unreadable-file", "truncated": "unreadable-file",
-    "foreign": "wrong-file-type", "no layout": "damaged-layout", "folder": "unreadable-file",
+    "missing": "missing-file", "empty": "unreadable-file", "text": "unreadable-file", "truncated": "unreadable-file",
+    "foreign": "wrong-file-type", "no layout": "damaged-layout", "folder": "missing-file",
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_save_and_load_round_trip(tmp_path: Path):
 
 
 DAMAGES = {
-    "missing": "unreadable-file", "text": "unreadable-file", "truncated": "unreadable-file",
+    "missing": "missing-file", "text": "unreadable-file", "truncated": "unreadable-file",
     "foreign": "wrong-file-type", "shape": "damaged-file", "nan": "damaged-file", "task": "damaged-file",
     "not square": "damaged-file",
 }  # fmt: skip

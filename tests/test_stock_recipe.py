@@ -377,28 +377,26 @@ def test_what_is_no_alphas_file_is_refused(tmp_path, content, code):
 
 
 OVERWRITING = {
-    "text": "foreign-file", "yaml": "foreign-file", "binary": "foreign-file", "folder": "not-a-plain-file",
+    "text": "foreign-file", "yaml": "foreign-file", "binary": "foreign-file",
     "link": "not-a-plain-file", "alphas": "output-is-an-input",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OVERWRITING)
 def test_nothing_but_a_recipe_is_overwritten(calibrated, tmp_path, kind):
-    """Other files, folders and links stay as they were."""
+    """Other files and links stay as they were."""
     alphas = shutil.copy(calibrated[1], tmp_path / "alphas.json")
     target = tmp_path / "target.yml"
-    if kind == "folder":
-        target.mkdir()
-    elif kind == "link":
+    if kind == "link":
         (tmp_path / "real.yml").write_text("merge_method: linear\n")
         target.symlink_to(tmp_path / "real.yml")
     elif kind == "alphas":
         target = alphas
     else:
         target.write_bytes({"text": b"dear diary", "yaml": b"a: 1\n", "binary": b"\xff\x00\x01"}[kind])
-    before = target.read_bytes() if target.is_file() else None
+    before = target.read_bytes()
     assert_refused(slta("export", alphas, "-o", target), OVERWRITING[kind], target)
-    assert (target.read_bytes() if target.is_file() else None) == before
+    assert target.read_bytes() == before
 
 
 def test_recipes_are_overwritten_but_not_the_source(calibrated, write_recipe, tmp_path):

@@ -24,7 +24,7 @@ def test_alphas_of_another_version_are_calibrated_again(tiny, write_recipe, tmp_
     make_older(path)
     named = write_recipe(tiny.recipe(2, alphas=str(path)), "named.yml")
     assert_refused(slta("merge", named, tmp_path / "out", "--quiet"), "other-file-version", path, "calibrate` again")
-    path.with_name("slta_stats.safetensors").unlink()
+    path.with_name("mine.stats.safetensors").unlink()
     assert slta("calibrate", recipe, "-o", path, "--quiet").exit_code == 0
     assert path.read_bytes() == before
 

@@ -28,7 +28,8 @@ WORDING: dict[str, str] = {
     "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
-    r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card))",
+    r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
+    r"|holds the weights of a calibration and is not overwritten: name another file with -o, or give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or move them "
     r"away|somebody put other weights into .+: move them away and merge again)",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
@@ -49,7 +50,7 @@ WORDING: dict[str, str] = {
     r"|`text` names '.*', but .+ has the columns .+)",
     "missing-dataset": r".+ has no `dataset`: name its calibration rows, or an existing file with `alphas`",
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
-    "missing-file": r"there is no (alphas|linearity) file .+: name the file that `mergekit-slta \w+` wrote",
+    "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
     "missing-model": r"there is no model folder .+; paths start at the current one",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: all models of a merge need the same tensors",
@@ -84,6 +85,7 @@ WORDING: dict[str, str] = {
     "recipe-needed": r"these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
     "recipe-of-other-alphas": r".+ is not the recipe of these alphas, .+: name theirs with --recipe",
     "reserved-name": r"the alphas cannot be called .+: name it .+, or choose another folder",
+    "several-files": r"the folder .+ holds several \w+ files: name one of .+",
     "token-out-of-range": r"token \d+ .+ is beyond the \d+ rows of .+: use the tokenizer that belongs to these",
     "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
     r"|has \d+ rows for \d+ steps .+: add rows, lower `steps`, or set `fresh_rows: false`)",
@@ -102,7 +104,7 @@ WORDING: dict[str, str] = {
     "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
     "unreadable-dataset": r"cannot load dataset .+ \(config .*, split .*\): .+; check `dataset`, `dataset_config` and",
     "unreadable-file": r"(cannot read the (alphas|linearity) file .+ \(.*\): name the file that"
-    r"|cannot read statistics from .+: .*; calibrate again)",
+    r"|cannot read statistics from .+ \(.*\): name the file that .+, or calibrate again)",
     "unreadable-recipe": r"(cannot read the recipe .+ \(.*\): check its path|is not a UTF-8 text file: save it as one)",
     "unreadable-tokenizer": r"cannot load the tokenizer of .+: .+; the base needs one, to read the calibration rows",
     "unsolvable-statistics": r"the statistics cannot be solved \(.*\): calibrate again",

@@ -9,13 +9,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+import yaml
 from pydantic import ValidationError
 
 from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
-from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
 from mergekit_slta.files.identity import importance_label, rows_label, weights_label
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.statistics_file import Statistics
@@ -29,6 +31,7 @@ def solve_again(
     balance: bool | None = None,
     rows: int | None = None,
     without: Sequence[str] = (),
+    source: str | None = None,
 ) -> Alphas:
     """Compute new alphas from saved statistics. Settings that are not given stay as they were in the calibration.
 
@@ -39,6 +42,7 @@ def solve_again(
         balance: True for Eq. 33-34, False for Eq. 14.
         rows: use only the first `rows` rows of each task, as a calibration with `num_samples: rows` does.
         without: experts to leave out with their tasks, as if they had not been calibrated; named as in `importance`.
+        source: name of the statistics file, if the alphas are to be saved beside it.
 
     Raises:
         AlphasError: the statistics have no layout, or one that does not fit them.
@@ -73,13 +77,42 @@ def solve_again(
     _refuse_dependent(layout, changed)
     layout = layout.model_copy(update={"solve": layout.solve.model_copy(update=chosen)})
     try:
-        return assemble(statistics, layout)
+        alphas = assemble(statistics, layout)
     except ValidationError as error:
         raise damaged_layout(error.errors()[0]["msg"]) from error
     except torch.linalg.LinAlgError as error:  # no features give such matrices
         raise AlphasError(
             f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
         ) from error
+    if source is None:
+        return alphas
+    return alphas.model_copy(update={"provenance": {**alphas.provenance, SOLVED_FROM: source}})
+
+
+def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = ()) -> str:
+    """The keys with which a recipe of the same models merges with solved alphas, as YAML.
+
+    The models have no `dataset`, because their rows are not read again. All values that another solve may have changed
+    are stated: the merge compares those with the alphas file.
+
+    Args:
+        alphas: the alphas, solved again.
+        path: their file.
+        without: the experts that were left out.
+    """
+    used = alphas.calibration
+    importance = used["importance"]
+    given = {"alphas": str(path), "ridge": used["ridge"], "balance": used["balance"]}
+    given |= {"num_samples": used["num_samples"]} if "num_samples" in used else {}
+    content = {
+        "models": [{"model": name, "parameters": {"importance": importance[name]}} for name in alphas.models],
+        "parameters": {key: value for key, value in given.items() if value is not None},
+    }
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**20)
+    dropped = f"# `models` is without {listing(without)}.\n" if without else ""
+    return (
+        f"# To merge with these weights, put these keys in place of the recipe's; name no `dataset`.\n{dropped}{text}"
+    )
 
 
 def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:

@@ -22,8 +22,9 @@ from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.identity import describe, differences
+from mergekit_slta.files.inside import statistics_of
 from mergekit_slta.files.json_file import OTHER_VERSION
-from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, resume_folder
+from mergekit_slta.files.names import ALPHAS_NAME, resume_folder
 from mergekit_slta.files.output_folder import free_bytes
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.files.targets import check_alphas_target, write_results
@@ -122,7 +123,7 @@ def _reuse_or_calibrate(
     for path in places:
         statistics = statistics_beside(job, path)
         if statistics is not None:
-            job.say(f"Solving again from the statistics in {show(path.with_name(STATISTICS_NAME))}")
+            job.say(f"Solving again from the statistics in {show(statistics_of(path))}")
             statistics.metadata = statistics_metadata(job)  # with the settings of this solve
             return solve_job(job, statistics), statistics
     statistics = gather()
@@ -166,7 +167,7 @@ def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
 
 def statistics_beside(job: Job, alphas: Path) -> Statistics | None:
     """Load the statistics beside an alphas file; None if there are none or they are not the job's."""
-    beside = alphas.with_name(STATISTICS_NAME)
+    beside = statistics_of(alphas)
     if not beside.is_file():
         return None
     try:
@@ -226,7 +227,7 @@ def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
         OutputError: there is too little space; the message gives the needed and the free bytes.
     """
     costs = estimate(job)
-    calibrated = any(path.exists() or path.with_name(STATISTICS_NAME).exists() for path in places)
+    calibrated = any(path.exists() or statistics_of(path).exists() for path in places)
     needed = costs.written_bytes + (0 if calibrated else costs.scratch_bytes)
     free = free_bytes(out)
     if needed > free:

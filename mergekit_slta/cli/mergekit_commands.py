@@ -66,6 +66,8 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     No weights are read. What `merge` would refuse is refused here, too.
     """
     from mergekit_slta.calibration.reuse import check_disk_space, load_matching
+    from mergekit_slta.files.inside import output_path
+    from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.objectives.registry import estimate
@@ -74,7 +76,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
-    named = Path(read.settings.alphas).absolute() if read.settings.alphas else None
+    named = output_path(read.settings.alphas, ALPHAS_NAME) if read.settings.alphas else None
     if named:
         check_alphas_target(named)
     job = prepare(read, merge_options, need_rows=not (named and named.exists()))
@@ -88,8 +90,9 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 @_with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option(
-    "-o", "--output", type=click.Path(), help="Alphas file to write  [default: the recipe's, or ./slta_alphas.json]"
-)
+    "-o", "--output", type=click.Path(),
+    help="Alphas file to write, or its folder  [default: the recipe's, or ./slta_alphas.json]",
+)  # fmt: skip
 @_verify_option
 def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, verify: bool) -> None:
     """Compute the merging weights of RECIPE, without merging.
@@ -99,6 +102,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
     from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
+    from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.job.preflight import prepare
@@ -110,7 +114,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     with joined() as ranks:
         merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
         read = read_recipe(load_config(recipe)[0])
-        path = Path(output or read.settings.alphas or ALPHAS_NAME).absolute()
+        path = output_path(output or read.settings.alphas or ALPHAS_NAME, ALPHAS_NAME)
         check_alphas_target(path)
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark = ranks.broadcast(None)
@@ -153,7 +157,10 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
 
 @_with_merge_options
 @click.argument("recipe", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Linearity file to write  [default: ./slta_linearity.json]")
+@click.option(
+    "-o", "--output", type=click.Path(),
+    help="Linearity file to write, or its folder  [default: ./slta_linearity.json]",
+)  # fmt: skip
 @click.option("--rows", type=int, help="Use the first so many calibration rows of each task  [default: all]")
 def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows: int | None) -> None:
     """Measure how linear the experts of RECIPE are.
@@ -162,6 +169,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     to A.2). A run that was killed goes on where it stopped.
     """
     from mergekit_slta.analysis.analyse import analyse, for_linearity, num_forwards
+    from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import LINEARITY_NAME
     from mergekit_slta.files.targets import check_linearity_target
     from mergekit_slta.job.preflight import prepare
@@ -172,7 +180,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     refuse_several("linearity")
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
-    path = Path(output or LINEARITY_NAME).absolute()
+    path = output_path(output or LINEARITY_NAME, LINEARITY_NAME)
     check_linearity_target(path)
     job = prepare(for_linearity(read), merge_options, for_merge=False)
     if not merge_options.quiet:

@@ -35,10 +35,10 @@ def report(target: Path, output: Path | None) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
-    help="Alphas file to write  [default: slta_alphas.json beside STATS, or slta_alphas_solved.json if a model is "
-    "there]",
+    type=click.Path(),
+    help="Alphas file to write, or its folder  [default: beside STATS, slta_alphas_solved.json or A_solved.json]",
 )
+@click.option("--overwrite", is_flag=True, help="Replace an alphas file that a calibration or a merge wrote")
 @click.option("--ridge", type=float, help="Relative ridge  [default: as calibrated]")
 @click.option(
     "--importance",
@@ -52,7 +52,8 @@ def report(target: Path, output: Path | None) -> None:
 @click.option("--without", metavar="MODEL", multiple=True, help="Leave an expert and its task out; may be repeated")
 def solve(
     stats: Path,
-    output: Path | None,
+    output: str | None,
+    overwrite: bool,
     ridge: float | None,
     importances: tuple[str, ...],
     balance: bool | None,
@@ -61,19 +62,22 @@ def solve(
 ) -> None:
     """Compute new weights from saved statistics, with other settings.
 
-    STATS is the statistics file of a calibration (slta_stats.safetensors). No model is read.
+    STATS is the statistics file of a calibration (slta_stats.safetensors; A.stats.safetensors beside A.json), or the
+    folder that holds it. No model is read. Prints what to write into the recipe to merge with the new weights.
     """
-    from mergekit_slta.calibration.resolve import parse_importance, solve_again
+    from mergekit_slta.calibration.resolve import parse_importance, recipe_fragment, solve_again
     from mergekit_slta.files.alphas_file import describe_ridge
-    from mergekit_slta.files.names import ALPHAS_NAME, SOLVED_NAME
-    from mergekit_slta.files.output_folder import weight_files
+    from mergekit_slta.files.inside import output_path, statistics_in
+    from mergekit_slta.files.names import solved_path
     from mergekit_slta.files.statistics_file import Statistics
-    from mergekit_slta.files.targets import check_alphas_target
+    from mergekit_slta.files.targets import check_alphas_target, check_solved_target
     from mergekit_slta.reporting.terminal import describe_alphas
 
-    beside_model = bool(weight_files(stats.parent))
-    path = (output or stats.with_name(SOLVED_NAME if beside_model else ALPHAS_NAME)).absolute()
+    stats = statistics_in(stats).absolute()
+    path = output_path(output, solved_path(stats).name) if output else solved_path(stats)
     check_alphas_target(path)
+    if not overwrite:
+        check_solved_target(path)
     alphas = solve_again(
         Statistics.load(stats),
         ridge=ridge,
@@ -81,6 +85,7 @@ def solve(
         balance=balance,
         rows=rows,
         without=without,
+        source=stats.name,
     )
     alphas.save(path)
     click.echo(describe_alphas(alphas))
@@ -90,44 +95,43 @@ def solve(
         + " for each step" * bool(used.get("fresh_rows")),
         err=True,
     )
-    click.echo(f"Written: {show(path)}", err=True)
-    if beside_model:
-        ridge_key = f"`ridge: {used['ridge']}`, " if used["ridge"] is not None else ""
-        click.echo(
-            "The model in this folder was merged with other alphas. To merge with these, set in its recipe `alphas` "
-            f"(this file), {ridge_key}`balance: {str(used['balance']).lower()}`"
-            + (", and no `dataset`" if rows else ""),
-            err=True,
-        )
+    click.echo(f"Written: {show(path)}\n\n{recipe_fragment(alphas, path, without)}", err=True)
 
 
 @with_verbose
 @click.command()
 @click.argument("alphas", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write  [default: standard output]")
+@click.option(
+    "-o", "--output", type=click.Path(), help="Recipe to write, or its folder (stock.yml)  [default: standard output]"
+)
 @click.option(
     "--recipe",
     type=click.Path(path_type=Path),
     help="The recipe that ALPHAS are for  [default: mergekit_config.yml beside ALPHAS]",
 )
-def export(alphas: Path, output: Path | None, recipe: Path | None) -> None:
+def export(alphas: Path, output: str | None, recipe: Path | None) -> None:
     """Write a stock mergekit recipe that gives the same merge.
 
-    ALPHAS is the alphas file (slta_alphas.json). The recipe needs mergekit alone, without this plugin.
+    ALPHAS is the alphas file (slta_alphas.json), or the folder that holds it. The recipe needs mergekit alone, without
+    this plugin.
     """
     from mergekit_slta.files.atomic import write_text_atomically
+    from mergekit_slta.files.inside import alphas_in, output_path
+    from mergekit_slta.files.names import STOCK_RECIPE_NAME
     from mergekit_slta.recipe.stock_recipe import check_recipe_target, export
 
+    alphas = alphas_in(alphas)
     text, notes, source = export(alphas, recipe)
-    if output is not None:
-        check_recipe_target(output, [alphas, source])
+    path = output_path(output, STOCK_RECIPE_NAME) if output else None
+    if path is not None:
+        check_recipe_target(path, [alphas, source])
     for note in notes:
         click.echo(note, err=True)
-    if output is None:
+    if path is None:
         click.echo(text, nl=False)
         return
-    write_text_atomically(output, text)
-    click.echo(f"Written: {show(output)}", err=True)
+    write_text_atomically(path, text)
+    click.echo(f"Written: {show(path)}", err=True)
 
 
 @with_verbose

@@ -34,8 +34,11 @@ DOCUMENT = DocumentType(
     version=VERSION,
     largest_bytes=LARGEST_BYTES,
     command="mergekit-slta calibrate",
-    remedy="name the file that `mergekit-slta calibrate` wrote, or remove it to calibrate again",
+    remedy="name the file that `mergekit-slta calibrate` wrote",
 )
+
+SOLVED_FROM = "solved_from"
+"""Key in `provenance`."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -87,7 +90,8 @@ class Alphas(BaseModel):
     Attributes:
         copied: tensors that are not parameters and are copied from the base.
         calibration: the settings and rows from which the weights were computed.
-        provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`.
+        provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`; of a file that `solve`
+            wrote, `solved_from`, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -135,6 +139,17 @@ class Alphas(BaseModel):
         identity = self.provenance.get("identity")
         return identity if isinstance(identity, dict) else {}
 
+    @property
+    def solved_from(self) -> str | None:
+        """Name of the statistics file beside it from which `solve` made it; None for a calibration's own file."""
+        name = self.provenance.get(SOLVED_FROM)
+        return os.path.basename(name) if isinstance(name, str) else None
+
+    def of_merge(self) -> Alphas:
+        """The same alphas as the file of a merge, which `solve` must not replace."""
+        kept = {key: value for key, value in self.provenance.items() if key != SOLVED_FROM}
+        return self.model_copy(update={"provenance": kept})
+
     @cached_property
     def _by_tensor(self) -> dict[str, tuple[WeightedSlice, ...]]:
         return weights_by_tensor(self.submodules)
@@ -168,6 +183,15 @@ class Alphas(BaseModel):
             AlphasError: it is missing, unreadable, too large, not JSON, of another format or version, or inconsistent.
         """
         return read_document(path, cls, DOCUMENT)
+
+
+def is_alphas_file(path: Path) -> bool:
+    """Whether a file begins as the alphas files that `Alphas.save` writes do."""
+    try:
+        with open(path, "rb") as file:
+            return f'"format": "{FORMAT}"'.encode() in file.read(200)
+    except OSError:
+        return False
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:

@@ -49,7 +49,10 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
     """
     try:
         if not os.path.isfile(path):
-            raise AlphasError(f"there is no {document.noun} {show(path)}: {document.remedy}", code="missing-file")
+            what = "is a folder" if os.path.isdir(path) else "does not exist"
+            raise AlphasError(
+                f"there is no {document.noun} {show(path)} (it {what}): {document.remedy}", code="missing-file"
+            )
         if os.path.getsize(path) > document.largest_bytes:
             raise AlphasError(
                 f"{show(path)} is larger than {document.largest_bytes >> 20} MiB, hence no {document.noun}: "

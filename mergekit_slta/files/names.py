@@ -10,8 +10,8 @@ from pathlib import Path
 ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 LINEARITY_NAME = "slta_linearity.json"
-SOLVED_NAME = "slta_alphas_solved.json"
-"""Output of `solve` beside a merged model. That model's own alphas file must stay: it records its weights."""
+STOCK_RECIPE_NAME = "stock.yml"
+"""The recipe that `export -o FOLDER/` writes."""
 MERGE_RECORD_NAME = "slta_merge.json"
 """Lists the files that a merge put into its output folder, with their hashes."""
 
@@ -39,6 +39,29 @@ ACTIVATIONS_MARKER_NAME = "activations.json"
 """Beside `ACTIVATIONS_NAME`: the depths and layers that are stored in it."""
 
 FIGURE_PREFIX = "slta"
+
+
+_JSON, _STATISTICS = ".json", ".stats.safetensors"
+
+
+def statistics_path(alphas: Path) -> Path:
+    """Path of the statistics beside an alphas file: `slta_stats.safetensors`; for any other `A.json`,
+    `A.stats.safetensors`."""
+    if alphas.name == ALPHAS_NAME:
+        return alphas.with_name(STATISTICS_NAME)
+    return alphas.with_name(alphas.name.removesuffix(_JSON) + _STATISTICS)
+
+
+def solved_path(statistics: Path) -> Path:
+    """Path of the alphas file that `solve` writes beside statistics, which is never that of their calibration.
+
+    `slta_alphas_solved.json`; for `A.stats.safetensors`, `A_solved.json`.
+    """
+    if statistics.name == STATISTICS_NAME:
+        stem = ALPHAS_NAME.removesuffix(_JSON)
+    else:
+        stem = statistics.name.removesuffix(_STATISTICS).removesuffix(".safetensors")
+    return statistics.with_name(f"{stem}_solved{_JSON}")
 
 
 def figure_name(figure: str, suffix: str = "png", prefix: str = FIGURE_PREFIX) -> str:

@@ -26,6 +26,7 @@ from mergekit_slta.maths.grams import row_grams
 
 FORMAT = "mergekit-slta/statistics"
 VERSION = 2
+_REMEDY = "name the file that `mergekit-slta calibrate` wrote beside its alphas (slta_stats.safetensors)"
 _ROW_TASK = "row_task"
 _POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
 _FORMS = ("gram", "slope", "step")
@@ -122,14 +123,14 @@ class Statistics:
         Raises:
             AlphasError: the file is missing, corrupt, of another format or version, or inconsistent in itself.
         """
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise AlphasError(f"there is no statistics file {show(path)} (it {what}): {_REMEDY}", code="missing-file")
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise AlphasError(
-                        f"{show(path)} is not a statistics file: name the slta_stats.safetensors of a calibration",
-                        code="wrong-file-type",
-                    )
+                    raise AlphasError(f"{show(path)} is not a statistics file: {_REMEDY}", code="wrong-file-type")
                 if header.get("version") != str(VERSION):
                     raise AlphasError(
                         f"{show(path)} was made by another version of this package: calibrate again",
@@ -139,7 +140,8 @@ class Statistics:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise AlphasError(
-                f"cannot read statistics from {show(path)}: {show(error)}; calibrate again", code="unreadable-file"
+                f"cannot read statistics from {show(path)} ({show(error)}): {_REMEDY}, or calibrate again",
+                code="unreadable-file",
             ) from error
         row_task = tensors.pop(_ROW_TASK, None)
         divergences, row_step = (tensors.pop(name, None) for name in (_DIVERGENCES, _ROW_STEP))

@@ -11,7 +11,7 @@ from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.json_file import OTHER_VERSION
 from mergekit_slta.files.linearity_file import Linearity
-from mergekit_slta.files.names import ALPHAS_NAME, HIDDEN_PREFIX, STATISTICS_NAME
+from mergekit_slta.files.names import ALPHAS_NAME, HIDDEN_PREFIX, statistics_path
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 
 
@@ -69,24 +69,41 @@ def check_alphas_target(path: Path, out: Path | None = None) -> None:
 
     Args:
         path: the alphas file; the statistics are written beside it.
-        out: the output folder; in it only the default name is allowed, because mergekit writes other files there.
+        out: the output folder; a new file in it has the default name, because mergekit writes other files there.
 
     Raises:
         OutputError: see `check_overwrite`; or the name is reserved for another file.
         AlphasError: the file is of another type, or is damaged and does not have the default name.
     """
     folder = os.path.realpath(path.parent)
-    in_out = out is not None and folder == os.path.realpath(out) and path.name != ALPHAS_NAME
+    is_new = not path.exists() and path.name != ALPHAS_NAME
+    in_out = out is not None and folder == os.path.realpath(out)
     is_hidden = any(part.startswith(HIDDEN_PREFIX) for part in Path(folder).parts)
-    if in_out or is_hidden or path.name == STATISTICS_NAME:
+    if (in_out and is_new) or is_hidden or path.name.endswith(".safetensors"):
         raise OutputError(
             f"the alphas cannot be called {show(path)}: name it {ALPHAS_NAME}, or choose another folder",
             code="reserved-name",
         )
     check_overwrite(path, "alphas file", _is_alphas_file, remedy="name another file with -o or `alphas`")
-    check_overwrite(
-        path.with_name(STATISTICS_NAME), "statistics file", is_statistics_file, remedy="choose another folder"
-    )
+    check_overwrite(statistics_path(path), "statistics file", is_statistics_file, remedy="choose another folder")
+
+
+def check_solved_target(path: Path) -> None:
+    """Check that `solve` may write its alphas: without `--overwrite` they replace only those of an earlier `solve`.
+
+    Raises:
+        OutputError: the file holds the weights of a calibration.
+    """
+    try:
+        is_solved = not path.exists() or Alphas.load(path).solved_from is not None
+    except AlphasError:  # damaged, or of another version
+        is_solved = False
+    if not is_solved:
+        raise OutputError(
+            f"{show(path)} holds the weights of a calibration and is not overwritten: name another file with -o, or "
+            "give --overwrite",
+            code="foreign-file",
+        )
 
 
 def check_linearity_target(path: Path) -> None:
@@ -144,5 +161,5 @@ def save_results(alphas: Alphas, statistics: Statistics, path: Path) -> None:
     Raises:
         OutputError: the disk is full.
     """
-    statistics.save(path.with_name(STATISTICS_NAME))
+    statistics.save(statistics_path(path))
     alphas.save(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
 from mergekit_slta.errors import RunError, SltaError, show
+from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.inside import output_path
 from mergekit_slta.files.names import ALPHAS_NAME, CONFIG_NAME, STATISTICS_NAME
 from mergekit_slta.files.output_folder import (
     calibrating,
@@ -28,6 +31,7 @@ from mergekit_slta.files.output_folder import (
     pending,
     staged,
 )
+from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
 from mergekit_slta.host.method import ActiveMerge, active
 from mergekit_slta.job.job import Job
@@ -99,7 +103,7 @@ def _run(
     out = Path(out_path)
     check_output(out, [model.model.path for model in recipe.models])
     named = recipe.settings.alphas
-    path = Path(named).absolute() if named else out.absolute() / ALPHAS_NAME
+    path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
     job = prepare(recipe, options, need_rows=not (named and path.exists()))
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
@@ -120,10 +124,8 @@ def _run(
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
     try:
         with staged(out) as folder, active(key, merge):
-            alphas.save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
-            kept = statistics or statistics_beside(job, path)
-            if kept is not None:
-                kept.save(folder / STATISTICS_NAME)
+            alphas.of_merge().save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
+            _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             result = merge_into(folder, config)
             _untie_config(job, folder)
             if options.write_model_card:
@@ -132,6 +134,23 @@ def _run(
         return result
     finally:
         forget_loaders(recipe.models)
+
+
+def _keep_statistics(statistics: Statistics | None, alphas: Alphas, path: Path, folder: Path) -> None:
+    """Save the statistics of a merge beside its alphas.
+
+    Args:
+        statistics: those that are the job's, if there are any.
+        alphas, path: the alphas and their file. If `solve` made it, its statistics are kept even if they also hold
+            other models or rows than the job's.
+        folder: where they are saved.
+    """
+    if statistics is not None:
+        statistics.save(folder / STATISTICS_NAME)
+    elif alphas.solved_from is not None:
+        source = path.with_name(alphas.solved_from)
+        if is_statistics_file(source):
+            shutil.copyfile(source, folder / STATISTICS_NAME)
 
 
 def _check_source(source: str | None) -> None:
