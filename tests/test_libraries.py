@@ -156,7 +156,7 @@ def test_tasks_read_what_the_checkpoints_hold(planned, options):
     assert set(mergekit.sources_of(task)) == set(models)
     assert mergekit.names_of(weight)[0] == name
     for model in models:
-        stored = mergekit.open_loader(model, options).get_tensor(name)
+        stored = model.lazy_loader().get_tensor(name)
         own = mergekit.run_task(mergekit.gather_from(task, [model]), pytest.fail)
         assert list(own) == [model]
         assert torch.equal(own[model], stored)
@@ -164,9 +164,9 @@ def test_tasks_read_what_the_checkpoints_hold(planned, options):
     assert all(torch.equal(by_name[model], found) for model, found in mergekit.run_task(task, pytest.fail).items())
 
 
-def test_a_placed_loader_serves_every_thread():
+def test_a_placed_loader_serves_every_thread(options):
     model, loader = ModelReference.parse("none/such"), object()
-    mergekit.place_loader(model, loader)
+    mergekit.place_loader(model, loader, options)
     try:
         found = []
         thread = threading.Thread(target=lambda: found.append(LoaderCache().get(model)))

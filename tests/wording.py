@@ -6,6 +6,7 @@ A message names the cause, the value and the remedy. Tests hold on to codes; a s
 WORDING: dict[str, str] = {
     "adapter-needs-copy": r"the adapter .+ can only be merged into a full copy on disk \(.+\): add --lora-merge-cache",
     "adapter-on-tied-head": r"the adapter .+ adapts .+, which its base ties to the embeddings: .+ without this adapter",
+    "adapter-without-base": r".+ is an adapter without its base: write `.+\+.+`",
     "alphas-of-another-merge": r"the alphas file .+ is for another merge \(other .+\): calibrate again, or correct",
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
@@ -21,7 +22,7 @@ WORDING: dict[str, str] = {
     "differing-architectures": r".+ is a \w+, the base a \w+: all models of a merge need the same architecture",
     "differing-buffers": r"the buffer .+ differs between the models, .+: leave out the model whose buffer differs",
     "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
-    r" very base|all models of a merge need the same shapes)",
+    r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
     "differing-vocabularies": r"the vocabularies differ: add `tokenizer: \{source: base\}` to the recipe",
     "disk-full": r"(needs .+ GiB and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
@@ -32,6 +33,7 @@ WORDING: dict[str, str] = {
     r"|holds the weights of a calibration and is not overwritten: name another file with -o, or give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or move them "
     r"away|somebody put other weights into .+: move them away and merge again)",
+    "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "invalid-template": r"`text` is not a template \(.+\): .+; write \{\{ for a brace",
@@ -53,8 +55,10 @@ WORDING: dict[str, str] = {
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
     "missing-model": r"there is no model folder .+; paths start at the current one",
-    "missing-tensor": r".+ (lacks the tensor|is missing in) .+: all models of a merge need the same tensors",
+    "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
+    r"|fetch the model again, or set `tie_word_embeddings: true`)",
     "missing-value": r"`.+` in .+ has no value: give it one, or remove the line",
+    "model-and-adapter": r".+ holds a model \(.+\) and an adapter \(.+\), .+: write `.+\+.+` for both, or move the",
     "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
     "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
     "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
@@ -81,7 +85,7 @@ WORDING: dict[str, str] = {
     "path-in-the-way": r".+ is in the way of unfinished work: move it",
     "plan-does-not-fit": r"mergekit (would drop .+ of .+|plans to merge .+, which .+ does not have): .+; try a newer",
     "processes-differ": r"process \d+ sees other models or data than the first one: give all the same files and",
-    "quantized-weights": r".+ is stored as .+, which an adapter cannot be added to: use a base that is not quantized",
+    "quantized-weights": r".+ of .+ holds quantized weights \(.+ in \w+.*\): dequantize first \(.+\), or name the",
     "recipe-needed": r"these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
     "recipe-of-other-alphas": r".+ is not the recipe of these alphas, .+: name theirs with --recipe",
     "reserved-name": r"the alphas cannot be called .+: name it .+, or choose another folder",
@@ -100,7 +104,7 @@ WORDING: dict[str, str] = {
     "unknown-objective": r"the objective is .*, and this release knows .+: calibrate again",
     "unknown-tensor": r"tensor .+ belongs to no submodule that is known here; please report the model",
     "unreadable-checkpoint": r"cannot open the checkpoint of .+ \(.*\): (a file is missing or corrupt, fetch it again"
-    r"|check the path or Hub id)",
+    r"|check the path or Hub id|fetch (its weights|the index)|load it with transformers|name the folder)",
     "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
     "unreadable-dataset": r"cannot load dataset .+ \(config .*, split .*\): .+; check `dataset`, `dataset_config` and",
     "unreadable-file": r"(cannot read the (alphas|linearity) file .+ \(.*\): name the file that"

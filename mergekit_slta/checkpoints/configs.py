@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
 from mergekit_slta.errors import DataError, ModelError, listing, show
 from mergekit_slta.libraries.mergekit import build_tokenizer
 from mergekit_slta.models.architectures import architecture
@@ -34,10 +35,23 @@ _MUST_MATCH = (
 )
 """Config keys that determine tensor shapes. Every model must have the base's value."""
 _MAY_DIFFER = frozenset(
-    "_name_or_path architectures transformers_version dtype torch_dtype use_cache vocab_size tie_word_embeddings "
-    "bos_token_id eos_token_id pad_token_id model_type".split()
+    # checked elsewhere, or the output's own
+    "_name_or_path name_or_path architectures model_type dtype torch_dtype vocab_size tie_word_embeddings auto_map "
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class quantization_config "
+    # of training
+    "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop resid_dropout embd_dropout dropout "
+    "classifier_dropout initializer_range router_aux_loss_coef router_jitter_noise output_router_logits "
+    "gradient_checkpointing problem_type "
+    # of the implementation, or of other heads
+    "use_cache attn_implementation pretraining_tp chunk_size_feed_forward return_dict output_attentions "
+    "output_hidden_states is_encoder_decoder id2label label2id num_labels task_specific_params finetuning_task "
+    "torchscript transformers_version use_bfloat16 model_max_length "
+    # of generation
+    "max_length min_length max_new_tokens do_sample num_beams temperature top_k top_p typical_p repetition_penalty "
+    "length_penalty no_repeat_ngram_size early_stopping num_return_sequences suppress_tokens".split()
 )
-"""Config keys that do not change the forward pass, or that are checked elsewhere."""
+"""Config keys that do not change the forward pass of a merge, or that are checked elsewhere. So are all that start with
+an underscore or `unsloth`."""
 
 
 def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
@@ -52,7 +66,6 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, 
     """
     configs = {model: _read_config(model, recipe, options) for model in recipe.models}
     base = configs[recipe.base]
-    _warn_of_differing_configs(configs, recipe.names)
     same_vocabulary = not (
         recipe.config.tokenizer or recipe.config.tokenizer_source or options.unsafe_truncate_embeddings
     )
@@ -74,6 +87,7 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, 
                 hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
                 code = "differing-vocabularies"
             raise ModelError(f"{name} has {key} {show(found)}, the base {show(expected)}: {hint}", code=code)
+    _warn_of_differing_configs(configs, recipe.names)
     return configs
 
 
@@ -86,10 +100,14 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
             "add --lora-merge-cache DIR",
             code="adapter-needs-copy",
         )
+    path = model.model.path
+    refuse_embedded_adapter(model, recipe.names[model])
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
-        path = model.model.path
+        refuse_pointer(os.path.join(path, "config.json"), recipe.names[model])
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            refuse_lone_adapter(path, recipe.names[model])
         if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
             raise ModelError(
                 f"there is no model folder {name}; paths start at the current one", code="missing-model"
@@ -107,7 +125,11 @@ def _warn_of_differing_configs(configs: Mapping[ModelReference, PretrainedConfig
     base = configs[models[0]].to_dict()
     for model in models[1:]:
         other = configs[model].to_dict()
-        keys = sorted(key for key in (base.keys() | other.keys()) - _MAY_DIFFER if base.get(key) != other.get(key))
+        keys = sorted(
+            key
+            for key in (base.keys() | other.keys()) - _MAY_DIFFER
+            if base.get(key) != other.get(key) and not key.startswith(("_", "unsloth"))
+        )
         if keys:
             LOG.warning("the config of %s has other %s; the base's is used", show(names[model]), listing(keys))
 
@@ -146,6 +168,10 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
             base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
         ), None
     except Exception as error:
+        folder = recipe.base.model.path
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            if name.endswith((".json", ".model")):  # tokenizer.json and tokenizer.model are large enough for Git LFS
+                refuse_pointer(os.path.join(folder, name), recipe.names[recipe.base])
         raise DataError(
             f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
             "the base needs one, to read the calibration rows",

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, shapes and byte ranges of tensors. No tensor is read."""
+"""Names, shapes and dtypes of a checkpoint's tensors, and their byte ranges in safetensors files. No tensor is read."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import json
 import os
 from dataclasses import dataclass
 
+import torch
+
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 
+_PICKLED_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 
 @dataclass(frozen=True)
-class TensorHeader:
-    """Shape, dtype name and byte range [start, stop) of one tensor in a safetensors file."""
+class StoredTensor:
+    """Shape and dtype of one tensor of a checkpoint; the dtype's name is that of safetensors files."""
 
     shape: tuple[int, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class TensorHeader(StoredTensor):
+    """One tensor in a safetensors file; its byte range is [start, stop)."""
+
     start: int
     stop: int
 
@@ -48,6 +58,41 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
             )
         headers |= {key: entries[key] for key in shard.contained_keys}
     return headers
+
+
+def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]:
+    """Tensor name -> shape and dtype, for all tensors of a `.bin` checkpoint.
+
+    Args:
+        loader: the checkpoint's loader.
+        name: the model's name, for messages.
+
+    Raises:
+        ModelError: a file cannot be read without running code, or holds something else than the index's tensors.
+    """
+    stored = {}
+    for shard in loader.index.shards:
+        path = os.path.join(loader.index.base_path, shard.filename)
+        try:
+            try:
+                content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            except RuntimeError:  # files of torch before 1.6 cannot be mapped
+                content = torch.load(path, map_location="meta", weights_only=True)
+            for key in shard.contained_keys:
+                kind = content[key].dtype
+                dtype = _PICKLED_DTYPES.get(kind, str(kind).removeprefix("torch.").upper())
+                stored[key] = StoredTensor(tuple(content[key].shape), dtype)
+        except Exception as error:  # torch and pickle raise different errors
+            raise ModelError(
+                f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again",
+                code="corrupt-checkpoint",
+            ) from error
+    return stored
+
+
+def read_stored(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]:
+    """Tensor name -> shape and dtype, for any checkpoint; see `read_headers` and `read_pickled`."""
+    return dict(read_headers(loader, name)) if loader.index.is_safetensors else read_pickled(loader, name)
 
 
 def _read_header(path: str) -> dict[str, TensorHeader]:

@@ -13,11 +13,12 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_slta.checkpoints.headers import read_stored
 from mergekit_slta.checkpoints.lora_adapter import LowRank, check_shapes, find_updates, merge_reason, read_adapter
-from mergekit_slta.errors import ModelError, show
+from mergekit_slta.checkpoints.quantization import refuse_quantized
+from mergekit_slta.checkpoints.weight_files import open_checkpoint
+from mergekit_slta.errors import ModelError, SltaError, show
 from mergekit_slta.libraries.mergekit import LazyTensorLoader, dtype_named, loader_of_file
-
-_SUMMABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdapterLoader(LazyTensorLoader):
@@ -66,7 +67,7 @@ class AdapterLoader(LazyTensorLoader):
 
         Raises:
             KeyError: the base checkpoint lacks the tensor and `raise_on_missing` is true; else None is returned.
-            ModelError: shapes differ, or the base's weights are quantized.
+            ModelError: shapes differ.
         """
         if key not in self.index.tensor_paths:
             key = next((alias for alias in aliases or () if alias in self.index.tensor_paths), key)
@@ -85,12 +86,6 @@ class AdapterLoader(LazyTensorLoader):
 
     @torch.no_grad()
     def _sum(self, name: str, weight: Tensor, update: LowRank) -> Tensor:
-        if weight.dtype not in _SUMMABLE:
-            raise ModelError(
-                f"{show(name)} is stored as {show(weight.dtype)}, which an adapter cannot be added to: "
-                "use a base that is not quantized",
-                code="quantized-weights",
-            )
         transposed = update.is_transposed(name, tuple(weight.shape))
         precise = torch.promote_types(weight.dtype, torch.float32)
         a, b = (self.adapter.get_tensor(key).to(weight.device, precise) for key in (update.a, update.b))
@@ -123,7 +118,8 @@ def open_adapter(
         The loader; None if the model has no adapter or mergekit has to merge a copy (see `needs_merged_copy`).
 
     Raises:
-        ModelError: the adapter is missing or damaged, adapts a module that its base lacks, or has other shapes.
+        ModelError: the adapter is missing or damaged, adapts a module that its base lacks, or has other shapes; or the
+            base's weights are quantized.
     """
     if model.lora is None:
         return None
@@ -133,7 +129,10 @@ def open_adapter(
     plain = model.model_copy(update={"lora": None})
     try:
         config = plain.config(trust_remote_code=options.trust_remote_code)
-        base = base or plain.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
+        base = base or open_checkpoint(plain, options, str(plain))
+        refuse_quantized(base, read_stored(base, str(plain)), str(plain))
+    except SltaError:
+        raise
     except Exception as error:  # mergekit, the Hub and the file system raise different errors
         raise ModelError(
             f"cannot open the checkpoint of {show(plain)}, the base of an adapter ({show(error)}): "

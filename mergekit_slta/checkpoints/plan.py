@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_slta.checkpoints.headers import TensorHeader, read_headers
+from mergekit_slta.checkpoints.headers import StoredTensor, TensorHeader, read_stored
 from mergekit_slta.checkpoints.lora_loader import open_adapter
+from mergekit_slta.checkpoints.quantization import refuse_quantized
+from mergekit_slta.checkpoints.weight_files import open_checkpoint
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import (
     LazyTensorLoader,
     forget_loaders,
     names_of,
-    open_loader,
     place_loader,
     plan_tensors,
     sources_of,
@@ -55,7 +57,7 @@ class Plan:
         models: base first, then the experts in canonical order (sorted by the recipe's names).
         tensors: name in OUT -> planned tensor, in the plan's order.
         loaders: mergekit's lazy loaders of the models.
-        headers: model -> tensor name in its checkpoint -> header; only for safetensors checkpoints.
+        stored: model -> tensor name in its checkpoint -> shape and dtype.
         is_tied: whether the output projection is the embedding table in every model. The plan then lacks the
             projection, or holds a copy of the table.
         copied: tensors of the plan that are not parameters. The merge copies the base's and refuses models that differ.
@@ -64,15 +66,23 @@ class Plan:
     models: tuple[ModelReference, ...]
     tensors: dict[str, PlannedTensor]
     loaders: dict[ModelReference, LazyTensorLoader]
-    headers: dict[ModelReference, dict[str, TensorHeader]] = field(default_factory=dict)
+    stored: dict[ModelReference, dict[str, StoredTensor]] = field(default_factory=dict)
     is_tied: bool = False
     copied: list[str] = field(default_factory=list)
 
-    def shape(self, name: str, model: ModelReference) -> tuple[int, ...] | None:
-        """Shape of a planned tensor in a model's checkpoint; None if no header gives it."""
+    @cached_property
+    def headers(self) -> dict[ModelReference, dict[str, TensorHeader]]:
+        """model -> tensor name in its checkpoint -> header; only for safetensors checkpoints."""
+        return {
+            model: {key: tensor for key, tensor in stored.items() if isinstance(tensor, TensorHeader)}
+            for model, stored in self.stored.items()
+            if self.loaders[model].index.is_safetensors
+        }
+
+    def stored_as(self, name: str, model: ModelReference) -> StoredTensor | None:
+        """Shape and dtype of a planned tensor in a checkpoint; None if it is converted from others, or missing."""
         source = self.source_name(name, model)
-        header = self.headers.get(model, {}).get(source) if source else None
-        return header.shape if header else None
+        return self.stored.get(model, {}).get(source) if source else None
 
     def source_name(self, name: str, model: ModelReference) -> str | None:
         """Name of a planned tensor in a model's checkpoint; None if it is converted from others, or missing."""
@@ -93,25 +103,14 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
     """
     forget_loaders(recipe.models)
     loaders: dict[ModelReference, LazyTensorLoader] = {}
+    stored: dict[ModelReference, dict[str, StoredTensor]] = {}
     for model in recipe.models:
-        try:
-            adapter = open_adapter(model, options, base=loaders.get(ModelReference(model=model.model)))
-            if adapter is not None:
-                place_loader(model, adapter)
-            loaders[model] = open_loader(model, options)
-        except ModelError:
-            raise
-        except Exception as error:  # mergekit, the Hub and the file system raise different errors
-            raise ModelError(
-                f"cannot open the checkpoint of {show(recipe.names[model])} ({show(error)}): "
-                "a file is missing or corrupt, fetch it again",
-                code="unreadable-checkpoint",
-            ) from error
-    headers = {
-        model: read_headers(loader, recipe.names[model])
-        for model, loader in loaders.items()
-        if loader.index.is_safetensors
-    }
+        name = recipe.names[model]
+        adapter = open_adapter(model, options, base=loaders.get(ModelReference(model=model.model)))
+        loaders[model] = open_checkpoint(model, options, name) if adapter is None else adapter
+        place_loader(model, loaders[model], options)
+        stored[model] = read_stored(loaders[model], name)
+        refuse_quantized(loaders[model], stored[model], name)
     try:
         planned = plan_tensors(
             recipe.config.model_copy(deep=True),
@@ -124,7 +123,7 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
             code="cannot-plan",
         ) from error
     tensors = {weight.name: PlannedTensor(weight, gather, sources_of(gather)) for weight, gather in planned}
-    return Plan(canonical(recipe), tensors, loaders, headers)
+    return Plan(canonical(recipe), tensors, loaders, stored)
 
 
 def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> int:

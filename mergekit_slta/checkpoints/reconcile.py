@@ -14,6 +14,7 @@ from mergekit.common import ModelReference
 
 from mergekit_slta.checkpoints.configs import ties_embeddings
 from mergekit_slta.checkpoints.plan import Plan, PlannedTensor
+from mergekit_slta.checkpoints.quantization import is_whole_float, quantized
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import can_convert, gather_by_name, is_gather
 
@@ -39,8 +40,9 @@ def reconcile(
         Reasons why mergekit cannot merge these checkpoints as they are; empty if it can.
 
     Raises:
-        ModelError: a model lacks a tensor that another has, or shapes differ.
+        ModelError: a model lacks a tensor that another has, shapes differ, or a parameter is quantized.
     """
+    _refuse_quantized(plan, names, shapes, configs)
     problems = []
     present = {model: set(plan.loaders[model].index.tensor_paths) for model in plan.models}
 
@@ -80,11 +82,37 @@ def reconcile(
                 f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
                 "does not list it, and the output would load with zeros there"
             )
-    _check_shapes(plan, names)
+    _check_shapes(plan, names, shapes)
     return problems
 
 
-def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, projection: str) -> bool:
+def _refuse_quantized(
+    plan: Plan,
+    names: Mapping[ModelReference, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    configs: Mapping[ModelReference, Any],
+) -> None:
+    """Refuse parameters that are stored as integers or in 8 bits, or packed into tensors of other names."""
+    for model in plan.models:
+        stored, found = plan.stored[model], []
+        is_quantized = bool(getattr(configs[model], "quantization_config", None))
+        for name in shapes:
+            source = plan.source_name(name, model) if name in plan.tensors else name
+            if source in stored:
+                found += [source] * (not is_whole_float(stored[source].dtype))
+            elif is_quantized and not can_convert(configs[model].model_type, set(stored), name):
+                found += [key for key in stored if key not in shapes and key.startswith(name.rpartition(".")[0] + ".")]
+        if found:
+            raise quantized(plan.loaders[model], stored, found, names[model])
+
+
+def find_ties(
+    plan: Plan,
+    names: Mapping[ModelReference, str],
+    configs: Mapping[ModelReference, Any],
+    table: str,
+    projection: str,
+) -> bool:
     """Whether the output projection is the embedding table in every model.
 
     Some checkpoints of tied models store the table twice; if one does, mergekit plans a projection. A model counts as
@@ -92,16 +120,29 @@ def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, pro
 
     Args:
         plan: the plan.
+        names: the models' names in the recipe, for messages.
         configs: the models' configs.
         table, projection: names of the embedding's and of the projection's weights.
+
+    Raises:
+        ModelError: a model has no projection, and its config does not tie it.
     """
-    if projection not in plan.tensors:
+    planned = projection in plan.tensors
+    sources = {model: plan.source_name(projection, model) if planned else None for model in plan.models}
+    tables = {model: plan.source_name(table, model) for model in plan.models}
+    for model in plan.models:
+        if not ties_embeddings(configs[model]) and sources[model] in (None, tables[model]):
+            raise ModelError(
+                f"{show(names[model])} lacks the tensor {show(projection)}, and its config does not tie it to the "
+                "embeddings: fetch the model again, or set `tie_word_embeddings: true` in its config.json",
+                code="missing-tensor",
+            )
+    if not planned:
         return True
     for model in plan.models:
         if not ties_embeddings(configs[model]):
             return False
-        stored = plan.source_name(projection, model)
-        embedded = plan.source_name(table, model)
+        stored, embedded = sources[model], tables[model]
         if stored != embedded:
             loader = plan.loaders[model]
             same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
@@ -111,22 +152,28 @@ def find_ties(plan: Plan, configs: Mapping[ModelReference, Any], table: str, pro
     return True
 
 
-def _check_shapes(plan: Plan, names: Mapping[ModelReference, str]) -> None:
+def _check_shapes(plan: Plan, names: Mapping[ModelReference, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
     base = plan.models[0]
     for name, planned in plan.tensors.items():
-        expected = plan.shape(name, base)
-        if expected is None or not is_gather(planned.gather):  # mergekit changes the rows for another vocabulary
+        stored = plan.stored_as(name, base)
+        if stored is None or not is_gather(planned.gather):  # mergekit changes the rows for another vocabulary
             continue
+        if name in shapes and stored.shape != shapes[name]:
+            raise ModelError(
+                f"{show(name)} is {list(stored.shape)} in {show(names[base])} and {list(shapes[name])} by its config: "
+                "weights and config are of different models, fetch both again",
+                code="differing-sizes",
+            )
         for model in plan.models[1:]:
-            found = plan.shape(name, model)
-            if found is None or found == expected:
+            other = plan.stored_as(name, model)
+            if other is None or other.shape == stored.shape:
                 continue
+            found, expected = list(other.shape), list(stored.shape)
             hint = "all models of a merge need the same shapes"
             code = "differing-sizes"
             if planned.weight.vocabulary_axis is not None:
                 hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
                 code = "differing-vocabularies"
             raise ModelError(
-                f"{show(name)} is {list(found)} in {show(names[model])} and {list(expected)} in the base: {hint}",
-                code=code,
+                f"{show(name)} is {found} in {show(names[model])} and {expected} in the base: {hint}", code=code
             )

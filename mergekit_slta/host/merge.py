@@ -6,7 +6,6 @@ Scope: the work before and after mergekit's own merge.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -21,9 +20,8 @@ from mergekit.options import MergeOptions
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
 from mergekit_slta.errors import RunError, SltaError, show
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.inside import output_path
-from mergekit_slta.files.names import ALPHAS_NAME, CONFIG_NAME, STATISTICS_NAME
+from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME
 from mergekit_slta.files.output_folder import (
     calibrating,
     check_output,
@@ -33,8 +31,8 @@ from mergekit_slta.files.output_folder import (
 )
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
+from mergekit_slta.host.finish import finish_output
 from mergekit_slta.host.method import ActiveMerge, active
-from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.recipe.read import check_content, read_recipe
@@ -127,7 +125,7 @@ def _run(
             alphas.of_merge().save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             result = merge_into(folder, config)
-            _untie_config(job, folder)
+            finish_output(job, folder)
             if options.write_model_card:
                 add_section(folder)
         forget_calibration(out)
@@ -165,18 +163,3 @@ def _check_source(source: str | None) -> None:
         return
     if isinstance(content, dict):
         check_content(content)
-
-
-def _untie_config(job: Job, out: Path) -> None:
-    """Write `tie_word_embeddings: false` if an expert has its own output projection.
-
-    With the config of a tied base, transformers would drop the merged projection.
-    """
-    path = out / CONFIG_NAME
-    if job.plan.is_tied or not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if job.base_is_tied:
-        config["tie_word_embeddings"] = False
-        write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        job.say("The base's embeddings are tied and an expert's are not: the merged model is written untied")

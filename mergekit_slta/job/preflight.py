@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
     for problem in problems:
         LOG.warning("the alphas can be computed, but not merged: %s", problem)
-    plan.is_tied = find_ties(plan, configs, skeleton.embedding_weight, skeleton.head_weight)
+    plan.is_tied = find_ties(plan, recipe.names, configs, skeleton.embedding_weight, skeleton.head_weight)
     submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
     record = job_identity(recipe, plan, rows)
     _warn_of_same_weights(recipe, record)

@@ -8,8 +8,10 @@ still be loading when this package registers its method.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,9 @@ USED = {
     "(model_type, source_keys, target_key)": "`can_convert`",
     "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
+    "mergekit.common.ModelPath._unique_id": "names of merged copies (`merged_copy`)",
+    "mergekit.common.ModelReference.local_path(cache_dir, ignore_lora)": "folder of a model (checkpoints/)",
+    "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "`merged_copy`",
     "mergekit.common.dtype_from_name(name)": "`dtype_named`",
     "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
     "mergekit.config.InputModelDefinition": "keys of an entry of `models` (recipe/)",
@@ -58,9 +63,10 @@ USED = {
     "mergekit.io.lazy_tensor_loader.ShardInfo(filename, contained_keys)": "one file of a checkpoint",
     "mergekit.io.lazy_tensor_loader.ShardedTensorIndex(base_path, is_safetensors, tensor_paths, shards)": "as above",
     "mergekit.io.tasks.GatherTensors(weight_info)": "reads one tensor from every model",
-    "mergekit.io.tasks.LoaderCache.get(model)": "the loader that mergekit's own tasks use (`open_loader`)",
+    "mergekit.io.lazy_tensor_loader.ShardedTensorIndex.from_file(file_path)": "`open_file`",
+    "mergekit.io.tasks.LoaderCache.get(model)": "mergekit's own tasks get their loaders from it (`place_loader`)",
     "mergekit.io.tasks.LoaderCache.loaders": "written to: `place_loader`, `forget_loaders`",
-    "mergekit.io.tasks.LoaderCache.setup(options)": "caches and `lazy_unpickle` (`open_loader`)",
+    "mergekit.io.tasks.LoaderCache.setup(options)": "its options, for mergekit's own tasks (`place_loader`)",
     "mergekit.io.tasks.SaveTensor.tensor_task": "from the plan to the merge task (`plan_tensors`)",
     "mergekit.merge.run_merge(merge_config, out_path, options, config_source)": "replaced by host/wrap.py",
     "mergekit.merge_methods.base.ParameterSpec(name, value_type, scope, default)": "the method's keys (host/method.py)",
@@ -80,26 +86,62 @@ USED = {
 """name, or name(parameters) -> its use in this package."""
 
 
-def open_loader(model: ModelReference, options: MergeOptions) -> LazyTensorLoader:
-    """Open the loader of a model's checkpoint that mergekit's own tasks will use.
+def place_loader(model: ModelReference, loader: LazyTensorLoader, options: MergeOptions) -> None:
+    """Put a loader into mergekit's cache, where its tasks find it, and give the cache mergekit's options.
 
-    Relies on `LoaderCache`: there is one per thread, but all threads share `loaders`, for the life of the process.
+    Relies on `LoaderCache.get`, which opens a model only if `loaders` lacks it: there is one cache per thread, but all
+    threads share `loaders`, for the life of the process.
     """
     from mergekit.io.tasks import LoaderCache
 
     cache = LoaderCache()
     cache.setup(options=options)
-    return cache.get(model)
+    cache.loaders[model] = loader
 
 
-def place_loader(model: ModelReference, loader: LazyTensorLoader) -> None:
-    """Put a loader into mergekit's cache, so that mergekit does not merge an adapter into a copy on disk.
+def open_file(path: str, *, lazy_unpickle: bool) -> LazyTensorLoader:
+    """Open a checkpoint in one file, safetensors or pickled."""
+    return LazyTensorLoader(ShardedTensorIndex.from_file(path), lazy_unpickle=lazy_unpickle)
 
-    Relies on `LoaderCache.get`, which opens a model only if `loaders` lacks it.
+
+def open_shards(folder: str, tensor_files: dict[str, str], *, lazy_unpickle: bool) -> LazyTensorLoader:
+    """Open a checkpoint in several files of a folder.
+
+    Args:
+        folder: the folder.
+        tensor_files: tensor name -> its file.
+        lazy_unpickle: as in mergekit's options.
     """
-    from mergekit.io.tasks import LoaderCache
+    shards = [
+        ShardInfo(file, [key for key, other in tensor_files.items() if other == file])
+        for file in sorted(set(tensor_files.values()))
+    ]
+    is_safetensors = all(file.endswith(".safetensors") for file in tensor_files.values())
+    return LazyTensorLoader(ShardedTensorIndex(folder, is_safetensors, tensor_files, shards), lazy_unpickle)
 
-    LoaderCache().loaders[model] = loader
+
+def merged_copy(model: ModelReference, options: MergeOptions) -> str:
+    """Let mergekit merge an adapter into a full copy on disk, unless the cache has it; returns the copy's folder.
+
+    The copy is made beside its place and moved there when it is whole, because mergekit takes whatever folder it finds
+    there for a copy. Relies on `ModelReference.merged`, and on the name that it gives the folder.
+    """
+    cache = str(options.lora_merge_cache)
+    lora: Any = model.lora
+    place = os.path.join(cache, f"{model.model._unique_id()}_{lora._unique_id()}")
+    if not os.path.exists(place):
+        made_cache = not os.path.isdir(cache)
+        os.makedirs(cache, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".merging-") as folder:
+                copy = model.merged(folder, options.trust_remote_code, options.lora_merge_dtype)
+                os.rename(copy.model.path, place)
+        except BaseException:
+            if made_cache:
+                with contextlib.suppress(OSError):
+                    os.rmdir(cache)
+            raise
+    return place
 
 
 def forget_loaders(models: Iterable[ModelReference]) -> None:

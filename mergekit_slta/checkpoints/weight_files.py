@@ -1,0 +1,201 @@
+"""Find the files that hold a model's weights, as transformers does, and open them.
+
+Scope: file names, indexes and the first bytes of files. mergekit prefers an index to a whole file beside it and
+transformers does not, so the choice is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+from mergekit_slta.errors import ModelError, SltaError, listing, show
+from mergekit_slta.libraries.mergekit import LazyTensorLoader, merged_copy, open_file, open_shards
+
+LOG = logging.getLogger(__name__)
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIG_NAME = "config.json"
+_INDEX = ".index.json"
+_WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", _INDEX)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+
+
+def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> LazyTensorLoader:
+    """Open the weights that transformers would load for a model. An adapter is merged into a copy on disk by mergekit.
+
+    Args:
+        model: the model; from the Hub it is downloaded.
+        options: mergekit's options: caches, `lazy_unpickle` and `lora_merge_dtype` are used.
+        name: the model's name in the recipe, for messages.
+
+    Raises:
+        ModelError: there are no weights, only an adapter's or those of another format; or a file is missing, empty or
+            corrupt.
+    """
+    try:
+        plain = ModelReference(model=model.model)
+        folder = merged_copy(model, options) if model.lora else plain.local_path(cache_dir=options.transformers_cache)
+        return _open_folder(folder, options.lazy_unpickle, name)
+    except SltaError:
+        raise
+    except Exception as error:  # mergekit, peft, the Hub and the file system raise different errors
+        raise ModelError(
+            f"cannot open the checkpoint of {show(name)} ({show(error)}): a file is missing or corrupt, fetch it again",
+            code="unreadable-checkpoint",
+        ) from error
+
+
+def _open_folder(folder: str, lazy_unpickle: bool, name: str) -> LazyTensorLoader:
+    chosen = _weights_file(folder, name)
+    path = os.path.join(folder, chosen)
+    refuse_pointer(path, name)
+    if not chosen.endswith(_INDEX):
+        _check_file(path, name)
+        return open_file(path, lazy_unpickle=lazy_unpickle)
+    tensor_files = _read_index(path, name)
+    for file in sorted(set(tensor_files.values())):
+        _check_file(os.path.join(folder, file), name)
+    return open_shards(folder, tensor_files, lazy_unpickle=lazy_unpickle)
+
+
+def _weights_file(folder: str, name: str) -> str:
+    """The file or index that transformers would load.
+
+    Raises:
+        ModelError: there is none.
+    """
+    present = set(os.listdir(folder))
+    for whole in _WHOLE_NAMES:
+        found = [file for file in (whole, whole + _INDEX) if file in present]
+        if len(found) > 1:
+            LOG.warning(
+                "%s holds two checkpoints, %s and %s: %s is read, as transformers does; remove the other if that is "
+                "wrong",
+                show(name), *found, whole,
+            )  # fmt: skip
+        if found:
+            return found[0]
+    refuse_lone_adapter(folder, name)
+    others = sorted(file for file in present if file.endswith(_WEIGHT_ENDINGS))
+    inside = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and any(os.path.isfile(os.path.join(entry.path, whole)) for whole in _WHOLE_NAMES)
+    )
+    remedy = "fetch its weights"
+    if any(file.endswith(".gguf") for file in others):
+        remedy = "load it with transformers (`gguf_file=`) and save it with `save_pretrained`, or name the 16-bit model"
+    elif any("-of-" in file for file in others):
+        remedy = "fetch the index of its shards"
+    elif inside:
+        remedy = f"name the folder {show(os.path.join(name, inside[-1]))}"
+    elif others:
+        remedy = "load it with transformers and save it with `save_pretrained`"
+    raise ModelError(
+        f"cannot open the checkpoint of {show(name)} (it has no {' and no '.join(_WHOLE_NAMES)}, nor an index of one; "
+        f"it holds {listing([*others, *inside], 4)}): {remedy}",
+        code="unreadable-checkpoint",
+    )
+
+
+def _read_index(path: str, name: str) -> dict[str, str]:
+    """Read an index: tensor name -> file, relative to the index's folder.
+
+    Raises:
+        ModelError: it is damaged, or names files outside of its folder.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found: Any = json.load(file)["weight_map"]
+        if not isinstance(found, Mapping) or not all(isinstance(value, str) for value in found.values()):
+            raise TypeError("its `weight_map` is not a mapping of tensors to files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _corrupt(path, name, str(error)) from error
+    for value in found.values():
+        if os.path.isabs(value) or os.path.normpath(value).split(os.sep)[0] == os.pardir:
+            raise _corrupt(path, name, f"it names {value}, which is outside of its folder")
+    return dict(found)
+
+
+def _check_file(path: str, name: str) -> None:
+    if not os.path.isfile(path):
+        raise _corrupt(path, name, "no such file")
+    if not os.path.getsize(path):
+        raise _corrupt(path, name, "it is empty")
+    refuse_pointer(path, name)
+
+
+def _corrupt(path: str, name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"{show(path)} of {show(name)} is missing or corrupt ({show(reason)}); fetch it again",
+        code="corrupt-checkpoint",
+    )
+
+
+def refuse_pointer(path: str, name: str) -> None:
+    """Refuse a file that Git has left as a pointer to its content.
+
+    Args:
+        path: any file; need not exist.
+        name: the model that it belongs to, for the message.
+
+    Raises:
+        ModelError: it is a Git LFS pointer.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) != _LFS_POINTER:
+            return
+    raise ModelError(
+        f"{show(path)} of {show(name)} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+        code="git-lfs-pointer",
+    )
+
+
+def refuse_lone_adapter(folder: str, name: str) -> None:
+    """Refuse a folder with an adapter and no model.
+
+    Raises:
+        ModelError: it holds an adapter's config.
+    """
+    path = os.path.join(folder, ADAPTER_CONFIG_NAME)
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base = None
+    written = f"{show(base or 'BASE')}+{show(name)}"
+    raise ModelError(
+        f"{show(name)} is an adapter without its base: write `{written}`" + ("" if base else ", BASE being its base"),
+        code="adapter-without-base",
+    )
+
+
+def refuse_embedded_adapter(model: ModelReference, name: str) -> None:
+    """Refuse a folder that holds a model and an adapter: transformers loads both, mergekit only the model.
+
+    Raises:
+        ModelError: it does, and the reference does not name this adapter.
+    """
+    folder = model.model.path
+    if not os.path.isfile(os.path.join(folder, _CONFIG_NAME)) or (model.lora and model.lora.path == folder):
+        return
+    adapters = [file for file in ADAPTER_WEIGHTS_NAMES if os.path.isfile(os.path.join(folder, file))]
+    whole = [file for end in ("", _INDEX) for file in _WHOLE_NAMES if os.path.isfile(os.path.join(folder, file + end))]
+    if adapters and whole and os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_NAME)):
+        raise ModelError(
+            f"{show(name)} holds a model ({whole[0]}) and an adapter ({adapters[0]}), of which transformers loads both "
+            f"and mergekit the model: write `{show(folder)}+{show(folder)}` for both, or move the adapter away",
+            code="model-and-adapter",
+        )

@@ -1,0 +1,120 @@
+"""Finish a merged model's folder: what mergekit leaves out of it, or gets wrong in its config.
+
+Scope: small files of OUT, no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+from mergekit_slta.errors import listing, show
+from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.names import CONFIG_NAME
+from mergekit_slta.job.job import Job
+
+_GENERATION_NAME = "generation_config.json"
+_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def finish_output(job: Job, folder: Path) -> None:
+    """Add the base's generation config and custom code to a merged model, and correct its config.
+
+    Args:
+        job: what was merged.
+        folder: the merged model.
+    """
+    _copy_missing(job, folder)
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        changed = _untie(job, config) | _drop_quantization(job, config)
+        if changed:
+            _write(path, config)
+    for name in (CONFIG_NAME, _GENERATION_NAME):
+        _renumber_tokens(job, folder / name)
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _untie(job: Job, config: dict[str, Any]) -> bool:
+    """Set `tie_word_embeddings: false` if an expert has its own output projection.
+
+    With the config of a tied base, transformers would drop the merged projection.
+    """
+    if job.plan.is_tied or not job.base_is_tied:
+        return False
+    config["tie_word_embeddings"] = False
+    job.say("The base's embeddings are tied and an expert's are not: the merged model is written untied")
+    return True
+
+
+def _drop_quantization(job: Job, config: dict[str, Any]) -> bool:
+    """Remove the base's `quantization_config`: the merged weights are not quantized, and transformers would read them
+    so."""
+    if config.pop("quantization_config", None) is None:
+        return False
+    job.say("The base's config.json has a `quantization_config` and its weights are not quantized: left out")
+    return True
+
+
+def _copy_missing(job: Job, folder: Path) -> None:
+    """Copy the base's generation config, which mergekit copies only with an unchanged tokenizer, and custom code."""
+    base = job.recipe.base.model
+    if not (folder / _GENERATION_NAME).exists():
+        try:
+            source = Path(base.path, _GENERATION_NAME)
+            if not os.path.isdir(base.path):
+                cache = job.options.transformers_cache
+                source = Path(hf_hub_download(base.path, _GENERATION_NAME, revision=base.revision, cache_dir=cache))
+            if source.is_file():
+                shutil.copyfile(source, folder / _GENERATION_NAME)
+        except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+            if not isinstance(error, EntryNotFoundError):
+                job.say(f"The base's {_GENERATION_NAME} cannot be read ({show(error)}): the merged model has none")
+    if os.path.isdir(base.path) and any(_own_code(folder)):
+        for source in Path(base.path).glob("*.py"):
+            if not (folder / source.name).exists():
+                shutil.copyfile(source, folder / source.name)
+
+
+def _own_code(folder: Path) -> Iterator[str]:
+    """Classes of custom code beside the weights, to which the configs refer; transformers marks those on the Hub with
+    `--`."""
+    for name in (CONFIG_NAME, _TOKENIZER_CONFIG_NAME):
+        path = folder / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") if path.is_file() else None
+        for value in found.values() if isinstance(found, dict) else ():
+            yield from (each for each in ([value] if isinstance(value, str) else value) if each and "--" not in each)
+
+
+def _renumber_tokens(job: Job, path: Path) -> None:
+    """Give the token ids of a config the numbers that the tokens have in the merged vocabulary."""
+    if job.tokenizer is None or not path.is_file():
+        return
+    numbers = {old: new for new, old in job.tokenizer.permutations[job.recipe.base].items() if old >= 0}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    lost = []
+    before = dict(config)
+    for key in _TOKEN_KEYS:
+        value = config.get(key)
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        kept = [numbers[number] for number in given if number in numbers]
+        lost += [f"{key} {number}" for number in given if number not in numbers]
+        config[key] = kept if isinstance(value, list) else kept[0] if kept else None
+    if {key: before.get(key) for key in _TOKEN_KEYS} != {key: config[key] for key in _TOKEN_KEYS}:
+        _write(path, {key: value for key, value in config.items() if key in before})
+        job.say(
+            f"The merged vocabulary has other token ids than the base's: those of {path.name} are changed"
+            + (f", and the base's {listing(lost)} left out" if lost else "")
+        )

@@ -1,0 +1,196 @@
+"""Which of a folder's files are a model's weights: those that transformers loads, or a refusal that names them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Models, assert_refused, mergekit_yaml, read, refused, tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mergekit_slta.errors import ModelError
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.job.preflight import prepare
+
+INDEX = "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
+
+
+def with_expert(models: Models, expert: object) -> dict:
+    recipe = models.recipe(2)
+    recipe["models"][1]["model"] = str(expert)
+    return recipe
+
+
+def whole_beside_shards(tiny, folder: Path) -> Path:
+    """The shards of one expert, and another's weights in one file."""
+    shutil.copytree(tiny.experts[1], folder)
+    assert (folder / INDEX).is_file()
+    save_file(tensors(tiny.experts[2]), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def all_there(folder: Path) -> None:
+    pass
+
+
+def all_gone(folder: Path) -> None:
+    for path in folder.glob("model-*"):
+        path.unlink()
+
+
+def partly_gone(folder: Path) -> None:
+    min(folder.glob("model-*")).unlink()
+
+
+@pytest.mark.parametrize("change", [all_there, all_gone, partly_gone])
+def test_a_whole_file_beside_an_index(tiny, write_recipe, tmp_path, caplog, change):
+    """transformers loads the whole file; mergekit alone would take the shards. The merge is transformers' way, and both
+    files are named."""
+    folder = whole_beside_shards(tiny, tmp_path / "two")
+    change(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    theirs = tensors(tiny.experts[2])
+    assert all(torch.equal(loaded[name], theirs[name]) for name in theirs)
+    result = mergekit_yaml(write_recipe(with_expert(tiny, folder)), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert f"{folder} holds two checkpoints, model.safetensors and {INDEX}" in caplog.text
+    alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
+    base, first, merged = tensors(tiny.base), tensors(tiny.experts[0]), tensors(tmp_path / "out")
+    for entry in alphas.submodules:
+        for name in entry.tensors:
+            expected = base[name] + sum(
+                alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, (first, theirs), strict=True)
+            )
+            torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_files_beside_the_weights(tiny, options, tmp_path, caplog):
+    """`.bin`, `consolidated.safetensors`, and shards that the index does not name are not read, by anybody."""
+    folder = tmp_path / "many"
+    shutil.copytree(tiny.experts[1], folder)
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    (folder / "consolidated.safetensors").write_bytes(b"old")
+    (folder / "model-00009-of-00009.safetensors").write_bytes(b"old")
+    (folder / "training_args.bin").write_text(POINTER)
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "adapter_config.json").write_text("{}")
+    prepare(read(with_expert(tiny, folder)), options)
+    assert "two checkpoints" not in caplog.text
+
+
+def test_a_partly_gone_checkpoint(tiny, options, tmp_path):
+    shutil.copytree(tiny.experts[1], tmp_path / "part")
+    partly_gone(tmp_path / "part")
+    with refused(ModelError, "corrupt-checkpoint", "model-00001-of-", "no such file"):
+        prepare(read(with_expert(tiny, tmp_path / "part")), options)
+
+
+def escape(folder: Path) -> str:
+    shutil.move(min(folder.glob("model-*")), folder.parent / "secret.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {
+        key: "../secret.safetensors" if "00001-of" in file else file for key, file in index["weight_map"].items()
+    }
+    (folder / INDEX).write_text(json.dumps(index))
+    return "it names ../secret.safetensors, which is outside of its folder"
+
+
+def no_map(folder: Path) -> str:
+    (folder / INDEX).write_text('{"weight_map": ["model-00001-of-00002.safetensors"]}')
+    return "`weight_map` is not a mapping"
+
+
+def empty_index(folder: Path) -> str:
+    (folder / INDEX).write_text("")
+    return f"{INDEX} of"
+
+
+def empty_shard(folder: Path) -> str:
+    min(folder.glob("model-*")).write_bytes(b"")
+    return "it is empty"
+
+
+@pytest.mark.parametrize("change", [escape, no_map, empty_index, empty_shard])
+def test_broken_checkpoints(tiny, options, tmp_path, change):
+    """An index that names files outside of its folder, one that is damaged, and a shard of no bytes."""
+    shutil.copytree(tiny.experts[1], tmp_path / "broken")
+    reason = change(tmp_path / "broken")
+    with refused(ModelError, "corrupt-checkpoint", tmp_path / "broken", reason):
+        prepare(read(with_expert(tiny, tmp_path / "broken")), options)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00000.safetensors", "config.json", "tokenizer.json", INDEX])
+def test_git_lfs_pointers(tiny, write_recipe, tmp_path, name):
+    """A repository that was cloned without its large files: said so, with the command that helps."""
+    folder = tmp_path / "clone"
+    shutil.copytree(tiny.base, folder)
+    shard = min(folder.glob("model-*")).name
+    name = shard if name.startswith("model-") else name
+    (folder / name).write_text(POINTER)
+    recipe = tiny.recipe(2)
+    recipe["base_model"] = str(folder)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert_refused(result, "git-lfs-pointer", f"{folder / name} of {folder}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (["model-q4.gguf"], "gguf_file="),
+        (["model-00001-of-00002.safetensors"], "fetch the index of its shards"),
+        (["consolidated.00.pth"], "load it with transformers and save it"),
+        (["diffusion_pytorch_model.safetensors"], "load it with transformers and save it"),
+        (["checkpoint-10/model.safetensors"], "name the folder"),
+        ([], "fetch its weights"),
+    ],
+)  # fmt: skip
+def test_weights_under_other_names(tiny, options, tmp_path, files, remedy):
+    """What is there is named, with what to do."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny.experts[1], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"x")
+    named = [file.split("/")[0] for file in files]
+    with refused(ModelError, "unreadable-checkpoint", folder, "no model.safetensors", *named, remedy):
+        prepare(read(with_expert(tiny, folder)), options)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("base", ["org/base", None])
+def test_an_adapter_without_its_base(tiny, options, tmp_path, has_config, base):
+    """The message gives the reference to write; some tools put the base's config beside an adapter."""
+    folder = tmp_path / "lora"
+    shutil.copytree(tiny.experts[1], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    if not has_config:
+        (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with refused(ModelError, "adapter-without-base", f"write `{base or 'BASE'}+{folder}`"):
+        prepare(read(with_expert(tiny, folder)), options)
+
+
+def test_a_model_with_an_adapter_in_its_folder(tiny, options, tmp_path):
+    """transformers adds the adapter to the model, mergekit does not: refused, unless the reference names both."""
+    from test_checkpoints import adapter
+
+    path, _ = adapter(tiny, tmp_path, 8)
+    folder = tmp_path / "both"
+    shutil.copytree(tiny.experts[1], folder)
+    shutil.copy(path / "adapter_config.json", folder)
+    prepare(read(with_expert(tiny, folder)), options)  # no weights of an adapter
+    shutil.copy(path / "adapter_model.safetensors", folder)
+    with refused(ModelError, "model-and-adapter", "adapter_model.safetensors", f"write `{folder}+{folder}`"):
+        prepare(read(with_expert(tiny, folder)), options)
+    job = prepare(read(with_expert(tiny, f"{folder}+{folder}")), options)
+    (model,) = [model for model in job.plan.models if model.lora]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    expected = expected.get_submodule("model.layers.0.self_attn.q_proj")
+    product = expected.lora_B["default"].weight @ expected.lora_A["default"].weight * expected.scaling["default"]
+    torch.testing.assert_close(job.plan.loaders[model].get_tensor(name), expected.base_layer.weight + product)
