@@ -124,7 +124,7 @@ REFUSALS = {
         ["no/such/file.jsonl"],
     ),
     "missing split": (lambda t, m, p: with_task(t.recipe(2), split="test"), "unreadable-dataset", ["split test"]),
-    "missing column": (lambda t, m, p: with_task(t.recipe(2), text="body"), "missing-column", ["no column 'body'"]),
+    "missing column": (lambda t, m, p: with_task(t.recipe(2), text="body"), "missing-column", ["`text` names 'body'"]),
     "missing field": (lambda t, m, p: with_task(t.recipe(2), text="{body}"), "missing-column", ["`text` names 'body'"]),
     "empty row": (
         lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "unusable-row",

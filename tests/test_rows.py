@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import string
+from itertools import islice
 
 import pytest
 from conftest import make_tokenizer, refused
@@ -42,6 +43,12 @@ def folder(tmp_path_factory):
     frame.to_csv(path / "rows.csv", index=False)
     frame.to_parquet(path / "rows.parquet")
     (path / "rows.txt").write_text("\n\n".join(row["question"] for row in ROWS) + "\n")
+    return path
+
+
+def write_jsonl(path, rows):
+    """Rows as JSON lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -88,7 +95,7 @@ def test_template_over_columns(folder, tokenizer):
         ("{question:>10}", "invalid-template", ["formats"]),
         ("{missing}", "missing-column", ["'missing'", "columns question, answer, number"]),
         ("{question", "invalid-template", ["'{question'"]),
-        ("missing", "missing-column", ["'missing'", "it has question, answer, number"]),
+        ("missing", "missing-column", ["'missing'", "columns question, answer, number"]),
     ],
 )
 def test_templates_reach_columns_only(folder, tokenizer, template, code, values):
@@ -141,7 +148,9 @@ def test_fewer_rows_than_asked_is_a_warning(folder, tokenizer, caplog):
         ([{"text": None}], ["column 'text'", "is missing"]),
         ([{"text": ["a", "b"]}], ["column 'text'", "is list"]),
         ([{"text": True}], ["column 'text'", "is bool"]),
-        ([{"messages": "no list"}], ["`messages` is not a list of messages"]),
+        ([{"text": {"a": 1}}], ["column 'text'", "is dict"]),
+        ([{"text": "a\0b"}], ["has NUL characters"]),
+        ([{"text": "a\ud83d"}], ["has half a surrogate pair"]),
     ],
 )
 def test_bad_rows_are_named(tmp_path, tokenizer, rows, values):
@@ -149,7 +158,7 @@ def test_bad_rows_are_named(tmp_path, tokenizer, rows, values):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with refused(DataError, "unusable-row", f"row 0 of {path}", *values):
-        draw(tokenizer, path)
+        draw(tokenizer, path, "text")
 
 
 def test_too_short_rows_are_named(tmp_path):
@@ -170,8 +179,8 @@ def test_too_short_rows_are_named(tmp_path):
         ("*.none", "dataset-not-found"),
         ("a/b/c", "dataset-not-found"),
         ("rows.xlsx", "unknown-file-type"),
-        ("empty.jsonl", "unreadable-dataset"),
-        ("broken.jsonl", "unreadable-dataset"),
+        ("empty.jsonl", "too-few-rows"),
+        ("broken.json", "unreadable-dataset"),
     ],
 )
 def test_missing_or_unreadable_data_is_named(tmp_path, monkeypatch, name, code):
@@ -179,7 +188,7 @@ def test_missing_or_unreadable_data_is_named(tmp_path, monkeypatch, name, code):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.xlsx").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": \n')
+    (tmp_path / "broken.json").write_text('[{"a": 1},\n{"a": \n')
     with refused(DataError, code, ".xlsx" if name == "rows.xlsx" else name):
         load_rows(name, None, "train")
 
@@ -195,7 +204,7 @@ def test_unknown_split_is_named(folder):
 def test_sampling_is_without_replacement_and_nested(num_rows, fewer, more, seed):
     """Rows are distinct, and what a smaller `num_samples` draws comes first in what a larger one draws."""
     fewer, more = sorted((fewer, more))
-    small, large = sample_numbers(num_rows, fewer, seed), sample_numbers(num_rows, more, seed)
+    small, large = (list(islice(sample_numbers(num_rows, seed), count)) for count in (fewer, more))
     assert large[: len(small)] == small
     assert len(set(large)) == len(large) == min(more, num_rows)
 
@@ -318,3 +327,132 @@ def test_an_empty_dataset(tmp_path):
     (tmp_path / "rows.txt").write_text("\n\n \n")
     with refused(DataError, "too-few-rows", tmp_path / "rows.txt"):
         load_rows(str(tmp_path / "rows.txt"), None, "train")
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+def test_a_bad_row_is_replaced_by_the_next(tmp_path, tokenizer, caplog):
+    """Of every kind; one line says how many, and why the first. More rows begin with the same rows."""
+    rows = [{"text": f"row {number}"} for number in range(40)]
+    for number, bad in enumerate([{"text": None}, {"text": " "}, {"other": 1}, {"text": ["x"]}, {"text": "\0"}]):
+        rows[7 * number] = bad
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with path.open("a") as file:
+        file.write('{"text": "broken\n')
+    good = [number for number in range(40) if number % 7 or number == 35]
+    every = [row.number for row in draw(tokenizer, path, num_samples=35, seed=3).rows]
+    assert sorted(every) == good
+    assert every == [number for number in sample_numbers(41, 3) if number in good]
+    for count in (1, 5, 20):
+        caplog.clear()
+        drawn = draw(tokenizer, path, num_samples=count, seed=3)
+        assert [row.number for row in drawn.rows] == every[:count]
+        seen = list(islice(sample_numbers(41, 3), 41))
+        seen = seen[: seen.index(every[count - 1]) + 1]
+        bad = [number for number in seen if number not in good]
+        assert len(caplog.records) == bool(bad)
+        if bad:
+            assert f"{len(bad)} of the {len(seen)} rows that were drawn" in caplog.text
+            assert f"the first: row {bad[0]} of {path}" in caplog.text
+
+
+def test_too_few_good_rows(tmp_path, tokenizer, caplog):
+    """None, or fewer than steps, are an error with the first reason; fewer than `num_samples` a warning."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": None}, {"text": ""}, {"text": "the fox"}])
+    drawn = draw(tokenizer, path, num_samples=3)
+    assert [row.number for row in drawn.rows] == [2]
+    assert "has 1 rows, fewer than num_samples = 3" in caplog.text
+    assert "2 of the 3 rows that were drawn" in caplog.text
+    task = Task(model=ModelReference.parse("org/a"), dataset=str(path))
+    with refused(DataError, "too-few-rows", "1 rows for 6 steps", "2 more cannot be used", f"of {path}"):
+        draw_rows(task, "org/a", Settings(own=JointSettings()), ChatTemplate.of(tokenizer))
+    write_jsonl(path, [{"text": None}, {"text": None}])
+    with refused(DataError, "unusable-row", "all 2 rows", "the first: row", "is missing"):
+        draw(tokenizer, path)
+
+
+def test_many_bad_rows_end_the_search(tmp_path, tokenizer, monkeypatch):
+    """A large dataset is not searched to its end for a good row."""
+    monkeypatch.setattr("mergekit_slta.data.rows.MAX_UNUSABLE", 20)
+    rows = [{"text": "fox" if number == 990 else None} for number in range(1000)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with refused(DataError, "unusable-row", "20 rows in a row", "the first: row"):
+        draw(tokenizer, path, "text")
+
+
+# --- the answer stands in the row once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "completion"),
+    [
+        ("{question} {answer}", "{answer}"),
+        ("{question} {answer}", "answer"),
+        ("{question}\nA: {answer}\n", " {answer}"),
+        ("{question}{answer}</s>", "{answer}"),
+        ("[INST] {question} [/INST] {answer} <|im_end|>\n", "{answer}"),
+        ("{question} = {answer} {number}.", "{answer} {number}"),
+        ("answer", "answer"),
+    ],
+)
+def test_an_answer_that_the_text_has_already(folder, tokenizer, text, completion):
+    """`completion` follows `text`: with both, it would be there twice."""
+    with refused(DataError, "conflicting-keys", folder / "rows.json", "`text`", "`completion`"):
+        draw(tokenizer, folder / "rows.json", text, completion=completion)
+
+
+def test_an_answer_that_a_column_has_already(tmp_path, tokenizer):
+    """A column with the whole text, or a `prompt` that ends with its `completion`."""
+    pairs = [("what is 1? one", "one"), ("what is 2? two </s>", "two")]
+    whole = write_jsonl(tmp_path / "whole.jsonl", [{"whole": text, "end": end} for text, end in pairs])
+    with refused(DataError, "conflicting-keys", whole, "`text`", "`completion`"):
+        draw(tokenizer, whole, "whole", completion="end")
+    found = write_jsonl(tmp_path / "found.jsonl", [{"prompt": text, "completion": end} for text, end in pairs])
+    with refused(DataError, "conflicting-keys", found):
+        draw(tokenizer, found)
+
+
+def test_prompts_that_name_the_answer_among_others(tmp_path, tokenizer):
+    """Multiple choice, a hint in the middle, a prompt that happens to end like its answer: all are legitimate."""
+    rows = [
+        {"question": f"{number}?", "options": "one, two", "answer": ["one", "two"][number % 2]} for number in range(6)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for text in ("{question} {options}", "{answer}: {question}", "say {answer}, and again: "):
+        drawn = draw(tokenizer, path, text, completion="{answer}", objective="joint")
+        assert len(drawn.rows) == 6
+        assert {answer.strip() for answer in answers(tokenizer, drawn)} == {"one", "two"}
+
+
+def test_a_typo_in_completion_names_completion(folder, tokenizer):
+    for value, code in (("anser", "missing-column"), ("{anser}", "missing-column"), ("{answer", "invalid-template")):
+        with refused(DataError, code, "`completion`", "anser" if code == "missing-column" else value):
+            draw(tokenizer, folder / "rows.json", "question", completion=value)
+
+
+def test_an_empty_answer_is_no_answer(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "fox", "a": answer} for answer in ("", " \n", "dog")])
+    assert [row.number for row in draw(tokenizer, path, "q", completion="a").rows] == [2]
+
+
+def test_values_that_are_no_text(tmp_path, tokenizer):
+    """Numbers and dates are written; a time, whose format is not known, and what is missing are not."""
+    import datetime
+    import decimal
+
+    import pandas
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(
+        {
+            "number": [1, None, 3], "part": [1.5, float("nan"), 2.0], "day": [datetime.date(2024, 1, 2)] * 3,
+            "price": [decimal.Decimal("1.10")] * 3, "time": [pandas.Timestamp("2024-01-02")] * 3,
+        }
+    )  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    drawn = draw(tokenizer, tmp_path / "rows.parquet", "{number} {part} {day} {price}")
+    assert {row.text for row in drawn.rows} == {"1 1.5 2024-01-02 1.10", "3 2.0 2024-01-02 1.10"}
+    with refused(DataError, "unusable-row", "'time'", "is datetime"):
+        draw(tokenizer, tmp_path / "rows.parquet", "{number} {time}")

@@ -11,8 +11,9 @@ WORDING: dict[str, str] = {
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
-    "conflicting-keys": r"(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
-    r"|; drop `ridge`|: choose one of .+, or another objective)",
+    "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text` .+"
+    r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
+    r"|; drop `ridge`|: choose one of .+, or another objective))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises); fetch it again",
     "damaged-file": r"(is damaged at .* \(.+\): name the file that|do not fit together; calibrate again"
@@ -36,7 +37,7 @@ WORDING: dict[str, str] = {
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
-    "invalid-template": r"`text` is not a template \(.+\): .+; write \{\{ for a brace",
+    "invalid-template": r"`(text|completion)` is not a template \(.+\): .+; write \{\{ for a brace",
     "invalid-value": r"(`\w+`|--\w+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least|: write `auto`"
     r"|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
@@ -48,8 +49,9 @@ WORDING: dict[str, str] = {
     "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
     "missing-base": r"needs the model that the experts were fine-tuned from: add `base_model:`",
     "missing-chat-template": r"tokenizer has no chat template for the column `.+`: choose another column",
-    "missing-column": r"(no column '.*'; it has .+|no `messages` and no `text` column: set `text` .+"
-    r"|`text` names '.*', but .+ has the columns .+)",
+    "missing-column": r"(the columns of .+, .*, hold none of what is found without `text` \(.+\): set `text` to"
+    r"|has no column `text` that `completion` could follow: set `text`"
+    r"|`(text|completion)` names '.*', but .+ has the columns .+)",
     "missing-dataset": r".+ has no `dataset`: name its calibration rows, or an existing file with `alphas`",
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
@@ -96,7 +98,8 @@ WORDING: dict[str, str] = {
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
     "unexpected-error": r"\w+: .*",
     "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",
-    "unknown-file-type": r"dataset .+ has file type .+; use one of .+, a folder, or a Hub id",
+    "unknown-file-type": r"dataset .+ has (file type .+; use one of .+, a folder, or a Hub id"
+    r"|files of several types, .+: name those of one)",
     "unknown-key": r"unknown key `.*` .+: (did you mean|known keys|.+ `importance` sets a task's share)",
     "unknown-layers": r"no decoder layers \(.*\) found in .+; please report the model",
     "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
@@ -106,7 +109,10 @@ WORDING: dict[str, str] = {
     "unreadable-checkpoint": r"cannot open the checkpoint of .+ \(.*\): (a file is missing or corrupt, fetch it again"
     r"|check the path or Hub id|fetch (its weights|the index)|load it with transformers|name the folder)",
     "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
-    "unreadable-dataset": r"cannot load dataset .+ \(config .*, split .*\): .+; check `dataset`, `dataset_config` and",
+    "unreadable-dataset": r"(cannot load dataset .+ \(config .*, split .*\): .+; (mend the file, name another, or )?"
+    r"(check `dataset`, `dataset_config` and|scripts are not run: name files|correct `split`)"
+    r"|cannot read dataset .+; (save|mend) the file|cannot load dataset .+ has other columns than .+; name one of them"
+    r"|is the folder of a model: name a file or folder of rows)",
     "unreadable-file": r"(cannot read the (alphas|linearity) file .+ \(.*\): name the file that"
     r"|cannot read statistics from .+ \(.*\): name the file that .+, or calibrate again)",
     "unreadable-recipe": r"(cannot read the recipe .+ \(.*\): check its path|is not a UTF-8 text file: save it as one)",
@@ -116,8 +122,8 @@ WORDING: dict[str, str] = {
     "unsupported-format": r"cannot draw .+: figures are \.png or \.svg",
     "unsupported-layout": r"merges whole models: replace `\w+:` by `models:`",
     "unusable-device": r"(--multi-gpu needs an accelerator, .+: drop it|device .+ cannot be used here .*: drop --cuda)",
-    "unusable-row": r"(is \w+, not text: choose another `text`|the chat template refuses .+; mend the row"
-    r"|is (empty|too short) \(\d+ tokens, \d+ needed\): remove such rows or choose another `text`)",
+    "unusable-row": r"row \d+ of .+(: mend the row|: remove such rows or choose another `text`"
+    r"|save (it|the file) as UTF-8)",
     "value-differs-between-tensors": r"`\w+` differs between tensors .+: give one value for all of them",
     "wrong-file-type": r"is not an? (alphas|linearity|statistics) file: name the ",
 }  # fmt: skip

@@ -1,90 +1,225 @@
-"""Load datasets from files, folders, glob patterns and the Hub, with the library `datasets`."""
+"""Load datasets from files, folders, glob patterns and the Hub, with the library `datasets`.
+
+Scope: rows as mappings. Rows of local JSON and CSV files keep the text of the file: `007`, `NA` and `2024-01-01` stay
+what they are.
+"""
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_slta.errors import DataError, listing, show
+from mergekit_slta.data.json_files import TRAIN, find_line, parse_row
+from mergekit_slta.data.local_files import kind_of, local_files, read_files, visible_files
+from mergekit_slta.errors import DataError, show
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""File type -> name of the loader in `datasets`."""
+UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+_NO_ROWS = ("corresponds to no data", "No columns to parse from file")
+"""What `datasets` and pandas say of a split without rows, and of an empty file."""
+_COLUMN_ROWS = 1000
+"""Rows that are looked at for the columns of JSON lines, spread over the whole dataset."""
 
 
-def load_rows(name: str, config: str | None, split: str) -> Dataset:
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a dataset. A row is read and parsed when it is asked for.
+
+    Attributes:
+        name: the dataset's name, for messages.
+        table: the rows; if `is_json`, its one column `text` has a JSON value each.
+        is_json: whether rows are parsed as JSON.
+        undecodable: whether the file holds bytes that are not UTF-8, which were replaced by U+FFFD.
+        files: the files, for messages.
+    """
+
+    name: str
+    table: Dataset
+    is_json: bool = False
+    undecodable: bool = False
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        """A row.
+
+        Raises:
+            DataError: the row is not valid JSON, or was not UTF-8.
+        """
+        row = self.table[number]
+        where = f"row {number} of {show(self.name)}"
+        if self.undecodable and any(UNDECODABLE in value for value in row.values() if isinstance(value, str)):
+            line = next(iter(row.values())) if len(row) == 1 else ""
+            raise DataError(
+                f"{where}{find_line(self.files, line) if line else ''} is not UTF-8: save the file as UTF-8",
+                code="unusable-row",
+            )
+        if not self.is_json:
+            return row
+        try:
+            return parse_row(row["text"])
+        except ValueError as error:
+            place = find_line(self.files, row["text"])
+            raise DataError(
+                f"{where}{place} is not a JSON object ({show(error)}): mend the row", code="unusable-row"
+            ) from error
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns; of JSON lines, those of rows spread over the whole dataset."""
+        if not self.is_json:
+            return self.table.column_names
+        found: dict[str, None] = {}
+        for number in range(0, len(self), max(1, len(self) // _COLUMN_ROWS)):
+            try:
+                found |= dict.fromkeys(parse_row(self.table[number]["text"]))
+            except ValueError:
+                continue
+        return list(found)
+
+
+def load_rows(name: str, config: str | None, split: str) -> Rows:
     """Load a dataset.
 
     Args:
-        name: a file, a folder, a glob pattern, or an id on the Hub.
-        config, split: passed to `datasets.load_dataset`.
+        name: a file, a folder, a glob pattern, or an id on the Hub. A path that exists takes precedence.
+        config: passed to `datasets.load_dataset`, for folders and the Hub.
+        split: as in `datasets.load_dataset`; the rows of a file are the split `train`.
 
     Raises:
         DataError: the dataset or split does not exist, the file type is unknown, or there are no rows.
     """
-    import datasets
-
-    arguments = _load_arguments(name, config)
+    path = os.path.expanduser(name)
     try:
-        with _no_progress_bars():
-            rows = datasets.load_dataset(**arguments, split=split)
-            if arguments["path"] == "text":  # every line is a row; blank lines are skipped
-                rows = rows.filter(lambda row: bool(row["text"].strip()))
+        with _quiet():
+            if os.path.isdir(path):
+                rows = _load_folder(name, path, config, split)
+            elif files := local_files(name, path):
+                rows = _load_files(name, kind_of(name, files), {TRAIN: files}, split)
+            else:
+                rows = _load_from_hub(name, config, split)
+    except DataError:
+        raise
     except Exception as error:  # `datasets`, fsspec, pyarrow and the Hub raise different errors
         cause = error.__cause__ or error
         reason = show(cause, 300) or type(cause).__name__
-        raise DataError(
-            f"cannot load dataset {show(name)} (config {show(config)}, split {show(split)}): {reason}; "
-            "check `dataset`, `dataset_config` and `split`",
-            code="unreadable-dataset",
-        ) from error
+        if any(words in reason for words in _NO_ROWS):
+            raise _empty(name, split) from error
+        raise _unreadable(name, config, split, reason) from error
     if len(rows) == 0:
-        raise DataError(
-            f"dataset {show(name)}, split {show(split)}, has no rows: choose another `dataset` or `split`",
-            code="too-few-rows",
-        )
+        raise _empty(name, split)
     return rows
 
 
-def _load_arguments(name: str, config: str | None) -> dict[str, Any]:
-    """Arguments for `datasets.load_dataset`; a path that exists on disk takes precedence over the Hub."""
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        return {"path": path, "name": config}
-    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path] * os.path.isfile(path)
-    if not matches:
-        looks_local = glob.has_magic(path) or Path(path).suffix in LOADERS or path.startswith((".", "/", "~"))
-        if looks_local or path.count("/") > 1:
-            raise DataError(
-                f"dataset {show(name)} not found: no such file or folder (paths start at the current one)",
-                code="dataset-not-found",
-            )
-        return {"path": name, "name": config}
-    kinds = {Path(match).suffix.lower() for match in matches}
-    if len(kinds) > 1 or not kinds <= LOADERS.keys():
+def _unreadable(name: str, config: str | None, split: str, reason: str, remedy: str | None = None) -> DataError:
+    if remedy is None:
+        remedy = "check `dataset`, `dataset_config` and `split`"
+        if os.path.exists(os.path.expanduser(name)):
+            remedy = f"mend the file, name another, or {remedy}"
+        elif "scripts are no longer supported" in reason or "trust_remote_code" in reason:
+            remedy = "scripts are not run: name files of its rows (on the Hub in its branch refs/convert/parquet)"
+    return DataError(
+        f"cannot load dataset {show(name)} (config {show(config)}, split {show(split)}): {reason}; {remedy}",
+        code="unreadable-dataset",
+    )
+
+
+def _empty(name: str, split: str) -> DataError:
+    return DataError(
+        f"dataset {show(name)}, split {show(split)}, is empty and has no rows: choose another `dataset` or `split`",
+        code="too-few-rows",
+    )
+
+
+def _load_from_hub(name: str, config: str | None, split: str) -> Rows:
+    import datasets
+
+    table = datasets.load_dataset(name, config, split=split)
+    for column, feature in table.features.items():
+        if hasattr(feature, "decode"):  # images and audio need not be decoded
+            table = table.cast_column(column, replace(feature, decode=False))
+    return Rows(name, table)
+
+
+def _load_folder(name: str, path: str, config: str | None, split: str) -> Rows:
+    """Load a folder: one of `save_to_disk`, or one of files, whose splits `datasets` finds."""
+    import datasets
+
+    entries = {entry.name for entry in os.scandir(path)}
+    if entries & {"state.json", "dataset_dict.json"}:
+        saved = datasets.load_from_disk(path)
+        if isinstance(saved, datasets.DatasetDict):
+            return Rows(name, _part(name, saved, split))
+        own = {str(saved.split): saved} if saved.split else {}
+        return Rows(name, _part(name, {TRAIN: saved, **own}, split))
+    if entries & {"config.json", "adapter_config.json"} and any(
+        entry.endswith((".safetensors", ".bin", ".gguf")) or entry == "tokenizer_config.json" for entry in entries
+    ):
         raise DataError(
-            f"dataset {show(name)} has file type {listing(sorted(kinds))}; use one of {listing(LOADERS)}, "
-            "a folder, or a Hub id",
-            code="unknown-file-type",
+            f"dataset {show(name)} is the folder of a model: name a file or folder of rows", code="unreadable-dataset"
         )
-    return {"path": LOADERS[kinds.pop()], "data_files": [os.path.abspath(match) for match in matches]}
+    card = Path(path, "README.md")
+    if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
+    visible = visible_files(path)
+    if not visible:  # images and the like
+        return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
+    kind = kind_of(name, visible)
+    try:
+        found = datasets.load_dataset_builder(path, name=config).config.data_files or {}
+    except FileNotFoundError:  # it does not know file types in capitals
+        found = {}
+    files = {str(key): [file for file in map(str, chosen) if file in visible] for key, chosen in found.items()}
+    return _load_files(name, kind, files if any(files.values()) else {TRAIN: visible}, split)
+
+
+def _load_files(name: str, kind: str, files: Mapping[str, Sequence[str]], split: str) -> Rows:
+    tables = read_files(name, kind, files)
+    every = tuple(path for paths in files.values() for path in paths)
+    return Rows(name, _part(name, tables.parts, split), tables.is_json, tables.undecodable, every)
+
+
+def _part(name: str, parts: Mapping[str, Dataset], split: str) -> Dataset:
+    """The rows that `split` names.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    import datasets
+
+    try:
+        pieces = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in parts.items()})
+    except (ValueError, AssertionError) as error:
+        reason = show(error, 300).rstrip(".")
+        if list(parts) == [TRAIN]:
+            reason += "; the rows of a file are its split `train`"
+        raise _unreadable(name, None, split, reason, "correct `split`, as in `train[:100]`") from error
+    chosen = [
+        parts[piece.splitname].select(range(piece.from_, piece.to) if piece.from_ < piece.to else [])
+        for piece in pieces
+    ]
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Disable the progress bars of `datasets`; this package draws its own."""
+def _quiet() -> Iterator[None]:
+    """Disable the progress bars and log lines of `datasets`: this package draws its own bars and has its own errors."""
     import datasets
 
-    enabled = datasets.is_progress_bar_enabled()
+    enabled, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if enabled:
             datasets.enable_progress_bar()

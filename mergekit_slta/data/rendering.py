@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_slta.data.formats import FORMATS, BadRow, Chat, Pair, chat_of, find_format
 from mergekit_slta.errors import DataError, listing, show
 
 if TYPE_CHECKING:
@@ -25,9 +29,20 @@ class Rendered(NamedTuple):
     is_chat: bool = False
     answer: int = 0
 
+    @property
+    def repeats_answer(self) -> bool:
+        """Whether the prompt already ends with the answer; special tokens may follow it."""
+        answer = _MARKS_AT_END.sub("", self.text[self.answer :]).strip()
+        prompt = _MARKS_AT_END.sub("", self.text[: self.answer])
+        return not self.is_chat and bool(answer) and prompt.endswith(answer)
+
 
 Render = Callable[[Mapping[str, Any], str], Rendered]
-"""(row, its location for messages) -> the row as text."""
+"""(row, its location for messages) -> the row as text. Raises DataError."""
+Parts = list[tuple[str, str | None]]
+"""A template as (text, the column that follows it)."""
+_MARKS_AT_END = re.compile(r"(\s|<[^<>\s]{1,40}>|\[/?\w{1,20}\])+$")
+"""White space and special tokens."""
 
 
 def renderer(
@@ -36,140 +51,199 @@ def renderer(
     template: ChatTemplate,
     dataset: str,
     completion: str | None = None,
+    sample: Iterable[Mapping[str, Any]] = (),
 ) -> Render:
     """Make the function that renders a dataset's rows as text.
 
     Args:
-        text: column or template. None uses the chat template with the column `messages`, else the column `text`.
+        text: column or template. A column may hold messages, which the chat template renders. None: what
+            `formats.FORMATS` finds in the rows.
         columns: the dataset's columns.
         template: renders chats.
         dataset: the dataset's name, for messages.
         completion: column or template of the answer, which is appended to the text. In a chat the last message is the
             answer.
+        sample: rows to find the format in.
 
     Raises:
-        DataError: the column or a template's field does not exist, the template is malformed, or no `text` is given and
-            neither default column exists.
+        DataError: the column or a template's field does not exist, a template is malformed, `text` already has what
+            `completion` appends, or no `text` is given and nothing is found.
     """
+    sample = list(sample)
     if completion is not None:
-        return _with_completion(text, completion, columns, template, dataset)
+        return _with_completion(text, completion, columns, dataset, sample)
     if text is None:
-        if "messages" in columns:
-            return _chat_renderer("messages", template)
-        if "text" in columns:
-            return _column_renderer("text")
-        raise DataError(
-            f"dataset {show(dataset)} has no `messages` and no `text` column: set `text` to a column or a template "
-            f"over {listing(columns)}",
-            code="missing-column",
-        )
+        found = find_format(sample)
+        if found is not None:
+            return _found_renderer(found.parse, found.columns, template)
+        if "text" not in columns:
+            raise DataError(
+                f"the columns of {show(dataset)}, {listing(columns)}, hold none of what is found without `text` "
+                f"({listing((known.columns for known in FORMATS), 20)}): set `text` to a column or a template",
+                code="missing-column",
+            )
+        text = "text"  # its rows say what is wrong
+    parts = _parts("text", text, columns, dataset)
     if text in columns:
-        return _chat_renderer(text, template) if text == "messages" else _column_renderer(text)
-    if "{" not in text:
-        raise DataError(
-            f"dataset {show(dataset)} has no column {show(text)!r}; it has {listing(columns)}", code="missing-column"
-        )
-    return _template_renderer(text, columns, dataset)
+        return _found_renderer(lambda row: chat_of(row, text) or Pair("", _fill(parts, row)), text, template)
+    return _found_renderer(lambda row: Pair("", _fill(parts, row)), text, template)
 
 
 def _with_completion(
-    text: str | None, completion: str, columns: Sequence[str], template: ChatTemplate, dataset: str
+    text: str | None, completion: str, columns: Sequence[str], dataset: str, sample: Sequence[Mapping[str, Any]]
 ) -> Render:
-    prompt = renderer(text, columns, template, dataset)
-    answer = renderer(completion, columns, template, dataset)
-    if "messages" in (text, completion) or (text is None and "messages" in columns):
+    found = find_format(sample) if text is None else None
+    if found is None and text is None and "text" not in columns:
         raise DataError(
-            f"dataset {show(dataset)} has `messages`, and the last is the answer: drop `completion`, or set `text`",
-            code="conflicting-keys",
+            f"dataset {show(dataset)} has no column `text` that `completion` could follow: set `text` to a column or "
+            f"a template over {listing(columns)}",
+            code="missing-column",
         )
+    for column in (text or "text" if found is None else found.columns, completion):
+        if column in columns and any(_holds_chat(row, column) for row in sample):
+            raise DataError(
+                f"dataset {show(dataset)} has messages in `{column}`, and the last is the answer: drop `completion`, "
+                "or set `text`",
+                code="conflicting-keys",
+            )
+    prompt = _parts("text", text or "text", columns, dataset)
+    answer = _parts("completion", completion, columns, dataset)
+    fields = [field for _, field in answer if field is not None]
+    after = prompt[-1][0] if prompt and prompt[-1][1] is None else ""
+    ends = [field for _, field in prompt if field is not None][-len(fields) :]
+    if fields and ends == fields and not any(character.isalnum() for character in _MARKS_AT_END.sub("", after)):
+        raise repeated_answer(dataset)
+    return _found_renderer(lambda row: Pair(_fill(prompt, row), _fill(answer, row)), completion, None)
 
-    def render(row: Mapping[str, Any], where: str) -> Rendered:
-        before = prompt(row, where).text
-        return Rendered(before + answer(row, where).text, answer=len(before))
 
-    return render
+def repeated_answer(dataset: str) -> DataError:
+    """The error for prompts that already have the answer."""
+    return DataError(
+        f"the prompts of {show(dataset)} end with their answer, so that it would be there twice: leave it out of "
+        "`text` and the column that it names, or drop `completion`",
+        code="conflicting-keys",
+    )
 
 
-def _column_renderer(column: str) -> Render:
-    return lambda row, where: Rendered(_as_text(row[column], column, where))
+def _holds_chat(row: Mapping[str, Any], column: str) -> bool:
+    try:
+        return chat_of(row, column) is not None
+    except BadRow:
+        return True
 
 
-def _template_renderer(template: str, columns: Sequence[str], dataset: str) -> Render:
-    """Render a template whose fields are plain column names.
+def _parts(key: str, given: str, columns: Sequence[str], dataset: str) -> Parts:
+    """A column, or a template whose fields are plain column names.
 
     `{a.b}` and `{a[0]}` are refused: they access attributes and items of objects, and recipes may come from strangers.
     """
-    parts: list[tuple[str, str | None]] = []
+    if given in columns:
+        return [("", given)]
+    parts: Parts = []
     try:
-        for literal, field, spec, conversion in string.Formatter().parse(template):
+        for literal, field, spec, conversion in string.Formatter().parse(given):
             if spec or conversion:
                 raise ValueError("formats (`:`) and conversions (`!`) are not supported")
             parts.append((literal, field))
     except ValueError as error:
         raise DataError(
-            f"`text` is not a template ({error}): {show(template)!r}; write {{{{ for a brace", code="invalid-template"
+            f"`{key}` is not a template ({error}): {show(given)!r}; write {{{{ for a brace", code="invalid-template"
         ) from error
-    for _, field in parts:
-        if field is not None and field not in columns:
+    names = [field for _, field in parts if field is not None] or [given] * ("{" not in given)
+    for name in names:
+        if name not in columns:
             raise DataError(
-                f"`text` names {show(field)!r}, but {show(dataset)} has the columns {listing(columns)}",
+                f"`{key}` names {show(name)!r}, but {show(dataset)} has the columns {listing(columns)}",
                 code="missing-column",
             )
-
-    def render(row: Mapping[str, Any], where: str) -> Rendered:
-        return Rendered(
-            "".join(
-                literal + (_as_text(row[field], field, where) if field is not None else "") for literal, field in parts
-            )
-        )
-
-    return render
+    return parts
 
 
-def _chat_renderer(column: str, template: ChatTemplate) -> Render:
-    if not template.text:
-        raise DataError(
-            f"the base model's tokenizer has no chat template for the column `{column}`: "
-            "choose another column or a template with `text`",
-            code="missing-chat-template",
-        )
-
-    def render(row: Mapping[str, Any], where: str) -> Rendered:
-        messages = row[column]
-        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-            raise DataError(
-                f"the chat template refuses {where}: `{column}` is not a list of messages; mend the row",
-                code="unusable-row",
-            )
-        try:
-            text = template.render(messages)
-        except Exception as error:  # Jinja and the template's own raise_exception raise different errors
-            raise DataError(
-                f"the chat template refuses {where}: {show(error)}; mend the row", code="unusable-row"
-            ) from error
-        return Rendered(text, is_chat=True, answer=_answer_in_chat(messages, text, template))
-
-    return render
+def _fill(parts: Parts, row: Mapping[str, Any]) -> str:
+    return "".join(literal + (_as_text(row, field) if field is not None else "") for literal, field in parts)
 
 
-def _answer_in_chat(messages: Sequence[Mapping[str, Any]], text: str, template: ChatTemplate) -> int:
-    """Index of the first character of the assistant's last message.
+def _as_text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if isinstance(value, (str, int, float, Decimal, date)) and not isinstance(value, (bool, datetime)):
+        if value == value:  # not NaN, which tables have where a number is missing
+            return str(value)
+        value = None
+    kind = "missing" if value is None else type(value).__name__
+    raise BadRow(f"has a column {show(column)!r} that is {kind}, not text")
 
-    0 if the last message is not the assistant's, or if the text without that message is not a prefix of the whole text.
+
+def _found_renderer(
+    parse: Callable[[Mapping[str, Any]], Chat | Pair | None], columns: str, template: ChatTemplate | None
+) -> Render:
+    """Render what `parse` finds in a row. A row is unusable if it finds nothing there.
+
+    Args:
+        parse: reads a row.
+        columns: the columns that it reads, for messages.
+        template: renders chats; None if there are none.
     """
-    if len(messages) < 2 or messages[-1].get("role") != "assistant":
-        return 0
+    as_blocks: list[bool] = []
+
+    def render(row: Mapping[str, Any], where: str) -> Rendered:
+        try:
+            found = parse(row)
+            if found is None:
+                raise BadRow(f"has no messages or text in `{columns}`")
+            if isinstance(found, Chat) and template is not None and template.text:
+                if not as_blocks:
+                    as_blocks.append(_prints_blocks_only(template))
+                return _render_chat(found, template, as_blocks[0])
+            pair = found.plain if isinstance(found, Chat) else found
+            if pair is None:
+                raise DataError(
+                    f"the base model's tokenizer has no chat template for the column `{columns}`: "
+                    "choose another column or a template with `text`",
+                    code="missing-chat-template",
+                )
+            if pair.prompt and not pair.answer.strip():
+                raise BadRow("has an empty answer")
+            return Rendered(pair.prompt + pair.answer, answer=len(pair.prompt))
+        except BadRow as error:
+            raise DataError(f"{where} {error}: mend the row, or choose another `text`", code="unusable-row") from error
+
+    return render
+
+
+def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendered:
+    messages: list[dict[str, Any]] = chat.messages
+    if as_blocks:
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if message.get("content")
+            else message
+            for message in messages
+        ]
+    tools = {} if chat.tools is None else {"tools": chat.tools}
     try:
-        prompt = template.render(messages[:-1], add_generation_prompt=True)
+        text = template.render(messages, **tools)
+    except Exception as error:  # Jinja and the template's own raise_exception raise different errors
+        raise BadRow(f"is refused by the chat template ({show(error)})") from error
+    first = chat.answer
+    if first is None and len(messages) > 1 and messages[-1]["role"] == "assistant":
+        first = len(messages) - 1
+    if not first:
+        return Rendered(text, is_chat=True)
+    try:
+        prompt = template.render(messages[:first], add_generation_prompt=True, **tools)
     except Exception:  # a template may refuse a chat that ends there
-        return 0
-    return len(prompt) if text.startswith(prompt) else 0
+        return Rendered(text, is_chat=True)
+    return Rendered(text, is_chat=True, answer=len(prompt) if text.startswith(prompt) else 0)
 
 
-def _as_text(value: object, column: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        kind = "missing" if value is None else type(value).__name__
-        raise DataError(
-            f"column {show(column)!r} in {where} is {kind}, not text: choose another `text`", code="unusable-row"
-        )
-    return str(value)
+def _prints_blocks_only(template: ChatTemplate) -> bool:
+    """Whether a template prints a list of text blocks, and nothing of a content that is a text."""
+    probe = "a question to try the template"
+
+    def prints(content: object) -> bool:
+        try:
+            return probe in template.render([{"role": "user", "content": content}])
+        except Exception:  # what it refuses is said of the rows
+            return False
+
+    return not prints(probe) and prints([{"type": "text", "text": probe}])

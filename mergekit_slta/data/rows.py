@@ -1,24 +1,25 @@
 """Draw calibration rows from a task's dataset, render and tokenize them.
 
 Scope: datasets; no models. The paper says only "30 samples per task" and "FastChat template". The rules here: rows are
-drawn without replacement, with a local generator; the first n rows are the same for every `num_samples` >= n; a row is
-cut to its first `max_seq_length` tokens; the tokenizer adds its usual special tokens to texts, and none to chats, whose
-template writes them.
+drawn without replacement, with a local generator; a row that cannot be used is replaced by the next one; the first n
+rows are the same for every `num_samples` >= n; a row is cut to its first `max_seq_length` tokens; the tokenizer adds
+its usual special tokens to texts, and none to chats, whose template writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_slta.data.loading import load_rows
-from mergekit_slta.data.rendering import renderer
+from mergekit_slta.data.loading import Rows, load_rows
+from mergekit_slta.data.rendering import Rendered, renderer, repeated_answer
 from mergekit_slta.data.tokens import encode
 from mergekit_slta.errors import DataError, show
 from mergekit_slta.recipe.settings import Settings, TaskSettings
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 MIN_TOKENS = 2
-"""Rows with fewer tokens are refused: a single token may be the begin-of-sequence token, the same in every row."""
+"""Rows with fewer tokens are skipped: a single token may be the begin-of-sequence token, the same in every row."""
+MAX_UNUSABLE = 500
+"""After so many rows in a row that cannot be used, no more are tried."""
+_SAMPLE = 20
+"""Rows that are looked at for what the columns hold."""
 
 
 @dataclass(frozen=True)
@@ -106,31 +111,40 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
         template: renders chats; its tokenizer is the merged model's.
 
     Raises:
-        DataError: no dataset, file, split, column or template field, or a row that is empty or too short.
+        DataError: no dataset, file, split, column or template field; or too few rows that can be used.
     """
     if task.dataset is None:
         raise missing_dataset(name)
     dataset = load_rows(task.dataset, task.dataset_config, task.split)
-    render = renderer(task.text, dataset.column_names, template, task.dataset, task.completion)
+    numbers = list(itertools.islice(sample_numbers(len(dataset), settings.seed), _SAMPLE))
+    sample = [row for number in numbers if (row := _readable(dataset, number)) is not None]
+    render = renderer(task.text, dataset.columns, template, task.dataset, task.completion, sample)
     groups = settings.own.row_groups
-    num_rows = settings.num_samples * groups
-    _check_number(task.dataset, len(dataset), settings.num_samples, groups)
-    rows, unmarked = [], 0
-    for number in sample_numbers(len(dataset), num_rows, settings.seed):
+    wanted = settings.num_samples * groups
+    rows, rendered, skipped = [], [], []
+    in_a_row = 0
+    for number in sample_numbers(len(dataset), settings.seed):
+        if len(rows) == wanted:
+            break
         where = f"row {number} of {show(task.dataset)}"
-        text, is_chat, answer = render(dataset[number], where)
-        ids, first = encode(
-            text, template.tokenizer, settings.max_seq_length, add_special_tokens=not is_chat,
-            answer=answer if settings.own.needs_answers else 0,
-        )  # fmt: skip
-        if not text.strip() or len(ids) < MIN_TOKENS:
-            raise DataError(
-                f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
-                "remove such rows or choose another `text`",
-                code="unusable-row",
-            )
-        unmarked += is_chat and not answer
-        rows.append(Row(number, text, ids, first))
+        try:
+            written = render(dataset[number], where)
+            row = _tokenize(number, written, where, settings, template)
+        except DataError as error:
+            if error.code != "unusable-row":
+                raise
+            skipped.append(error)
+            in_a_row += 1
+            if in_a_row == MAX_UNUSABLE:
+                break
+            continue
+        in_a_row = 0
+        rows.append(row)
+        rendered.append(written)
+    _check_number(task.dataset, len(rows), settings.num_samples, groups, skipped, in_a_row)
+    if len(rows) > 1 and all(written.repeats_answer for written in rendered):
+        raise repeated_answer(task.dataset)
+    unmarked = sum(written.is_chat and not written.answer for written in rendered)
     if len(rows) > 1 and len({row.ids for row in rows}) == 1:
         LOG.warning(
             "all %d rows of %s are the same %d tokens: raise `max_seq_length` if they are cut, or choose another "
@@ -141,6 +155,38 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
     return TaskRows(name, task.dataset, tuple(rows))
 
 
+def _readable(dataset: Rows, number: int) -> Mapping[str, Any] | None:
+    """A row, or None if it cannot be read."""
+    try:
+        return dataset[number]
+    except DataError:
+        return None
+
+
+def _tokenize(number: int, written: Rendered, where: str, settings: Settings, template: ChatTemplate) -> Row:
+    """Tokenize a row.
+
+    Raises:
+        DataError: it is empty or too short, or holds what no text has.
+    """
+    text = written.text
+    if "\0" in text:
+        raise DataError(f"{where} has NUL characters: is its file UTF-16? save it as UTF-8", code="unusable-row")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where} has half a surrogate pair, which is no character: mend the row", code="unusable-row")
+    ids, first = encode(
+        text, template.tokenizer, settings.max_seq_length, add_special_tokens=not written.is_chat,
+        answer=written.answer if settings.own.needs_answers else 0,
+    )  # fmt: skip
+    if not text.strip() or len(ids) < MIN_TOKENS:
+        raise DataError(
+            f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
+            "remove such rows or choose another `text`",
+            code="unusable-row",
+        )
+    return Row(number, text, ids, first)
+
+
 def missing_dataset(name: str) -> DataError:
     """The error for an expert that needs rows and names no `dataset`."""
     return DataError(
@@ -149,18 +195,37 @@ def missing_dataset(name: str) -> DataError:
     )
 
 
-def _check_number(dataset: str, available: int, num_samples: int, groups: int) -> None:
-    """Warn if a dataset has fewer than `num_samples` rows for each of `groups` steps.
+def _check_number(
+    dataset: str, available: int, num_samples: int, groups: int, skipped: Sequence[DataError], in_a_row: int
+) -> None:
+    """Warn of rows that were skipped, and of fewer than `num_samples` rows for each of `groups` steps.
+
+    Args:
+        dataset: the dataset's name.
+        available: number of rows that were found, at most those that were asked for.
+        num_samples, groups: rows for each of so many groups were asked for.
+        skipped: the reasons of the rows that cannot be used, in the order in which they were drawn.
+        in_a_row: number of such rows since the last good one.
 
     Raises:
-        DataError: there are fewer rows than steps.
+        DataError: no row can be used, there are fewer rows than steps, or `MAX_UNUSABLE` bad ones in a row.
     """
+    if skipped and (not available or in_a_row == MAX_UNUSABLE):
+        which = f"{in_a_row} rows in a row" if in_a_row == MAX_UNUSABLE else f"all {in_a_row} rows"
+        before = f"{which} of {show(dataset)} cannot be used; the first: " if in_a_row > 1 else ""
+        raise DataError(before + skipped[0].message, code="unusable-row")
     if available < groups:
+        reason = f" ({len(skipped)} more cannot be used; {skipped[0].message})" if skipped else ""
         raise DataError(
-            f"{show(dataset)} has {available} rows for {groups} steps with rows of their own: "
+            f"{show(dataset)} has {available} rows for {groups} steps with rows of their own{reason}: "
             "add rows, lower `steps`, or set `fresh_rows: false`",
             code="too-few-rows",
         )
+    if skipped:
+        LOG.warning(
+            "%d of the %d rows that were drawn from %s cannot be used, others take their place; the first: %s",
+            len(skipped), len(skipped) + available, show(dataset), skipped[0].message,
+        )  # fmt: skip
     if available < num_samples * groups:
         LOG.warning(
             "%s has %d rows, fewer than num_samples = %d%s", show(dataset), available, num_samples,
@@ -199,10 +264,10 @@ def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
         )  # fmt: skip
 
 
-def sample_numbers(num_rows: int, num_samples: int, seed: int) -> list[int]:
-    """Draw row numbers without replacement; a larger `num_samples` only adds numbers at the end.
+def sample_numbers(num_rows: int, seed: int) -> Iterator[int]:
+    """Draw row numbers without replacement.
 
     Uses a local generator, not the global random state.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_rows, generator=generator, device="cpu")[:num_samples].tolist()
+    yield from map(int, torch.randperm(num_rows, generator=generator, device="cpu").numpy())

@@ -31,12 +31,18 @@ class ChatTemplate:
         template = getattr(tokenizer, "chat_template", None)
         return cls(tokenizer, template.get("default") if isinstance(template, dict) else template)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Render a chat as text, with all special tokens.
 
         Args:
             messages: the chat; each message has a `role` and a `content`.
             add_generation_prompt: end with the text that begins an assistant's message.
+            tools: descriptions of the functions that the assistant may call.
 
         Raises:
             Exception: whatever Jinja or the template itself raises.
@@ -45,5 +51,6 @@ class ChatTemplate:
             messages,
             chat_template=self.text,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
             tokenize=False,
         )

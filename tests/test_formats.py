@@ -1,0 +1,214 @@
+"""What is found in a dataset's columns without `text`: chats of every spelling, prompts with answers, preferences."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import make_tokenizer, refused
+from test_rows import answers, draw, write_jsonl
+
+from mergekit_slta.data.formats import ALPACA, BadRow, find_format, raw_messages, read_messages
+from mergekit_slta.errors import DataError
+
+ASK, REPLY = {"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}
+CHAT = [ASK, REPLY]
+SHAREGPT = [{"from": "human", "value": "fox"}, {"from": "gpt", "value": "dog"}]
+ALPACA_PROMPT = ALPACA.format(paired="", instruction="fox", input="")
+ALPACA_PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nfox\n\n### Input:\nlazy\n\n### Response:\n"
+)
+FOUND = {
+    "messages": ({"messages": CHAT}, CHAT),
+    "messages as JSON": ({"messages": json.dumps(CHAT)}, CHAT),
+    "messages as Python writes them": ({"messages": str(CHAT)}, CHAT),
+    "messages in columns": ({"messages": {"role": ["user", "assistant"], "content": ["fox", "dog"]}}, CHAT),
+    "ShareGPT": ({"conversations": SHAREGPT, "id": "x"}, CHAT),
+    "ShareGPT in `messages`": ({"messages": SHAREGPT}, CHAT),
+    "ShareGPT, other names": (
+        {"conversations": [{"from": "Human", "value": "fox"}, {"from": "chatgpt", "value": "dog"}]}, CHAT,
+    ),
+    "roles in `conversation`": ({"conversation": CHAT}, CHAT),
+    "roles of ShareGPT": ({"messages": [{"role": "human", "content": "fox"}, {"role": "gpt", "content": "dog"}]}, CHAT),
+    "system prompt in a column": (
+        {"conversations": SHAREGPT, "system": "lazy"}, [{"role": "system", "content": "lazy"}, *CHAT]
+    ),
+    "text blocks": ({"messages": [{**ASK, "content": [{"type": "text", "text": "f"}, "ox"]}, REPLY]}, CHAT),
+    "text blocks of a table": (
+        {"messages": [{**ASK, "content": [{"type": "text", "text": "fox", "image_url": None}], "name": None}, REPLY]},
+        CHAT,
+    ),
+    "chosen": ({"chosen": CHAT, "rejected": [ASK, {**REPLY, "content": "cat"}]}, CHAT),
+    "chosen with the prompt": ({"prompt": "fox", "chosen": CHAT, "rejected": CHAT}, CHAT),
+    "chosen after the prompt": ({"prompt": [ASK], "chosen": [REPLY], "rejected": [REPLY]}, CHAT),
+    "chosen after the prompt's text": ({"prompt": "fox", "chosen": [REPLY]}, CHAT),
+    "chosen message": ({"prompt": "fox", "chosen": REPLY}, CHAT),
+    "chosen text": ({"prompt": "the fox", "chosen": " a dog", "rejected": " x"}, ("the fox", " a dog")),
+    "chosen text with its prompt": ({"prompt": "the fox", "chosen": "the fox a dog"}, ("the fox", " a dog")),
+    "chosen dialogue": ({"chosen": "Human: fox\n\nAssistant: dog"}, ("", "Human: fox\n\nAssistant: dog")),
+    "prompt and completion": ({"prompt": "the fox", "completion": " a dog"}, ("the fox", " a dog")),
+    "prompt and completion, chats": ({"prompt": [ASK], "completion": [REPLY]}, CHAT),
+    "prompt and response": ({"prompt": "fox", "response": "dog"}, CHAT),
+    "prompt and response, chats": ({"prompt": [ASK], "response": "dog"}, CHAT),
+    "Alpaca": ({"instruction": "fox", "input": "", "output": "dog", "text": "x"}, CHAT),
+    "Alpaca without input": ({"instruction": "fox", "output": "dog"}, CHAT),
+    "Alpaca with input": (
+        {"instruction": "fox", "input": "lazy", "output": "dog"}, [{**ASK, "content": "fox\nlazy"}, REPLY]
+    ),
+    "Dolly": (
+        {"instruction": "fox", "context": "lazy", "response": "dog", "category": "x"},
+        [{**ASK, "content": "fox\nlazy"}, REPLY],
+    ),
+    "Alpaca with history": (
+        {"instruction": "fox", "output": "dog", "history": [["one", "two"]], "system": "lazy"},
+        [{"role": "system", "content": "lazy"}, {**ASK, "content": "one"}, {**REPLY, "content": "two"}, *CHAT],
+    ),
+    "text": ({"text": "the fox", "number": 3}, ("", "the fox")),
+    "messages in `text`": ({"text": CHAT}, CHAT),
+    "`messages` that are a text": ({"messages": "fox", "text": "the fox"}, ("", "the fox")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_without_text(tmp_path, tokenizer, name):
+    """The row is what the tokenizer's own rendering of the messages is, or the texts one after the other; the answer is
+    known."""
+    row, expected = FOUND[name]
+    drawn = draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row] * 2), objective="joint")
+    if isinstance(expected, list):
+        text = tokenizer.apply_chat_template(expected, tokenize=False)
+        answer = "<|assistant|>dog</s>"
+    else:
+        text, answer = "".join(expected), expected[1]
+    assert {each.text for each in drawn.rows} == {text}
+    assert set(answers(tokenizer, drawn)) == {answer}
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "answer"),
+    [
+        ({"instruction": "fox", "output": "dog"}, ALPACA_PROMPT + "dog", "dog"),
+        ({"instruction": "fox", "input": "lazy", "output": "dog"}, ALPACA_PAIRED + "dog", "dog"),
+        ({"prompt": "fox", "response": "dog"}, "fox\ndog", "dog"),
+    ],
+)
+def test_without_a_chat_template(tmp_path, row, text, answer):
+    """Alpaca's own prompt, and a line break between prompt and response."""
+    tokenizer = make_tokenizer(chat_template=None)
+    path = write_jsonl(tmp_path / "rows.jsonl", [row] * 2)
+    drawn = draw(tokenizer, path, objective="joint", max_seq_length=400)
+    assert {each.text for each in drawn.rows} == {text}
+    assert set(answers(tokenizer, drawn)) == {answer}
+
+
+def test_chats_of_a_table(tmp_path, tokenizer):
+    """Parquet gives every message all keys; those without a value are no part of it."""
+    import datasets
+
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if 'name' in m %}!{{ m.name }}{% endif %}{% endfor %}"
+    )
+    named = [{**ASK, "name": "ann"}, {**REPLY, "name": None}]
+    datasets.Dataset.from_list([{"messages": named}] * 2).to_parquet(tmp_path / "rows.parquet")
+    drawn = draw(make_tokenizer(template), tmp_path / "rows.parquet")
+    assert {each.text for each in drawn.rows} == {"<|user|>fox!ann<|assistant|>dog"}
+
+
+def test_tool_calls_reach_the_template_as_they_are(tmp_path):
+    """A message without content that calls a tool; the row's `tools`, as JSON or not."""
+    template = (
+        "{% if tools %}{{ tools[0].function.name }};{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+        "{{ m.content or m.tool_calls[0].function.name }}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    chat = [ASK, call, {"role": "tool", "content": "3"}, REPLY]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat, "tools": t} for t in (tools, json.dumps(tools))])
+    drawn = draw(make_tokenizer(template), path)
+    assert {each.text for each in drawn.rows} == {"look;<|user|>fox<|assistant|>look<|tool|>3<|assistant|>dog"}
+
+
+def test_a_template_that_prints_blocks_only(tmp_path):
+    """Content is given as a text block where a text would be dropped."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{% for b in m.content %}{{ b.text }}{% endfor %}{% endfor %}"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 2)
+    assert {each.text for each in draw(make_tokenizer(template), path).rows} == {"<|user|>fox<|assistant|>dog"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "values"),
+    [
+        ([{"from": "moon", "value": "fox"}], ["message 0", "'moon'"]),
+        ([{"value": "fox"}, ASK], ["message 0", "no role"]),
+        ([ASK, {"role": "assistant", "content": None}], ["message 1", "no content"]),
+        ([ASK, {"role": "assistant", "text": "dog"}], ["message 1", "no content"]),
+        ([ASK, {"role": "assistant", "content": " \n"}], ["message 1", "is empty"]),
+        ([{"from": "human", "value": ""}], ["message 0", "is empty"]),
+        ([{"role": "user", "content": 3}], ["message 0", "int"]),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], ["message 0", "'image_url'"]),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], ["message 0", "'text'"]),
+        ('[{"role": "user", "content"', ["not valid JSON"]),
+        ({"role": ["user", "assistant"], "content": ["fox"]}, ["unequal length"]),
+    ],
+)
+def test_bad_chats(tmp_path, tokenizer, messages, values):
+    """No role, an unknown one, no text, an image: another row is drawn; named where there is none."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with refused(DataError, "unusable-row", f"row 0 of {path}", *values):
+        draw(tokenizer, path, "messages")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": CHAT}])
+    assert [row.number for row in draw(tokenizer, path).rows] == [1]
+
+
+def test_any_column_may_hold_messages(tmp_path, tokenizer):
+    """`text: conversations` is what is found without it, whatever the column is called."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": SHAREGPT, "answer": "x"}] * 2)
+    drawn = draw(tokenizer, path, "body", objective="joint")
+    assert {each.text for each in drawn.rows} == {tokenizer.apply_chat_template(CHAT, tokenize=False)}
+    assert set(answers(tokenizer, drawn)) == {"<|assistant|>dog</s>"}
+    with refused(DataError, "conflicting-keys", path, "`body`", "`completion`"):
+        draw(tokenizer, path, "body", completion="answer")
+    with refused(DataError, "conflicting-keys", path, "`body`", "`completion`"):
+        draw(tokenizer, path, "answer", completion="body")
+
+
+def test_nothing_found(tmp_path, tokenizer):
+    """The columns, and what would be found."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "fox", "chosen": "dog"}])
+    with refused(DataError, "missing-column", "question, chosen", "conversations", "prompt with completion"):
+        draw(tokenizer, path)
+
+
+def test_the_order_of_the_table_decides():
+    """Several formats in one row; a bad chat is no reason to take another column."""
+    row = {"messages": CHAT, "chosen": CHAT, "prompt": "fox", "completion": "dog", "text": "fox"}
+    order = []
+    while row:
+        found = find_format([row])
+        order.append(found.columns)
+        row = {key: value for key, value in row.items() if key not in found.columns.split(" with ")}
+        if order[-1] == "prompt with completion":
+            row["text"] = "fox"
+    assert order == ["messages", "chosen", "prompt with completion", "text"]
+    bad = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "text": "fox"}
+    assert find_format([{"text": None}, bad]).columns == "messages"
+    assert find_format([]) is None
+
+
+def test_raw_messages_are_left_alone():
+    """Reading does not change the row."""
+    row = [{"from": "human", "value": [{"type": "text", "text": "fox"}], "weight": None}]
+    before = json.dumps(row)
+    assert read_messages(raw_messages(row)) == [ASK]
+    assert json.dumps(row) == before
+    assert raw_messages([]) is None
+    assert raw_messages(["fox"]) is None
+    assert raw_messages("[1, 2]") is None
+    with pytest.raises(BadRow):
+        raw_messages('[{"role": "user",')
