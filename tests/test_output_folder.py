@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import refused
+import torch
+from conftest import assert_refused, mergekit_yaml, refused, slta, tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_slta.files.lock as lock_module
 import mergekit_slta.files.output_folder as module
 from mergekit_slta.errors import OutputError
+from mergekit_slta.files.merge_record import hash_in
 from mergekit_slta.files.output_folder import check_output, check_writable, staged, weight_files
+from mergekit_slta.files.statistics_file import Statistics
 
 ONE = ("model.safetensors",)
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
 
 
-def merge(out: Path, content: str, names: tuple[str, ...]) -> None:
-    """A stand-in for a merge: weights, a config and a card."""
-    with staged(out) as folder:
-        for name in (*names, "config.json", "README.md", "slta_alphas.json"):
+NESTED = "additional_chat_templates/tool.jinja"
+"""transformers writes it for a tokenizer with several named templates."""
+
+
+def merge(out: Path, content: str, names: tuple[str, ...], **options: bool) -> None:
+    """A stand-in for a merge: weights, a config, a card and a folder."""
+    with staged(out, **options) as folder:
+        for name in (*names, "config.json", "README.md", "slta_alphas.json", NESTED):
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(content)
 
 
@@ -34,12 +45,12 @@ def out(tmp_path: Path) -> Path:
 
 
 def content(out: Path) -> dict[str, str]:
-    names = [*weight_files(out), "README.md", "slta_alphas.json"]
+    names = [*weight_files(out), "README.md", "slta_alphas.json", NESTED]
     return {name: (out / name).read_text() for name in names if (out / name).exists()}
 
 
 def whole(text: str, names: tuple[str, ...]) -> dict[str, str]:
-    return dict.fromkeys((*names, "README.md", "slta_alphas.json"), text)
+    return dict.fromkeys((*names, "README.md", "slta_alphas.json", NESTED), text)
 
 
 def test_replacement_leaves_no_mixture(out: Path):
@@ -92,7 +103,7 @@ def dying_after(moment: int, monkeypatch):
 
 
 @pytest.mark.parametrize("names", [ONE, TWO], ids=["other files", "same files"])
-@pytest.mark.parametrize("moment", range(26))
+@pytest.mark.parametrize("moment", range(30))
 def test_killed_at_any_file_operation(out: Path, monkeypatch, moment: int, names: tuple[str, ...]):
     """Whatever operation is the last one: OUT has no config.json, or is one merge whole; after any number of further
     deaths the next run ends well."""
@@ -199,14 +210,206 @@ def test_file_systems_without_locks(out: Path, monkeypatch, caplog):
     assert "cannot be locked" in caplog.text
 
 
-def test_folders_where_files_belong(out: Path):
-    """A folder of that name in OUT is said to be in the way, and stays."""
-    (out / "README.md").unlink()
-    (out / "README.md").mkdir()
-    (out / "README.md" / "mine.txt").write_text("mine")
-    with refused(OutputError, "not-a-plain-file", out / "README.md"):
+# --- folders of a merge ---------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Relative path -> content or target of every file and link."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = f"-> {os.readlink(path)}"
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = path.read_text()
+    return found
+
+
+def test_folders_are_files_of_the_merge_like_others(out: Path):
+    """A later merge replaces them, removes those that it does not write, and leaves no empty folder."""
+    merge(out, "second", ONE)
+    assert (out / NESTED).read_text() == "second"
+    (out / NESTED).with_name("mine.jinja").write_text("mine")
+    (out / "empty").mkdir()
+    with staged(out) as folder:
+        for name in (*ONE, "config.json", "deep/er/code.py"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("third")
+    assert not (out / NESTED).exists()
+    assert (out / NESTED).with_name("mine.jinja").read_text() == "mine"  # a folder with a user's file stays
+    merge(out, "fourth", TWO)
+    assert not (out / "deep").exists()
+    assert (out / "empty").is_dir()
+    assert content(out) == whole("fourth", TWO)
+
+
+@pytest.mark.parametrize("obstacle", ["folder for a file", "file for a folder", "link for a folder", "nested folder"])
+def test_what_is_in_the_way_is_said_before_the_first_move(out: Path, tmp_path: Path, obstacle: str):
+    """Whatever cannot be replaced: the earlier merge stays whole, and the next run ends well when it is moved away."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.rmtree((out / NESTED).parent)
+    if obstacle == "folder for a file":
+        (out / "README.md").unlink()
+        path, code = out / "README.md", "not-a-plain-file"
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+    elif obstacle == "nested folder":
+        path, code = out / NESTED, "not-a-plain-file"
+        (path / "deeper").mkdir(parents=True)
+        (path / "mine.txt").write_text("mine")
+    else:
+        path, code = (out / NESTED).parent, "not-a-folder"
+        elsewhere.mkdir()
+        (elsewhere / "tool.jinja").write_text("mine")
+        path.symlink_to(elsewhere) if "link" in obstacle else path.write_text("mine")
+    before = files(out)
+    with refused(OutputError, code, path):
         merge(out, "second", ONE)
-    assert (out / "README.md" / "mine.txt").read_text() == "mine"
+    kept = {".slta_merging/out/slta_alphas.json": "second"}  # for the next run
+    assert {name: text for name, text in files(out).items() if not name.endswith("pid")} == {**before, **kept}
+    check_output_is_early = obstacle == "folder for a file"
+    if check_output_is_early:
+        with refused(OutputError, code, path):
+            check_output(out, [])
+    path.rename(tmp_path / "moved")
+    merge(out, "third", ONE)
+    assert content(out) == whole("third", ONE)
+    assert not elsewhere.exists() or (elsewhere / "tool.jinja").read_text() == "mine"
+
+
+def test_a_half_moved_merge_of_an_earlier_release_is_mended(out: Path):
+    """It had stopped at a folder: no config.json, the folder unrecorded, a list of names in replaces.json."""
+    merged = out / ".slta_merged"
+    (merged / "out" / "additional_chat_templates").mkdir(parents=True)
+    (merged / "replaces.json").write_text(json.dumps(["README.md", "config.json", *TWO]))
+    for name in (*ONE, "config.json", "slta_alphas.json", NESTED):
+        (merged / "out" / name).write_text("second")
+    (out / "README.md").write_text("second")
+    hashes = {name: hash_in(merged / "out", name) for name in (*ONE, "config.json", "slta_alphas.json")}
+    hashes["README.md"] = hash_in(out, "README.md")
+    record = json.loads((out / "slta_merge.json").read_text())
+    (merged / "out" / "slta_merge.json").write_text(json.dumps({**record, "files": hashes}))
+    record["files"].pop(NESTED)
+    (out / "slta_merge.json").write_text(json.dumps(record))
+    for name in ("config.json", *TWO):
+        (out / name).unlink()
+    check_output(out, [])
+    with contextlib.suppress(KeyError), staged(out):
+        raise KeyError  # whatever becomes of the new merge
+    assert content(out) == whole("second", ONE)
+    assert (out / "config.json").read_text() == "second"
+    merge(out, "third", ONE)
+    assert content(out) == whole("third", ONE)
+
+
+def test_records_lead_nowhere_else(out: Path, tmp_path: Path):
+    """A stranger's record cannot make a merge remove files outside of OUT, nor behind a link in it."""
+    (tmp_path / "mine.txt").write_text("mine")
+    (out / "link").symlink_to(tmp_path)
+    record = json.loads((out / "slta_merge.json").read_text())
+    taken = hash_in(tmp_path, "mine.txt")
+    record["files"] |= dict.fromkeys(
+        ["../mine.txt", str(tmp_path / "mine.txt"), "link/mine.txt", "a/../../mine.txt"], taken
+    )
+    (out / "slta_merge.json").write_text(json.dumps(record))
+    merge(out, "second", ONE)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+# --- files of others ------------------------------------------------------------------------------------------------
+
+FOREIGN = ("model.safetensors", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder with somebody's model, an adapter and other files."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for name in (*FOREIGN, "config.json", "README.md", "notes.txt", "optimizer.pt", "data.gguf"):
+        (folder / name).write_text(f"their {name}")
+    (tmp_path / "cached").write_text("their weights in a cache")
+    (folder / "model.fp16.safetensors").symlink_to(tmp_path / "cached")
+    return folder
+
+
+def test_weights_of_others_are_replaced_on_demand(foreign: Path, tmp_path: Path):
+    """Only what could be loaded in place of the merge goes; other weights and files stay, under another name where the
+    merge has one of theirs."""
+    with refused(OutputError, "foreign-weights", "--overwrite"):
+        check_output(foreign, [])
+    before = files(foreign)
+    names = sorted([*FOREIGN, "model.fp16.safetensors"])
+    assert check_output(foreign, [], overwrite=True) == names
+    assert files(foreign) == before
+    merge(foreign, "ours", TWO, overwrite=True)
+    kept = {"notes.txt": "their notes.txt", "optimizer.pt": "their optimizer.pt", "data.gguf": "their data.gguf"}
+    kept |= {"README.md.old": "their README.md", "config.json.old": "their config.json"}
+    found = files(foreign)
+    assert {name: text for name, text in found.items() if text != "ours" and name != "slta_merge.json"} == kept
+    assert {name for name, text in found.items() if text == "ours"} == {*whole("ours", TWO), "config.json"}
+    assert (tmp_path / "cached").read_text() == "their weights in a cache"
+
+
+def test_a_failed_merge_loses_nothing_of_others(foreign: Path):
+    """All of it stays until the merge is complete; weights that come meanwhile are not replaced."""
+    before = files(foreign)
+    with pytest.raises(KeyboardInterrupt), staged(foreign, overwrite=True) as folder:
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert files(foreign) == before
+    with refused(OutputError, "foreign-weights", "during the merge"), staged(foreign, overwrite=True) as folder:
+        (folder / "model.safetensors").write_text("ours")
+        (foreign / "model-00001-of-00002.safetensors").write_text("new")
+    assert files(foreign) == {**before, "model-00001-of-00002.safetensors": "new"}
+
+
+@pytest.mark.parametrize("moment", range(0, 36, 2))
+def test_killed_while_weights_of_others_are_replaced(foreign: Path, monkeypatch, moment: int):
+    """Either all is as before, or the next run, which overwrites nothing itself, completes the move."""
+    for name in ("optimizer.pt", "data.gguf"):  # these stay, and so would be refused
+        (foreign / name).unlink()
+    before = files(foreign)
+    with dying_after(moment, monkeypatch):
+        merge(foreign, "ours", TWO, overwrite=True)
+    found = {name: text for name, text in files(foreign).items() if not name.startswith(".slta_merging/")}
+    if found != before:
+        check_output(foreign, [])
+        merge(foreign, "last", ONE)
+        assert content(foreign) == whole("last", ONE)
+        assert (foreign / "README.md.old").read_text() == "their README.md"
+
+
+def test_files_of_the_user_are_kept(tmp_path: Path):
+    """A README and a config in a folder without weights, and a card edited since: kept under another name, also the
+    second time; what is the same is not kept twice."""
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / "README.md").write_text("# My project")
+    (out / "generation_config.json").write_text("first")
+    merge(out, "first", (*ONE, "generation_config.json"))
+    assert (out / "README.md.old").read_text() == "# My project"
+    assert not (out / "generation_config.json.old").exists()
+    (out / "README.md").write_text("edited")
+    (out / "generation_config.json").unlink()
+    (out / "generation_config.json").symlink_to(tmp_path / "elsewhere")
+    merge(out, "second", (*ONE, "generation_config.json"))
+    assert (out / "README.md.old2").read_text() == "edited"
+    assert os.readlink(out / "generation_config.json.old") == str(tmp_path / "elsewhere")
+    merge(out, "third", ONE)
+    assert [name for name in files(out) if ".old" in name] == [
+        "README.md.old", "README.md.old2", "generation_config.json.old"
+    ]  # fmt: skip
+
+
+def test_statistics_are_no_weights(out: Path):
+    """Told by their header, whatever they are called; a foreign file of a like name is."""
+    statistics = Statistics(torch.zeros(1, dtype=torch.int64), 1, {"m": torch.ones(1, 1, 1, dtype=torch.float64)})
+    for name in ("A.stats.safetensors", "model-of-mine.safetensors"):
+        statistics.save(out / name)
+    check_output(out, [])
+    (out / "B.stats.safetensors").write_text("weights")
+    with refused(OutputError, "foreign-weights", "(B.stats.safetensors)"):
+        check_output(out, [])
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
@@ -215,3 +418,82 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with refused(OutputError, "cannot-write", tmp_path):
         check_writable(tmp_path / "out")
+
+
+# --- the same through the commands ----------------------------------------------------------------------------------
+
+
+def test_named_chat_templates_come_along_every_time(tiny, tmp_path, write_recipe):
+    """A tokenizer with several templates writes a folder into OUT: the second merge replaces it, and one without them
+    removes it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    named = {"default": tokenizer.chat_template, "tool": "{{ messages }}", "rag": "{{ messages[0] }}"}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(base)
+    recipe = {**tiny.recipe(2, num_samples=2), "base_model": str(base), "tokenizer": {"source": "base"}}
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = mergekit_yaml(write_recipe(recipe), out, "--quiet")
+        assert result.exit_code == 0, result.output
+        assert AutoTokenizer.from_pretrained(out).chat_template == named
+        assert not list(out.glob(".slta*"))
+        assert (out / "config.json").is_file()
+    recipe["chat_template"] = "{{ messages }} and nothing else"
+    result = mergekit_yaml(write_recipe(recipe), out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert AutoTokenizer.from_pretrained(out).chat_template == recipe["chat_template"]
+    assert not (out / "additional_chat_templates").exists()
+
+
+def test_overwriting_a_model_of_others(tiny, tmp_path, write_recipe):
+    """The stock command refuses and names the command that can; that one replaces the weights, says so in a line, and
+    the result loads as the merge. An adapter's config would have led transformers to another model."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    shutil.copytree(tiny.experts[0], out)
+    (out / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny.base)}))
+    save_file(tensors(out), out / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tiny.recipe(2, num_samples=2))
+    before = sorted(os.listdir(out))
+    assert_refused(mergekit_yaml(recipe, out, "--quiet"), "foreign-weights", out, "mergekit-slta merge --overwrite")
+    assert sorted(os.listdir(out)) == before
+    broken = write_recipe(tiny.recipe(2, granularity="fine"), "broken.yml")
+    assert_refused(slta("merge", broken, out, "--overwrite", "--quiet"), "invalid-value", "`granularity`")
+    assert sorted(os.listdir(out)) == before
+    assert slta("merge", recipe, alone, "--quiet").exit_code == 0
+    result = slta("merge", recipe, out, "--overwrite", "--out-shard-size", "5000")
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Replaced")]
+    assert "adapter_config.json" in line
+    assert "model.safetensors" in line
+    assert not (out / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(alone).items())
+    assert mergekit_yaml(recipe, out, "--quiet").exit_code == 0  # it is ours now
+
+
+def test_an_input_is_never_overwritten(tiny, tmp_path, write_recipe):
+    """Neither a model nor an adapter of the recipe."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    recipe = tiny.recipe(2)
+    result = slta("merge", write_recipe(recipe), tiny.experts[0], "--overwrite", "--quiet")
+    assert_refused(result, "output-is-an-input", tiny.experts[0])
+    recipe["models"][0]["model"] = f"{tiny.base}+{adapter}"
+    result = slta("merge", write_recipe(recipe), adapter, "--overwrite", "--quiet")
+    assert_refused(result, "output-is-an-input", adapter)
+    assert (adapter / "adapter_config.json").read_text() == "{}"
+
+
+def test_a_project_folder_keeps_its_files(tiny, tmp_path, write_recipe, caplog):
+    """Merging into a folder with a config of another kind: it is kept beside the model's, and that is said."""
+    (tmp_path / "config.json").write_text('{"port": 8080}')
+    (tmp_path / "notes.txt").write_text("mine")
+    result = mergekit_yaml(write_recipe(tiny.recipe(2, num_samples=2)), tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "config.json.old").read_text() == '{"port": 8080}'
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+    assert "config.json.old" in caplog.text

@@ -32,8 +32,8 @@ WORDING: dict[str, str] = {
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
     r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
     r"|holds the weights of a calibration and is not overwritten: name another file with -o, or give --overwrite)",
-    "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or move them "
-    r"away|somebody put other weights into .+: move them away and merge again)",
+    "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
+    r"them with `mergekit-slta merge --overwrite`|somebody put other weights into .+: move them away and merge again)",
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
@@ -64,7 +64,8 @@ WORDING: dict[str, str] = {
     "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
     "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
     "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
-    "not-a-folder": r"(.+ is not a folder: choose a new or empty one|.+ is a file[:;] name (a|another) folder)",
+    "not-a-folder": r"(.+ is not a folder: choose a new or empty one|.+ is a file[:;] name (a|another) folder"
+    r"|.+ is no folder, and the merge has one there: move it away and merge again)",
     "not-a-plain-file": r"(is no plain file: (name another|choose another|put the model card)"
     r"|is a folder where the merge has a file: move it away and merge again)",
     "not-a-recipe": r"(the recipe .+ is not a merge recipe \(.*\): correct it"

@@ -132,10 +132,14 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_verify_option
-def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace weights in OUT that no merge of this package wrote")
+def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool, overwrite: bool) -> None:
     """Calibrate RECIPE and merge it into OUT.
 
     Does what `mergekit-yaml RECIPE OUT` does, and also works where Python reads no .pth files.
+
+    With --overwrite, weights of another origin in OUT are replaced when the merge is complete: those that transformers
+    or mergekit could load in its place. Other files stay; one whose name a new file takes is kept as NAME.old.
     """
     import mergekit.merge
 
@@ -152,7 +156,7 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool) -> N
     read_recipe(config)
     run_merge: Any = mergekit.merge.run_merge
     quiet_options = merge_options.model_copy(update={"verbosity": 0})  # the group prints the traceback
-    run_merge(config, out, options=quiet_options, config_source=source, verify_residuals=verify)
+    run_merge(config, out, options=quiet_options, config_source=source, verify_residuals=verify, overwrite=overwrite)
 
 
 @_with_merge_options

@@ -17,8 +17,12 @@ MERGE_RECORD_NAME = "slta_merge.json"
 
 CARD_NAME = "README.md"
 CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 MERGED_RECIPE_NAME = "mergekit_config.yml"
 """The recipe that mergekit leaves in the folder of a merged model."""
+
+KEPT_SUFFIX = ".old"
+"""Ends the new name of a user's file that was where a merge has one of its own."""
 
 HIDDEN_PREFIX = ".slta_"
 """Starts the name of every folder that a merge keeps inside its output folder until it is done."""

@@ -2,8 +2,9 @@
 
 Scope: files of OUT, no tensors. mergekit neither refuses nor clears a folder that holds a model, and
 `from_pretrained` prefers an old one-file model to a new sharded one beside it. So mergekit writes into a folder inside
-OUT, and only a finished merge is moved to OUT. The record `slta_merge.json` lists the files that a merge of this
-package put into OUT. A folder with any other weights is refused, and these files are never touched.
+OUT, and only a finished merge is moved to OUT. The record (see `merge_record`) lists the files that a merge of this
+package put into OUT; the next merge replaces them. A folder with any other weights is refused unless the user asks to
+overwrite them. Other files of the user's that are in the way get another name.
 
     OUT/.slta_merging/NAME/    the merge being written; after a failure only its alphas and statistics stay
     OUT/.slta_calibrating/     the calibration before OUT is locked; after a kill the next run resumes it
@@ -12,58 +13,74 @@ package put into OUT. A folder with any other weights is refused, and these file
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mergekit_slta.errors import OutputError, listing, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.lock import folder_lock
+from mergekit_slta.files.merge_record import files_in, hash_in, parents_in, record, recorded, remove_files, unchanged
 from mergekit_slta.files.names import (
+    ADAPTER_CONFIG_NAME,
     ALPHAS_NAME,
     CALIBRATING_FOLDER,
+    CARD_NAME,
     CONFIG_NAME,
+    FIGURE_PREFIX,
+    KEPT_SUFFIX,
     MERGE_RECORD_NAME,
     MERGED_FOLDER,
+    MERGED_RECIPE_NAME,
     MERGING_FOLDER,
     PID_NAME,
     REPLACED_NAME,
     STATISTICS_NAME,
 )
+from mergekit_slta.files.statistics_file import is_statistics_file
 from mergekit_slta.files.targets import check_writable
 
-FORMAT = "mergekit-slta/merge"
-VERSION = 1
+LOG = logging.getLogger(__name__)
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?$")
+_LOADED = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)(\.index\.json)?$|adapter_config\.json$")
+"""Weights that transformers or mergekit may load in place of a merge beside them."""
+_USUAL_FILES = (CONFIG_NAME, CARD_NAME, MERGED_RECIPE_NAME, ALPHAS_NAME, STATISTICS_NAME, MERGE_RECORD_NAME)
+"""Files of nearly every merge."""
 _WAIT_SECONDS = 2.0
 """How long to wait for the lock. A check of the folder by another process takes less."""
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def weight_files(out: Path) -> list[str]:
-    """Names of the weight and index files in a folder, except this package's statistics."""
+    """Names of the weight and index files in a folder, except this package's statistics.
+
+    An adapter's config counts, too: with it, transformers loads an adapter and its base in place of the merge.
+    """
     if not out.is_dir():
         return []
     names = (entry.name for entry in os.scandir(out) if entry.is_file())
-    return sorted(name for name in names if _WEIGHTS.match(name) and name != STATISTICS_NAME)
+    found = (name for name in names if _WEIGHTS.match(name) or name == ADAPTER_CONFIG_NAME)
+    return sorted(name for name in found if name != STATISTICS_NAME and not is_statistics_file(out / name))
 
 
-def check_output(out: Path, inputs: Sequence[str]) -> None:
+def check_output(out: Path, inputs: Sequence[str], *, overwrite: bool = False) -> list[str]:
     """Check that a merge into a folder destroys nothing; changes nothing.
 
     Args:
         out: the output folder; need not exist.
-        inputs: paths of the models to merge.
+        inputs: paths of the models to merge, and of adapters.
+        overwrite: accept weights of another origin; see `staged`.
+
+    Returns:
+        Names of the weights of another origin that the merge will replace.
 
     Raises:
-        OutputError: `out` is a file, cannot be written to, is one of the inputs, is being merged into, or holds weights
-            that no merge of this package recorded.
+        OutputError: `out` is a file, cannot be written to, is one of the inputs, is being merged into, holds a folder
+            where the merge has a file, or holds weights that no merge of this package recorded.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"the output {show(out)} is a file: name a folder", code="not-a-folder")
@@ -72,14 +89,21 @@ def check_output(out: Path, inputs: Sequence[str]) -> None:
             f"the output {show(out)} is one of the models to merge: name another folder", code="output-is-an-input"
         )
     check_writable(out)
+    _check_replaceable(out, _USUAL_FILES)
     with _locked(out, shared=True):
         foreign = _foreign(out)
-    if foreign:
+    if foreign and not overwrite:
         raise OutputError(
-            f"{show(out)} holds weights that no merge of this package wrote ({listing(foreign, 3)}): "
-            "name another folder, or move them away",
+            f"{show(out)} holds weights that no merge of this package wrote ({listing(foreign, 3)}): name another "
+            "folder, or replace them with `mergekit-slta merge --overwrite`",
             code="foreign-weights",
         )
+    return list(_loaded(foreign))
+
+
+def _loaded(foreign: Mapping[str, str]) -> dict[str, str]:
+    """Those weights of another origin that could be loaded in place of a merge beside them."""
+    return {name: taken for name, taken in foreign.items() if _LOADED.match(name)}
 
 
 def _locked(out: Path, *, shared: bool = False) -> AbstractContextManager[None]:
@@ -100,18 +124,24 @@ def _locked(out: Path, *, shared: bool = False) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder for mergekit to write into; when the block ends, its files replace the earlier merge in OUT.
+
+    Args:
+        out: the output folder.
+        overwrite: weights of another origin that could be loaded in place of the merge are removed, too, after it.
 
     Yields:
         The folder, with the same name as OUT. If the block raises, OUT stays as it was.
 
     Raises:
-        OutputError: another process is merging into OUT, or other weights were put there during the merge.
+        OutputError: another process is merging into OUT, other weights were put there during the merge, or a file of
+            the merge cannot be moved to its place. OUT stays as it was.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         finish(out)
+        accepted = _foreign(out) if overwrite else {}
         staging = out / MERGING_FOLDER
         folder = pending(out)
         if folder.is_dir():  # left by a run that failed; this merge uses its alphas and statistics
@@ -120,12 +150,15 @@ def staged(out: Path) -> Iterator[Path]:
         (staging / PID_NAME).write_text(str(os.getpid()))
         try:
             yield folder
-            if _foreign(out):
+            if not _foreign(out).items() <= accepted.items():
                 raise OutputError(
                     f"somebody put other weights into {show(out)} during the merge: move them away and merge again",
                     code="foreign-weights",
                 )
-            _write_record(folder)
+            record(folder, files_in(folder))
+            replaced = unchanged(out, recorded(out)) | _loaded(accepted)
+            _check_replaceable(out, files_in(folder), replaced)
+            write_text_atomically(staging / REPLACED_NAME, json.dumps(replaced))
         except BaseException:
             _keep_alphas_only(staging, folder)
             raise
@@ -167,40 +200,73 @@ def finish(out: Path) -> None:
     `config.json` is removed first and written last. Without it transformers refuses to load the half-moved model.
 
     Raises:
-        OutputError: OUT has a folder where the merge has a file.
+        OutputError: a file cannot be moved to its place; nothing has been moved.
     """
     merged = out / MERGED_FOLDER
     folder = next((entry for entry in merged.iterdir() if entry.is_dir()), None) if merged.is_dir() else None
     if folder is not None:
-        marker = merged / REPLACED_NAME
-        if not marker.exists():  # written before the first move, because the move overwrites OUT's record
-            ours = [name for name, taken in _recorded(out).items() if _is_unchanged(out / name, taken)]
-            write_text_atomically(marker, json.dumps(ours))
-        replaced = json.loads(marker.read_text())
-        if (folder / CONFIG_NAME).exists():  # else all files are already moved, because it is the last
+        names, replaced = files_in(folder), _replaced(merged)
+        _check_replaceable(out, names, replaced)
+        _set_aside(out, folder, replaced)
+        if CONFIG_NAME in names:  # else all files are already moved, because it is the last
             (out / CONFIG_NAME).unlink(missing_ok=True)
-        new = _recorded(folder) if (folder / MERGE_RECORD_NAME).exists() else _recorded(out)
-        for name in replaced:
-            if name not in new:  # files in `new` are overwritten by the move
-                (out / name).unlink(missing_ok=True)
-        for entry in sorted(
-            folder.iterdir(), key=lambda entry: (entry.name == CONFIG_NAME, entry.name == MERGE_RECORD_NAME)
-        ):
-            _replace(entry, out / entry.name)
+        new = recorded(folder if MERGE_RECORD_NAME in names else out)  # these are overwritten by the move
+        remove_files(out, [name for name in unchanged(out, replaced) if name not in new])
+        for name in sorted(names, key=lambda name: (name == CONFIG_NAME, name == MERGE_RECORD_NAME)):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, out / name)
     _drop(merged)
 
 
-def _is_unchanged(path: Path, taken: str) -> bool:
-    return path.is_file() and not path.is_symlink() and _sampled_hash(path) == taken
+def _replaced(merged: Path) -> dict[str, str]:
+    """The files in OUT, with their hashes, that a finished merge replaces."""
+    try:
+        found = json.loads((merged / REPLACED_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        raise OutputError(
-            f"{show(target)} is a folder where the merge has a file: move it away and merge again",
-            code="not-a-plain-file",
-        )
-    os.replace(source, target)
+def _check_replaceable(out: Path, names: Iterable[str], removed: Iterable[str] = ()) -> None:
+    """Check that files can be moved to OUT, and others be removed from it; changes nothing.
+
+    Raises:
+        OutputError: a folder is where a file belongs, something else where a folder belongs, or a folder is not
+            writable.
+    """
+    for name in names:
+        target = out / name
+        if target.is_dir() and not target.is_symlink():
+            raise OutputError(
+                f"{show(target)} is a folder where the merge has a file: move it away and merge again",
+                code="not-a-plain-file",
+            )
+    for part in {part for name in (*names, *removed) for part in parents_in(name)}:
+        folder = out / part
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise OutputError(
+                f"{show(folder)} is no folder, and the merge has one there: move it away and merge again",
+                code="not-a-folder",
+            )
+        if folder.is_dir():
+            check_writable(folder)
+
+
+def _set_aside(out: Path, folder: Path, replaced: Mapping[str, str]) -> None:
+    """Rename files in OUT that no merge wrote, or that were edited since, if the merge has files of the same names."""
+    for name in files_in(folder):
+        target = out / name
+        known = (recorded(out).get(name), hash_in(folder, name))
+        own = name in replaced or target.name.startswith(f"{FIGURE_PREFIX}_") or hash_in(out, name) in known
+        if own or not os.path.lexists(target):
+            continue
+        kept = target.with_name(target.name + KEPT_SUFFIX)
+        number = 1
+        while os.path.lexists(kept):
+            number += 1
+            kept = target.with_name(f"{target.name}{KEPT_SUFFIX}{number}")
+        os.rename(target, kept)
+        LOG.warning("%s is not from a merge of this package: kept as %s", show(target), show(kept.name))
 
 
 def _drop(folder: Path) -> None:
@@ -208,47 +274,14 @@ def _drop(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _foreign(out: Path) -> list[str]:
-    """Weight files in OUT that differ (in size or in sampled bytes) from what a merge has recorded."""
-    records = [_recorded(out)]
-    if (out / MERGED_FOLDER).is_dir():  # a merge was killed during the move; some of its files are already in OUT
-        records += [_recorded(folder) for folder in (out / MERGED_FOLDER).iterdir() if folder.is_dir()]
-    foreign = []
-    for name in weight_files(out):
-        found = _sampled_hash(out / name)
-        if all(record.get(name) != found for record in records):
-            foreign.append(name)
-    return foreign
-
-
-def _recorded(folder: Path) -> Mapping[str, str]:
-    """Read the record in a folder: file name -> hash; empty if there is no valid record."""
-    try:
-        record: Any = json.loads((folder / MERGE_RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    is_record = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
-    if not (is_record and isinstance(record.get("files"), dict)):
-        return {}
-    return {os.path.basename(name): taken for name, taken in record["files"].items()}
-
-
-def _write_record(folder: Path) -> None:
-    files = {entry.name: _sampled_hash(entry) for entry in sorted(folder.iterdir()) if entry.is_file()}
-    content = {"format": FORMAT, "version": VERSION, "files": files}
-    write_text_atomically(folder / MERGE_RECORD_NAME, json.dumps(content, indent=1) + "\n")
-
-
-def _sampled_hash(path: Path) -> str:
-    """Hash a file's size and samples spread evenly over it; takes a few milliseconds for 5 GB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size};".encode())
-    stride = max(_SAMPLE_BYTES, (size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
-    with open(path, "rb", buffering=0) as file:
-        for offset in range(0, size, stride):
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+def _foreign(out: Path) -> dict[str, str]:
+    """Weight files in OUT, with their hashes, that differ (in size or in sampled bytes) from what a merge recorded."""
+    known = [recorded(out)]
+    merged = out / MERGED_FOLDER
+    if merged.is_dir():  # a merge was killed during the move; some of its files are already in OUT
+        known += [_replaced(merged), *(recorded(folder) for folder in merged.iterdir() if folder.is_dir())]
+    found = {name: hash_in(out, name) for name in weight_files(out)}
+    return {name: taken for name, taken in found.items() if all(each.get(name) != taken for each in known)}
 
 
 def _read_text(path: Path) -> str | None:

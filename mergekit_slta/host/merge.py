@@ -18,7 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
-from mergekit_slta.errors import RunError, SltaError, show
+from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
 from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME
@@ -51,6 +51,7 @@ def run(
     config_source: str | None = None,
     *args: Any,
     verify_residuals: bool = False,
+    overwrite: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Run the pre-pass, then mergekit's `run_merge`; then add the section to the model card.
@@ -60,6 +61,7 @@ def run(
         merge_config, out_path, options, config_source: as in mergekit's function; the configuration is not changed.
         args, kwargs: further arguments, passed to mergekit's function.
         verify_residuals: measure the residual of each merged submodule; see `calibration.verify`.
+        overwrite: replace weights of another origin in OUT; see `files.output_folder`.
 
     Returns:
         What mergekit's function returns.
@@ -73,7 +75,7 @@ def run(
         return original(config, str(folder), options, config_source or merge_config.to_yaml(), *args, **kwargs)
 
     try:
-        return _run(merge_into, merge_config, out_path, options, config_source, verify_residuals)
+        return _run(merge_into, merge_config, out_path, options, config_source, verify_residuals, overwrite)
     except SltaError as error:
         if options.verbosity:
             LOG.exception("the merge was refused or failed")
@@ -95,11 +97,13 @@ def _run(
     options: MergeOptions,
     config_source: str | None,
     verify_residuals: bool,
+    overwrite: bool,
 ) -> Any:
     _check_source(config_source)
     recipe = read_recipe(merge_config)
     out = Path(out_path)
-    check_output(out, [model.model.path for model in recipe.models])
+    inputs = [path.path for model in recipe.models for path in (model.model, model.lora) if path is not None]
+    replaced = check_output(out, inputs, overwrite=overwrite)
     named = recipe.settings.alphas
     path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
@@ -121,7 +125,7 @@ def _run(
     columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}
     merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
     try:
-        with staged(out) as folder, active(key, merge):
+        with staged(out, overwrite=overwrite) as folder, active(key, merge):
             alphas.of_merge().save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             result = merge_into(folder, config)
@@ -129,6 +133,8 @@ def _run(
             if options.write_model_card:
                 add_section(folder)
         forget_calibration(out)
+        if replaced:
+            job.say(f"Replaced weights of another origin in {show(out)}: {listing(replaced)}")
         return result
     finally:
         forget_loaders(recipe.models)
