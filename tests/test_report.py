@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from conftest import assert_refused, mergekit_yaml, slta
 from huggingface_hub import ModelCard
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.merge_record import hash_in, recorded
+from mergekit_slta.reporting import report as module
 from mergekit_slta.reporting.card import END, START, code, replace_section, section
 from mergekit_slta.reporting.report import add_section
 
@@ -91,8 +95,6 @@ def test_report_changes_nothing_the_second_time(merged):
 
 def test_what_others_wrote_stays(merged, tmp_path):
     """A user's own front matter and text, before and behind the section, outlive it."""
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(merged, out)
     card = (out / "README.md").read_text()
@@ -107,8 +109,6 @@ def test_what_others_wrote_stays(merged, tmp_path):
 
 def test_bytes_of_others_stay(merged, tmp_path):
     """Comments and numbers of the front matter, line ends, and text behind a marker that lost its end."""
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(merged, out)
     front = "---\r\nlicense: mit # mine\r\nversion: 1.10\r\ntags: [submodule_linear]\r\n---\r\n"
@@ -138,8 +138,6 @@ def test_no_card_where_none_is_wanted(make_models, tmp_path):
 @pytest.mark.parametrize("front", ["---\ntags: [unclosed\n---\n# x\n", "---\n- a list\n---\n# x\n"])
 def test_broken_front_matter_is_not_touched(merged, tmp_path, front):
     """One line, exit code 2, and the card as it was."""
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(merged, out)
     (out / "README.md").write_text(front)
@@ -148,6 +146,71 @@ def test_broken_front_matter_is_not_touched(merged, tmp_path, front):
     assert (out / "README.md").read_text() == front
     add_section(out)  # behind a merge the same is a warning: it must not cost the model
     assert (out / "README.md").read_text() == front
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Cards alone: drawing takes longer than all else."""
+    monkeypatch.setattr(module, "draw", lambda *_: [Path("undrawn.png")])
+
+
+PROJECT = b"# My project\r\n\r\nno card of a model  \n"
+
+
+@pytest.mark.parametrize("kind", ["no merge", "no merge, none", "merge without a card", "link", "stock card"])
+def test_a_readme_of_others_is_left_alone(merged, tmp_path, caplog, undrawn, kind):
+    """`report FOLDER` draws beside it, and changes no byte of it: in a folder that no merge wrote into, in one whose
+    merge wrote no card, and through a link. A card that mergekit made is a card in any merge's folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("slta_alphas.json", "slta_stats.safetensors", "slta_merge.json"):
+        shutil.copy(merged / name, out / name)
+    card, elsewhere = out / "README.md", tmp_path / "README.md"
+    elsewhere.write_bytes(PROJECT)
+    record = json.loads((out / "slta_merge.json").read_text())
+    if kind == "link":
+        card.symlink_to(elsewhere)
+    else:
+        del record["files"]["README.md"]
+        (out / "slta_merge.json").write_text(json.dumps(record))
+        if kind != "no merge, none":
+            card.write_bytes(PROJECT if kind != "stock card" else b"---\ntags:\n- mergekit\n- merge\n---\n# merged\n")
+    if kind.startswith("no merge"):
+        (out / "slta_merge.json").unlink()
+    result = slta("report", out)
+    assert result.exit_code == 0, result.output
+    assert elsewhere.read_bytes() == PROJECT
+    if kind == "stock card":
+        assert START in card.read_text()
+    elif kind == "no merge, none":
+        assert not card.exists()
+    else:
+        assert card.read_bytes() == PROJECT
+        assert ("left as it is" in caplog.text) == (kind != "no merge")
+
+
+def test_a_card_stays_the_merges_unless_it_was_edited(merged, tmp_path, undrawn):
+    """After `report` a later merge replaces the card that it wrote; an edited one is the user's."""
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    (out / "README.md").unlink()
+    assert slta("report", out).exit_code == 0
+    assert recorded(out)["README.md"] == hash_in(out, "README.md")
+    (out / "README.md").write_text((out / "README.md").read_text().replace(END, f"{END}\n\nmine"))
+    Alphas.load(out / "slta_alphas.json").model_copy(update={"base_model": "other"}).save(out / "slta_alphas.json")
+    assert slta("report", out).exit_code == 0
+    assert "`other`" in (out / "README.md").read_text()
+    assert recorded(out)["README.md"] != hash_in(out, "README.md")
+
+
+def test_statistics_of_any_name_are_drawn(merged, tmp_path):
+    """By their header; beside them if no folder is given."""
+    path = shutil.copy(merged / "slta_stats.safetensors", tmp_path / "A.stats.safetensors")
+    (tmp_path / "README.md").write_bytes(PROJECT)
+    result = slta("report", path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "slta_alphas.png").is_file()
+    assert (tmp_path / "README.md").read_bytes() == PROJECT
 
 
 def test_nothing_to_report_is_said(tmp_path):
@@ -195,8 +258,6 @@ def test_flags_are_listed_with_their_meaning():
 
 def test_lambda_is_told(merged, tmp_path):
     """Weights in the file are before `lambda`; the card says what multiplied them."""
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(merged, out)
     assert "lambda" not in (out / "README.md").read_text().split(START)[1]

@@ -21,7 +21,7 @@ def report(target: Path, output: Path | None) -> None:
     """Draw the figures of a saved file or of a merged model.
 
     OUT_OR_FILE is an alphas, statistics or linearity file, or the folder of a merged model. A merged model's card
-    (README.md) also gets its section on the merge.
+    (README.md) also gets its section on the merge. Any other README stays as it is.
     """
     from mergekit_slta.reporting.report import report
 

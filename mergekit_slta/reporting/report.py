@@ -6,6 +6,7 @@ Scope: finding the input files, and writing figures and cards.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,7 @@ from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_atomically
 from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
+from mergekit_slta.files.merge_record import has_record, hash_in, record, recorded
 from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_overwrite
@@ -34,7 +36,9 @@ _DESCRIPTIONS = {
 
 
 def report(target: Path, folder: Path | None = None) -> list[Path]:
-    """Draw the figures of a file or of a merged model's folder; a folder's model card also gets its section.
+    """Draw the figures of a file or of a merged model's folder; a merged model's card also gets its section.
+
+    A README that neither a merge of this package nor mergekit wrote is left as it is.
 
     Args:
         target: an alphas, statistics or linearity file, or a folder that holds a merge.
@@ -49,14 +53,40 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
     """
     if target.is_dir():
         written = _draw_folder(target, folder or target)
-        if (target / ALPHAS_NAME).is_file() and folder is None:
-            written.append(_write_section(target))
+        if folder is None and (target / ALPHAS_NAME).is_file() and has_record(target):
+            written += _update_card(target)
         return written
     if is_linearity_file(target):
         return draw(Linearity.load(target), folder or target.parent)
     if is_statistics_file(target):
         return draw(solve_again(Statistics.load(target)), folder or target.parent)
     return draw(Alphas.load(target), folder or target.parent)
+
+
+def _update_card(out: Path) -> list[Path]:
+    """Write the section into the card of a merge, or make a card if there is none; returns the files that were written.
+
+    What was the merge's stays the merge's: a later merge replaces it.
+    """
+    path = out / CARD_NAME
+    own = recorded(out).get(CARD_NAME)
+    if os.path.lexists(path) and (path.is_symlink() or (own is None and not _is_mergekits_card(path))):
+        LOG.warning("%s is not from a merge, and is left as it is", show(path))
+        return []
+    is_unchanged = not path.exists() or hash_in(out, CARD_NAME) == own
+    _write_section(out)
+    if is_unchanged:
+        record(out, [CARD_NAME])
+    return [path]
+
+
+def _is_mergekits_card(path: Path) -> bool:
+    """Whether a file has the tag that mergekit gives its model cards."""
+    try:
+        tags = (metadata_load(path) or {}).get("tags")
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(tags, list) and "mergekit" in tags
 
 
 def add_section(out: Path) -> None:
@@ -78,7 +108,7 @@ def _draw_folder(source: Path, folder: Path) -> list[Path]:
         written += draw(Linearity.load(source / LINEARITY_NAME), folder)
     if not written:
         raise AlphasError(
-            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder",
+            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder, or a file",
             code="nothing-to-draw",
         )
     return written
