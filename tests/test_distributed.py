@@ -95,6 +95,10 @@ def test_processes_equal_one(make_models, tmp_path, start, count, settings):
     first = alphas_of(tmp_path / "one" / "slta_alphas.json")
     for mine, theirs in zip(first, alphas_of(tmp_path / "many" / "slta_alphas.json"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-10)
+    shared = json.loads((tmp_path / "many" / "slta_alphas.json").read_text())["calibration"]
+    for task, other in zip(calibration["tasks"], shared["tasks"], strict=True):
+        losses = [task["loss_base"], task["loss_expert"]]
+        assert losses == pytest.approx([other["loss_base"], other["loss_expert"]], abs=1e-10)
 
 
 @pytest.mark.process

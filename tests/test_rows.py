@@ -255,14 +255,17 @@ def answers(tokenizer, drawn) -> list[str]:
 
 
 def test_completion_follows_the_text_and_is_marked(folder, tokenizer):
-    """`text` and `completion` make one row; only a loss asks where the answer begins."""
+    """`text` and `completion` make one row, and the hash covers where the answer begins, under any objective."""
     keys = {"text": "{question}: ", "completion": "{answer}!"}
     drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=10)
     assert [row.text for row in drawn.rows] == [f"q{row.number}: a{row.number}!" for row in drawn.rows]
     for row, answer in zip(drawn.rows, answers(tokenizer, drawn), strict=True):
         assert answer.strip() == f"a{row.number}!"
         assert tokenizer.decode(row.ids[1 : row.completion]).strip() == f"q{row.number}:"
-    plain = draw(tokenizer, folder / "rows.json", **keys, num_samples=10)
+    features = draw(tokenizer, folder / "rows.json", **keys, num_samples=10)
+    assert features.rows == drawn.rows
+    plain = draw(tokenizer, folder / "rows.json", text="{question}: {answer}!", num_samples=10)
+    assert [row.ids for row in plain.rows] == [row.ids for row in drawn.rows]
     assert {row.completion for row in plain.rows} == {1}
     assert plain.sha256 != drawn.sha256
 

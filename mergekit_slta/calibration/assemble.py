@@ -6,11 +6,16 @@ Scope: used both after a calibration and when saved statistics are solved again.
 
 from __future__ import annotations
 
-from mergekit_slta.files.alphas_file import Alphas
+import logging
+from typing import Any
+
+from mergekit_slta.files.alphas_file import NO_BETTER, Alphas, describe_no_better, finite_or_none
 from mergekit_slta.files.identity import hash_identity, importance_label
 from mergekit_slta.files.layout import Layout
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.registry import objective
+
+LOG = logging.getLogger(__name__)
 
 
 def assemble(statistics: Statistics, layout: Layout) -> Alphas:
@@ -31,7 +36,10 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
         copied=layout.copied,
         calibration={
             **layout.settings,
-            "tasks": [task.model_dump(mode="json") for task in layout.tasks],
+            "tasks": [
+                {**task.model_dump(mode="json"), **_losses(statistics, layout.canonical.index(task.model))}
+                for task in layout.tasks
+            ],
             "balance": solve.balance,
             "ridge": solve.ridge,
             **chosen,
@@ -39,6 +47,22 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
         },
         provenance={**layout.versions, "fingerprint": hash_identity(identity), "identity": identity},
     )
+
+
+def warn_of_losses(alphas: Alphas) -> None:
+    """Warn of experts that are no better than the base on the rows of their own task."""
+    for line in describe_no_better(alphas.calibration):
+        LOG.warning("%s", line)
+
+
+def _losses(statistics: Statistics, task: int) -> dict[str, Any]:
+    """A task's losses in the alphas file, means over its measured rows in nats per token (None: no rows), and flags."""
+    base = expert = None
+    if statistics.losses is not None:
+        own = statistics.losses[statistics.row_task == task]
+        base, expert = (finite_or_none(loss) for loss in own[~own.isnan().any(dim=1)].mean(dim=0).tolist())
+    no_better = base is not None and expert is not None and expert >= base
+    return {"loss_base": base, "loss_expert": expert, "flags": [NO_BETTER] * no_better}
 
 
 def solve_identity(layout: Layout) -> dict[str, str]:

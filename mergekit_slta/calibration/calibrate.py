@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_slta.calibration.assemble import assemble
+from mergekit_slta.calibration.assemble import assemble, warn_of_losses
 from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas
@@ -60,7 +60,9 @@ def calibrate(
     if isinstance(recipe, MergeConfiguration):
         recipe = read_recipe(recipe)
     job = prepare(recipe, options or MergeOptions(quiet=True), for_merge=False)
-    return solve_job(job, gather_statistics(job))
+    alphas = solve_job(job, gather_statistics(job))
+    warn_of_losses(alphas)
+    return alphas
 
 
 def solve_job(job: Job, statistics: Statistics) -> Alphas:

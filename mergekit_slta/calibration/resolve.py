@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from mergekit_slta.calibration.assemble import assemble
+from mergekit_slta.calibration.assemble import assemble, warn_of_losses
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
 from mergekit_slta.files.identity import importance_label, rows_label, weights_label
@@ -84,6 +84,7 @@ def solve_again(
         raise AlphasError(
             f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
         ) from error
+    warn_of_losses(alphas)
     if source is None:
         return alphas
     return alphas.model_copy(update={"provenance": {**alphas.provenance, SOLVED_FROM: source}})
@@ -136,9 +137,9 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
         raise RecipeError(
             f"--without leaves out all of {listing(layout.models)}: keep one of them", code="missing-expert"
         )
-    own = torch.isin(statistics.row_task, torch.tensor(kept))
+    own = statistics.select(torch.isin(statistics.row_task, torch.tensor(kept)))
     renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
-    matrices = {name: matrix[own][..., kept] for name, matrix in statistics.by_submodule.items()}
+    matrices = {name: matrix[..., kept] for name, matrix in own.by_submodule.items()}
     if statistics.form == "gram":
         matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
     lost = {label(name) for label in (rows_label, importance_label, weights_label) for name in dropped}
@@ -153,7 +154,8 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
             "identity": {label: value for label, value in layout.identity.items() if label not in lost},
         }
     )
-    return Statistics(renumbered[statistics.row_task[own]], len(kept), matrices, form=statistics.form), fewer
+    task = renumbered[own.row_task]
+    return replace(own, row_task=task, num_models=len(kept), by_submodule=matrices), fewer
 
 
 def _model(given: str, names: Sequence[str], option: str) -> str:
@@ -199,15 +201,7 @@ def first_rows(statistics: Statistics, count: int) -> Statistics:
     for task in range(statistics.num_models):
         own = statistics.row_task == task
         rank[own] = torch.arange(int(own.sum()))
-    kept = (rank < count).nonzero().flatten()
-    rest = {"divergences": statistics.divergences, "row_step": statistics.row_step}
-    return replace(
-        statistics,
-        row_task=statistics.row_task[kept],
-        by_submodule={name: matrix[kept] for name, matrix in statistics.by_submodule.items()},
-        metadata={},
-        **{name: None if tensor is None else tensor[kept] for name, tensor in rest.items()},
-    )
+    return statistics.select(rank < count)
 
 
 def first_rows_layout(layout: Layout, count: int) -> Layout:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_slta.calibration.assemble import warn_of_losses
 from mergekit_slta.calibration.calibrate import (
     gather_statistics,
     solve_job,
@@ -106,6 +107,7 @@ def reuse_or_calibrate(
     ranks.broadcast(False)
     if wanted and statistics is not None:
         alphas = verify(job, alphas, statistics)
+    warn_of_losses(alphas)
     return alphas, statistics
 
 

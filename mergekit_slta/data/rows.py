@@ -44,8 +44,8 @@ class Row:
         number: the row's number in the dataset.
         text: the rendered text.
         ids: token ids, cut to `max_seq_length`.
-        completion: position of the answer's first token; objectives with a loss take it over the answer. 1 if the whole
-            row is the answer, because the first token of a row has no loss.
+        completion: position of the answer's first token; losses are taken over the answer. 1 if the whole row is the
+            answer, because the first token of a row has no loss.
     """
 
     number: int
@@ -93,7 +93,8 @@ class TaskRows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the texts and the tokens. It changes with the data, the template and the tokenizer."""
+        """Hash of the texts, the tokens and where the answers begin. It changes with the data, the template and the
+        tokenizer."""
         digest = hashlib.sha256()
         for row in self.rows:
             content = [row.text, row.ids, *([row.completion] if row.completion > 1 else [])]
@@ -175,9 +176,8 @@ def _tokenize(number: int, written: Rendered, where: str, settings: Settings, te
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"{where} has half a surrogate pair, which is no character: mend the row", code="unusable-row")
     ids, first = encode(
-        text, template.tokenizer, settings.max_seq_length, add_special_tokens=not written.is_chat,
-        answer=written.answer if settings.own.needs_answers else 0,
-    )  # fmt: skip
+        text, template.tokenizer, settings.max_seq_length, add_special_tokens=not written.is_chat, answer=written.answer
+    )
     if not text.strip() or len(ids) < MIN_TOKENS:
         raise DataError(
             f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,8 @@ DOCUMENT = DocumentType(
 
 SOLVED_FROM = "solved_from"
 """Key in `provenance`."""
+NO_BETTER = "no_better_than_base"
+"""Flag of a task: the loss of its expert on its rows is not below the base's."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
@@ -89,7 +91,9 @@ class Alphas(BaseModel):
 
     Attributes:
         copied: tensors that are not parameters and are copied from the base.
-        calibration: the settings and rows from which the weights were computed.
+        calibration: the settings and rows from which the weights were computed. Each of its `tasks` has `loss_base` and
+            `loss_expert`, mean losses over the answers of its measured rows in nats per token (None: not measured), and
+            `flags`.
         provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`; of a file that `solve`
             wrote, `solved_from`, too.
     """
@@ -192,6 +196,22 @@ def is_alphas_file(path: Path) -> bool:
             return f'"format": "{FORMAT}"'.encode() in file.read(200)
     except OSError:
         return False
+
+
+def describe_no_better(calibration: Mapping[str, Any], name: Callable[[str], str] = show) -> list[str]:
+    """One line for each task that is flagged `NO_BETTER`; `name` formats the name of its model."""
+    return [
+        f"{name(task['model'])}: its expert is no better than the base on its own rows (loss "
+        f"{describe_loss(task.get('loss_expert'))}, base {describe_loss(task.get('loss_base'))} nats per token): wrong "
+        "prompt format? check `chat_template`, `text` and `completion`"
+        for task in calibration.get("tasks", ())
+        if NO_BETTER in task.get("flags", ())
+    ]
+
+
+def describe_loss(loss: object) -> str:
+    """Format a loss from an alphas file; "-" if it was not measured."""
+    return f"{loss:.3g}" if isinstance(loss, float) else "-"
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ FORMAT = "mergekit-slta/statistics"
 VERSION = 2
 _REMEDY = "name the file that `mergekit-slta calibrate` wrote beside its alphas (slta_stats.safetensors)"
 _ROW_TASK = "row_task"
-_POINT, _DIVERGENCES, _ROW_STEP = "point", "divergences", "row_step"
+_POINT = "point"
+_PER_ROW = ("divergences", "row_step", "losses")
+"""Optional tensors with an entry per row, by the names of their fields."""
 _FORMS = ("gram", "slope", "step")
 
 
@@ -46,6 +49,8 @@ class Statistics:
         point: form "step": submodule -> [T] float64, the alphas of the model at which the derivatives were taken.
         divergences: form "step": [rows, 2] float64, KL(expert || model) in nats, for the base and for that model.
         row_step: if every step has its own rows: [rows] int64, the step that added each row; else None.
+        losses: [rows, 2] float64, the mean loss over a row's answer in nats per token, of the base and of the expert of
+            the row's task; NaN where it was not measured. None if no row was measured.
     """
 
     row_task: Tensor
@@ -56,6 +61,7 @@ class Statistics:
     point: dict[str, Tensor] = field(default_factory=dict)
     divergences: Tensor | None = None
     row_step: Tensor | None = None
+    losses: Tensor | None = None
 
     def add(
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
@@ -80,6 +86,24 @@ class Statistics:
             shape = (len(self.row_task), self.num_models, self.num_models)
             self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
+    def select(self, rows: Tensor) -> Statistics:
+        """The statistics of some rows, without the metadata, which describes all rows.
+
+        Args:
+            rows: [n] int64 indices, or [rows] bool.
+        """
+        return self._with_rows(lambda each: None if (tensor := each(self)) is None else tensor[rows])
+
+    def _with_rows(self, rows_of: Callable[[Callable[[Statistics], Tensor | None]], Tensor | None]) -> Statistics:
+        """These statistics with other rows: `rows_of` gets a function (statistics -> one of their tensors)."""
+        return replace(
+            self,
+            row_task=rows_of(lambda part: part.row_task),
+            by_submodule={name: rows_of(lambda part, name=name: part.by_submodule[name]) for name in self.by_submodule},
+            metadata={},
+            **{name: rows_of(attrgetter(name)) for name in _PER_ROW},
+        )
+
     @classmethod
     def join(cls, parts: Sequence[Statistics]) -> Statistics:
         """Concatenate statistics of different rows of the same tasks: sorted by task, then in the order of `parts`."""
@@ -90,16 +114,7 @@ class Statistics:
             whole = [tensor for tensor in found if tensor is not None]
             return torch.cat(whole)[order] if len(whole) == len(found) else None
 
-        return replace(
-            parts[-1],
-            row_task=joined(lambda part: part.row_task),
-            by_submodule={
-                name: joined(lambda part, name=name: part.by_submodule[name]) for name in parts[0].by_submodule
-            },
-            metadata={},
-            divergences=joined(lambda part: part.divergences),
-            row_step=joined(lambda part: part.row_step),
-        )
+        return parts[-1]._with_rows(joined)
 
     def save(self, path: Path) -> None:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically.
@@ -110,9 +125,8 @@ class Statistics:
         tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.by_submodule.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
         tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
-        for name, tensor in ((_DIVERGENCES, self.divergences), (_ROW_STEP, self.row_step)):
-            if tensor is not None:
-                tensors[name] = tensor.contiguous()
+        given = {name: getattr(self, name) for name in _PER_ROW}
+        tensors |= {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -144,14 +158,14 @@ class Statistics:
                 code="unreadable-file",
             ) from error
         row_task = tensors.pop(_ROW_TASK, None)
-        divergences, row_step = (tensors.pop(name, None) for name in (_DIVERGENCES, _ROW_STEP))
+        given = {name: tensors.pop(name, None) for name in _PER_ROW}
         start = f"{_POINT}."
         point = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
         form = next(iter(tensors), "").partition(".")[0]
         grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
         _check(path, row_task, grams, metadata, form)
         num_models = next(iter(grams.values())).shape[-1]
-        found = cls(row_task, num_models, grams, metadata, form, point, divergences, row_step)
+        found = cls(row_task, num_models, grams, metadata, form, point, **given)
         if not _fits(found):
             raise _unfit(path)
         return found
@@ -177,9 +191,11 @@ def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metada
 
 
 def _fits(statistics: Statistics) -> bool:
-    """Whether `point`, `divergences` and `row_step` fit the form of the statistics."""
+    """Whether `point`, `divergences`, `row_step` and `losses` fit the form of the statistics."""
     point, divergences = statistics.point, statistics.divergences
-    row_step = statistics.row_step
+    row_step, losses = statistics.row_step, statistics.losses
+    if losses is not None and (losses.dtype != torch.float64 or losses.shape != (len(statistics.row_task), 2)):
+        return False
     if statistics.form != "step":
         return not point and divergences is None and row_step is None
     if row_step is not None and not _is_row_step(row_step, statistics.row_task):

@@ -17,6 +17,7 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.head_loss import LOGIT_GRADIENTS
+from mergekit_slta.runner.row_losses import measured_rows
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.activations import activation_bytes
 
@@ -72,6 +73,8 @@ class _Sizes:
         self.width = int(config.hidden_size)
         self.inner_width = max(int(getattr(config, "intermediate_size", 0) or 4 * self.width), self.width)
         self.row_lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
+        examples = job.examples() if None not in job.rows else []
+        self.measured_tokens = sum(len(examples[row].row.ids) for row in measured_rows(examples))
         self.longest = max(self.row_lengths, default=job.recipe.settings.max_seq_length)
 
     @cached_property
@@ -116,6 +119,8 @@ class _Sizes:
 def estimate_features(job: Job) -> Costs:
     """Estimate `objective: features`: (T + 1) x tokens x 2 x parameters operations; every byte is read once.
 
+    The first rows of each task also run through their expert, for the losses; with merged inputs through the base, too.
+
     Memory peaks in a layer (weights of a forward group of every model, and features of a pack), in the head (a part of
     the vocabulary, and its logits) or in the embeddings.
     """
@@ -149,10 +154,11 @@ def estimate_features(job: Job) -> Costs:
         {"embeddings of the rows' tokens of every model": used * width * item * models},
     )
     peak = max(moments, key=lambda parts: sum(parts.values()))
+    beside = 0 if granularity == "model" else sizes.measured_tokens * (1 + job.recipe.settings.own.inputs_are_merged)
     return Costs(
-        flops=models * job.num_tokens * 2.0 * (in_layers + head_size),
+        flops=(models * job.num_tokens + beside) * 2.0 * (in_layers + head_size),
         read_bytes=total_bytes(job.plan),
-        memory={"hidden states of all rows": job.num_tokens * width * item, **peak},
+        memory={"hidden states of all rows": (job.num_tokens + beside) * width * item, **peak},
         largest_bytes=max(sizes.largest_weight, tokens * sizes.inner_width * item, tokens * part * item),
         written_bytes=sizes.written_bytes(),
     )
@@ -164,8 +170,9 @@ def estimate_gradients(job: Job) -> Costs:
     A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. The first group of
     rows makes a full pass through its experts. With steps, every row also makes a forward pass through the base, and in
     each of its steps a full pass through the merged model, with one more derivative. If every step has its own rows, a
-    row takes part in one step only, and rows of later steps make only a forward pass through their experts. The
-    activations of all layers are on disk, for one pass at a time.
+    row takes part in one step only, and rows of later steps make only a forward pass through their experts. Without
+    steps, only the first rows of each task go through the base. The activations of all layers are on disk, for one pass
+    at a time.
     """
     settings, sizes = job.recipe.settings.own, _Sizes(job)
     assert isinstance(settings, JointSettings)
@@ -177,7 +184,8 @@ def estimate_gradients(job: Job) -> Costs:
         sum(len(row.ids) for rows in drawn for row in rows.part(number, settings.row_groups))
         for number in range(settings.row_groups)
     ]
-    tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + job.num_tokens * (steps > 0)
+    through_base = job.num_tokens if steps else sizes.measured_tokens
+    tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + through_base
     tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
     head_size = sizes.parameters[sizes.head]
     logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of some of its positions
@@ -198,7 +206,7 @@ def estimate_gradients(job: Job) -> Costs:
         },
     )
     total, base = total_bytes(job.plan), total_bytes(job.plan, [job.recipe.base])
-    read = 2 * total * (1 + steps) + len(parts) * (steps > 0) * base + (len(parts) - 1) * (total - base)
+    read = 2 * total * (1 + steps) + len(parts) * base + (len(parts) - 1) * (total - base)
     return Costs(
         flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
         read_bytes=read,

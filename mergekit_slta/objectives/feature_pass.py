@@ -1,6 +1,7 @@
 """Gather the statistics of `objective: features`: Gram matrices per submodule and calibration row (Eq. 14).
 
-Scope: one forward pass over the rows, in one process or several; resumes a killed run.
+Scope: one forward pass over the rows, in one process or several; resumes a killed run. The first rows of each task also
+run through their expert, beside the pass, so that its loss can be compared with the base's.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.objectives.merging import merge_with
 from mergekit_slta.objectives.solving import solve_submodule
 from mergekit_slta.runner.forward import evaluate_submodules
+from mergekit_slta.runner.row_losses import RowLosses, measured_rows, states_beside
 from mergekit_slta.runner.state import Evaluation, ForwardState, MergeGroup
 from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
+
+_LOSSES = "losses"
+"""Key of the losses in the resume store, beside the matrices of the last group."""
 
 
 @torch.inference_mode()
@@ -36,7 +41,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
         ranks: the processes that share the rows; each process gets all matrices.
 
     Returns:
-        Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order.
+        Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order; and the losses of the first rows.
 
     Raises:
         DataError: an expert without rows.
@@ -48,18 +53,26 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
     by_group: dict[str, list[str]] = {}
     for submodule in job.submodules:
         by_group.setdefault(submodule.forward_group, []).append(submodule.name)
+    measured = measured_rows(examples)
+    losses = RowLosses(examples, measured)
     finished = _load_finished(statistics, by_group, resume, ranks)
+    last = list(by_group)[-1]
 
     def finish(group: str) -> None:
-        """Sum a group's matrices over all processes, and store them; called after the group's last evaluation."""
+        """Sum a group's results over all processes, and store them; called after the group's last evaluation."""
         if group in finished:
             return
         finished.add(group)
         for name in by_group[group]:
             statistics.begin(name)
             ranks.all_reduce_(statistics.by_submodule[name])
+        found = {name: statistics.by_submodule[name] for name in by_group[group]}
+        if group == last:
+            statistics.losses = losses.losses()
+            ranks.all_reduce_(statistics.losses)
+            found[_LOSSES] = statistics.losses
         if resume is not None and ranks.is_first:
-            resume.put(group, {name: statistics.by_submodule[name] for name in by_group[group]})
+            resume.put(group, found)
 
     # Single matrices need batches of one row: see `runner.layers.evaluate_matrices`.
     limit = 0 if job.recipe.settings.granularity == "linear" else BATCH_TOKENS
@@ -70,9 +83,15 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
     own = [packs[place] for place in ranks.share(sizes)]
     whole_models = job.recipe.settings.granularity == "model"
     merge = _merge_as_solved(job, statistics, finish) if job.recipe.settings.own.inputs_are_merged else None
+    checkpoints = job.checkpoints()
+    beside = {}
+    if not whole_models and last not in finished:
+        own_rows = {row for pack in own for number in pack for row in planned[number].rows}
+        chosen = [row for row in measured if row in own_rows]
+        beside = states_beside(job.skeleton, checkpoints, examples, chosen, with_base=merge is not None)
     state = ForwardState(
         job.skeleton,
-        job.checkpoints(),
+        checkpoints,
         [planned[number] for pack in own for number in pack],
         packs=_renumber(own),
         merge=merge,
@@ -80,6 +99,8 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
         max_pack_tokens=max(sizes),
         skip=frozenset(finished),
         folder=resume.activations_folder() if resume is not None and ranks.size == 1 and whole_models else None,
+        beside=beside,
+        take_logits=losses.add,
     )
     quiet = job.options.quiet or not ranks.is_first
     with job.advice_on_memory(), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
@@ -91,7 +112,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
                 finish(group)
             group = evaluation.submodule.forward_group
             progress.work_on(group)
-            _accumulate(statistics, state, evaluation, job.expert_names)
+            _accumulate(statistics, losses, state, evaluation, job.expert_names)
             del evaluation  # frees this group's weights before the next group's are loaded
         for group in by_group:
             finish(group)
@@ -117,14 +138,23 @@ def _load_finished(
             if name in found:
                 statistics.by_submodule[name] += found[name]
             ranks.all_reduce_(statistics.by_submodule[name])
+        if _LOSSES in found:
+            statistics.losses = found[_LOSSES]
     return set(finished)
 
 
-def _accumulate(statistics: Statistics, state: ForwardState, evaluation: Evaluation, names: Sequence[str]) -> None:
+def _accumulate(
+    statistics: Statistics, losses: RowLosses, state: ForwardState, evaluation: Evaluation, names: Sequence[str]
+) -> None:
     name, base = evaluation.submodule.name, evaluation.base
     experts = [state.model_coefficients(model) for model in range(1, state.num_models)]
     outputs = [evaluation.outputs_at(coefficients) for coefficients in experts]  # T x [N, d]
     statistics.add(name, evaluation.rows, outputs, evaluation.lengths, base)
+    whole_models = evaluation.submodule.kind == "model"
+    if whole_models or (evaluation.submodule.kind == "head" and not state.merged_inputs):
+        for model, logits in enumerate([base, *outputs] if whole_models else [base]):
+            for row, part in zip(evaluation.rows, logits.split(list(evaluation.lengths)), strict=True):
+                losses.add(row, model, part)
     grams = statistics.by_submodule[name][list(evaluation.rows)]  # [rows, T, T]
     diagonal = grams.diagonal(dim1=1, dim2=2)  # [rows, T]
     if not torch.isfinite(diagonal).all():

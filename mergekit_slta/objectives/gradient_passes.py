@@ -29,6 +29,7 @@ from mergekit_slta.objectives.merging import merge_with
 from mergekit_slta.objectives.solving import solve_together
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.backward import DIVERGENCE, BackwardPass, backward_layers
+from mergekit_slta.runner.row_losses import measured_rows
 from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
 from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
@@ -40,7 +41,7 @@ ACTIVATIONS_IN_MEMORY = 2**28
 NEW_ROWS_TOLERANCE = 1.25
 """With new rows in each step, warn if the remaining divergence is this many times that of the rows before. A smaller
 increase may come from the difference between rows."""
-_TEACHERS, _BASE = "teachers", "base"
+_TEACHERS, _BASE, _LOSSES = "teachers", "base", "losses"
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def gather_derivatives(job: Job, *, resume: ResumeStore | None, ranks: Ranks) ->
 
     Returns:
         Derivatives at the experts; with `steps`, those of the last step, with its point and its divergences. If every
-        step has its own rows, also those of the earlier steps, rebased to that point.
+        step has its own rows, also those of the earlier steps, rebased to that point. And the losses of base and expert
+        on all rows; without `steps` on the first rows of each task.
 
     Raises:
         DataError: an expert without rows.
@@ -63,17 +65,19 @@ def gather_derivatives(job: Job, *, resume: ResumeStore | None, ranks: Ranks) ->
     """
     passes = _Passes(job, resume, ranks)
     steps, groups = passes.settings.steps, passes.settings.row_groups
-    total = len(passes.layers) * (1 + steps) + groups * (steps > 0) + (groups - 1)
+    total = len(passes.layers) * (1 + steps) + groups + (groups - 1)
     quiet = job.options.quiet or not ranks.is_first
     with job.advice_on_memory(), Progress("Calibrating", total, quiet=quiet) as progress:
         passes.progress = progress
         statistics = passes.at_experts()
+        if not steps:
+            statistics.losses = passes.losses_of_first_rows()
         for number in range(1, steps + 1):
             if number > 1 and groups > 1:
                 passes.take_rows(number - 1)
             if number == 1 or groups > 1:
-                base = passes.at_base()
-            statistics = passes.at_merged(number, statistics, base)
+                base, losses = passes.at_base()
+            statistics = passes.at_merged(number, statistics, base, losses)
     return statistics
 
 
@@ -109,14 +113,8 @@ class _Passes:
         """Run every row through its own expert. Its outputs are the teacher of later passes."""
         settings = self.settings
         known = self._is_recorded(_TEACHERS)
-        derivatives, _ = self._pass(
-            "",
-            max(1, settings.label_samples),
-            self._seed,
-            self._keep_teachers if settings.steps else None,
-            done=known or not settings.steps,
-        )
-        if known and settings.steps:
+        derivatives, _ = self._pass("", max(1, settings.label_samples), self._seed, self._keep_teachers, done=known)
+        if known:
             self._load_teachers()
         return Statistics(self._row_task, len(self._job.plan.models) - 1, derivatives, form="slope")
 
@@ -133,6 +131,17 @@ class _Passes:
                 backward.forward()
                 self._keep_teachers(backward)
         self.progress.advance(1)
+
+    def losses_of_first_rows(self) -> Tensor:
+        """Losses as from `at_base`, but only of each task's first rows, NaN for others; no other pass can follow."""
+        chosen = measured_rows(self._rows)
+        kept = [index for index, place in enumerate(self._places) if place in chosen]
+        self._places = [self._places[index] for index in kept]
+        self._own_rows = [self._own_rows[index] for index in kept]
+        self._teachers = [self._teachers[index] for index in kept]
+        losses = torch.full((len(self._rows), 2), float("nan"), dtype=torch.float64)
+        losses[chosen] = self.at_base()[1][chosen]
+        return losses
 
     @property
     def _seed(self) -> int:
@@ -154,30 +163,39 @@ class _Passes:
         """Whether the resume store has the part `what` for the current rows."""
         return self._resume is not None and self._prefix + what in self._resume.finished
 
-    def at_base(self) -> Tensor:
-        """Compute every row's KL(expert || base) in nats, [rows] float64: the divergence that a merge can remove."""
-        found = torch.zeros(len(self._rows), dtype=torch.float64)
+    def at_base(self) -> tuple[Tensor, Tensor]:
+        """Run every row through the base, whose divergence from the experts is what a merge can remove.
+
+        Returns:
+            [rows] float64, KL(expert || base) in nats; [rows, 2] float64, the losses of base and expert, see
+            `HeadLoss.losses`. Both are 0 for rows that are left out.
+        """
+        divergences = torch.zeros(len(self._rows), dtype=torch.float64)
+        losses = torch.zeros((len(self._rows), 2), dtype=torch.float64)
         label = f"{self._prefix}{_BASE}-"
         if self._resume is not None and self._is_recorded(_BASE):
-            found[self._places] = self._resume.get(self._prefix + _BASE)[DIVERGENCE]
+            found = self._resume.get(self._prefix + _BASE)
+            divergences[self._places], losses[self._places] = found[DIVERGENCE], found[_LOSSES]
             self._forget(label)
         elif self._own_rows:
             self.progress.announce("base")
             with self._activations(label, 2, 0) as store:
                 backward = self._backward(store, self._seed, at="base", teachers=self._teachers)
-                found[self._places] = backward.divergences()
-            self._put(self._prefix + _BASE, {DIVERGENCE: found[self._places]})
+                divergences[self._places], losses[self._places] = backward.divergences()
+            found = {DIVERGENCE: divergences[self._places], _LOSSES: losses[self._places]}
+            self._put(self._prefix + _BASE, found)
         self.progress.advance(1)
-        self._ranks.all_reduce_(found)
-        return found
+        self._ranks.all_reduce_(divergences)
+        self._ranks.all_reduce_(losses)
+        return divergences, losses
 
-    def at_merged(self, number: int, before: Statistics, base: Tensor) -> Statistics:
+    def at_merged(self, number: int, before: Statistics, base: Tensor, losses: Tensor) -> Statistics:
         """Solve the statistics `before`, and run the current rows through the merged model; rebase earlier rows to it.
 
         Args:
             number: number of the step, from 1.
             before: statistics of the pass before.
-            base: [rows] float64, from `at_base`.
+            base, losses: [rows] and [rows, 2] float64, from `at_base`.
         """
         settings = self.settings
         entries = solve_together(before, self._layout, with_evidence=False).entries
@@ -198,7 +216,8 @@ class _Passes:
             for entry in entries
         }
         found = Statistics(
-            self._row_task, before.num_models, derivatives, form="step", point=point, divergences=divergences
+            self._row_task, before.num_models, derivatives, form="step", point=point, divergences=divergences,
+            losses=losses,
         )  # fmt: skip
         if settings.row_groups == 1:
             return found

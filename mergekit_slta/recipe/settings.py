@@ -55,7 +55,7 @@ class ObjectiveSettings(BaseModel):
     """Base class for the own keys of an objective: the keys that only this objective reads.
 
     Attributes:
-        needs_answers: whether the objective uses the loss over a row's answer, so that rows must mark where it begins.
+        needs_answers: whether the statistics are made of losses over the rows' answers; a row without one is of no use.
         uses_seed: whether `seed` also affects the statistics of given rows.
         measures_residuals: whether the residual after the merge can be measured (`--verify`).
     """

@@ -9,7 +9,13 @@ import re
 from collections.abc import Sequence
 
 from mergekit_slta.errors import show
-from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_ridge
+from mergekit_slta.files.alphas_file import (
+    Alphas,
+    SubmoduleAlphas,
+    describe_loss,
+    describe_no_better,
+    describe_ridge,
+)
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
 
@@ -98,7 +104,8 @@ def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
 def _calibration(alphas: Alphas) -> str:
     used = alphas.calibration
     tasks = used.get("tasks", [])
-    rows = [["expert", "data", "rows", "tokens", "SHA-256 of the rows"]]
+    measured = any(task.get("loss_expert") is not None for task in tasks)
+    rows = [["expert", "data", "rows", "tokens", "SHA-256 of the rows", *["base's loss", "expert's loss"] * measured]]
     for task in tasks:
         data = " ".join(str(task[key]) for key in ("dataset", "dataset_config", "split") if task.get(key))
         rows.append(
@@ -108,6 +115,7 @@ def _calibration(alphas: Alphas) -> str:
                 str(len(task["rows"])),
                 str(task["tokens"] or "-"),
                 code(str(task["sha256"] or "-")[:16]),
+                *[describe_loss(task.get(key)) for key in ("loss_base", "loss_expert") if measured],
             ]
         )
     settings = [
@@ -115,8 +123,11 @@ def _calibration(alphas: Alphas) -> str:
         for key in all_shared_keys()
         if key in used
     ]
-    table = _table(rows, names=2) if tasks else "The weights were given, without calibration data."
-    return f"{table}\n\n{', '.join(settings)}." if settings else table
+    parts = [_table(rows, names=2) if tasks else "The weights were given, without calibration data."]
+    parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
+    parts += ["The losses are in nats per token of the answers of the first rows."] if measured else []
+    parts += [f"{', '.join(settings)}."] if settings else []
+    return "\n\n".join(parts)
 
 
 def _objective(alphas: Alphas) -> ObjectiveRow | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mergekit_slta.errors import show
-from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_loss
 
 if TYPE_CHECKING:
     from mergekit_slta.files.linearity_file import Linearity, MeanStd
@@ -66,11 +66,18 @@ def _libraries() -> int:
 
 
 def describe_alphas(alphas: Alphas) -> str:
-    """Describe alphas: the mean by kind of submodule and expert, and all flags."""
+    """Describe alphas: the mean by kind of submodule and expert, the losses of each task, and all flags."""
     kinds = list(dict.fromkeys(submodule.kind for submodule in alphas.submodules))
     header = ["submodules", "n", *alphas.models, "residual"]
     rows = [_kind_row(kind, [sub for sub in alphas.submodules if sub.kind == kind]) for kind in kinds]
     lines = table([header, *rows])
+    losses = [
+        [task["model"], describe_loss(task["loss_base"]), describe_loss(task["loss_expert"])]
+        for task in alphas.calibration.get("tasks", ())
+        if task.get("loss_expert") is not None
+    ]
+    if losses:
+        lines += "\n\n" + table([["loss per token on its own rows", "base", "expert"], *losses])
     flagged: dict[str, list[str]] = {}
     for submodule in alphas.submodules:
         if submodule.flags:

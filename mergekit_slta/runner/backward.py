@@ -104,8 +104,12 @@ class BackwardPass:
             yield name, found
             self._store.finish_layer()
 
-    def divergences(self) -> Tensor:
-        """KL(expert || model) of every row in nats, [rows] float64, from a forward pass only. Needs teachers.
+    def divergences(self) -> tuple[Tensor, Tensor]:
+        """Every row's divergence and losses, from a forward pass only. Needs teachers.
+
+        Returns:
+            [rows] float64, KL(expert || model) in nats; [rows, 2] float64, the losses of model and expert, see
+            `HeadLoss.losses`.
 
         Raises:
             ModelError, RunError: as in `run`.
@@ -113,7 +117,7 @@ class BackwardPass:
         self.forward()
         self._head.run(None)
         self._checkpoints.flush()
-        return self._head.divergences
+        return self._head.divergences, self._head.losses
 
     def completion_features(self) -> list[Tensor]:
         """Per row, the last layer's outputs [completion, d] that predict its completion. Needs a forward pass."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.data.batches import Batch
+from mergekit_slta.models.skeleton import check_finite
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.runner.state import Coefficients, Evaluation, ForwardState, InterpolatedWeights
 from mergekit_slta.runtime.activations import ActivationStore
@@ -15,30 +17,34 @@ from mergekit_slta.runtime.activations import ActivationStore
 
 def evaluate_embeddings(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
     """Evaluate everything before the first layer, and set the state's features `hidden`."""
-    interpolated, ids = _used_embeddings(state, submodule, submodule.tensors)
-    for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
+    interpolated, ids_of = _used_embeddings(state, submodule, submodule.tensors)
 
-        def outputs_at(coefficients: Coefficients, index: int = index, batch_ids: Tensor = batch_ids) -> Tensor:
-            features = state.batches[index].pack(state.skeleton.embed(batch_ids, interpolated(coefficients)))
-            return state.check_finite(features, submodule, coefficients)
+    def embedded(batch: Batch, coefficients: Coefficients) -> Tensor:
+        return batch.pack(state.skeleton.embed(ids_of(batch), interpolated(coefficients)))
+
+    for index, batch in enumerate(state.batches):
+
+        def outputs_at(coefficients: Coefficients, batch: Batch = batch) -> Tensor:
+            return state.check_finite(embedded(batch, coefficients), submodule, coefficients)
 
         evaluation = Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
         if submodule.forward_group not in state.skip:
             yield evaluation
         state.hidden.append(evaluation.base.cpu())
         del evaluation
+    for model, beside in state.beside.items():
+        beside.hidden = [embedded(batch, state.model_coefficients(model)).cpu() for batch in beside.batches]
     if state.merged_inputs:
-        for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
-            state.hidden[index] = batch.pack(state.skeleton.embed(batch_ids, interpolated("merged"))).cpu()
+        state.hidden = [embedded(batch, "merged").cpu() for batch in state.batches]
 
 
 def _used_embeddings(
     state: ForwardState, submodule: Submodule, names: Sequence[str]
-) -> tuple[InterpolatedWeights, list[Tensor]]:
+) -> tuple[InterpolatedWeights, Callable[[Batch], Tensor]]:
     """Load the named tensors before the layers, but only those rows of the embedding table that occur in the batches.
 
     Returns:
-        The tensors, and per batch its ids [b, s] as row numbers of the smaller table.
+        The tensors, and the function that gives a batch's ids [b, s] as row numbers of the smaller table.
     """
     table = state.skeleton.embedding_weight
     used = torch.unique(torch.cat([batch.ids.flatten() for batch in state.batches]))  # [U]
@@ -50,8 +56,10 @@ def _used_embeddings(
             weights[table] = rows
         return loaded
 
-    ids = [torch.searchsorted(used, batch.ids).to(state.skeleton.device) for batch in state.batches]
-    return InterpolatedWeights(state, [submodule], load), ids
+    def ids_of(batch: Batch) -> Tensor:
+        return torch.searchsorted(used, batch.ids).to(state.skeleton.device)
+
+    return InterpolatedWeights(state, [submodule], load), ids_of
 
 
 def evaluate_head(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
@@ -112,6 +120,12 @@ def _evaluate_logits(
                 return state.check_finite(logits, submodule, coefficients)
 
             yield Evaluation(submodule, pack[0], rows, lengths, outputs_at, state.base_coefficients)
+        for model, beside in state.beside.items():
+            norms = {name: beside.norms[name] for name in context}
+            weights = {**norms, **interpolated(state.model_coefficients(model))}
+            for batch, hidden in zip(beside.batches, beside.hidden, strict=True):
+                logits = state.skeleton.head(hidden[None].to(state.skeleton.device), weights)[0]
+                state.take_logits(batch.rows[0], model, check_finite(logits, submodule.name))
 
 
 def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
@@ -139,12 +153,12 @@ def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
     lengths = [sum(state.batches[index].lengths) for index, _ in keys]
     width = int(skeleton.config.hidden_size)
     store = ActivationStore(lengths, 1, 0, width, state.checkpoints.dtype, state.folder)  # overwritten in place
-    interpolated, ids = _used_embeddings(
+    interpolated, ids_of = _used_embeddings(
         state, submodule, [name for name in outside if not name.startswith(head_prefixes)]
     )
-    for index, (batch, batch_ids) in enumerate(zip(state.batches, ids, strict=True)):
+    for index, batch in enumerate(state.batches):
         for coefficients in by_batch[index]:
-            embedded = batch.pack(skeleton.embed(batch_ids, interpolated(coefficients)))
+            embedded = batch.pack(skeleton.embed(ids_of(batch), interpolated(coefficients)))
             store.put_features(0, entries[index, coefficients], state.check_finite(embedded, submodule, coefficients))
     del interpolated
     for layer in range(skeleton.num_layers):

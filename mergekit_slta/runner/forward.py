@@ -34,7 +34,7 @@ def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) ->
     for group, following in zip(groups, [*groups[1:], []], strict=True):
         if following and following[0].layer is not None:  # the head loads its tensors in parts
             names = [name for submodule in following for name in submodule.tensors]
-            base_only = following[0].forward_group in state.skip and not state.merged_inputs
+            base_only = following[0].forward_group in state.skip and not (state.merged_inputs or state.beside)
             state.checkpoints.prefetch(names, [0] if base_only else None)
         kinds = {submodule.kind for submodule in group}
         if "model" in kinds:

@@ -39,6 +39,8 @@ class HeadLoss:
         num_losses: losses per row: max(1, S), and one more with teachers.
         divergences: [rows] float64, KL(expert || model) of every row in nats, summed over its completion; zeros without
             teachers.
+        losses: [rows, 2] float64, the mean cross-entropy of a row's own completion in nats per token, for the model and
+            the teacher; the teacher's is 0 without teachers. NaN without a completion.
     """
 
     def __init__(
@@ -55,6 +57,10 @@ class HeadLoss:
         self._label_samples, self._seed = label_samples, seed
         self.num_losses = max(1, label_samples) + (teachers is not None)
         self.divergences = torch.zeros(len(weights.rows), dtype=torch.float64)
+        self.losses = torch.zeros((len(weights.rows), 2), dtype=torch.float64)
+        for row, own in enumerate(weights.rows):
+            if own.completion >= len(own.ids):
+                self.losses[row] = torch.nan
 
     def run(self, derivatives: DirectionalDerivatives | None) -> None:
         """Compute all rows' losses and gradients.
@@ -143,26 +149,34 @@ class HeadLoss:
     def _logit_gradients(self, row: int, positions: slice, log_probs: Tensor, expert: Weights) -> Iterator[Tensor]:
         """Yield, for every loss, the gradients [n, V] with respect to the logits at `positions`.
 
-        `log_probs` [n, V] are the model's. The positions' divergence is added to `divergences` before the first yield.
+        `log_probs` [n, V] are the model's. The positions' divergence and losses are added to `divergences` and `losses`
+        before the first yield.
         """
         own, probs = self._weights.rows[row], log_probs.exp()
+        tokens = torch.tensor(own.ids[positions.start + 1 : positions.stop + 1], device=probs.device)
+        self._add_loss(row, 0, log_probs, tokens)
         first = positions.start - own.completion + 1  # position within the completion
         if self._teachers is not None:
             taught = self._teachers[row][first : first + len(log_probs)].to(log_probs.device)
             teacher_log_probs = torch.log_softmax(self._skeleton.head(taught[None], expert)[0].float(), dim=-1)
+            self._add_loss(row, 1, teacher_log_probs, tokens)
             self.divergences[row] += float(
                 (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dtype=torch.float64)
             )
             yield probs - teacher_log_probs.exp()
         uniforms = label_uniforms(own, self._label_samples, self._seed)
         for sample in range(max(1, self._label_samples)):
-            if uniforms is None:
-                labels = torch.as_tensor(list(own.ids[positions.start + 1 : positions.stop + 1]), device=probs.device)
-            else:
-                labels = sample_labels(probs, uniforms[sample, first : first + len(probs)])
+            drawn = None if uniforms is None else uniforms[sample, first : first + len(probs)]
+            labels = tokens if drawn is None else sample_labels(probs, drawn)
             gradient = probs.clone()
             gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
             yield gradient
+
+    def _add_loss(self, row: int, which: int, log_probs: Tensor, tokens: Tensor) -> None:
+        """Add the cross-entropy of n `tokens` under `log_probs` [n, V] to `losses`."""
+        own = self._weights.rows[row]
+        total = log_probs.gather(1, tokens[:, None]).sum(dtype=torch.float64)
+        self.losses[row, which] -= float(total) / (len(own.ids) - own.completion)
 
     def _add_projection(
         self,

@@ -38,8 +38,7 @@ def evaluate_block(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
             for index, before, after in zip(pack, hidden.split(sizes), evaluation.base.split(sizes), strict=True):
                 state.advance(submodule, index, before, after)
         del evaluation
-    if state.merged_inputs:
-        _advance_all(state, submodule, {**context, **state.norms, **interpolated("merged")})
+    _advance_others(state, submodule, interpolated, context)
 
 
 def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidden: Tensor, weights: Weights) -> Tensor:
@@ -50,6 +49,18 @@ def _block_output(state: ForwardState, submodule: Submodule, batch: Batch, hidde
     if submodule.kind == "attention":
         return batch.pack(state.skeleton.block(submodule.layer, "attention", batch.pad(hidden), weights))
     return batch.pack(state.skeleton.layer(submodule.layer, batch.pad(hidden), weights))
+
+
+def _advance_others(
+    state: ForwardState, submodule: Submodule, interpolated: InterpolatedWeights, context: Weights
+) -> None:
+    """Compute the next features that are not the base's: of the rows beside the batches, and with merged inputs."""
+    for model, beside in state.beside.items():
+        beside.parallel = state.parallel
+        weights = interpolated(state.model_coefficients(model))
+        _advance_all(beside, submodule, {**context, **beside.norms, **weights})
+    if state.merged_inputs:
+        _advance_all(state, submodule, {**context, **state.norms, **interpolated("merged")})
 
 
 def _advance_all(state: ForwardState, submodule: Submodule, weights: Weights) -> None:
@@ -114,8 +125,7 @@ def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Itera
         if not state.merged_inputs:
             state.advance(block, index, hidden, evaluation.base)
         del evaluation
-    if state.merged_inputs:
-        _advance_all(state, block, {**context, **state.norms, **interpolated("merged")})
+    _advance_others(state, block, interpolated, context)
 
 
 def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:
@@ -129,6 +139,8 @@ def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluat
 
         if submodule.forward_group not in state.skip:
             yield Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
+    for model, beside in state.beside.items():
+        beside.norms = interpolated(state.model_coefficients(model))
     if state.merged_inputs:
         state.norms = interpolated("merged")
 
@@ -166,11 +178,7 @@ def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterat
             yield Evaluation(submodule, index, batch.rows, (1,), outputs_at, state.base_coefficients)
         if not state.merged_inputs:
             state.hidden[index] = output.cpu()
-    if state.merged_inputs:
-        merged = interpolated("merged")
-        for index, batch in enumerate(state.batches):
-            hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
-            state.hidden[index] = batch.pack(state.skeleton.layer(layer, hidden, merged)).cpu()
+    _advance_others(state, Submodule(group[0].forward_group, "layer", layer, ()), interpolated, {})
 
 
 def _mlp_input(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:

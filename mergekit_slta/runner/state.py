@@ -6,7 +6,7 @@ are parallel runs the model here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,10 @@ class ForwardState:
         folder: folder for the features of whole models; None keeps them in memory.
         head_elements: see `HEAD_ELEMENTS`.
         announce: called with the name of the current part of a long evaluation.
+        beside: index of a model -> the state of rows that also run through this model alone, with the tensors that the
+            pass has loaded; one row per batch. Not for whole models.
+        take_logits: called with a row of `beside`, the index of its model, and logits [tokens, v], part by part of the
+            vocabulary.
         hidden: per batch, [tokens, d] on the CPU: the input of the next forward group.
         parallel: whether attention and MLP both read the layer's input; tested on the base's first layer.
         norms: merged norms that feed both blocks of a layer; used to compute the next features.
@@ -90,6 +94,8 @@ class ForwardState:
     folder: Path | None = None
     head_elements: int = HEAD_ELEMENTS
     announce: Callable[[str], None] = lambda _: None
+    beside: Mapping[int, ForwardState] = field(default_factory=dict)
+    take_logits: Callable[[int, int, Tensor], None] = lambda *_: None
     hidden: list[Tensor] = field(default_factory=list)
     parallel: bool | None = None
     norms: Weights = field(default_factory=dict)
