@@ -42,7 +42,8 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
-    assert TASK_KEYS == ("dataset", "dataset_config", "split", "text", "completion", "importance")
+    keys = ("dataset", "dataset_config", "split", "text", "completion", "chat_template", "importance")
+    assert keys == TASK_KEYS
     assert "lambda" in SHARED_KEYS
 
 

@@ -37,7 +37,8 @@ WORDING: dict[str, str] = {
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
-    "invalid-template": r"`(text|completion)` is not a template \(.+\): .+; write \{\{ for a brace",
+    "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{\{ for a brace"
+    r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
     "invalid-value": r"(`\w+`|--\w+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least|: write `auto`"
     r"|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
@@ -48,7 +49,8 @@ WORDING: dict[str, str] = {
     "missing-adapter": r"the adapter .+ has no .+: check the path or Hub id",
     "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
     "missing-base": r"needs the model that the experts were fine-tuned from: add `base_model:`",
-    "missing-chat-template": r"tokenizer has no chat template for the column `.+`: choose another column",
+    "missing-chat-template": r"(has a chat template for the column `.+`: set `chat_template`, or choose another column"
+    r"|`chat_template` of .+ is .+, and there is no such chat template .+: set another, or choose a column)",
     "missing-column": r"(the columns of .+, .*, hold none of what is found without `text` \(.+\): set `text` to"
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
@@ -93,6 +95,8 @@ WORDING: dict[str, str] = {
     "recipe-of-other-alphas": r".+ is not the recipe of these alphas, .+: name theirs with --recipe",
     "reserved-name": r"the alphas cannot be called .+: name it .+, or choose another folder",
     "several-files": r"the folder .+ holds several \w+ files: name one of .+",
+    "split-token": r"the chat template for .+ writes .+, which the merged model's tokenizer splits into \d+ tokens: "
+    r"(add `tokenizer:|set `chat_template|choose another)",
     "token-out-of-range": r"token \d+ .+ is beyond the \d+ rows of .+: use the tokenizer that belongs to these",
     "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
     r"|has \d+ rows for \d+ steps .+: add rows, lower `steps`, or set `fresh_rows: false`)",

@@ -84,7 +84,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
             return found, True
     entries: list[SubmoduleLinearity] = []
     with (
-        ResumeStore(resume_folder(path), fingerprint) as resume,
+        ResumeStore(resume_folder(path), fingerprint, job.day) as resume,
         torch.inference_mode(),
         job.advice_on_memory(),
     ):
@@ -265,6 +265,7 @@ def _assemble(job: Job, rows: _Rows, entries: list[SubmoduleLinearity], fingerpr
             "triple_grid": list(TRIPLE_GRID),
             "seed": settings.seed,
             "max_seq_length": settings.max_seq_length,
+            "date": job.day and job.day.isoformat(),
             "compute_dtype": settings.compute_dtype,
             "tasks": tasks,
         },

@@ -41,7 +41,7 @@ LOG = logging.getLogger(__name__)
 @contextmanager
 def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
     """Keep the finished parts of a calibration that writes `path`, until its results are written."""
-    with ResumeStore(resume_folder(path), work_fingerprint(job)) as resume:
+    with ResumeStore(resume_folder(path), work_fingerprint(job), job.day) as resume:
         yield resume
         resume.remove()  # the results have been written
 

@@ -1,6 +1,6 @@
-"""Read the models' configs and the tokenizer, check them, and compare them with the base's.
+"""Read the models' configs, check them, and compare them with the base's.
 
-Scope: `config.json` and tokenizer files. No weights are read.
+Scope: `config.json`. No weights are read.
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
-from mergekit_slta.errors import DataError, ModelError, listing, show
-from mergekit_slta.libraries.mergekit import build_tokenizer
+from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.models.architectures import architecture
 from mergekit_slta.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from mergekit_slta.libraries.mergekit import TokenizerInfo
 
 LOG = logging.getLogger(__name__)
 _MUST_MATCH = (
@@ -148,32 +144,3 @@ def stored_settings(model: ModelReference) -> dict[str, Any]:
     if model.override_architecture:
         settings["architectures"] = [model.override_architecture]
     return {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
-
-
-def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
-    """Load the merged model's tokenizer: the base's, or the one that mergekit builds if the recipe asks for one.
-
-    Returns:
-        The tokenizer, and what mergekit built (None if it is the base's own).
-
-    Raises:
-        DataError: there is none, or it cannot be loaded.
-    """
-    try:
-        if recipe.config.tokenizer or recipe.config.tokenizer_source:
-            info = build_tokenizer(recipe.config, recipe.models, options)
-            return info.tokenizer, info
-        base = recipe.base.model
-        return AutoTokenizer.from_pretrained(
-            base.path, revision=base.revision, trust_remote_code=options.trust_remote_code
-        ), None
-    except Exception as error:
-        folder = recipe.base.model.path
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            if name.endswith((".json", ".model")):  # tokenizer.json and tokenizer.model are large enough for Git LFS
-                refuse_pointer(os.path.join(folder, name), recipe.names[recipe.base])
-        raise DataError(
-            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
-            "the base needs one, to read the calibration rows",
-            code="unreadable-tokenizer",
-        ) from error

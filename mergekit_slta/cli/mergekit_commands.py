@@ -65,6 +65,7 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
 
     No weights are read. What `merge` would refuse is refused here, too.
     """
+    from mergekit_slta.calibration.recorded_day import recorded_day
     from mergekit_slta.calibration.reuse import check_disk_space, load_matching
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
@@ -79,8 +80,9 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     named = output_path(read.settings.alphas, ALPHAS_NAME) if read.settings.alphas else None
     if named:
         check_alphas_target(named)
-    job = prepare(read, merge_options, need_rows=not (named and named.exists()))
-    check_disk_space(job, Path.cwd(), [named] if named else [])
+    places = [named] if named else []
+    job = prepare(read, merge_options, need_rows=not (named and named.exists()), day=recorded_day(places))
+    check_disk_space(job, Path.cwd(), places)
     if named:
         load_matching(job, named, must_match=True)
     if not merge_options.quiet:
@@ -101,6 +103,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     stopped. Several processes share the work under `torchrun --nproc-per-node N -m mergekit_slta calibrate RECIPE`.
     """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
+    from mergekit_slta.calibration.recorded_day import recorded_day
     from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
@@ -117,11 +120,11 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         path = output_path(output or read.settings.alphas or ALPHAS_NAME, ALPHAS_NAME)
         check_alphas_target(path)
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
-            mark = ranks.broadcast(None)
-            help_calibrate(prepare(read, merge_options, for_merge=False), ranks, mark)
+            mark, day = ranks.broadcast(None)
+            help_calibrate(prepare(read, merge_options, for_merge=False, day=day), ranks, mark)
             return
-        job = prepare(read, merge_options, for_merge=False)
-        ranks.broadcast(statistics_fingerprint(job))
+        job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]))
+        ranks.broadcast((statistics_fingerprint(job), job.day))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
         click.echo(describe_alphas(alphas))
@@ -173,6 +176,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     to A.2). A run that was killed goes on where it stopped.
     """
     from mergekit_slta.analysis.analyse import analyse, for_linearity, num_forwards
+    from mergekit_slta.calibration.recorded_day import recorded_day
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import LINEARITY_NAME
     from mergekit_slta.files.targets import check_linearity_target
@@ -186,7 +190,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     read = read_recipe(load_config(recipe)[0])
     path = output_path(output or LINEARITY_NAME, LINEARITY_NAME)
     check_linearity_target(path)
-    job = prepare(for_linearity(read), merge_options, for_merge=False)
+    job = prepare(for_linearity(read), merge_options, for_merge=False, day=recorded_day([path]))
     if not merge_options.quiet:
         click.echo(f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N takes fewer rows", err=True)
     measured, reused = analyse(job, path, rows)

@@ -197,8 +197,8 @@ def _found_renderer(
             pair = found.plain if isinstance(found, Chat) else found
             if pair is None:
                 raise DataError(
-                    f"the base model's tokenizer has no chat template for the column `{columns}`: "
-                    "choose another column or a template with `text`",
+                    f"neither the expert's tokenizer nor the merged model's has a chat template for the column "
+                    f"`{columns}`: set `chat_template`, or choose another column or a template with `text`",
                     code="missing-chat-template",
                 )
             if pair.prompt and not pair.answer.strip():

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,11 +76,15 @@ class TaskRows:
         name: the expert's name.
         dataset: the dataset's name in the recipe.
         rows: the rows.
+        chat_template: origin of the template that rendered them (see `Template`); None if none of them is a chat.
+        day: the date that the template may have written into them; None if it does not read it.
     """
 
     name: str
     dataset: str
     rows: tuple[Row, ...]
+    chat_template: str | None = None
+    day: date | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +158,10 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
         )  # fmt: skip
     if settings.own.needs_answers:
         _check_answers(task.dataset, rows, unmarked)
-    return TaskRows(name, task.dataset, tuple(rows))
+    used = template.used if any(written.is_chat for written in rendered) else None
+    return TaskRows(
+        name, task.dataset, tuple(rows), used.origin if used else None, template.written_day if used else None
+    )
 
 
 def _readable(dataset: Rows, number: int) -> Mapping[str, Any] | None:

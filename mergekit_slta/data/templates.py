@@ -1,16 +1,63 @@
 """Render chats as text with a chat template.
 
-Scope: one task's template. `rendering.py` decides which rows are chats.
+Scope: one task's template, what it renders, and the tokens in it. `job.templates` chooses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_slta.errors import DataError, RecipeError, listing, show
+from mergekit_slta.libraries.mergekit import chat_template_names, chat_template_text
+from mergekit_slta.libraries.transformers import clock_at, template_literals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MODEL, OUTPUT, BASE = "model", "output", "base"
+"""Values of the key `chat_template`: the expert's own template, the one that the merged model gets, the base's."""
+INLINE = "inline"
+"""Stands for a template that is written out in the recipe, in files and messages."""
+MIN_INLINE_LENGTH = 20
+"""mergekit takes a shorter text for a name, not for a template."""
+_CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|\[\|[^\[\]|\s]+\|\]")
+"""Literals that are meant as one token by their form: `<|im_start|>`, `<｜User｜>`, `[|system|]`."""
+_PROBES = (
+    (["user", "assistant"], False),
+    (["user", "assistant", "user"], True),
+    (["system", "user", "assistant", "user"], True),
+)
+"""Roles of the messages, and whether to add a generation prompt."""
+
+
+def today() -> date:
+    """Today's date. Nothing else in this package reads the calendar for the rows."""
+    return date.today()
+
+
+class Template(NamedTuple):
+    """A chat template.
+
+    Attributes:
+        text: the template in Jinja; None if there is none.
+        origin: where it comes from: `MODEL`, `OUTPUT`, `BASE`, a name of mergekit's, a file, or `INLINE`.
+    """
+
+    text: str | None
+    origin: str
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The template that a tokenizer uses unless told otherwise; None if there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 @dataclass(frozen=True)
@@ -19,17 +66,42 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: the output's; it gives the special tokens, such as `bos_token`, and tokenizes the rows.
-        text: the template in Jinja; None if there is none.
+        find: chooses and checks the template. It is called when the first chat needs it.
+        day: the date that templates see as today.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    text: str | None
+    find: Callable[[], Template]
+    day: date
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """The template that a tokenizer uses by default."""
-        template = getattr(tokenizer, "chat_template", None)
-        return cls(tokenizer, template.get("default") if isinstance(template, dict) else template)
+        return cls(tokenizer, lambda: Template(default_template(tokenizer), OUTPUT), today())
+
+    @cached_property
+    def found(self) -> Template:
+        """The template.
+
+        Raises:
+            RecipeError, DataError: what `find` raises.
+        """
+        return self.find()
+
+    @property
+    def text(self) -> str | None:
+        """The template in Jinja; None if there is none."""
+        return self.found.text
+
+    @property
+    def used(self) -> Template | None:
+        """The template, if a chat has needed it."""
+        return self.__dict__.get("found")
+
+    @property
+    def written_day(self) -> date | None:
+        """The date that the chats may hold; None if the template does not read it."""
+        return self.day if self.used and "strftime_now" in (self.used.text or "") else None
 
     def render(
         self,
@@ -47,10 +119,98 @@ class ChatTemplate:
         Raises:
             Exception: whatever Jinja or the template itself raises.
         """
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.text,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            tokenize=False,
+        with clock_at(self.day):
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.found.text,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                tokenize=False,
+            )
+
+
+def read_template(value: str, model: str) -> Template:
+    """Read a template that the key `chat_template` names: one of mergekit's, a file, or the text itself.
+
+    Args:
+        value: the key's value.
+        model: the expert's name, for messages.
+
+    Raises:
+        RecipeError: it is none of them.
+        DataError: the file cannot be read.
+    """
+    if value in chat_template_names():
+        return Template(chat_template_text(value), value)
+    if "{" in value and len(value) >= MIN_INLINE_LENGTH:
+        return Template(value, INLINE)
+    if not os.path.isfile(value) or value.endswith(".json"):
+        raise RecipeError(
+            f"`chat_template` of {show(model)} is {show(value)!r}: choose one of "
+            f"{listing((MODEL, OUTPUT, BASE, *chat_template_names()), 20)}, a `.jinja` file (paths start at the "
+            "current folder), or a Jinja template",
+            code="invalid-value",
         )
+    try:
+        return Template(Path(value).read_text(encoding="utf-8-sig"), value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise not_a_template(value, error) from error
+
+
+def not_a_template(name: str, error: Exception) -> DataError:
+    """The error for a chat template that cannot be read or is not valid Jinja."""
+    return DataError(
+        f"`chat_template` is not a template ({show(error)}): {show(name)}; correct it, or set another `chat_template`",
+        code="invalid-template",
+    )
+
+
+def written_text(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """All text that a template writes by itself: its literals and three rendered chats, separated by NUL characters.
+
+    Some templates join tokens from parts (`'<|' + role + '|>'`), which only a rendered chat shows.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is not valid Jinja.
+    """
+    return "\0".join([*template_literals(template), *(text for text in _rendered(template, tokenizer) if text)])
+
+
+def render_alike(one: str, other: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether two templates render a few short chats as the same text."""
+    return one == other or _rendered(one, tokenizer) == _rendered(other, tokenizer)
+
+
+def _rendered(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Render the probes; None where the template refuses one."""
+    chat = ChatTemplate(tokenizer, lambda: Template(template, INLINE), date(2000, 1, 1))
+    texts: list[str | None] = []
+    for roles, add_generation_prompt in _PROBES:
+        messages = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
+        try:
+            texts.append(chat.render(messages, add_generation_prompt))
+        except Exception:  # a template may know no system message, say
+            texts.append(None)
+    return texts
+
+
+def control_tokens(text: str) -> list[str]:
+    """Literals of a text that are meant as one token by their form, each once."""
+    return list(dict.fromkeys(_CONTROL_TOKEN.findall(text)))
+
+
+def added_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Tokens in a text that were added to a tokenizer's vocabulary: its special tokens and the like.
+
+    Tokens of white space alone are left out, because templates write them as ordinary text.
+    """
+    added: Iterable[str] = () if tokenizer is None else tokenizer.added_tokens_encoder
+    return sorted(token for token in added if token.strip() and token in text)
+
+
+def num_tokens(literal: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that a literal becomes: 1 if the vocabulary has it and the tokenizer does not split it."""
+    ids = tokenizer(
+        literal, add_special_tokens=False, truncation=False, padding=False, split_special_tokens=False, verbose=False
+    )["input_ids"]
+    return 1 if tokenizer.get_vocab().get(literal) in ids else len(ids)

@@ -36,7 +36,12 @@ class LayoutSubmodule(BaseModel):
 
 
 class LayoutTask(BaseModel):
-    """The calibration rows of one expert; `tokens` and `sha256` are None if only some of the rows were solved."""
+    """The calibration rows of one expert.
+
+    Attributes:
+        chat_template: the template that rendered them: a value of the recipe's key; None if the rows are no chats.
+        tokens, sha256: None if only some of the rows were solved.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +51,7 @@ class LayoutTask(BaseModel):
     split: str
     text: str | None
     completion: str | None
+    chat_template: str | None = None
     rows: tuple[int, ...]
     tokens: int | None
     sha256: str | None

@@ -17,6 +17,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_slta.calibration.recorded_day import recorded_day
 from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
 from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
@@ -107,8 +108,8 @@ def _run(
     named = recipe.settings.alphas
     path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
-    job = prepare(recipe, options, need_rows=not (named and path.exists()))
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
+    job = prepare(recipe, options, need_rows=not (named and path.exists()), day=recorded_day(places))
     check_disk_space(job, out, places)
     own = places[0] if named else places[1]
     with resumable(job, own) as resume:
@@ -120,6 +121,7 @@ def _run(
             write(alphas, statistics, own)
 
     config = recipe.config.model_copy(deep=True)
+    config.chat_template = job.chat_template
     key = f"{path}#{next(_MERGES)}"
     config.parameters = {**(config.parameters or {}), "alphas": key}
     columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import click
@@ -39,6 +40,7 @@ class Job:
         identity: label -> value, the inputs that the alphas depend on (see `job.identity`).
         base_is_tied: whether the base's config ties its embeddings.
         merged_copies: adapter that mergekit merges into a full copy on disk -> reason.
+        chat_template: the recipe's top-level key, with `auto` replaced by the template that it stands for.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Job:
     identity: dict[str, str]
     base_is_tied: bool
     merged_copies: dict[str, str]
+    chat_template: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +79,11 @@ class Job:
     def num_tokens(self) -> int:
         """Number of calibration tokens of all tasks."""
         return sum(drawn.num_tokens for drawn in self.rows if drawn is not None)
+
+    @property
+    def day(self) -> date | None:
+        """The date that a chat template may have written into rows; None if no template reads it."""
+        return next((drawn.day for drawn in self.rows if drawn is not None and drawn.day), None)
 
     def check_rows(self) -> None:
         """Check that every expert has calibration rows.

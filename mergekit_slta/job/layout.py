@@ -23,7 +23,12 @@ def layout_of(job: Job) -> Layout:
         canonical=tuple(recipe.label(model) for model in job.experts),
         submodules=tuple(_submodule(job, submodule) for submodule in job.submodules),
         copied=tuple(job.plan.copied),
-        settings={**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()},
+        settings={
+            **{key: getattr(settings, key) for key in _SETTINGS},
+            "truncation": "right",
+            "date": job.day and job.day.isoformat(),
+            **settings.own.model_dump(),
+        },
         tasks=_tasks(job),
         solve=SolveSettings(
             ridge=settings.ridge,
@@ -69,6 +74,7 @@ def _tasks(job: Job) -> tuple[LayoutTask, ...]:
             split=task.split,
             text=task.text,
             completion=task.completion,
+            chat_template=drawn.chat_template,
             rows=tuple(row.number for row in drawn.rows),
             tokens=drawn.num_tokens,
             sha256=drawn.sha256,

@@ -7,21 +7,24 @@ download weights come last.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 
 import torch
 from mergekit.options import MergeOptions
 
-from mergekit_slta.checkpoints.configs import load_tokenizer, read_configs, ties_embeddings
+from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
-from mergekit_slta.data.rows import draw_rows
-from mergekit_slta.data.templates import ChatTemplate
+from mergekit_slta.checkpoints.tokenizers import load_tokenizer
+from mergekit_slta.data.rows import TaskRows, draw_rows
+from mergekit_slta.data.templates import today
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.files.identity import weights_label
 from mergekit_slta.job.identity import job_identity
 from mergekit_slta.job.job import Job
+from mergekit_slta.job.templates import Templates
 from mergekit_slta.libraries.mergekit import chat_template_names
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
@@ -30,7 +33,14 @@ from mergekit_slta.recipe.recipe import Recipe
 LOG = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, for_merge: bool = True) -> Job:
+def prepare(
+    recipe: Recipe,
+    options: MergeOptions,
+    *,
+    need_rows: bool = True,
+    for_merge: bool = True,
+    day: date | None = None,
+) -> Job:
     """Check a recipe against its models and data.
 
     Args:
@@ -38,6 +48,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
         options: mergekit's options.
         need_rows: whether every expert must name a dataset. False if an existing alphas file is used.
         for_merge: refuse checkpoints that mergekit cannot represent; if False, only warn.
+        day: the date that chat templates see as today; by default it is today's.
 
     Raises:
         ModelError, DataError, RunError: the first check that fails.
@@ -46,10 +57,6 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     _check_chat_template(recipe.config.chat_template)
     configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
-    rows, template = [], ChatTemplate.of(tokenizer)
-    for task in recipe.tasks:
-        name = recipe.names[task.model]
-        rows.append(draw_rows(task, name, recipe.settings, template) if need_rows or task.dataset else None)
     dtype = getattr(torch, recipe.settings.compute_dtype)
     if dtype in (torch.bfloat16, torch.float16):
         LOG.warning(
@@ -59,6 +66,12 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     device = torch.device(options.device or "cpu")
     config = configs[recipe.base]
     skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
+    stated, recipe = recipe, _within_positions(recipe, skeleton.max_positions)
+    templates = Templates(recipe, options, tokenizer, day or today())
+    templates.warn_of_differing_tokens()
+    rows = _draw_all(recipe, templates, need_rows=need_rows)
+    if recipe is not stated:
+        _warn_of_cut_rows(recipe, rows)
     plan = make_plan(recipe, options)
     problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
     if problems and for_merge:
@@ -72,8 +85,43 @@ def prepare(recipe: Recipe, options: MergeOptions, *, need_rows: bool = True, fo
     reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
     copies = {name: reason for name, reason in reasons.items() if reason}
     return Job(
-        recipe, options, tuple(rows), info, skeleton, plan, tuple(submodules), record, ties_embeddings(config), copies
-    )
+        recipe, options, rows, info, skeleton, plan, tuple(submodules), record, ties_embeddings(config), copies,
+        templates.resolved_key,
+    )  # fmt: skip
+
+
+def _within_positions(recipe: Recipe, most: int | None) -> Recipe:
+    """Lower `max_seq_length` to the number of the model's positions, if these are learned."""
+    settings = recipe.settings
+    if most is None or settings.max_seq_length <= most:
+        return recipe
+    return recipe.model_copy(update={"settings": settings.model_copy(update={"max_seq_length": most})})
+
+
+def _draw_all(recipe: Recipe, templates: Templates, *, need_rows: bool) -> tuple[TaskRows | None, ...]:
+    """Draw the rows of every task; None for a task without a dataset, if it needs none."""
+    rows: list[TaskRows | None] = []
+    for task in recipe.tasks:
+        name = recipe.names[task.model]
+        if not (need_rows or task.dataset):
+            rows.append(None)
+            continue
+        drawn = draw_rows(task, name, recipe.settings, templates.of(task))
+        rows.append(drawn)
+        if task.chat_template and drawn.chat_template is None:
+            LOG.warning("`chat_template` of %s has no effect: its rows are no chats", show(name))
+    return tuple(rows)
+
+
+def _warn_of_cut_rows(recipe: Recipe, rows: Sequence[TaskRows | None]) -> None:
+    """Warn of rows that fill all positions of the model."""
+    most = recipe.settings.max_seq_length
+    for drawn in rows:
+        if cut := sum(len(row.ids) == most for row in drawn.rows) if drawn else 0:
+            LOG.warning(
+                "%d rows of %s are cut to %d tokens: %s has learned no more positions",
+                cut, show(drawn.dataset if drawn else ""), most, show(recipe.names[recipe.base]),
+            )  # fmt: skip
 
 
 def _check_device(options: MergeOptions) -> None:

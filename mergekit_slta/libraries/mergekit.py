@@ -38,7 +38,7 @@ __all__ = [
 ]
 """Classes and functions of mergekit that other files import from here."""
 USED = {
-    "mergekit._data.chat_templates": "names of the chat templates (`chat_template_names`)",
+    "mergekit._data.chat_templates": "the chat templates (`chat_template_names`, `chat_template_text`)",
     "mergekit.architecture.WeightInfo.aliases": "other names of a tensor (`names_of`)",
     "mergekit.architecture.WeightInfo.tied_names": "other names of a tensor (`names_of`)",
     "mergekit.architecture.WeightInfo.optional": "tensors that a checkpoint may lack (checkpoints/reconcile.py)",
@@ -303,3 +303,10 @@ def chat_template_names() -> list[str]:
 
     files = [entry.name for entry in importlib.resources.files(chat_templates).iterdir()]
     return sorted(name.removesuffix(".jinja") for name in files if name.endswith(".jinja"))
+
+
+def chat_template_text(name: str) -> str:
+    """The text of a chat template that mergekit includes."""
+    from mergekit._data import chat_templates
+
+    return importlib.resources.files(chat_templates).joinpath(f"{name}.jinja").read_text(encoding="utf-8")

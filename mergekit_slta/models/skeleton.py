@@ -70,6 +70,7 @@ class Skeleton:
         renamed: name in the plan -> name in transformers, for names that differ.
         shapes: name -> shape of every parameter.
         head_weight, embedding_weight: names of the output projection's and of the embedding's weight.
+        max_positions: number of positions, if the model has learned an embedding for each; None if it has not.
         anatomy: names and structure, for `partition`.
 
     Raises:
@@ -108,6 +109,7 @@ class Skeleton:
         names = {id(parameter): planned.get(key, key) for key, parameter in built.items()}
         self.head_weight = names[id(self.model.get_output_embeddings().weight)]
         self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
+        self.max_positions = _learned_positions(self.model, config)
         self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
         modules = [
             path
@@ -266,6 +268,20 @@ def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
         f"no decoder layers ({show(sorted(classes))}) found in {show(name)}; please report the model",
         code="unknown-layers",
     )
+
+
+def _learned_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
+    """Rows of the table of position embeddings that tokens can have; None if there is no such table.
+
+    OPT's has `offset` rows more than positions.
+    """
+    tokens = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            offset = int(getattr(module, "offset", 0))
+            if module.num_embeddings - offset == getattr(config, "max_position_embeddings", None):
+                return module.num_embeddings - offset
+    return None
 
 
 def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

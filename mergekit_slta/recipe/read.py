@@ -93,7 +93,7 @@ def _check_places(content: Mapping[Any, Any], entries: Sequence[Mapping[Any, Any
     for key in content:
         if key in all_shared_keys():
             _refuse_place(key, "beside `merge_method`", "under the top-level `parameters:`")
-        elif key in TASK_KEYS:
+        elif key in TASK_KEYS and key not in _TOP_KEYS:
             _refuse_place(key, "beside `merge_method`", "under `parameters:` of its model")
         elif key not in _TOP_KEYS:
             _refuse_unknown(str(key), (*_TOP_KEYS, *all_shared_keys(), *TASK_KEYS), "beside `merge_method`")

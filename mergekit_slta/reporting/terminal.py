@@ -23,6 +23,8 @@ _MOST_NAMES = 12
 
 def describe_job(job: Job, costs: Costs) -> str:
     """Describe the plan of a job and its costs, for `check`."""
+    from mergekit_slta.job.templates import describe_template  # imports mergekit, which other tables do not need
+
     recipe, settings = job.recipe, job.recipe.settings
     lines = [
         f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
@@ -33,6 +35,8 @@ def describe_job(job: Job, costs: Costs) -> str:
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
+        if drawn is not None and drawn.chat_template:
+            lines.append(f"            {describe_template(drawn.chat_template)} chat template renders its rows")
     shown = {**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()}
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [

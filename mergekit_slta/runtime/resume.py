@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -38,11 +39,14 @@ class ResumeStore:
     Args:
         folder: folder of the files; created when the first part is stored.
         fingerprint: hash of the job, the library versions and the device.
+        day: the date that chat templates wrote into the job's rows, or None. It is stored, so that a run after midnight
+            can draw the same rows.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, day: date | None = None) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
+        self._note = {} if day is None else {"date": day.isoformat()}
         self._finished: dict[str, Path] = {}
         self._lock = ExitStack()
         self._is_locked = self._is_open = False
@@ -135,9 +139,8 @@ class ResumeStore:
 
     def _begin(self) -> None:
         if not (self.folder / RESUME_MARKER_NAME).exists():
-            write_text_atomically(
-                self.folder / RESUME_MARKER_NAME, json.dumps({"format": FORMAT, "fingerprint": self.fingerprint}) + "\n"
-            )
+            content = {"format": FORMAT, "fingerprint": self.fingerprint, **self._note}
+            write_text_atomically(self.folder / RESUME_MARKER_NAME, json.dumps(content) + "\n")
 
     def remove(self) -> None:
         """Remove the folder. The marker is removed first, so that files left by a kill are not used as results."""
