@@ -134,6 +134,25 @@ def test_tool_calls_reach_the_template_as_they_are(tmp_path):
     assert {each.text for each in drawn.rows} == {"look;<|user|>fox<|assistant|>look<|tool|>3<|assistant|>dog"}
 
 
+def test_tool_calls_that_the_template_drops(tmp_path, tokenizer):
+    """An empty turn would be left."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [ASK, call]}])
+    with refused(DataError, "unusable-row", "'look'"):
+        draw(tokenizer, path)
+
+
+def test_an_answer_that_begins_otherwise_than_its_prompt(tmp_path):
+    """Templates of reasoning models begin an answer with a mark that they do not write before a given one."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    drawn = draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 2), objective="joint")
+    assert set(answers(tokenizer, drawn)) == {"<|assistant|>dog"}
+
+
 def test_a_template_that_prints_blocks_only(tmp_path):
     """Content is given as a text block where a text would be dropped."""
     template = "{% for m in messages %}<|{{ m.role }}|>{% for b in m.content %}{{ b.text }}{% endfor %}{% endfor %}"
@@ -150,6 +169,7 @@ def test_a_template_that_prints_blocks_only(tmp_path):
         ([ASK, {"role": "assistant", "text": "dog"}], ["message 1", "no content"]),
         ([ASK, {"role": "assistant", "content": " \n"}], ["message 1", "is empty"]),
         ([{"from": "human", "value": ""}], ["message 0", "is empty"]),
+        ([ASK, {"role": "assistant", "content": None, "function_call": {"name": "x"}}], ["message 1", "no content"]),
         ([{"role": "user", "content": 3}], ["message 0", "int"]),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], ["message 0", "'image_url'"]),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], ["message 0", "'text'"]),
@@ -164,6 +184,12 @@ def test_bad_chats(tmp_path, tokenizer, messages, values):
         draw(tokenizer, path, "messages")
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": CHAT}])
     assert [row.number for row in draw(tokenizer, path).rows] == [1]
+
+
+def test_unwanted_completions(tmp_path, tokenizer):
+    """TRL's `label` of a completion that was not wanted."""
+    rows = [{"prompt": "fox", "completion": " dog", "label": label} for label in (False, True)]
+    assert [row.number for row in draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows)).rows] == [1]
 
 
 def test_any_column_may_hold_messages(tmp_path, tokenizer):

@@ -112,7 +112,10 @@ def test_a_damaged_line_is_named_with_its_file(tmp_path):
     found = read(tmp_path / "*.jsonl")
     assert found[:5] == [*ROWS, {"a": "1"}]
     assert f"row 5 of {tmp_path / '*.jsonl'} (line 4 of {tmp_path / 'b.jsonl'}) is not a JSON object" in found[5]
-    assert f"(line 5 of {tmp_path / 'b.jsonl'}) is not UTF-8: save the file as UTF-8" in found[6]
+    assert "is not UTF-8: save the file as UTF-8" in found[6]  # files are searched once, for the first
+    rows = load_rows(str(tmp_path / "*.jsonl"), None, "train")
+    with refused(DataError, "unusable-row", f"(line 5 of {tmp_path / 'b.jsonl'})", "save the file as UTF-8"):
+        rows[6]
 
 
 @pytest.mark.parametrize(("name", "content"), [("rows.txt", "fox\n\xe9\ndog\n"), ("rows.csv", "a\nfox\n\xe9\ndog\n")])
@@ -138,7 +141,8 @@ def test_a_replacement_character_of_the_file_is_kept(tmp_path):
         ("rows.txt", "fox\n".encode("utf-16"), ["UTF-16", "save the file as UTF-8"]),
         ("rows.json", '[{"a": "x"},\n{"a": "é"}]'.encode("latin-1"), ["line 2", "save the file as UTF-8"]),
         ("rows.json", b'[{"a": 1},\n{"a": \n', ["line 3", "mend the file"]),
-        ("rows.csv", b"a,b\n1,2\n1,2,3\n", ["line 3"]),
+        ("rows.csv", b'a,b\n1,2\n"1,2\n', ["EOF inside string"]),
+        ("rows.csv", b"a,b\n1,2,\n3,4,\n", ["more cells than its first line has names"]),
         ("rows.parquet", b"no parquet", ["Parquet"]),
     ],
 )
@@ -183,6 +187,17 @@ def test_csv_separators_and_columns(tmp_path):
         read(tmp_path / "[cd].csv")
 
 
+def test_csv_lines_with_too_many_cells(tmp_path, caplog):
+    """They are left out, with a warning that names the first."""
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n3\n")
+    for _ in range(2):  # the second time from the cache of `datasets`
+        caplog.clear()
+        assert read(tmp_path / "a.csv") == [{"a": "1", "b": "2"}, {"a": "3", "b": None}]
+        (record,) = caplog.records
+        assert f"lines of {tmp_path / 'a.csv'} cannot be used" in record.message
+        assert "line 3" in record.message
+
+
 def test_save_to_disk(tmp_path):
     """A folder of one dataset, whatever its split was called, one of several, and the Arrow file in it."""
     rows = datasets.Dataset.from_list(ROWS)
@@ -192,8 +207,12 @@ def test_save_to_disk(tmp_path):
     assert read(tmp_path / "one", "train[1:2]") == ROWS[1:2]
     assert read(tmp_path / "two", "test") == read(tmp_path / "two" / "test") == ROWS[2:3]
     assert read(tmp_path / "one" / "data-00000-of-00001.arrow") == ROWS
+    assert read(tmp_path / "two", "all") == [*ROWS, ROWS[2]]
     with refused(DataError, "unreadable-dataset", "validation", "['train', 'test']"):
         read(tmp_path / "two", "validation")
+    datasets.Dataset.from_list([{"n": 1}], split="test").with_format("torch").save_to_disk(tmp_path / "three")
+    assert read(tmp_path / "three") == read(tmp_path / "three", "test[:1]") == read(tmp_path / "three", "all")
+    assert type(read(tmp_path / "three")[0]["n"]) is int
 
 
 def test_folders(tmp_path, monkeypatch):
@@ -209,10 +228,15 @@ def test_folders(tmp_path, monkeypatch):
     assert read(folder, "test") == ROWS[:1]
     with refused(DataError, "unreadable-dataset", "validation", "['train', 'test']"):
         read(folder, "validation")
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: tests\n  data_files: test.jsonl\n---\n")
-    assert len(read(folder, config="tests")) == 1
-    (folder / "README.md").unlink()
     (folder / "LICENSE.txt").write_text("none of the rows")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: tests\n  data_files: test.jsonl\n---\n")
+    assert read(folder, config="tests") == ROWS[:1]
+    with refused(DataError, "unreadable-dataset", "'other'", "['tests']"):
+        read(folder, config="other")
+    card = "---\nconfigs:\n- config_name: rows\n  data_files: test.jsonl\n  on_mixed_types: null\n---\n"
+    (folder / "README.md").write_text(card)
+    assert len(read(folder, config="rows")) == 1
+    (folder / "README.md").unlink()
     with refused(DataError, "unknown-file-type", folder, ".jsonl, .txt"):
         read(folder)
     other = tmp_path / "capitals"
@@ -261,7 +285,7 @@ def test_scripts_are_not_run(monkeypatch):
 
 def test_nothing_is_said_beside_the_error(tmp_path, capfd):
     """`datasets` logs what it fails at; its log level is what it was afterwards."""
-    (tmp_path / "rows.csv").write_text("a,b\n1,2\n1,2,3\n")
+    (tmp_path / "rows.csv").write_text('a,b\n1,2\n"1,2\n')
     before = datasets.logging.get_verbosity()
     with refused(DataError, "unreadable-dataset"):
         read(tmp_path / "rows.csv")
@@ -286,6 +310,33 @@ def test_merges_end_right_or_refused(tmp_path, tiny, write_recipe):
         )
         assert_refused(command(*arguments), "too-few-rows", path, "is empty")
     assert not os.path.exists(tmp_path / "other")
+
+
+def test_the_same_chats_in_other_words(tmp_path, tiny, write_recipe):
+    """ShareGPT, content blocks, and a saved dataset give the statistics that plain messages give."""
+    chats = [
+        [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": "a fox"}] for n in range(6)
+    ]
+    blocks = [
+        [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat] for chat in chats
+    ]
+    sharegpt = [
+        [{"from": name, "value": message["content"]} for name, message in zip(("human", "gpt"), chat, strict=True)]
+        for chat in chats
+    ]
+    write_jsonl(tmp_path / "plain.jsonl", [{"messages": chat} for chat in chats])
+    write_jsonl(tmp_path / "blocks.jsonl", [{"messages": chat} for chat in blocks])
+    write_jsonl(tmp_path / "sharegpt.jsonl", [{"conversations": chat} for chat in sharegpt])
+    datasets.Dataset.from_list([{"messages": chat} for chat in chats]).save_to_disk(tmp_path / "saved")
+    found = []
+    for name in ("plain.jsonl", "blocks.jsonl", "sharegpt.jsonl", "saved"):
+        recipe = tiny.recipe(1, granularity="layer")
+        recipe["models"][0]["parameters"]["dataset"] = str(tmp_path / name)
+        result = slta("calibrate", write_recipe(recipe), "-o", tmp_path / f"{name}.json", "--quiet")
+        assert result.exit_code == 0, result.output
+        alphas = json.loads((tmp_path / f"{name}.json").read_text())
+        found.append((alphas["submodules"], alphas["calibration"]["tasks"][0]["sha256"]))
+    assert found == [found[0]] * 4
 
 
 def test_images_are_not_decoded(monkeypatch):

@@ -130,6 +130,18 @@ REFUSALS = {
         lambda t, m, p: with_task(t.recipe(2), dataset=file(p, "empty.jsonl", '{"text": " "}\n')), "unusable-row",
         ["is empty"],
     ),
+    "answer twice": (
+        lambda t, m, p: with_task(t.recipe(2), text="{question} {answer}", completion="{answer}"), "conflicting-keys",
+        ["`text`", "`completion`"],
+    ),
+    "typo in completion": (
+        lambda t, m, p: with_task(t.recipe(2), completion="{anwser}"), "missing-column", ["`completion` names 'anwser'"]
+    ),
+    "images": (
+        lambda t, m, p: with_task(t.recipe(2), dataset=file(
+            p, "image.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}')),
+        "unusable-row", ["row 0", "'image'"],
+    ),
     "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "missing-model", ["none;"]),
     "no weights": (
         lambda t, m, p: with_expert(t.recipe(2), shutil.copytree(t.experts[1], p / "bare",

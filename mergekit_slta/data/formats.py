@@ -60,8 +60,6 @@ _TEXT_BLOCKS = ("text", "input_text", "output_text", None)
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _QUESTIONS = ("question", "query", "instruction", "input")
 """Columns that make `chosen` alone less than the whole text."""
-_MAY_BE_EMPTY = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys that make a message of an assistant more than an empty turn."""
 
 
 def raw_messages(value: Any) -> list[Any] | None:
@@ -147,10 +145,10 @@ def _read_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     content = known.pop("content", None)
     value = known.pop("value", None)
     content = _as_text(content if content is not None else value, where)
-    means_something = any(known.get(key) for key in _MAY_BE_EMPTY)
-    if content is None and not means_something:
+    calls = bool(known.get("tool_calls"))
+    if content is None and not calls:
         raise BadRow(f"{where} has no content")
-    if content is not None and not content.strip() and role in ("user", "assistant") and not means_something:
+    if content is not None and not content.strip() and role in ("user", "assistant") and not calls:
         raise BadRow(f"{where} is empty")
     spelled = {"content": content} if content is not None or "content" in message or "value" in message else {}
     return {"role": role, **spelled, **known}
@@ -231,6 +229,8 @@ def _pair(row: Row, question: str, answer: str, *, exact: bool) -> Chat | Pair |
     raw = [raw_messages([value] if isinstance(value, Mapping) else value) for value in values]
     if any(found is None and not isinstance(value, str) for value, found in zip(values, raw, strict=True)):
         return None
+    if exact and row.get("label") is False:
+        raise BadRow("has a completion that its `label` marks as unwanted")
     if raw == [None, None]:
         pair = Pair(*values)
         if exact:
@@ -256,7 +256,8 @@ def _alpaca(row: Row) -> Chat | None:
         turns = [_turn(role, text) for pair in earlier for role, text in zip(("user", "assistant"), pair, strict=True)]
     except (TypeError, ValueError) as error:
         raise BadRow("has a `history` that is not a list of pairs") from error
-    turns += [_turn("user", f"{instruction}\n{given}" if given else instruction), _turn("assistant", output)]
+    question = "\n".join(part for part in (instruction, given) if part)
+    turns += [_turn("user", question), _turn("assistant", output)]
     prompt = ALPACA.format(
         paired=_ALPACA_PAIRED if given else "", instruction=instruction,
         input=f"### Input:\n{given}\n\n" if given else "",

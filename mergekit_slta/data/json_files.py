@@ -36,7 +36,7 @@ def is_json_lines(path: str) -> bool:
         return not first
     if second:
         return _parse(first) is not None or isinstance(_parse(second), dict)
-    return isinstance(_parse(first), dict) and ".json" not in Path(path.lower()).suffixes
+    return ".json" not in Path(path.lower()).suffixes and isinstance(_parse(first), dict)
 
 
 def document_rows(paths: Sequence[str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from mergekit_slta.data.local_files import kind_of, local_files, read_files, vis
 from mergekit_slta.errors import DataError, show
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import BuilderConfig, Dataset
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _NO_ROWS = ("corresponds to no data", "No columns to parse from file")
@@ -37,6 +37,7 @@ class Rows:
         is_json: whether rows are parsed as JSON.
         undecodable: whether the file holds bytes that are not UTF-8, which were replaced by U+FFFD.
         files: the files, for messages.
+        places: number of the first unusable row -> its place in the files, which is searched for once.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Rows:
     is_json: bool = False
     undecodable: bool = False
     files: tuple[str, ...] = ()
+    places: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -57,20 +59,24 @@ class Rows:
         row = self.table[number]
         where = f"row {number} of {show(self.name)}"
         if self.undecodable and any(UNDECODABLE in value for value in row.values() if isinstance(value, str)):
-            line = next(iter(row.values())) if len(row) == 1 else ""
             raise DataError(
-                f"{where}{find_line(self.files, line) if line else ''} is not UTF-8: save the file as UTF-8",
-                code="unusable-row",
+                f"{where}{self._place(number, row)} is not UTF-8: save the file as UTF-8", code="unusable-row"
             )
         if not self.is_json:
             return row
         try:
             return parse_row(row["text"])
         except ValueError as error:
-            place = find_line(self.files, row["text"])
             raise DataError(
-                f"{where}{place} is not a JSON object ({show(error)}): mend the row", code="unusable-row"
+                f"{where}{self._place(number, row)} is not a JSON object ({show(error)}): mend the row",
+                code="unusable-row",
             ) from error
+
+    def _place(self, number: int, row: Mapping[str, Any]) -> str:
+        """Where a line stands; empty if it is not a line, or not the first that is asked for."""
+        if not self.places and list(row) == ["text"]:
+            self.places[number] = find_line(self.files, row["text"])
+        return self.places.get(number, "")
 
     @property
     def columns(self) -> list[str]:
@@ -116,7 +122,7 @@ def load_rows(name: str, config: str | None, split: str) -> Rows:
         raise _unreadable(name, config, split, reason) from error
     if len(rows) == 0:
         raise _empty(name, split)
-    return rows
+    return replace(rows, table=_plain(rows.table))
 
 
 def _unreadable(name: str, config: str | None, split: str, reason: str, remedy: str | None = None) -> DataError:
@@ -142,11 +148,15 @@ def _empty(name: str, split: str) -> DataError:
 def _load_from_hub(name: str, config: str | None, split: str) -> Rows:
     import datasets
 
-    table = datasets.load_dataset(name, config, split=split)
+    return Rows(name, datasets.load_dataset(name, config, split=split))
+
+
+def _plain(table: Dataset) -> Dataset:
+    """Rows as Python values; images and audio are not decoded, which takes other packages."""
     for column, feature in table.features.items():
-        if hasattr(feature, "decode"):  # images and audio need not be decoded
+        if hasattr(feature, "decode"):
             table = table.cast_column(column, replace(feature, decode=False))
-    return Rows(name, table)
+    return table.with_format(None)
 
 
 def _load_folder(name: str, path: str, config: str | None, split: str) -> Rows:
@@ -158,27 +168,39 @@ def _load_folder(name: str, path: str, config: str | None, split: str) -> Rows:
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
             return Rows(name, _part(name, saved, split))
-        own = {str(saved.split): saved} if saved.split else {}
-        return Rows(name, _part(name, {TRAIN: saved, **own}, split))
+        own = str(saved.split or TRAIN)
+        return Rows(name, _part(name, {own if split.startswith(own) else TRAIN: saved}, split))
     if entries & {"config.json", "adapter_config.json"} and any(
         entry.endswith((".safetensors", ".bin", ".gguf")) or entry == "tokenizer_config.json" for entry in entries
     ):
         raise DataError(
             f"dataset {show(name)} is the folder of a model: name a file or folder of rows", code="unreadable-dataset"
         )
-    card = Path(path, "README.md")
-    if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
-        return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
     visible = visible_files(path)
-    if not visible:  # images and the like
-        return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
-    kind = kind_of(name, visible)
     try:
-        found = datasets.load_dataset_builder(path, name=config).config.data_files or {}
+        builder = datasets.load_dataset_builder(path, name=config)
     except FileNotFoundError:  # it does not know file types in capitals
-        found = {}
-    files = {str(key): [file for file in map(str, chosen) if file in visible] for key, chosen in found.items()}
-    return _load_files(name, kind, files if any(files.values()) else {TRAIN: visible}, split)
+        if not visible:
+            raise
+        return _load_files(name, kind_of(name, visible), {TRAIN: visible}, split)
+    card = Path(path, "README.md")
+    chosen = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+    found = {str(key): [str(file) for file in files] for key, files in (builder.config.data_files or {}).items()}
+    every = [file for files in found.values() for file in files]
+    if not chosen and visible:
+        kind = kind_of(name, visible)
+        files = {key: [file for file in files if file in visible] for key, files in found.items()}
+        return _load_files(name, kind, files if any(files.values()) else {TRAIN: visible}, split)
+    if chosen and set(every) <= set(visible) and not _has_options(builder.config):
+        return _load_files(name, kind_of(name, every), found, split)
+    return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
+
+
+def _has_options(config: BuilderConfig) -> bool:
+    """Whether a dataset's card gives options for reading its files, such as names of columns."""
+    usual = type(config)()
+    stated = {part.name for part in fields(config) if getattr(config, part.name) != getattr(usual, part.name)}
+    return bool(stated - {"name", "version", "data_dir", "data_files", "description", "sep"})
 
 
 def _load_files(name: str, kind: str, files: Mapping[str, Sequence[str]], split: str) -> Rows:
@@ -195,8 +217,9 @@ def _part(name: str, parts: Mapping[str, Dataset], split: str) -> Dataset:
     """
     import datasets
 
+    spec = "+".join(parts) if split == "all" else split
     try:
-        pieces = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in parts.items()})
+        pieces = datasets.ReadInstruction.from_spec(spec).to_absolute({key: len(rows) for key, rows in parts.items()})
     except (ValueError, AssertionError) as error:
         reason = show(error, 300).rstrip(".")
         if list(parts) == [TRAIN]:

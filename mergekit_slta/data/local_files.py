@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mergekit_slta.errors import DataError, listing, show
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LOG = logging.getLogger(__name__)
 LOADERS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".arrow": "arrow", ".txt": "text",
@@ -56,7 +58,7 @@ def _kind(path: str) -> str | None:
 
 def kind_of(name: str, files: Sequence[str]) -> str:
     kinds = {_kind(path) for path in files}
-    found = listing(sorted({Path(path).suffix.lower() for path in files}))
+    found = listing(sorted({Path(path).suffix.lower() or "none" for path in files}))
     kind = kinds.pop()
     if kind is None or None in kinds:
         raise DataError(
@@ -128,14 +130,14 @@ def read_files(name: str, kind: str, files: Mapping[str, Sequence[str]]) -> Tabl
             texts = {key: [row for rows in found.values() for row in rows] for key, found in documents.items()}
         return Tables({key: datasets.Dataset.from_dict({"text": rows}) for key, rows in texts.items()}, True, False)
     options = _csv_options(name, every) if kind == "csv" else {}
-    parts, undecodable = _read("text" if kind == "json" else kind, filled, options)
+    parts, undecodable = _read(name, "text" if kind == "json" else kind, filled, options)
     if kind in ("json", "text"):
         parts = {key: _without_blank(part) for key, part in parts.items()}
     return Tables(parts, kind == "json", undecodable)
 
 
 def _read(
-    loader: str, files: Mapping[str, Sequence[str]], options: Mapping[str, Any]
+    name: str, loader: str, files: Mapping[str, Sequence[str]], options: Mapping[str, Any]
 ) -> tuple[dict[str, Dataset], bool]:
     """Read files with a loader of `datasets`. Returns split -> rows, and whether bytes that are not UTF-8 were
     replaced."""
@@ -144,16 +146,21 @@ def _read(
     escaped = {key: [glob.escape(path) for path in paths] for key, paths in files.items()}
     if loader not in ("text", "csv"):
         return dict(datasets.load_dataset(loader, data_files=escaped)), False
-    for errors in ("strict", "replace"):
+    import pandas
+
+    options = {"encoding": "utf-8-sig", **options}
+    while True:
         try:
-            loaded = datasets.load_dataset(
-                loader, data_files=escaped, encoding="utf-8-sig", encoding_errors=errors, **options
-            )
-            return dict(loaded), errors == "replace"
+            return dict(datasets.load_dataset(loader, data_files=escaped, **options)), "encoding_errors" in options
         except datasets.exceptions.DatasetGenerationError as error:
-            if errors == "replace" or not isinstance(error.__cause__, UnicodeDecodeError):
+            cause = error.__cause__
+            if isinstance(cause, UnicodeDecodeError) and "encoding_errors" not in options:
+                options["encoding_errors"] = "replace"
+            elif isinstance(cause, pandas.errors.ParserError) and "on_bad_lines" not in options:
+                options["on_bad_lines"] = "skip"
+                LOG.warning("lines of %s cannot be used, and are left out; the first: %s", show(name), show(cause))
+            else:
                 raise
-    raise AssertionError("unreachable")
 
 
 def _csv_options(name: str, files: Sequence[str]) -> dict[str, Any]:
@@ -165,14 +172,21 @@ def _csv_options(name: str, files: Sequence[str]) -> dict[str, Any]:
     import datasets
     import pandas
 
-    def header(path: str, separator: str) -> list[str]:
-        return list(pandas.read_csv(path, sep=separator, nrows=0, encoding="utf-8-sig", encoding_errors="replace"))
+    def first_row(path: str, separator: str) -> pandas.DataFrame:
+        return pandas.read_csv(path, sep=separator, nrows=1, encoding="utf-8-sig", encoding_errors="replace")
 
     separators = ["\t"] if ".tsv" in Path(files[0].lower()).suffixes else [",", ";", "\t"]
-    separator = next((mark for mark in separators if len(header(files[0], mark)) > 1), separators[0])
-    columns = header(files[0], separator)
-    for path in files[1:]:
-        if set(header(path, separator)) != set(columns):
+    separator = next((mark for mark in separators if len(first_row(files[0], mark).columns) > 1), separators[0])
+    columns = list(first_row(files[0], separator))
+    for path in files:
+        row = first_row(path, separator)
+        if not isinstance(row.index, pandas.RangeIndex):  # pandas would take the first cell for the row's name
+            raise DataError(
+                f"cannot read dataset {show(path)}: its rows have more cells than its first line has names; mend the "
+                "file",
+                code="unreadable-dataset",
+            )
+        if set(row) != set(columns):
             raise DataError(
                 f"cannot load dataset {show(name)}: {show(path)} has other columns than {show(files[0])}, "
                 f"{listing(columns)}; name one of them",

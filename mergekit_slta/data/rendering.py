@@ -224,16 +224,21 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendere
         text = template.render(messages, **tools)
     except Exception as error:  # Jinja and the template's own raise_exception raise different errors
         raise BadRow(f"is refused by the chat template ({show(error)})") from error
+    for call in (call for message in messages for call in message.get("tool_calls") or ()):
+        name = call.get("function", call).get("name")
+        if name is not None and name not in text:
+            raise BadRow(f"calls the tool {show(name)!r}, which the chat template does not print")
     first = chat.answer
     if first is None and len(messages) > 1 and messages[-1]["role"] == "assistant":
         first = len(messages) - 1
-    if not first:
-        return Rendered(text, is_chat=True)
-    try:
-        prompt = template.render(messages[:first], add_generation_prompt=True, **tools)
-    except Exception:  # a template may refuse a chat that ends there
-        return Rendered(text, is_chat=True)
-    return Rendered(text, is_chat=True, answer=len(prompt) if text.startswith(prompt) else 0)
+    for begun in (True, False) if first else ():  # some begin an answer otherwise than they write it
+        try:
+            prompt = template.render(messages[:first], add_generation_prompt=begun, **tools)
+        except Exception:  # a template may refuse a chat that ends there
+            continue
+        if text.startswith(prompt):
+            return Rendered(text, is_chat=True, answer=len(prompt))
+    return Rendered(text, is_chat=True)
 
 
 def _prints_blocks_only(template: ChatTemplate) -> bool:
