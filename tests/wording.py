@@ -24,7 +24,7 @@ WORDING: dict[str, str] = {
     "differing-buffers": r"the buffer .+ differs between the models, .+: leave out the model whose buffer differs",
     "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
     r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
-    "differing-vocabularies": r"the vocabularies differ: add `tokenizer: \{source: base\}` to the recipe",
+    "differing-vocabularies": r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`",
     "disk-full": r"(needs .+ GiB and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
     "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
@@ -61,7 +61,9 @@ WORDING: dict[str, str] = {
     "missing-model": r"there is no model folder .+; paths start at the current one",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
     r"|fetch the model again, or set `tie_word_embeddings: true`)",
-    "missing-value": r"`.+` in .+ has no value: give it one, or remove the line",
+    "missing-token": r"`tokenizer.tokens` takes .+ from .+ of .+, which has no such token: name another model or token",
+    "missing-value": r"(`.+` in .+ has no value: give it one, or remove the line"
+    r"|`tokenizer.tokens` has no `source` for .+: name one of .+)",
     "model-and-adapter": r".+ holds a model \(.+\) and an adapter \(.+\), .+: write `.+\+.+` for both, or move the",
     "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
     "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
@@ -97,7 +99,8 @@ WORDING: dict[str, str] = {
     "several-files": r"the folder .+ holds several \w+ files: name one of .+",
     "split-token": r"the chat template for .+ writes .+, which the merged model's tokenizer splits into \d+ tokens: "
     r"(add `tokenizer:|set `chat_template|choose another)",
-    "token-out-of-range": r"token \d+ .+ is beyond the \d+ rows of .+: use the tokenizer that belongs to these",
+    "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
+    r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
     "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
     r"|has \d+ rows for \d+ steps .+: add rows, lower `steps`, or set `fresh_rows: false`)",
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",

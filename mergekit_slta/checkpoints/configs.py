@@ -15,9 +15,11 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.checkpoints.vocabulary import vocabulary_advice
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
-from mergekit_slta.models.architectures import architecture
+from mergekit_slta.libraries.transformers import causal_lm_class
+from mergekit_slta.models.architectures import architecture, class_name
 from mergekit_slta.recipe.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -50,17 +52,27 @@ _MAY_DIFFER = frozenset(
 an underscore or `unsloth`."""
 
 
-def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, PretrainedConfig]:
+def read_configs(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, dict[ModelReference, PretrainedConfig]]:
     """Read the config of every model and check that it fits the base's.
 
     Returns:
-        model -> config, in the recipe's order, base first.
+        The recipe, in which a model whose config does not name exactly one class as transformers spells it has
+        mergekit's `override_architecture`; and model -> config, in the recipe's order, base first.
 
     Raises:
         ModelError: a config cannot be read, the architecture is not supported or differs from the base's, sizes differ
             from the base's, or an adapter needs a merged copy on disk and there is no `--lora-merge-cache`.
     """
-    configs = {model: _read_config(model, recipe, options) for model in recipe.models}
+    read = {model: _read_config(model, recipe, options) for model in recipe.models}
+    changes = {}
+    for model, config in read.items():
+        name = class_name(config.architectures, causal_lm_class(config.model_type))
+        if name is not None and config.architectures != [name]:
+            changes[model] = model.model_copy(update={"override_architecture": name})
+            config.architectures = [name]
+        architecture(config.architectures, recipe.names[model])
+    recipe = recipe.replaced(changes)
+    configs = {changes.get(model, model): config for model, config in read.items()}
     base = configs[recipe.base]
     same_vocabulary = not (
         recipe.config.tokenizer or recipe.config.tokenizer_source or options.unsafe_truncate_embeddings
@@ -73,18 +85,22 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> dict[ModelReference, 
                 "all models of a merge need the same architecture",
                 code="differing-architectures",
             )
-        for key in (*_MUST_MATCH, *(["vocab_size"] if same_vocabulary else [])):
+        for key in _MUST_MATCH:
             found, expected = getattr(config, key, None), getattr(base, key, None)
-            if found == expected:
-                continue
-            hint = "the experts must be fine-tuned from this very base"
-            code = "differing-sizes"
-            if key == "vocab_size":
-                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
-                code = "differing-vocabularies"
-            raise ModelError(f"{name} has {key} {show(found)}, the base {show(expected)}: {hint}", code=code)
+            if found != expected:
+                raise ModelError(
+                    f"{name} has {key} {show(found)}, the base {show(expected)}: "
+                    "the experts must be fine-tuned from this very base",
+                    code="differing-sizes",
+                )
+        if same_vocabulary and config.vocab_size != base.vocab_size:
+            raise ModelError(
+                f"{name} has vocab_size {show(config.vocab_size)}, the base {show(base.vocab_size)}: "
+                f"{vocabulary_advice(recipe, base, options)}",
+                code="differing-vocabularies",
+            )
     _warn_of_differing_configs(configs, recipe.names)
-    return configs
+    return recipe, configs
 
 
 def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -> PretrainedConfig:
@@ -111,7 +127,6 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
         raise ModelError(
             f"cannot read the config of {name}: {show(error)}; check the path or Hub id", code="unreadable-config"
         ) from error
-    architecture(config.architectures, name)
     return config
 
 

@@ -6,7 +6,7 @@ mergekit drops the tensors that they lack from the output, without a message.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def reconcile(
     names: Mapping[ModelReference, str],
     shapes: Mapping[str, tuple[int, ...]],
     configs: Mapping[ModelReference, Any],
+    advice: Callable[[], str],
 ) -> list[str]:
     """Change the plan so that it holds exactly the parameters of the model class.
 
@@ -35,6 +36,7 @@ def reconcile(
         names: the models' names in the recipe, for messages.
         shapes: name in the plan -> shape of the model class's parameters.
         configs: the models' configs.
+        advice: gives the remedy for vocabularies that differ.
 
     Returns:
         Reasons why mergekit cannot merge these checkpoints as they are; empty if it can.
@@ -82,7 +84,7 @@ def reconcile(
                 f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
                 "does not list it, and the output would load with zeros there"
             )
-    _check_shapes(plan, names, shapes)
+    _check_shapes(plan, names, shapes, advice)
     return problems
 
 
@@ -152,7 +154,12 @@ def find_ties(
     return True
 
 
-def _check_shapes(plan: Plan, names: Mapping[ModelReference, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    plan: Plan,
+    names: Mapping[ModelReference, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    advice: Callable[[], str],
+) -> None:
     base = plan.models[0]
     for name, planned in plan.tensors.items():
         stored = plan.stored_as(name, base)
@@ -172,7 +179,7 @@ def _check_shapes(plan: Plan, names: Mapping[ModelReference, str], shapes: Mappi
             hint = "all models of a merge need the same shapes"
             code = "differing-sizes"
             if planned.weight.vocabulary_axis is not None:
-                hint = "the vocabularies differ: add `tokenizer: {source: base}` to the recipe"
+                hint = advice()
                 code = "differing-vocabularies"
             raise ModelError(
                 f"{show(name)} is {found} in {show(names[model])} and {expected} in the base: {hint}", code=code

@@ -47,8 +47,11 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if name.endswith((".json", ".model")):  # tokenizer.json and tokenizer.model are large enough for Git LFS
                 refuse_pointer(os.path.join(folder, name), recipe.names[recipe.base])
+        section = recipe.config.tokenizer
+        source = section.source if section else recipe.config.tokenizer_source
+        owner = recipe.names[recipe.base] if source in (None, "base", "union") else source
         raise DataError(
-            f"cannot load the tokenizer of {show(recipe.names[recipe.base])}: {show(error)}; "
+            f"cannot load the tokenizer of {show(owner)}: {show(error)}; "
             "the base needs one, to read the calibration rows",
             code="unreadable-tokenizer",
         ) from error

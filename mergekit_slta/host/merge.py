@@ -110,6 +110,7 @@ def _run(
     check_alphas_target(path, out)
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
     job = prepare(recipe, options, need_rows=not (named and path.exists()), day=recorded_day(places))
+    recipe = job.recipe
     check_disk_space(job, out, places)
     own = places[0] if named else places[1]
     with resumable(job, own) as resume:

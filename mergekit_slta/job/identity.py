@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from mergekit.common import ModelPath, ModelReference
+
 from mergekit_slta.checkpoints.configs import stored_settings
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.files.identity import hash_text, importance_label, rows_label, weights_label
-from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.recipe import Recipe, map_models
 from mergekit_slta.recipe.settings import Settings
 
 ROW_SETTINGS = ("num_samples", "max_seq_length", "seed")
@@ -34,7 +36,8 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
         key: str(value) for key, value in _settings(settings).items() if key in settings.stated or None not in rows
     }
     record["dtype"] = str(recipe.config.dtype)
-    tokenizer = recipe.config.tokenizer.model_dump_json() if recipe.config.tokenizer else recipe.config.tokenizer_source
+    labelled = map_models(recipe.config, lambda model: ModelReference(model=ModelPath(path=recipe.label(model))))
+    tokenizer = labelled.tokenizer.model_dump_json() if labelled.tokenizer else labelled.tokenizer_source
     record["tokenizer"] = str(tokenizer)
     record["config of the base"] = hash_text(json.dumps(stored_settings(recipe.base), sort_keys=True))
     for task, drawn in zip(recipe.tasks, rows, strict=True):

@@ -18,6 +18,7 @@ from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
+from mergekit_slta.checkpoints.vocabulary import check_vocabulary, vocabulary_advice
 from mergekit_slta.data.rows import TaskRows, draw_rows
 from mergekit_slta.data.templates import today
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
@@ -55,7 +56,7 @@ def prepare(
     """
     _check_device(options)
     _check_chat_template(recipe.config.chat_template)
-    configs = read_configs(recipe, options)
+    recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
     dtype = getattr(torch, recipe.settings.compute_dtype)
     if dtype in (torch.bfloat16, torch.float16):
@@ -63,6 +64,12 @@ def prepare(
             "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
             recipe.settings.compute_dtype,
         )
+    narrow = (recipe.config.dtype or "").removeprefix("torch.")
+    if narrow in ("bfloat16", "float16"):
+        LOG.warning(
+            "dtype: %s rounds every model to it before the merge; out_dtype: %s in its place rounds only the result",
+            narrow, narrow,
+        )  # fmt: skip
     device = torch.device(options.device or "cpu")
     config = configs[recipe.base]
     skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
@@ -73,7 +80,19 @@ def prepare(
     if recipe is not stated:
         _warn_of_cut_rows(recipe, rows)
     plan = make_plan(recipe, options)
-    problems = reconcile(plan, recipe.names, skeleton.shapes, configs)
+    if info is not None:
+        table = skeleton.embedding_weight
+        stored = {model: plan.stored_as(table, model) for model in recipe.models if table in plan.tensors}
+        rows_of = {model: entry.shape[0] if entry else configs[model].vocab_size for model, entry in stored.items()}
+        own = templates.own(recipe.base).tokenizer
+        check_vocabulary(recipe, info, own.get_vocab() if own else {}, rows_of)
+    problems = reconcile(
+        plan,
+        recipe.names,
+        skeleton.shapes,
+        configs,
+        advice=lambda: vocabulary_advice(recipe, config, options),
+    )
     if problems and for_merge:
         raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
     for problem in problems:

@@ -79,6 +79,10 @@ USED = {
     "mergekit.scripts.run_yaml": "`python -m` it where `mergekit-yaml` is not on the path (demo/run.py)",
     "mergekit.tokenizer.BuildTokenizer": "the task that makes the output's tokenizer (`run_task`)",
     "mergekit.tokenizer.PermutedVocabulary.gather_tensors": "rows reordered for another tokenizer (`sources_of`)",
+    **{
+        f"mergekit.tokenizer.config.{name}": "keys of the `tokenizer` section (`tokenizer_keys`)"
+        for name in ("TokenizerConfig", "TokenEmbeddingConfig", "ModelTokenEmbedding", "ZeroEmbedding")
+    },
     "mergekit.tokenizer.build.build_tokenizer"
     "(base_model, referenced_models, tokenizer_source, trust_remote_code, add_tokens)": "checkpoints/configs.py",
     "mergekit.tokenizer.truncate.TruncatedVocabulary.gather_tensors": "rows cut to the smallest vocabulary",
@@ -292,6 +296,20 @@ def can_convert(model_type: str, present: set[str], name: str) -> bool:
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
     return can_convert_checkpoint_keys(model_type, present, name)
+
+
+def tokenizer_keys() -> dict[str, tuple[str, ...]]:
+    """Keys of a recipe's `tokenizer` section, of an entry of its `tokens`, and of an entry's `source` by `kind`."""
+    from mergekit.tokenizer import config as types
+
+    kinds: dict[str, type[Any]] = {
+        "section": types.TokenizerConfig,
+        "token": types.TokenEmbeddingConfig,
+        "model": ModelReference,
+        "model_token": types.ModelTokenEmbedding,
+        "zero": types.ZeroEmbedding,
+    }
+    return {name: tuple(kind.model_fields) for name, kind in kinds.items()}
 
 
 def chat_template_names() -> list[str]:

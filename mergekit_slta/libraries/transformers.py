@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 USED = {
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "`causal_lm_class`",
     "transformers.PreTrainedModel._no_split_modules": "class names of the decoder layers (`layer_classes`)",
     "transformers.utils.chat_template_utils._compile_jinja_template(chat_template)": "`template_literals`",
     "transformers.utils.chat_template_utils.datetime": "what `strftime_now` of a chat template reads (`clock_at`)",
@@ -24,6 +25,14 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
     Relies on `_no_split_modules`, which transformers uses for device maps: a set, a list, or None.
     """
     return set(model._no_split_modules or ())
+
+
+def causal_lm_class(model_type: str) -> str | None:
+    """Name of the class that `AutoModelForCausalLM` makes for a config's `model_type`; None for an unknown type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return found if isinstance(found, str) else None
 
 
 def is_built_in(config: PretrainedConfig) -> bool:

@@ -141,6 +141,26 @@ OUTPUT_PROJECTION = "lm_head"
 """The output projection's name in transformers."""
 
 
+_SPELLINGS = {"LLaMaForCausalLM": "LlamaForCausalLM"}
+"""Class names as the first conversion scripts wrote them."""
+
+
+def class_name(class_names: Sequence[str] | None, own: str | None) -> str | None:
+    """The class that a config means.
+
+    Args:
+        class_names: the config's `architectures`: usually one name, but there may be several or none.
+        own: the class that transformers makes for the config's `model_type`, whatever `architectures` says.
+
+    Returns:
+        The one name, or `own` if there is none or it is one of several; else the first.
+    """
+    names = [_SPELLINGS.get(name, name) for name in class_names or ()]
+    if len(names) == 1:
+        return names[0]
+    return own if not names or own in names else names[0]
+
+
 def architecture(class_names: Sequence[str] | None, model: str) -> Architecture:
     """Look up the model class of a config.
 

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition
 from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
-from mergekit_slta.recipe.recipe import Recipe, Task
+from mergekit_slta.recipe.recipe import Recipe, Task, map_models
 from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number
+from mergekit_slta.recipe.tokenizer_section import check_tokenizer_section
 
 _TOP_KEYS = (*MergeConfiguration.model_fields, "name")
 """Top-level keys of a recipe; `name` is used by mergekit-multi."""
@@ -79,6 +80,7 @@ def check_content(content: object, path: str | os.PathLike[str] | None = None) -
     entries = [entry for entry in (models if isinstance(models, list) else ()) if isinstance(entry, dict)]
     if content.get("merge_method") == METHOD:
         _check_places(content, entries)
+        check_tokenizer_section(content.get("tokenizer"))
     for holder in (content, *entries):
         parameters = holder.get("parameters")
         for key, value in parameters.items() if isinstance(parameters, dict) else ():
@@ -140,15 +142,19 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
             raise RecipeError(
                 f"`{key}` is {show(dtype)!r}: choose one of {listing(get_args(ComputeDtype))}", code="invalid-value"
             )
-    absolute = config.model_copy(deep=True)
+    labels: dict[ModelReference, str] = {}
+
+    def absolute_model(model: ModelReference) -> ModelReference:
+        labels.setdefault(_absolute(model), _label(str(model)))
+        return _absolute(model)
+
+    absolute = map_models(config, absolute_model)
     names: dict[ModelReference, str] = {}
     base = _absolute(config.base_model)
     names[base] = str(config.base_model)
-    absolute.base_model = base
 
     tasks = []
     for given, entry in zip(config.models or [], absolute.models or [], strict=True):
-        entry.model = _absolute(given.model)
         parameters = entry.parameters or {}
         if entry.model == base:
             if parameters:
@@ -171,7 +177,7 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
         settings=_settings(config.parameters or {}),
         config=absolute,
         names=names,
-        labels={model: _label(name) for model, name in names.items()},
+        labels=labels,
     )
 
 

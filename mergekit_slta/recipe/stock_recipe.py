@@ -81,7 +81,7 @@ def export(
 
 def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
     """Get the arguments of `stock_recipe` from the original recipe."""
-    config, text = load_config(path)
+    config, _ = load_config(path)
     read = read_recipe(config)
     names = [read.names[model] for model in read.models]
     ours = [alphas.base_model, *alphas.models]
@@ -94,7 +94,7 @@ def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
             code="recipe-of-other-alphas",
         )
     _check_dtype(config.dtype)
-    content: dict[str, Any] = yaml.safe_load(text)
+    content = read.config.model_dump(mode="json", exclude_unset=True)  # with absolute paths
     arguments: dict[str, Any] = {"extra": {key: content[key] for key in _VERBATIM if content.get(key) is not None}}
     arguments["scale"] = float(constant("lambda", (config.parameters or {}).get("lambda", 1.0)))
     if config.out_dtype or config.dtype:
