@@ -14,6 +14,9 @@ from click.testing import CliRunner
 
 from mergekit_slta import __version__
 from mergekit_slta.cli import main as cli
+from mergekit_slta.data.formats import FORMATS, ROLES
+from mergekit_slta.data.local_files import COMPRESSED, LOADERS
+from mergekit_slta.data.rows import MAX_UNUSABLE
 from mergekit_slta.errors import SltaError
 from mergekit_slta.models.architectures import ARCHITECTURES
 from mergekit_slta.recipe.read import load_config, read_recipe
@@ -179,3 +182,12 @@ def test_the_readmes_evidence_is_a_table_of_the_results():
     assert len(rows) > 8
     results = (ROOT / "examples" / "reproduce" / "RESULTS.md").read_text().splitlines()
     assert not [row for row in rows if row not in results]
+
+
+def test_every_file_type_and_format_is_documented():
+    """docs/data.md names each type of file, each ending of compression, each column and role that is known."""
+    document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    names = {name for known in FORMATS for name in known.columns.split(" with ")}
+    for name in {*names, *LOADERS, *COMPRESSED, *ROLES} - {"system"}:
+        assert f"`{name}`" in document, name
+    assert str(MAX_UNUSABLE) in document

@@ -6,9 +6,13 @@ import json
 
 import pytest
 from conftest import make_tokenizer, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_rows import answers, draw, write_jsonl
 
 from mergekit_slta.data.formats import ALPACA, BadRow, find_format, raw_messages, read_messages
+from mergekit_slta.data.rendering import renderer
+from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.errors import DataError
 
 ASK, REPLY = {"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}
@@ -70,9 +74,12 @@ FOUND = {
 }  # fmt: skip
 
 
+TOKENIZER = make_tokenizer()
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return TOKENIZER
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -121,7 +128,7 @@ def test_chats_of_a_table(tmp_path, tokenizer):
 
 
 def test_tool_calls_reach_the_template_as_they_are(tmp_path):
-    """A message without content that calls a tool; the row's `tools`, as JSON or not."""
+    """A message without content that calls a tool; the row's `tools`; both as JSON or not."""
     template = (
         "{% if tools %}{{ tools[0].function.name }};{% endif %}{% for m in messages %}<|{{ m.role }}|>"
         "{{ m.content or m.tool_calls[0].function.name }}{% endfor %}"
@@ -129,7 +136,9 @@ def test_tool_calls_reach_the_template_as_they_are(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
     chat = [ASK, call, {"role": "tool", "content": "3"}, REPLY]
     tools = [{"type": "function", "function": {"name": "look"}}]
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat, "tools": t} for t in (tools, json.dumps(tools))])
+    written = [ASK, {**call, "tool_calls": json.dumps(call["tool_calls"])}, *chat[2:]]
+    rows = [{"messages": chat, "tools": tools}, {"messages": written, "tools": json.dumps(tools)}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     drawn = draw(make_tokenizer(template), path)
     assert {each.text for each in drawn.rows} == {"look;<|user|>fox<|assistant|>look<|tool|>3<|assistant|>dog"}
 
@@ -173,6 +182,7 @@ def test_a_template_that_prints_blocks_only(tmp_path):
         ([{"role": "user", "content": 3}], ["message 0", "int"]),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], ["message 0", "'image_url'"]),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], ["message 0", "'text'"]),
+        ([ASK, {**REPLY, "tool_calls": ["look"]}], ["message 1", "`tool_calls`"]),
         ('[{"role": "user", "content"', ["not valid JSON"]),
         ({"role": ["user", "assistant"], "content": ["fox"]}, ["unequal length"]),
     ],
@@ -238,3 +248,29 @@ def test_raw_messages_are_left_alone():
     assert raw_messages("[1, 2]") is None
     with pytest.raises(BadRow):
         raw_messages('[{"role": "user",')
+
+
+KEYS = st.sampled_from(["role", "from", "content", "value", "tool_calls", "function", "name", "type", "text"])
+TEXTS = st.sampled_from(["user", "human", "gpt", "moon", "", " ", "x", "[", '[{"role": "user", "content": "a"}]'])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 1) | st.floats(0, 1) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+COLUMNS = st.sampled_from(
+    "messages conversations chosen prompt completion response instruction output history system tools text".split()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.dictionaries(COLUMNS, VALUES, min_size=1, max_size=4))
+def test_any_row_renders_or_is_refused(row):
+    """Whatever stands in a row, the outcome is a text or a DataError."""
+    template = ChatTemplate.of(TOKENIZER)
+    for text in (None, next(iter(row))):
+        try:
+            rendered = renderer(text, list(row), template, "data", sample=[row])(row, "row 0")
+        except DataError:
+            continue
+        assert isinstance(rendered.text, str)
+        assert 0 <= rendered.answer <= len(rendered.text)

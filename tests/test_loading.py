@@ -51,6 +51,7 @@ FILES = {
     "pandas.json": json.dumps({"a": {str(number): row["a"] for number, row in enumerate(ROWS)}}),
     "index.json": json.dumps({str(number): row for number, row in enumerate(ROWS)}),
     "bom.jsonl": "\ufeff" + lines(ROWS),
+    "joined.jsonl": "\ufeff" + lines(ROWS[:2]) + "\ufeff" + lines(ROWS[2:]),
     "bom.json": "\ufeff" + json.dumps(ROWS),
     "bom.csv": "\ufeff" + CSV,
     "rows.csv": CSV,
@@ -139,6 +140,7 @@ def test_a_replacement_character_of_the_file_is_kept(tmp_path):
     ("name", "content", "values"),
     [
         ("rows.txt", "fox\n".encode("utf-16"), ["UTF-16", "save the file as UTF-8"]),
+        ("rows.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", ["`git lfs pull`"]),
         ("rows.json", '[{"a": "x"},\n{"a": "é"}]'.encode("latin-1"), ["line 2", "save the file as UTF-8"]),
         ("rows.json", b'[{"a": 1},\n{"a": \n', ["line 3", "mend the file"]),
         ("rows.csv", b'a,b\n1,2\n"1,2\n', ["EOF inside string"]),

@@ -145,13 +145,15 @@ def _read_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     content = known.pop("content", None)
     value = known.pop("value", None)
     content = _as_text(content if content is not None else value, where)
-    calls = bool(known.get("tool_calls"))
+    calls = _parsed(known.pop("tool_calls", None) or [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow(f"{where} has `tool_calls` that are not a list of objects")
     if content is None and not calls:
         raise BadRow(f"{where} has no content")
     if content is not None and not content.strip() and role in ("user", "assistant") and not calls:
         raise BadRow(f"{where} is empty")
     spelled = {"content": content} if content is not None or "content" in message or "value" in message else {}
-    return {"role": role, **spelled, **known}
+    return {"role": role, **spelled, **({"tool_calls": calls} if calls else {}), **known}
 
 
 def _as_text(content: Any, where: str) -> str | None:
@@ -177,6 +179,11 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _parsed(value: Any) -> Any:
+    """A value, parsed if it is JSON or Python in a text; None if it is another text."""
+    return _parse_text(value) if isinstance(value, str) else value
+
+
 def _parse_text(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -192,8 +199,7 @@ def _chat(row: Row, messages: list[dict[str, Any]], answer: int | None = None, p
         messages = [{"role": "system", "content": system}, *messages]
         answer = None if answer is None else answer + 1
         plain = None if plain is None else Pair(f"{system}\n\n{plain.prompt}", plain.answer)
-    tools = row.get("tools")
-    tools = _parse_text(tools) if isinstance(tools, str) else tools
+    tools = _parsed(row.get("tools"))
     described = isinstance(tools, list) and bool(tools) and all(isinstance(tool, Mapping) for tool in tools)
     return Chat(messages, answer, plain, _without_nulls(tools) if described else None)
 

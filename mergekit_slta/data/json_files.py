@@ -15,6 +15,8 @@ import fsspec
 
 from mergekit_slta.errors import DataError, show
 
+BYTE_ORDER_MARK = "\ufeff"
+"""Stands inside a file where several were joined."""
 TRAIN = "train"
 """The split of a file's rows, as in `datasets`."""
 
@@ -84,7 +86,7 @@ def parse_row(line: str) -> Mapping[str, Any]:
         ValueError: the line is not JSON, or not such a value.
     """
     try:
-        value = json.loads(line)
+        value = json.loads(line.lstrip(BYTE_ORDER_MARK))
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:

@@ -28,6 +28,7 @@ LOADERS = {
 """File type -> kind of file."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may follow a file type."""
+_LFS_POINTER = b"version https://git-lfs"
 _DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
@@ -118,10 +119,17 @@ def read_files(name: str, kind: str, files: Mapping[str, Sequence[str]]) -> Tabl
         return Tables({key: datasets.Dataset.from_dict({"text": []}) for key in files}, False, False)
     for path in every:
         with open(path, "rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(
-                    f"cannot read dataset {show(path)}: it is UTF-16; save the file as UTF-8", code="unreadable-dataset"
-                )
+            start = file.read(len(_LFS_POINTER))
+        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(
+                f"cannot read dataset {show(path)}: it is UTF-16; save the file as UTF-8", code="unreadable-dataset"
+            )
+        if start == _LFS_POINTER:
+            raise DataError(
+                f"cannot read dataset {show(path)}: it only points to a file in Git LFS; mend the file with "
+                "`git lfs pull`",
+                code="unreadable-dataset",
+            )
     if kind == "json" and not all(is_json_lines(path) for path in every):
         documents = {key: document_rows(paths) for key, paths in filled.items()}
         if set(documents) == {TRAIN}:  # a document may name splits

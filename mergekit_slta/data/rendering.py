@@ -32,8 +32,8 @@ class Rendered(NamedTuple):
     @property
     def repeats_answer(self) -> bool:
         """Whether the prompt already ends with the answer; special tokens may follow it."""
-        answer = _MARKS_AT_END.sub("", self.text[self.answer :]).strip()
-        prompt = _MARKS_AT_END.sub("", self.text[: self.answer])
+        answer = _without_marks(self.text[self.answer :]).strip()
+        prompt = _without_marks(self.text[: self.answer])
         return not self.is_chat and bool(answer) and prompt.endswith(answer)
 
 
@@ -43,6 +43,8 @@ Parts = list[tuple[str, str | None]]
 """A template as (text, the column that follows it)."""
 _MARKS_AT_END = re.compile(r"(\s|<[^<>\s]{1,40}>|\[/?\w{1,20}\])+$")
 """White space and special tokens."""
+_LONGEST_END = 200
+"""Characters at the end of a text in which these are looked for."""
 
 
 def renderer(
@@ -111,9 +113,13 @@ def _with_completion(
     fields = [field for _, field in answer if field is not None]
     after = prompt[-1][0] if prompt and prompt[-1][1] is None else ""
     ends = [field for _, field in prompt if field is not None][-len(fields) :]
-    if fields and ends == fields and not any(character.isalnum() for character in _MARKS_AT_END.sub("", after)):
+    if fields and ends == fields and not any(character.isalnum() for character in _without_marks(after)):
         raise repeated_answer(dataset)
     return _found_renderer(lambda row: Pair(_fill(prompt, row), _fill(answer, row)), completion, None)
+
+
+def _without_marks(text: str) -> str:
+    return text[:-_LONGEST_END] + _MARKS_AT_END.sub("", text[-_LONGEST_END:])
 
 
 def repeated_answer(dataset: str) -> DataError:
@@ -225,8 +231,9 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendere
     except Exception as error:  # Jinja and the template's own raise_exception raise different errors
         raise BadRow(f"is refused by the chat template ({show(error)})") from error
     for call in (call for message in messages for call in message.get("tool_calls") or ()):
-        name = call.get("function", call).get("name")
-        if name is not None and name not in text:
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
             raise BadRow(f"calls the tool {show(name)!r}, which the chat template does not print")
     first = chat.answer
     if first is None and len(messages) > 1 and messages[-1]["role"] == "assistant":
