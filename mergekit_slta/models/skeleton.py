@@ -109,7 +109,7 @@ class Skeleton:
         names = {id(parameter): planned.get(key, key) for key, parameter in built.items()}
         self.head_weight = names[id(self.model.get_output_embeddings().weight)]
         self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
-        self.max_positions = _learned_positions(self.model, config)
+        self.max_positions = learned_positions(self.model, config)
         self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
         modules = [
             path
@@ -270,7 +270,7 @@ def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
     )
 
 
-def _learned_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
+def learned_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
     """Rows of the table of position embeddings that tokens can have; None if there is no such table.
 
     OPT's has `offset` rows more than positions.
