@@ -188,6 +188,34 @@ def tiny(make_models: Callable[..., Models]) -> Models:
     return make_models("llama", num_experts=3)
 
 
+FORMATS = {"own": "Question: {question}\nAnswer: ", "other": "{number} ??? "}
+"""Prompts of `trained`, before a row's answer."""
+
+
+@pytest.fixture(scope="session")
+def trained(make_models: Callable[..., Models], tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A base that has learnt rows in one format, and an expert that has learnt the same rows in another one since."""
+    models = make_models("llama")
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = make_tokenizer()
+    rows = [json.loads(line) for line in models.datasets[0].read_text().splitlines()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(models.base)
+    paths = []
+    for name in ("other", "own"):
+        texts = [FORMATS[name].format(**row) + row["answer"] for row in rows]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(12):
+            for text in texts:
+                ids = tokenizer(text, return_tensors="pt").input_ids
+                model(ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        paths.append(folder / name)
+        model.save_pretrained(paths[-1])
+        tokenizer.save_pretrained(paths[-1])
+    return Models(folder, paths[0], (paths[1],), models.datasets[:1])
+
+
 @pytest.fixture
 def options() -> MergeOptions:
     """Quiet options, as mergekit's commands make them."""

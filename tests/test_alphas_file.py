@@ -24,10 +24,13 @@ def document(**changes) -> str:
         ({"models": ["x", "x"]}, "damaged-file", "models are missing or listed twice"),
         ({"version": 2}, "other-file-version", "of version 2"),
         ({"version": "1"}, "other-file-version", "of version 1"),
+        ({"calibration": {"tasks": 3}}, "damaged-file", "the calibration's tasks"),
+        ({"calibration": {"tasks": [{"flags": []}]}}, "damaged-file", "the calibration's tasks"),
+        ({"calibration": {"tasks": [{"model": "x", "flags": 1}]}}, "damaged-file", "the calibration's tasks"),
     ],
 )
 def test_alphas_files_say_what_is_wrong(tmp_path, changes, code, reason):
-    """Models that are missing or twice, and versions that are not known here."""
+    """Models that are missing or twice, tasks that are none, and versions that are not known here."""
     path = tmp_path / "slta_alphas.json"
     path.write_text(document())
     Alphas.load(path)

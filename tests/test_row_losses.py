@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
-from conftest import Models, make_tokenizer, mergekit_yaml, slta
+from conftest import FORMATS, Models, mergekit_yaml, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
@@ -143,35 +142,6 @@ def test_a_task_without_answers_is_not_measured(tiny):
     tasks = solve_job(job, gather_statistics(job)).calibration["tasks"]
     assert (tasks[0]["loss_base"], tasks[0]["loss_expert"], tasks[0]["flags"]) == (None, None, [])
     assert tasks[1]["loss_expert"] > 0
-
-
-FORMATS = {"own": "Question: {question}\nAnswer: ", "other": "{number} {tags_} ??? "}
-
-
-@pytest.fixture(scope="module")
-def trained(make_models, tmp_path_factory) -> Models:
-    """A base that has learnt rows in one format, and an expert that has learnt the same rows in another one since."""
-    models = make_models("llama")
-    folder = tmp_path_factory.mktemp("trained")
-    tokenizer = make_tokenizer()
-    rows = [json.loads(line) for line in models.datasets[0].read_text().splitlines()]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({**row, "tags_": " ".join(row["tags"])}) + "\n" for row in rows))
-    model = AutoModelForCausalLM.from_pretrained(models.base)
-    paths = []
-    for name in ("other", "own"):
-        texts = [FORMATS[name].format(**row, tags_=" ".join(row["tags"])) + row["answer"] for row in rows]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        for _ in range(12):
-            for text in texts:
-                ids = tokenizer(text, return_tensors="pt").input_ids
-                model(ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        paths.append(folder / name)
-        model.save_pretrained(paths[-1])
-        tokenizer.save_pretrained(paths[-1])
-    return Models(folder, paths[0], (paths[1],), (data,))
 
 
 @pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 1}, {"objective": "joint", "steps": 0}])

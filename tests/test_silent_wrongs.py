@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import slta
+from conftest import FORMATS, slta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_slta.calibration.assemble import assemble
@@ -27,8 +27,9 @@ def warnings_of(caplog, recipe: dict) -> str:
     return caplog.text
 
 
-def test_a_sound_recipe_is_not_warned_of(tiny, caplog):
-    assert not warnings_of(caplog, tiny.recipe())
+def test_a_sound_recipe_is_not_warned_of(trained, caplog):
+    recipe = trained.recipe(text=FORMATS["own"] + "{answer}")
+    assert not warnings_of(caplog, recipe)
 
 
 def test_an_expert_that_is_the_base_under_another_name(tiny, caplog, tmp_path):

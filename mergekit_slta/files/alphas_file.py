@@ -114,6 +114,11 @@ class Alphas(BaseModel):
     def _check(self) -> Alphas:
         if len(set(self.models)) != len(self.models) or not self.models:
             raise ValueError("models are missing or listed twice")
+        tasks = self.calibration.get("tasks", [])
+        if not isinstance(tasks, list) or not all(
+            isinstance(task, dict) and "model" in task and isinstance(task.get("flags", []), list) for task in tasks
+        ):
+            raise ValueError("the calibration's tasks are not what was written")
         whole: set[str] = set()
         parts: dict[str, list[Part]] = {}
         for submodule in self.submodules:

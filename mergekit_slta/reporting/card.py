@@ -125,7 +125,9 @@ def _calibration(alphas: Alphas) -> str:
     ]
     parts = [_table(rows, names=2) if tasks else "The weights were given, without calibration data."]
     parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
-    parts += ["The losses are in nats per token of the answers of the first rows."] if measured else []
+    parts += (
+        ["Losses are in nats per token of the answers, means over the rows that were measured."] if measured else []
+    )
     parts += [f"{', '.join(settings)}."] if settings else []
     return "\n\n".join(parts)
 
