@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def evaluate(
         seed, count = calibration
         drawn = {task: task_rows(workdir, task, "train") for task in tasks}
         drawn = {
-            task: [rows[number] for number in sample_numbers(len(rows), count, seed)] for task, rows in drawn.items()
+            task: [rows[number] for number in islice(sample_numbers(len(rows), seed), count)] for task, rows in drawn.items()
         }
         found["calibration"] = score(model, tokenizer, drawn, precision)
     if answers:
@@ -90,7 +91,7 @@ def merge_closed_form(out: Path, closed_form: str, tasks: Sequence[str], seed: i
     rows = []
     for task in tasks:
         all_rows = task_rows(Path(), task, "train")
-        drawn = [all_rows[number] for number in sample_numbers(len(all_rows), num_samples, seed)]
+        drawn = [all_rows[number] for number in islice(sample_numbers(len(all_rows), seed), num_samples)]
         texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in drawn]
         rows.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
     shutil.rmtree(out, ignore_errors=True)
