@@ -54,7 +54,8 @@ def evaluate(
         seed, count = calibration
         drawn = {task: task_rows(workdir, task, "train") for task in tasks}
         drawn = {
-            task: [rows[number] for number in islice(sample_numbers(len(rows), seed), count)] for task, rows in drawn.items()
+            task: [rows[number] for number in islice(sample_numbers(len(rows), seed), count)]
+            for task, rows in drawn.items()
         }
         found["calibration"] = score(model, tokenizer, drawn, precision)
     if answers:
