@@ -9,6 +9,7 @@ WORDING: dict[str, str] = {
     "adapter-without-base": r".+ is an adapter without its base: write `.+\+.+`",
     "alphas-of-another-merge": r"the alphas file .+ is for another merge \(other .+\): calibrate again, or correct",
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
+    "cannot-merge-adapter": r"mergekit cannot merge the adapter .+ into a copy \(.*\): merge it with peft first",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text` .+"
@@ -24,7 +25,8 @@ WORDING: dict[str, str] = {
     "differing-buffers": r"the buffer .+ differs between the models, .+: leave out the model whose buffer differs",
     "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
     r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
-    "differing-vocabularies": r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`",
+    "differing-vocabularies": r"(the adapter .+ is for \d+ tokens.*, and its base has \d+: merge it with peft first|"
+    r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`)",
     "disk-full": r"(needs .+ GiB and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
     "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
@@ -99,6 +101,7 @@ WORDING: dict[str, str] = {
     "several-files": r"the folder .+ holds several \w+ files: name one of .+",
     "split-token": r"the chat template for .+ writes .+, which the merged model's tokenizer splits into \d+ tokens: "
     r"(add `tokenizer:|set `chat_template|choose another)",
+    "stale-copy": r"the merged copy .+ of .+ (is not whole|is older than .+): remove it, and it is made again",
     "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
     r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
     "too-few-rows": r"(has no rows: choose another `dataset` or `split`"

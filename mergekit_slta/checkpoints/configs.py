@@ -14,7 +14,8 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
+from mergekit_slta.checkpoints.adapter_base import check_base
+from mergekit_slta.checkpoints.lora_adapter import merge_reason, read_adapter
 from mergekit_slta.checkpoints.vocabulary import vocabulary_advice
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
@@ -105,13 +106,7 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, dict[Mo
 
 def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -> PretrainedConfig:
     name = show(recipe.names[model])
-    reason = "it is the base" if model.lora and model == recipe.base else needs_merged_copy(model)
-    if reason and not options.lora_merge_cache:
-        raise ModelError(
-            f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
-            "add --lora-merge-cache DIR",
-            code="adapter-needs-copy",
-        )
+    adapter = read_adapter(model.lora) if model.lora else None
     path = model.model.path
     refuse_embedded_adapter(model, recipe.names[model])
     try:
@@ -127,6 +122,15 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
         raise ModelError(
             f"cannot read the config of {name}: {show(error)}; check the path or Hub id", code="unreadable-config"
         ) from error
+    if adapter is not None:
+        check_base(adapter, path, config, recipe.names[model])
+        reason = "it is the base" if model == recipe.base else merge_reason(adapter)
+        if reason and not options.lora_merge_cache:
+            raise ModelError(
+                f"the adapter {name} can only be merged into a full copy on disk ({show(reason)}): "
+                "add --lora-merge-cache DIR",
+                code="adapter-needs-copy",
+            )
     return config
 
 

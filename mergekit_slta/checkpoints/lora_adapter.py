@@ -20,14 +20,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from mergekit.common import ModelPath
 
 from mergekit_slta.checkpoints.headers import read_headers
+from mergekit_slta.checkpoints.weight_files import ADAPTER_CONFIG_NAME as CONFIG_NAME
+from mergekit_slta.checkpoints.weight_files import ADAPTER_WEIGHTS_NAMES as WEIGHTS_NAMES
+from mergekit_slta.checkpoints.weight_files import refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 from mergekit_slta.libraries.peft import is_target, pattern_key
 from mergekit_slta.libraries.transformers import is_built_in
 from mergekit_slta.models.architectures import BASE_MODEL_NAMES, OUTPUT_PROJECTION, architecture
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNDERSTOOD = frozenset(
@@ -108,6 +108,8 @@ def read_adapter(lora: ModelPath) -> Adapter:
     name = str(lora)
     config_file = _file(lora, (CONFIG_NAME,))
     weights_file = _file(lora, WEIGHTS_NAMES)
+    for path in (config_file, weights_file):
+        refuse_pointer(path, name)
     try:
         with open(config_file, encoding="utf-8") as file:
             config = json.load(file)

@@ -177,6 +177,8 @@ def _check_shapes(
                 continue
             found, expected = list(other.shape), list(stored.shape)
             hint = "all models of a merge need the same shapes"
+            if 0 in found:
+                hint += "; an empty tensor is what DeepSpeed ZeRO-3 saves without gathering the weights"
             code = "differing-sizes"
             if planned.weight.vocabulary_axis is not None:
                 hint = advice()

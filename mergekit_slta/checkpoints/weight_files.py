@@ -16,7 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_slta.errors import ModelError, SltaError, listing, show
-from mergekit_slta.libraries.mergekit import LazyTensorLoader, merged_copy, open_file, open_shards
+from mergekit_slta.libraries.mergekit import LazyTensorLoader, copy_place, make_merged_copy, open_file, open_shards
 
 LOG = logging.getLogger(__name__)
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -42,7 +42,10 @@ def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> 
     """
     try:
         plain = ModelReference(model=model.model)
-        folder = merged_copy(model, options) if model.lora else plain.local_path(cache_dir=options.transformers_cache)
+        if model.lora:
+            folder = _existing_copy(model, options, name) or _merge(model, options, name)
+        else:
+            folder = plain.local_path(cache_dir=options.transformers_cache)
         return _open_folder(folder, options.lazy_unpickle, name)
     except SltaError:
         raise
@@ -51,6 +54,51 @@ def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> 
             f"cannot open the checkpoint of {show(name)} ({show(error)}): a file is missing or corrupt, fetch it again",
             code="unreadable-checkpoint",
         ) from error
+
+
+def _merge(model: ModelReference, options: MergeOptions, name: str) -> str:
+    """Merge an adapter into a full copy; returns its folder.
+
+    Raises:
+        ModelError: the copy cannot be made.
+    """
+    try:
+        make_merged_copy(model, options)
+    except Exception as error:  # peft, transformers and the file system raise different errors
+        raise ModelError(
+            f"mergekit cannot merge the adapter {show(name)} into a copy ({show(error)}): merge it with peft first "
+            "(`merge_and_unload`, `save_pretrained`), and name that folder",
+            code="cannot-merge-adapter",
+        ) from error
+    return copy_place(model, options)
+
+
+def _existing_copy(model: ModelReference, options: MergeOptions, name: str) -> str | None:
+    """The folder of a full copy that an adapter was merged into earlier; None if there is none.
+
+    Raises:
+        ModelError: the copy is not whole, or is older than the adapter or its base; mergekit would take it anyway.
+    """
+    if model.lora is None or not options.lora_merge_cache:
+        return None
+    place = copy_place(model, options)
+    if not os.path.exists(place):
+        return None
+    config = os.path.join(place, _CONFIG_NAME)
+    names = [whole + end for whole in _WHOLE_NAMES for end in ("", _INDEX)]
+    is_whole = os.path.isfile(config) and any(os.path.isfile(os.path.join(place, each)) for each in names)
+    reason = None if is_whole else "is not whole"
+    for source in (model.model.path, model.lora.path) if is_whole else ():
+        for entry in os.scandir(source) if os.path.isdir(source) else ():
+            is_read = entry.name in (_CONFIG_NAME, ADAPTER_CONFIG_NAME) or entry.name.endswith((".safetensors", ".bin"))
+            if is_read and entry.stat().st_mtime > os.path.getmtime(config):
+                reason = f"is older than {entry.path}"
+    if reason:
+        raise ModelError(
+            f"the merged copy {show(place)} of {show(name)} {show(reason)}: remove it, and it is made again",
+            code="stale-copy",
+        )
+    return place
 
 
 def _open_folder(folder: str, lazy_unpickle: bool, name: str) -> LazyTensorLoader:

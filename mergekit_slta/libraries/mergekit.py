@@ -47,9 +47,9 @@ USED = {
     "(model_type, source_keys, target_key)": "`can_convert`",
     "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
-    "mergekit.common.ModelPath._unique_id": "names of merged copies (`merged_copy`)",
+    "mergekit.common.ModelPath._unique_id": "names of merged copies (`copy_place`)",
     "mergekit.common.ModelReference.local_path(cache_dir, ignore_lora)": "folder of a model (checkpoints/)",
-    "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "`merged_copy`",
+    "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "`make_merged_copy`",
     "mergekit.common.dtype_from_name(name)": "`dtype_named`",
     "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
     "mergekit.config.InputModelDefinition": "keys of an entry of `models` (recipe/)",
@@ -124,28 +124,33 @@ def open_shards(folder: str, tensor_files: dict[str, str], *, lazy_unpickle: boo
     return LazyTensorLoader(ShardedTensorIndex(folder, is_safetensors, tensor_files, shards), lazy_unpickle)
 
 
-def merged_copy(model: ModelReference, options: MergeOptions) -> str:
-    """Let mergekit merge an adapter into a full copy on disk, unless the cache has it; returns the copy's folder.
+def copy_place(model: ModelReference, options: MergeOptions) -> str:
+    """The folder in which mergekit keeps the full copy that an adapter was merged into; it need not exist.
+
+    Relies on the name that `ModelReference.merged` gives it.
+    """
+    lora: Any = model.lora
+    return os.path.join(str(options.lora_merge_cache), f"{model.model._unique_id()}_{lora._unique_id()}")
+
+
+def make_merged_copy(model: ModelReference, options: MergeOptions) -> None:
+    """Let mergekit merge an adapter into a full copy at `copy_place`; if that fails, nothing is left of it.
 
     The copy is made beside its place and moved there when it is whole, because mergekit takes whatever folder it finds
-    there for a copy. Relies on `ModelReference.merged`, and on the name that it gives the folder.
+    there for a copy.
     """
     cache = str(options.lora_merge_cache)
-    lora: Any = model.lora
-    place = os.path.join(cache, f"{model.model._unique_id()}_{lora._unique_id()}")
-    if not os.path.exists(place):
-        made_cache = not os.path.isdir(cache)
-        os.makedirs(cache, exist_ok=True)
-        try:
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".merging-") as folder:
-                copy = model.merged(folder, options.trust_remote_code, options.lora_merge_dtype)
-                os.rename(copy.model.path, place)
-        except BaseException:
-            if made_cache:
-                with contextlib.suppress(OSError):
-                    os.rmdir(cache)
-            raise
-    return place
+    made_cache = not os.path.isdir(cache)
+    os.makedirs(cache, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".merging-") as folder:
+            copy = model.merged(folder, options.trust_remote_code, options.lora_merge_dtype)
+            os.rename(copy.model.path, copy_place(model, options))
+    except BaseException:
+        if made_cache:
+            with contextlib.suppress(OSError):
+                os.rmdir(cache)
+        raise
 
 
 def forget_loaders(models: Iterable[ModelReference]) -> None:
