@@ -187,6 +187,7 @@ def test_a_template_with_tokens_that_are_split_is_refused(chats, options, write_
         ([with_tokens(CHATML)], ({"chat_template": "output"}, {}), {}),
         ([make_tokenizer(CHATML)] * 2, ({}, {}), {"chat_template": "auto"}),
         ([make_tokenizer(CHATML)], ({}, {"chat_template": CHATML}), {}),
+        ([make_tokenizer(CHATML + "{# another #}")] * 2, ({}, {}), {"chat_template": "chatml"}),
         ([None, with_tokens(CHAT_TEMPLATE, ["<|user|>"])], ({}, {"chat_template": PLAIN}), {}),
     ],
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import transformers
-from conftest import make_tokenizer
+from conftest import make_tokenizer, mergekit_yaml
 
+from mergekit_slta import Alphas
 from mergekit_slta.data.tokens import encode
 
 TEXT = "the quick brown fox jumps over a lazy dog while 12 + 30 = 42 and so on"
@@ -71,6 +73,28 @@ def test_saved_state_does_not_act(tmp_path, tokenizer, saved, length, caplog, ca
     assert expected.ids == tuple(whole[:length])
     assert whole[-1] == 1  # </s> is one token
     assert "longer than" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("parameters", [{}, {"objective": "joint", "steps": 0, "granularity": "attn_mlp"}], ids=repr)
+def test_alphas_do_not_depend_on_saved_state(tiny, write_recipe, tmp_path, parameters):
+    """Through the stock command: rows longer than `max_seq_length`, cut at their end, whose answers lie early."""
+    recipe = tiny.recipe_with_answers(max_seq_length=12, **parameters)
+    assert mergekit_yaml(write_recipe(recipe), tmp_path / "plain").exit_code == 0
+    shutil.copytree(tiny.base, tmp_path / "base")
+    saved = {
+        "tokenizer_config.json": {"truncation_side": "left", "padding_side": "left"},
+        "tokenizer.json": {"truncation": {**TRUNCATION, "max_length": 8}, "padding": PADDING},
+    }
+    for name, changes in saved.items():
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    recipe["base_model"] = str(tmp_path / "base")
+    assert mergekit_yaml(write_recipe(recipe), tmp_path / "other").exit_code == 0
+    plain, other = (Alphas.load(tmp_path / name / "slta_alphas.json") for name in ("plain", "other"))
+    assert [entry.alpha for entry in plain.submodules] == [entry.alpha for entry in other.submodules]
+    assert [task["sha256"] for task in plain.calibration["tasks"]] == [
+        task["sha256"] for task in other.calibration["tasks"]
+    ]
 
 
 def test_the_end_of_a_text_is_what_a_cut_drops(tokenizer):

@@ -160,7 +160,8 @@ class Templates:
         """Refuse a template with a token that the output's tokenizer splits: no model has seen the parts in its place.
 
         Such tokens are those that the models whose template it is have added to their vocabularies. (Zephyr's writes
-        `<|user|>`, which its own tokenizer splits.) A template of no model is meant for tokens of the form `<|...|>`.
+        `<|user|>`, which its own tokenizer splits.) A template of no model is meant for tokens of the form `<|...|>`,
+        unless the expert was trained with the parts.
 
         Raises:
             DataError: see above.
@@ -169,7 +170,7 @@ class Templates:
         owners = [model for model in self.recipe.models if (self.own(model).template or "").strip() == text]
         if task.model in owners:
             owners = [task.model]  # it may split what others do not
-        tokens = [] if owners else control_tokens(written)
+        tokens = [] if owners else [token for token in control_tokens(written) if not self._splits(task.model, token)]
         for model in dict.fromkeys([task.model, *(owners or self.recipe.models)]):
             tokens += added_tokens(written, self.own(model).tokenizer)
         for token in tokens:
@@ -186,6 +187,10 @@ class Templates:
                 f"{' or '.join(remedies) or 'choose another `chat_template`'}",
                 code="split-token",
             )
+
+    def _splits(self, model: ModelReference, token: str) -> bool:
+        """Whether a model's own template writes a token that its own tokenizer splits."""
+        return token in (self.own(model).template or "") and not self._has(model, token)
 
     def _has(self, model: ModelReference, token: str) -> bool:
         tokenizer = self.own(model).tokenizer
