@@ -8,8 +8,10 @@ from conftest import check_message, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
 
 from mergekit_slta.errors import RecipeError, SltaError
+from mergekit_slta.recipe.objectives import all_shared_keys
 from mergekit_slta.recipe.read import load_config, read_recipe
 from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
@@ -97,7 +99,11 @@ REFUSALS = [
     ({"models": None, "modules": {"default": {"models": [{"model": "a"}]}}}, {}, "unsupported-layout", ["`modules:`"]),
     ({}, {"granularty": "layer"}, "unknown-key", ["`granularty`", "did you mean `granularity`"]),
     ({}, {"densty": 1}, "unknown-key", ["`densty`"]),
-    ({}, {"weight": 1}, "unknown-key", ["`weight`", "`importance`"]),
+    ({}, {"weight": 1}, "unknown-key", ["`weight`", "belongs to", "remove it", "`importance`"]),
+    ({}, {"alpha": "a.json"}, "unknown-key", ["did you mean `alphas`"]),
+    ({}, {"lambda_": 0.5}, "unknown-key", ["did you mean `lambda`"]),
+    ({}, {"dtype": "bfloat16"}, "misplaced-key", ["`dtype` stands under", "beside `merge_method`"]),
+    ({"models": [{"model": "a", "parameters": {"tokenizer": "base"}}]}, {}, "misplaced-key", ["under a", "beside"]),
     ({"models": [{"model": "a", "parameters": {"weight": 0.5}}]}, {}, "unknown-key", ["`weight`", "`importance`"]),
     ({"models": [{"model": "a", "parameters": {"datset": "x"}}]}, {}, "unknown-key", ["did you mean `dataset`"]),
     ({"models": [{"model": "a", "parameters": {"granularity": "layer"}}]}, {}, "misplaced-key",
@@ -141,6 +147,29 @@ def test_refused(changes, parameters, code, values):
     with refused(RecipeError, code, *values) as caught:
         read(changes, **parameters)
     assert caught.value.exit_code == 2
+
+
+OTHERS = sorted(
+    {parameter.name for method in registered_methods() for parameter in method.spec.parameters}
+    - {*all_shared_keys(), *TASK_KEYS, "alpha"}
+)
+"""Keys of mergekit's own methods (`alpha` is nearly one of ours)."""
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_keys_of_other_methods_are_told_from_typos(key, tmp_path):
+    """`density`, `int8_mask`, `t`, ...: wherever they stand, the message names their methods and says: remove it."""
+    (name, *_) = [
+        method.spec.name for method in registered_methods() if key in {known.name for known in method.spec.parameters}
+    ]
+    for changes, parameters in (({}, {key: 1}), ({"models": [{"model": "a", "parameters": {key: 1}}]}, {})):
+        with refused(RecipeError, "unknown-key", f"`{key}`", name, "remove it"):
+            read(changes, **parameters)
+    path = tmp_path / "recipe.yml"
+    for content in ({**BASE, key: 1}, {**BASE, "models": [{"model": "a", key: 1}]}):
+        path.write_text(yaml.safe_dump(content))
+        with refused(RecipeError, "unknown-key", f"`{key}`", name, "remove it"):
+            load_config(path)
 
 
 @pytest.mark.parametrize(

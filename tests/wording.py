@@ -111,7 +111,7 @@ WORDING: dict[str, str] = {
     "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",
     "unknown-file-type": r"dataset .+ has (file type .+; use one of .+, a folder, or a Hub id"
     r"|files of several types, .+: name those of one)",
-    "unknown-key": r"unknown key `.*` .+: (did you mean|known keys|.+ `importance` sets a task's share)",
+    "unknown-key": r"unknown key `.*` .+: (did you mean|known keys|it belongs to .+: remove it)",
     "unknown-layers": r"no decoder layers \(.*\) found in .+; please report the model",
     "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
     r"|the alphas file .+ knows no model .+; it is for .+: calibrate again)",

@@ -69,6 +69,7 @@ USED = {
     "mergekit.io.tasks.LoaderCache.setup(options)": "its options, for mergekit's own tasks (`place_loader`)",
     "mergekit.io.tasks.SaveTensor.tensor_task": "from the plan to the merge task (`plan_tensors`)",
     "mergekit.merge.run_merge(merge_config, out_path, options, config_source)": "replaced by host/wrap.py",
+    "mergekit.merge_methods.base.MergeMethodSpec.parameters": "other methods' keys (`methods_with`)",
     "mergekit.merge_methods.base.ParameterSpec(name, value_type, scope, default)": "the method's keys (host/method.py)",
     "mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask.gather_tensors": "a planned tensor's task",
     "mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask.output_weight": "a planned tensor's description",
@@ -315,6 +316,14 @@ def tokenizer_keys() -> dict[str, tuple[str, ...]]:
         "zero": types.ZeroEmbedding,
     }
     return {name: tuple(kind.model_fields) for name, kind in kinds.items()}
+
+
+def methods_with(parameter: str, besides: str) -> list[str]:
+    """Names of the registered merge methods that have a parameter, without the method `besides`."""
+    from mergekit.merge_methods import registered_methods
+
+    specs = [method.spec for method in registered_methods() if method.spec.name != besides]
+    return [spec.name for spec in specs if parameter in {known.name for known in spec.parameters}]
 
 
 def chat_template_names() -> list[str]:

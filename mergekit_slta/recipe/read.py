@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
 from mergekit_slta.errors import RecipeError, listing, show
-from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition
+from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition, methods_with
 from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
 from mergekit_slta.recipe.recipe import Recipe, Task, map_models
 from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number
@@ -110,6 +110,12 @@ def _check_places(content: Mapping[Any, Any], entries: Sequence[Mapping[Any, Any
                 _refuse_unknown(str(key), (*_MODEL_KEYS, *TASK_KEYS), where)
 
 
+def _refuse_top_key(key: str, where: str) -> None:
+    """Refuse a key under `parameters:` that mergekit reads beside `merge_method` alone, such as `dtype`."""
+    if key in _TOP_KEYS and key not in (*all_shared_keys(), *TASK_KEYS):
+        _refuse_place(key, where, "beside `merge_method`")
+
+
 def _refuse_place(key: str, where: str, place: str) -> None:
     raise RecipeError(f"`{show(key)}` stands {where}, where it is ignored: move it {place}", code="misplaced-key")
 
@@ -188,6 +194,7 @@ def _label(name: str) -> str:
 
 def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Task:
     for key in own:
+        _refuse_top_key(key, f"under {show(name)}")
         if key in all_shared_keys():
             raise RecipeError(
                 f"`{key}` of {show(name)} is shared by all models: move it to the top-level `parameters:`",
@@ -202,6 +209,7 @@ def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapp
 
 def _settings(shared: Mapping[str, Any]) -> Settings:
     for key in shared:
+        _refuse_top_key(key, "under the top-level `parameters:`")
         if key not in (*all_shared_keys(), *TASK_KEYS):
             _refuse_unknown(key, (*all_shared_keys(), *TASK_KEYS), "under the top-level `parameters:`")
     for leaf in _leaves(shared.get("lambda", 1.0)):
@@ -241,13 +249,14 @@ def _settings(shared: Mapping[str, Any]) -> Settings:
 
 
 def _refuse_unknown(key: str, known: Sequence[str], where: str) -> None:
-    if key == "weight":
-        raise RecipeError(
-            f"unknown key `weight` {where}: the weights are what {METHOD} computes; `importance` sets a task's share",
-            code="unknown-key",
-        )
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {listing(known, 20)}"
+    """Refuse a key: one of another merge method's by that method's name, any other with the nearest known key."""
+    methods = methods_with(key, besides=METHOD)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8 if methods else 0.5)
+    if methods and not near:
+        share = "; `importance` sets a task's share" if key == "weight" else ""
+        hint = f"it belongs to {listing(methods, 3)}; {METHOD} computes the weights itself: remove it{share}"
+    else:
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {listing(known, 20)}"
     raise RecipeError(f"unknown key `{show(key)}` {where}: {hint}", code="unknown-key")
 
 
