@@ -24,6 +24,8 @@ def document(**changes) -> str:
         ({"models": ["x", "x"]}, "damaged-file", "models are missing or listed twice"),
         ({"version": 2}, "other-file-version", "of version 2"),
         ({"version": "1"}, "other-file-version", "of version 1"),
+        ({"calibration": {"far_from_base": ["x"]}}, "damaged-file", "the calibration's far_from_base"),
+        ({"calibration": {"far_from_base": {"x": "1"}}}, "damaged-file", "the calibration's far_from_base"),
         ({"calibration": {"tasks": 3}}, "damaged-file", "the calibration's tasks"),
         ({"calibration": {"tasks": [{"flags": []}]}}, "damaged-file", "the calibration's tasks"),
         ({"calibration": {"tasks": [{"model": "x", "flags": 1}]}}, "damaged-file", "the calibration's tasks"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_slta.calibration.assemble import assemble
 from mergekit_slta.calibration.calibrate import calibrate
+from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.layout import Layout, LayoutSubmodule, SolveSettings
 from mergekit_slta.files.statistics_file import Statistics
@@ -63,8 +64,33 @@ def test_an_expert_of_another_base(tiny, caplog, tmp_path):
     recipe["models"][1]["model"] = str(tmp_path / "other")
     text = warnings_of(caplog, recipe)
     assert f"{tmp_path / 'other'} differs from the base by 1" in text  # a hundred and some percent
-    assert "of the weights in model.layers." in text
+    assert "of the weights in the middle layer" in text
     assert text.count("differs from the base") == 1
+
+
+def test_an_expert_of_another_base_is_named_as_long_as_its_weights_are_used(tiny, caplog, tmp_path, write_recipe):
+    """In the alphas file and the card, when the alphas are reused or solved again, and not where it is left out."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.experts[1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(parameter[torch.randperm(len(parameter))])
+    model.save_pretrained(tmp_path / "other")
+    recipe, path = tiny.recipe(2, num_samples=2), tmp_path / "alphas.json"
+    recipe["models"][1]["model"] = str(tmp_path / "other")
+    said = f"{tmp_path / 'other'} differs from the base by 1"
+    for parameters in ({}, {}, {"ridge": 0.5}):  # calibrated, reused, solved again
+        recipe["parameters"] |= parameters
+        caplog.clear()
+        result = slta("calibrate", write_recipe(recipe), "-o", path, "--quiet")
+        assert result.exit_code == 0, result.output
+        assert caplog.text.count(said) == 1
+        alphas = Alphas.load(path)
+        assert list(alphas.calibration["far_from_base"]) == [str(tmp_path / "other")]
+        assert "was it fine-tuned from this very base?" in section(alphas, [])
+    statistics = Statistics.load(tmp_path / "alphas.stats.safetensors")
+    assert solve_again(statistics, rows=1).calibration["far_from_base"] == alphas.calibration["far_from_base"]
+    assert "far_from_base" not in solve_again(statistics, without=["other"]).calibration
 
 
 def test_rows_that_are_all_cut_to_the_same_prefix(tiny, caplog, tmp_path):

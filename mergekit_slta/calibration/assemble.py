@@ -44,6 +44,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
             "ridge": solve.ridge,
             **chosen,
             "importance": {name: solve.importance[name] for name in layout.models},
+            **({"far_from_base": layout.far_from_base} if layout.far_from_base else {}),
         },
         provenance={**layout.versions, "fingerprint": hash_identity(identity), "identity": identity},
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,10 +19,9 @@ from torch import Tensor
 
 from mergekit_slta.calibration.assemble import assemble, warn_of_losses
 from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
-from mergekit_slta.errors import show
-from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import hash_identity
-from mergekit_slta.files.layout import KEY
+from mergekit_slta.files.layout import KEY, Layout
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.identity import statistics_identity
 from mergekit_slta.job.job import Job
@@ -36,8 +36,8 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
 MAX_RELATIVE_DISTANCE = 0.7
-"""Warn above this ratio of Frobenius norms: the task vector of a layer over the base's layer. Two models trained from
-scratch have about 1.4; full fine-tuning rarely exceeds 0.1."""
+"""An expert is suspicious above this ratio of Frobenius norms: the task vector of a layer over the base's layer. Two
+models trained from scratch have about 1.4; full fine-tuning rarely exceeds 0.1."""
 
 
 def calibrate(
@@ -67,7 +67,7 @@ def calibrate(
 
 def solve_job(job: Job, statistics: Statistics) -> Alphas:
     """Solve every submodule of a job from its statistics, in the recipe's order of models."""
-    return assemble(statistics, layout_of(job))
+    return assemble(statistics, _layout(job, statistics))
 
 
 def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks = ALONE) -> Statistics:
@@ -83,16 +83,25 @@ def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks 
         ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
     """
     job.check_rows()
-    if ranks.is_first:
-        warn_of_distance(job)
+    far = far_from_base(job) if ranks.is_first else {}
+    for line in describe_far({"far_from_base": far}):
+        LOG.warning("%s", line)
     statistics = objective(job.recipe.settings.objective).gather(job, resume, ranks)
-    statistics.metadata = statistics_metadata(job)
+    layout = layout_of(job).model_copy(update={"far_from_base": far})
+    statistics.metadata = {"fingerprint": statistics_fingerprint(job), KEY: layout.to_metadata()}
     return statistics
 
 
-def statistics_metadata(job: Job) -> dict[str, str]:
-    """Metadata of the statistics file: the fingerprint, and the layout, which lets it be solved without the models."""
-    return {"fingerprint": statistics_fingerprint(job), KEY: layout_of(job).to_metadata()}
+def with_settings_of(job: Job, statistics: Statistics) -> Statistics:
+    """Saved statistics of a job with the settings of its solve in place of those that they were gathered with."""
+    metadata = {"fingerprint": statistics_fingerprint(job), KEY: _layout(job, statistics).to_metadata()}
+    return replace(statistics, metadata=metadata)
+
+
+def _layout(job: Job, statistics: Statistics) -> Layout:
+    """The layout of a job, with what was found when its statistics were gathered."""
+    far = Layout.of(statistics).far_from_base if KEY in statistics.metadata else {}
+    return layout_of(job).model_copy(update={"far_from_base": far})
 
 
 def statistics_fingerprint(job: Job) -> str:
@@ -112,8 +121,12 @@ def statistics_match(job: Job, statistics: Statistics) -> bool:
     return statistics.metadata.get("fingerprint") == statistics_fingerprint(job)
 
 
-def warn_of_distance(job: Job) -> None:
-    """Warn of experts that were probably not fine-tuned from the base: their middle layer is far from the base's.
+def far_from_base(job: Job) -> dict[str, float]:
+    """Find experts that were probably not fine-tuned from the base: their middle layer is far from the base's.
+
+    Returns:
+        model -> ratio of Frobenius norms, its task vector of that layer over the base's layer, if it is above
+        `MAX_RELATIVE_DISTANCE`.
 
     Raises:
         ModelError: a tensor of that layer is missing, or holds NaN or Inf.
@@ -131,10 +144,6 @@ def warn_of_distance(job: Job) -> None:
     for name in job.plan.tensors:
         if name.startswith(prefix) and len(job.skeleton.shapes.get(name, ())) > 1:
             squares += squared_norms(name)
-    for model, square in zip(job.experts, squares[1:].tolist(), strict=True):
-        share = (square / max(float(squares[0]), 1e-30)) ** 0.5
-        if share > MAX_RELATIVE_DISTANCE:
-            LOG.warning(
-                "%s differs from the base by %.0f%% of the weights in %s: was it fine-tuned from this very base?",
-                show(job.recipe.names[model]), 100 * share, prefix[:-1],
-            )  # fmt: skip
+    shares = (squares[1:] / max(float(squares[0]), 1e-30)).sqrt().tolist()
+    found = {job.recipe.label(model): share for model, share in zip(job.experts, shares, strict=True)}
+    return {name: share for name, share in found.items() if share > MAX_RELATIVE_DISTANCE}

@@ -151,6 +151,7 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
             "solve": layout.solve.model_copy(
                 update={"importance": {k: v for k, v in layout.solve.importance.items() if k not in dropped}}
             ),
+            "far_from_base": {name: far for name, far in layout.far_from_base.items() if name not in dropped},
             "identity": {label: value for label, value in layout.identity.items() if label not in lost},
         }
     )

@@ -16,12 +16,12 @@ from mergekit_slta.calibration.calibrate import (
     solve_job,
     statistics_fingerprint,
     statistics_match,
-    statistics_metadata,
+    with_settings_of,
     work_fingerprint,
 )
 from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
-from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import describe, differences
 from mergekit_slta.files.inside import statistics_of
 from mergekit_slta.files.json_file import OTHER_VERSION
@@ -126,8 +126,7 @@ def _reuse_or_calibrate(
         statistics = statistics_beside(job, path)
         if statistics is not None:
             job.say(f"Solving again from the statistics in {show(statistics_of(path))}")
-            statistics.metadata = statistics_metadata(job)  # with the settings of this solve
-            return solve_job(job, statistics), statistics
+            return _warned(solve_job(job, statistics)), with_settings_of(job, statistics)
     statistics = gather()
     return solve_job(job, statistics), statistics
 
@@ -137,8 +136,15 @@ def _reuse(job: Job, places: Sequence[Path], *, must_match: bool) -> tuple[Alpha
         alphas = load_matching(job, path, must_match=must_match)
         if alphas is not None:
             job.say(f"Reusing the alphas in {show(path)}")
-            return alphas, None if place == 0 else statistics_beside(job, path)
+            return _warned(alphas), None if place == 0 else statistics_beside(job, path)
     return None
+
+
+def _warned(alphas: Alphas) -> Alphas:
+    """Repeat the warning of the calibration that the alphas are from."""
+    for line in describe_far(alphas.calibration):
+        LOG.warning("%s", line)
+    return alphas
 
 
 def _versions(paths: Sequence[Path]) -> list[tuple[int, int] | None]:

@@ -119,6 +119,9 @@ class Alphas(BaseModel):
             isinstance(task, dict) and "model" in task and isinstance(task.get("flags", []), list) for task in tasks
         ):
             raise ValueError("the calibration's tasks are not what was written")
+        far = self.calibration.get("far_from_base", {})
+        if not isinstance(far, dict) or not all(isinstance(share, float) for share in far.values()):
+            raise ValueError("the calibration's far_from_base is not what was written")
         whole: set[str] = set()
         parts: dict[str, list[Part]] = {}
         for submodule in self.submodules:
@@ -217,6 +220,21 @@ def describe_no_better(calibration: Mapping[str, Any], name: Callable[[str], str
 def describe_loss(loss: object) -> str:
     """Format a loss from an alphas file; "-" if it was not measured."""
     return f"{loss:.3g}" if isinstance(loss, float) else "-"
+
+
+def describe_far(calibration: Mapping[str, Any], name: Callable[[object], str] = show) -> list[str]:
+    """A line for each expert that was probably not fine-tuned from the base, for a warning or a card.
+
+    Args:
+        calibration: an alphas file's settings. Their `far_from_base` is model -> Frobenius norm of its task vector in
+            the middle layer over that of the base's layer.
+        name: formats a model's name.
+    """
+    return [
+        f"{name(model)} differs from the base by {100 * share:.0f}% of the weights in the middle layer: was it "
+        "fine-tuned from this very base?"
+        for model, share in calibration.get("far_from_base", {}).items()
+    ]
 
 
 def describe_ridge(calibration: Mapping[str, Any]) -> str:

@@ -84,6 +84,8 @@ class Layout(BaseModel):
         solve: the settings of the solve.
         solve_dependence: the recipe key that makes the statistics depend on earlier solves, or None; see
             `recipe.settings`.
+        far_from_base: model -> distance from the base, for those that are suspiciously far (see
+            `alphas_file.describe_far`).
         identity: label -> value, the inputs that the alphas depend on (see `files.identity`).
         versions: versions of this package and of the libraries.
     """
@@ -101,6 +103,7 @@ class Layout(BaseModel):
     tasks: tuple[LayoutTask, ...]
     solve: SolveSettings
     solve_dependence: str | None
+    far_from_base: dict[str, float] = {}
     identity: dict[str, str]
     versions: dict[str, str]
 

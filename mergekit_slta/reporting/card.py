@@ -12,6 +12,7 @@ from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import (
     Alphas,
     SubmoduleAlphas,
+    describe_far,
     describe_loss,
     describe_no_better,
     describe_ridge,
@@ -125,6 +126,7 @@ def _calibration(alphas: Alphas) -> str:
     ]
     parts = [_table(rows, names=2) if tasks else "The weights were given, without calibration data."]
     parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
+    parts += [f"**Warning.** {line}" for line in describe_far(used, code)]
     parts += (
         ["Losses are in nats per token of the answers, means over the rows that were measured."] if measured else []
     )
