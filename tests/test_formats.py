@@ -151,6 +151,13 @@ def test_tool_calls_that_the_template_drops(tmp_path, tokenizer):
         draw(tokenizer, path)
 
 
+def test_nulls_inside_calls_of_a_table():
+    """Parquet gives every call the arguments of all functions."""
+    call = {"function": {"name": "look", "arguments": {"at": "fox", "with": None}}}
+    (message,) = read_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"] == [{"function": {"name": "look", "arguments": {"at": "fox"}}}]
+
+
 def test_an_answer_that_begins_otherwise_than_its_prompt(tmp_path):
     """Templates of reasoning models begin an answer with a mark that they do not write before a given one."""
     template = (

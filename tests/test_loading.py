@@ -44,6 +44,7 @@ FILES = {
     "ROWS.JSONL": "\n" + lines(ROWS),
     "lines.json": lines(ROWS),
     "list.json": json.dumps(ROWS),
+    "by line.json": "[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]",
     "pretty.json": json.dumps(ROWS, indent=1),
     "pretty.jsonl": json.dumps(ROWS, indent=1),
     "data.json": json.dumps({"version": 1, "data": ROWS}),
@@ -98,6 +99,11 @@ def test_lines_of_other_types_and_columns(tmp_path):
     assert read(tmp_path / "list.json") == [{"messages": chat}] * 2
     write_jsonl(tmp_path / "one.json", [{"messages": chat}])  # a list of messages is no list of rows
     assert read(tmp_path / "one.json") == [{"messages": chat}]
+    for document in ({"a": [1, 2], "b": [3]}, {"a": 1}, 3):
+        write_jsonl(tmp_path / "one.json", [document])
+        assert len(read(tmp_path / "one.json")) == 1
+    (tmp_path / "one.json").write_text('[\n{"a": 1}\n]')
+    assert read(tmp_path / "one.json") == [{"a": 1}]
 
 
 def test_splits_of_a_json_document(tmp_path):
@@ -241,10 +247,27 @@ def test_folders(tmp_path, monkeypatch):
     (folder / "README.md").unlink()
     with refused(DataError, "unknown-file-type", folder, ".jsonl, .txt"):
         read(folder)
-    other = tmp_path / "capitals"
-    other.mkdir()
-    write_jsonl(other / "ROWS.JSONL", ROWS)
-    assert read(other) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".jsonl.gz"])
+@pytest.mark.parametrize("name", ["rows", "rows [1]", "link"])
+def test_splits_of_a_folder(tmp_path, caplog, name, suffix):
+    """By the names of files, in capitals or not; with wildcards in the folder's name; through a link. Files of no split
+    are named in a warning."""
+    folder = tmp_path / name
+    (tmp_path / "origin").mkdir()
+    if name == "link":
+        folder.symlink_to(tmp_path / "origin")
+    else:
+        folder.mkdir()
+    for part, rows in (("train", ROWS), ("test", ROWS[:1]), ("other", ROWS[:2])):
+        content = lines(rows).encode()
+        part = part if suffix.islower() else part.upper()
+        (folder / f"{part}{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert read(folder) == ROWS
+    assert read(folder, "test") == ROWS[:1]
+    assert "1 of the 3 files" in caplog.text
+    assert "its splits are train, test" in caplog.text
 
 
 def test_folders_without_rows(tmp_path):

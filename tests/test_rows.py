@@ -382,6 +382,8 @@ def test_many_bad_rows_end_the_search(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with refused(DataError, "unusable-row", "20 rows in a row", "the first: row"):
         draw(tokenizer, path, "text")
+    rows = [{"text": "fox" if number % 3 == 0 else None} for number in range(1000)]  # never so many in a row
+    assert len(draw(tokenizer, write_jsonl(path, rows), "text", num_samples=100).rows) == 100
 
 
 # --- the answer stands in the row once --------------------------------------------------------------------------------
@@ -457,5 +459,6 @@ def test_values_that_are_no_text(tmp_path, tokenizer):
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     drawn = draw(tokenizer, tmp_path / "rows.parquet", "{number} {part} {day} {price}")
     assert {row.text for row in drawn.rows} == {"1 1.5 2024-01-02 1.10", "3 2.0 2024-01-02 1.10"}
+    assert {row.text for row in draw(tokenizer, tmp_path / "rows.parquet", "of {part}").rows} == {"of 1.5", "of 2.0"}
     with refused(DataError, "unusable-row", "'time'", "is datetime"):
         draw(tokenizer, tmp_path / "rows.parquet", "{number} {time}")

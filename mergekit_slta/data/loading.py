@@ -6,6 +6,7 @@ what they are.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_slta.data.json_files import TRAIN, find_line, parse_row
-from mergekit_slta.data.local_files import kind_of, local_files, read_files, visible_files
-from mergekit_slta.errors import DataError, show
+from mergekit_slta.data.local_files import folder_splits, kind_of, local_files, read_files, visible_files
+from mergekit_slta.errors import DataError, listing, show
 
 if TYPE_CHECKING:
     from datasets import BuilderConfig, Dataset
 
+LOG = logging.getLogger(__name__)
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _NO_ROWS = ("corresponds to no data", "No columns to parse from file")
 """What `datasets` and pandas say of a split without rows, and of an empty file."""
@@ -176,23 +178,24 @@ def _load_folder(name: str, path: str, config: str | None, split: str) -> Rows:
         raise DataError(
             f"dataset {show(name)} is the folder of a model: name a file or folder of rows", code="unreadable-dataset"
         )
+    path = os.path.realpath(path)
     visible = visible_files(path)
-    try:
-        builder = datasets.load_dataset_builder(path, name=config)
-    except FileNotFoundError:  # it does not know file types in capitals
-        if not visible:
-            raise
-        return _load_files(name, kind_of(name, visible), {TRAIN: visible}, split)
     card = Path(path, "README.md")
-    chosen = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
-    found = {str(key): [str(file) for file in files] for key, files in (builder.config.data_files or {}).items()}
-    every = [file for files in found.values() for file in files]
-    if not chosen and visible:
+    if visible and not (card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")):
         kind = kind_of(name, visible)
-        files = {key: [file for file in files if file in visible] for key, files in found.items()}
-        return _load_files(name, kind, files if any(files.values()) else {TRAIN: visible}, split)
-    if chosen and set(every) <= set(visible) and not _has_options(builder.config):
-        return _load_files(name, kind_of(name, every), found, split)
+        files = folder_splits(path, visible, config)
+        left = len(visible) - sum(map(len, files.values()))
+        if left:
+            LOG.warning(
+                "%d of the %d files of %s are named for no split and are left out; its splits are %s: name files in "
+                "place of the folder to read others", left, len(visible), show(name), listing(files),
+            )  # fmt: skip
+        return _load_files(name, kind, files, split)
+    chosen = datasets.load_dataset_builder(path, name=config).config
+    files = {str(key): [str(file) for file in found] for key, found in (chosen.data_files or {}).items()}
+    every = [file for found in files.values() for file in found]
+    if every and set(every) <= set(visible) and not _has_options(chosen):
+        return _load_files(name, kind_of(name, every), files, split)
     return Rows(name, _part(name, datasets.load_dataset(path, name=config), split))
 
 

@@ -10,6 +10,7 @@ import codecs
 import glob
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,6 +84,33 @@ def visible_files(folder: str) -> list[str]:
         if not hidden and _kind(file.name) and file.is_file():
             found.append(os.path.abspath(file))
     return found
+
+
+def folder_splits(folder: str, files: Sequence[str], config: str | None) -> dict[str, list[str]]:
+    """split -> files of a folder, as `datasets` tells them from their names.
+
+    It is asked about a folder of empty files with these names in small letters: it does not know file types in
+    capitals, and reads a `[` in the folder's own name as a wildcard.
+
+    Args:
+        folder: the folder.
+        files: its files, of one type.
+        config: as in `datasets.load_dataset`.
+    """
+    import datasets
+
+    with tempfile.TemporaryDirectory() as copy:
+        copy = os.path.realpath(copy)
+        names: dict[str, str] = {}
+        for number, file in enumerate(files):
+            stand_in = Path(copy, os.path.relpath(file, folder).lower())
+            if stand_in.exists():
+                stand_in = stand_in.with_name(f"{number}-{stand_in.name}")
+            stand_in.parent.mkdir(parents=True, exist_ok=True)
+            stand_in.touch()
+            names[str(stand_in)] = file
+        found = datasets.load_dataset_builder(copy, name=config).config.data_files
+        return {str(split): [names[str(path)] for path in paths] for split, paths in found.items()}
 
 
 class Tables(NamedTuple):
