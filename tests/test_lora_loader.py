@@ -20,9 +20,9 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mergekit_slta.checkpoints.lora_adapter import CONFIG_NAME
 from mergekit_slta.checkpoints.lora_loader import AdapterLoader, needs_merged_copy, open_adapter
 from mergekit_slta.errors import ModelError
+from mergekit_slta.files.names import ADAPTER_CONFIG_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -369,7 +369,7 @@ def test_interface_of_the_loader(bases, save_adapter) -> None:
     assert isinstance(loader, LazyTensorLoader)
     assert loader.index == plain.index
     assert [Path(path).name for path in loader.fingerprint_files] == [
-        CONFIG_NAME,
+        ADAPTER_CONFIG_NAME,
         "adapter_model.safetensors",
     ]
     assert all(Path(path).parent == Path(model.lora.path) for path in loader.fingerprint_files)

@@ -83,6 +83,76 @@ def test_other_files_beside_the_weights(tiny, options, tmp_path, caplog):
     assert "two checkpoints" not in caplog.text
 
 
+def test_a_file_that_the_config_names(tiny, write_recipe, tmp_path):
+    """`transformers_weights` is what transformers loads, and nothing else; OUT's config does not name a file of the
+    base."""
+    recipe = tiny.recipe(1)
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.experts[2], folder)
+    save_file(tensors(tiny.base), folder / "other.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    assert mergekit_yaml(write_recipe(recipe), tmp_path / "one", "--quiet").exit_code == 0
+    recipe["base_model"] = str(folder)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "two", "--quiet")
+    assert result.exit_code == 0, result.output
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two") is not None
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "../x.safetensors"}))
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "three", "--quiet")
+    assert_refused(result, "corrupt-checkpoint", "../x.safetensors", "outside of its folder")
+
+
+def pickled(source: Path, folder: Path, content: object) -> Path:
+    """A checkpoint in a `.bin` file."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save(content, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_pickles_of_parameters(tiny, write_recipe, tmp_path):
+    """A `.bin` of parameters with gradients, and a number among them, gives the merge of the plain tensors."""
+    state: dict = {name: torch.nn.Parameter(tensor) for name, tensor in tensors(tiny.experts[1]).items()}
+    folder = pickled(tiny.experts[1], tmp_path / "bin", {**state, "step": 5})
+    result = mergekit_yaml(write_recipe(with_expert(tiny, folder)), tmp_path / "one", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "two", "--quiet").exit_code == 0
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_pickles_of_other_things(tiny, options, tmp_path):
+    """The state dict inside of another mapping, and other shapes, are refused before a weight is read."""
+    state = tensors(tiny.experts[1])
+    folder = pickled(tiny.experts[1], tmp_path / "nested", {"state_dict": state})
+    with refused(ModelError, "corrupt-checkpoint", folder, "holds state_dict"):
+        prepare(read(with_expert(tiny, folder)), options)
+    folder = pickled(tiny.experts[1], tmp_path / "shape", {**state, "model.norm.weight": torch.ones(3)})
+    with refused(ModelError, "differing-sizes", "model.norm.weight is [3]"):
+        prepare(read(with_expert(tiny, folder)), options)
+
+
+@pytest.mark.parametrize("name", ["run@5", "a+b"])
+def test_folders_whose_names_mean_something_else(tiny, options, tmp_path, name):
+    shutil.copytree(tiny.experts[1], tmp_path / name)
+    with refused(ModelError, "missing-model", tmp_path / name, "rename the folder"):
+        prepare(read(with_expert(tiny, tmp_path / name)), options)
+
+
+def test_empty_tensors(tiny, options, tmp_path):
+    """DeepSpeed ZeRO-3 saves them; an empty tensor that is no parameter does not matter."""
+    folder = tmp_path / "zero"
+    shutil.copytree(tiny.experts[1], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    state = tensors(tiny.experts[1])
+    save_file({**state, "unused": torch.zeros(0)}, folder / "model.safetensors", metadata={"format": "pt"})
+    prepare(read(with_expert(tiny, folder)), options)
+    state["model.norm.weight"] = torch.zeros(0)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with refused(ModelError, "differing-sizes", "is [0] in", "ZeRO-3"):
+        prepare(read(with_expert(tiny, folder)), options)
+
+
 def test_a_partly_gone_checkpoint(tiny, options, tmp_path):
     shutil.copytree(tiny.experts[1], tmp_path / "part")
     partly_gone(tmp_path / "part")

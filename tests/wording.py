@@ -60,7 +60,8 @@ WORDING: dict[str, str] = {
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
-    "missing-model": r"there is no model folder .+; paths start at the current one",
+    "missing-model": r"(there is no model folder .+; paths start at the current one"
+    r"|mergekit reads `@` and `\+` in .+ as a revision and an adapter: rename the folder)",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
     r"|fetch the model again, or set `tie_word_embeddings: true`)",
     "missing-token": r"`tokenizer.tokens` takes .+ from .+ of .+, which has no such token: name another model or token",

@@ -37,6 +37,7 @@ _MAY_DIFFER = frozenset(
     # checked elsewhere, or the output's own
     "_name_or_path name_or_path architectures model_type dtype torch_dtype vocab_size tie_word_embeddings auto_map "
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class quantization_config "
+    "transformers_weights "
     # of training
     "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop resid_dropout embd_dropout dropout "
     "classifier_dropout initializer_range router_aux_loss_coef router_jitter_noise output_router_logits "
@@ -106,6 +107,11 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, dict[Mo
 
 def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -> PretrainedConfig:
     name = show(recipe.names[model])
+    if os.path.isdir(recipe.names[model]) and not os.path.isdir(model.model.path):
+        raise ModelError(
+            f"mergekit reads `@` and `+` in {name} as a revision and an adapter: rename the folder",
+            code="missing-model",
+        )
     adapter = read_adapter(model.lora) if model.lora else None
     path = model.model.path
     refuse_embedded_adapter(model, recipe.names[model])

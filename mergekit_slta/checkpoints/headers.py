@@ -78,7 +78,12 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
                 content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             except RuntimeError:  # files of torch before 1.6 cannot be mapped
                 content = torch.load(path, map_location="meta", weights_only=True)
+            lacking = [key for key in shard.contained_keys if key not in content]
+            if lacking:
+                raise ValueError(f"it lacks {lacking[0]}, and holds {listing(content, 3)}")
             for key in shard.contained_keys:
+                if not isinstance(content[key], torch.Tensor):  # a number of steps, for example
+                    continue
                 kind = content[key].dtype
                 dtype = _PICKLED_DTYPES.get(kind, str(kind).removeprefix("torch.").upper())
                 stored[key] = StoredTensor(tuple(content[key].shape), dtype)

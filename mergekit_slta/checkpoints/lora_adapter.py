@@ -20,10 +20,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from mergekit.common import ModelPath
 
 from mergekit_slta.checkpoints.headers import read_headers
-from mergekit_slta.checkpoints.weight_files import ADAPTER_CONFIG_NAME as CONFIG_NAME
-from mergekit_slta.checkpoints.weight_files import ADAPTER_WEIGHTS_NAMES as WEIGHTS_NAMES
 from mergekit_slta.checkpoints.weight_files import refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.files.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAMES
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 from mergekit_slta.libraries.peft import is_target, pattern_key
 from mergekit_slta.libraries.transformers import is_built_in
@@ -106,8 +105,8 @@ def read_adapter(lora: ModelPath) -> Adapter:
         ModelError: a file is missing or damaged.
     """
     name = str(lora)
-    config_file = _file(lora, (CONFIG_NAME,))
-    weights_file = _file(lora, WEIGHTS_NAMES)
+    config_file = _file(lora, (ADAPTER_CONFIG_NAME,))
+    weights_file = _file(lora, ADAPTER_WEIGHTS_NAMES)
     for path in (config_file, weights_file):
         refuse_pointer(path, name)
     try:
@@ -241,7 +240,7 @@ def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[
         if not rank_a == rank_b == rank:
             raise ModelError(
                 f"the matrices of {show(module)} in {show(adapter.weights_file)} have ranks {rank_a} and {rank_b}, "
-                f"its {CONFIG_NAME} says {rank}: fetch the adapter again",
+                f"its {ADAPTER_CONFIG_NAME} says {rank}: fetch the adapter again",
                 code="corrupt-adapter",
             )
         if tied and module.rpartition(".")[2] == OUTPUT_PROJECTION:

@@ -18,6 +18,8 @@ from mergekit_slta.checkpoints.quantization import is_whole_float, quantized
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import can_convert, gather_by_name, is_gather
 
+_ZERO_3 = "; empty tensors are what DeepSpeed ZeRO-3 saves if it does not gather the weights"
+
 
 def reconcile(
     plan: Plan,
@@ -168,7 +170,7 @@ def _check_shapes(
         if name in shapes and stored.shape != shapes[name]:
             raise ModelError(
                 f"{show(name)} is {list(stored.shape)} in {show(names[base])} and {list(shapes[name])} by its config: "
-                "weights and config are of different models, fetch both again",
+                f"weights and config are of different models, fetch both again{_ZERO_3 if 0 in stored.shape else ''}",
                 code="differing-sizes",
             )
         for model in plan.models[1:]:
@@ -176,9 +178,7 @@ def _check_shapes(
             if other is None or other.shape == stored.shape:
                 continue
             found, expected = list(other.shape), list(stored.shape)
-            hint = "all models of a merge need the same shapes"
-            if 0 in found:
-                hint += "; an empty tensor is what DeepSpeed ZeRO-3 saves without gathering the weights"
+            hint = f"all models of a merge need the same shapes{_ZERO_3 if 0 in found else ''}"
             code = "differing-sizes"
             if planned.weight.vocabulary_axis is not None:
                 hint = advice()

@@ -15,16 +15,19 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_slta.checkpoints.merged_copy import existing_copy, make_copy
 from mergekit_slta.errors import ModelError, SltaError, listing, show
-from mergekit_slta.libraries.mergekit import LazyTensorLoader, copy_place, make_merged_copy, open_file, open_shards
+from mergekit_slta.files.names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAMES,
+    CONFIG_NAME,
+    INDEX_ENDING,
+    WEIGHTS_NAMES,
+)
+from mergekit_slta.libraries.mergekit import LazyTensorLoader, open_file, open_shards
 
 LOG = logging.getLogger(__name__)
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-_CONFIG_NAME = "config.json"
-_INDEX = ".index.json"
-_WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", _INDEX)
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", INDEX_ENDING)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
@@ -43,7 +46,7 @@ def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> 
     try:
         plain = ModelReference(model=model.model)
         if model.lora:
-            folder = _existing_copy(model, options, name) or _merge(model, options, name)
+            folder = existing_copy(model, options, name) or make_copy(model, options, name)
         else:
             folder = plain.local_path(cache_dir=options.transformers_cache)
         return _open_folder(folder, options.lazy_unpickle, name)
@@ -56,56 +59,13 @@ def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> 
         ) from error
 
 
-def _merge(model: ModelReference, options: MergeOptions, name: str) -> str:
-    """Merge an adapter into a full copy; returns its folder.
-
-    Raises:
-        ModelError: the copy cannot be made.
-    """
-    try:
-        make_merged_copy(model, options)
-    except Exception as error:  # peft, transformers and the file system raise different errors
-        raise ModelError(
-            f"mergekit cannot merge the adapter {show(name)} into a copy ({show(error)}): merge it with peft first "
-            "(`merge_and_unload`, `save_pretrained`), and name that folder",
-            code="cannot-merge-adapter",
-        ) from error
-    return copy_place(model, options)
-
-
-def _existing_copy(model: ModelReference, options: MergeOptions, name: str) -> str | None:
-    """The folder of a full copy that an adapter was merged into earlier; None if there is none.
-
-    Raises:
-        ModelError: the copy is not whole, or is older than the adapter or its base; mergekit would take it anyway.
-    """
-    if model.lora is None or not options.lora_merge_cache:
-        return None
-    place = copy_place(model, options)
-    if not os.path.exists(place):
-        return None
-    config = os.path.join(place, _CONFIG_NAME)
-    names = [whole + end for whole in _WHOLE_NAMES for end in ("", _INDEX)]
-    is_whole = os.path.isfile(config) and any(os.path.isfile(os.path.join(place, each)) for each in names)
-    reason = None if is_whole else "is not whole"
-    for source in (model.model.path, model.lora.path) if is_whole else ():
-        for entry in os.scandir(source) if os.path.isdir(source) else ():
-            is_read = entry.name in (_CONFIG_NAME, ADAPTER_CONFIG_NAME) or entry.name.endswith((".safetensors", ".bin"))
-            if is_read and entry.stat().st_mtime > os.path.getmtime(config):
-                reason = f"is older than {entry.path}"
-    if reason:
-        raise ModelError(
-            f"the merged copy {show(place)} of {show(name)} {show(reason)}: remove it, and it is made again",
-            code="stale-copy",
-        )
-    return place
-
-
 def _open_folder(folder: str, lazy_unpickle: bool, name: str) -> LazyTensorLoader:
     chosen = _weights_file(folder, name)
     path = os.path.join(folder, chosen)
+    if _is_outside(chosen):
+        raise _corrupt(path, name, "its config names it, and it is outside of its folder")
     refuse_pointer(path, name)
-    if not chosen.endswith(_INDEX):
+    if not chosen.endswith(INDEX_ENDING):
         _check_file(path, name)
         return open_file(path, lazy_unpickle=lazy_unpickle)
     tensor_files = _read_index(path, name)
@@ -121,8 +81,10 @@ def _weights_file(folder: str, name: str) -> str:
         ModelError: there is none.
     """
     present = set(os.listdir(folder))
-    for whole in _WHOLE_NAMES:
-        found = [file for file in (whole, whole + _INDEX) if file in present]
+    if stated := _stated_file(folder):
+        return stated
+    for whole in WEIGHTS_NAMES:
+        found = [file for file in (whole, whole + INDEX_ENDING) if file in present]
         if len(found) > 1:
             LOG.warning(
                 "%s holds two checkpoints, %s and %s: %s is read, as transformers does; remove the other if that is "
@@ -136,7 +98,7 @@ def _weights_file(folder: str, name: str) -> str:
     inside = sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.is_dir() and any(os.path.isfile(os.path.join(entry.path, whole)) for whole in _WHOLE_NAMES)
+        if entry.is_dir() and any(os.path.isfile(os.path.join(entry.path, whole)) for whole in WEIGHTS_NAMES)
     )
     remedy = "fetch its weights"
     if any(file.endswith(".gguf") for file in others):
@@ -148,10 +110,20 @@ def _weights_file(folder: str, name: str) -> str:
     elif others:
         remedy = "load it with transformers and save it with `save_pretrained`"
     raise ModelError(
-        f"cannot open the checkpoint of {show(name)} (it has no {' and no '.join(_WHOLE_NAMES)}, nor an index of one; "
+        f"cannot open the checkpoint of {show(name)} (it has no {' and no '.join(WEIGHTS_NAMES)}, nor an index of one; "
         f"it holds {listing([*others, *inside], 4)}): {remedy}",
         code="unreadable-checkpoint",
     )
+
+
+def _stated_file(folder: str) -> str | None:
+    """The weights file, or its index, that a model's config names; transformers then loads no other."""
+    try:
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            found = json.load(file).get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):  # a config that is needed is read elsewhere
+        return None
+    return str(found) if found else None
 
 
 def _read_index(path: str, name: str) -> dict[str, str]:
@@ -168,9 +140,14 @@ def _read_index(path: str, name: str) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _corrupt(path, name, str(error)) from error
     for value in found.values():
-        if os.path.isabs(value) or os.path.normpath(value).split(os.sep)[0] == os.pardir:
+        if _is_outside(value):
             raise _corrupt(path, name, f"it names {value}, which is outside of its folder")
     return dict(found)
+
+
+def _is_outside(file: str) -> bool:
+    """Whether a relative path leads out of the folder that it starts in."""
+    return os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir
 
 
 def _check_file(path: str, name: str) -> None:
@@ -237,10 +214,11 @@ def refuse_embedded_adapter(model: ModelReference, name: str) -> None:
         ModelError: it does, and the reference does not name this adapter.
     """
     folder = model.model.path
-    if not os.path.isfile(os.path.join(folder, _CONFIG_NAME)) or (model.lora and model.lora.path == folder):
+    if not os.path.isfile(os.path.join(folder, CONFIG_NAME)) or (model.lora and model.lora.path == folder):
         return
     adapters = [file for file in ADAPTER_WEIGHTS_NAMES if os.path.isfile(os.path.join(folder, file))]
-    whole = [file for end in ("", _INDEX) for file in _WHOLE_NAMES if os.path.isfile(os.path.join(folder, file + end))]
+    names = [file + end for end in ("", INDEX_ENDING) for file in WEIGHTS_NAMES]
+    whole = [file for file in names if os.path.isfile(os.path.join(folder, file))]
     if adapters and whole and os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_NAME)):
         raise ModelError(
             f"{show(name)} holds a model ({whole[0]}) and an adapter ({adapters[0]}), of which transformers loads both "

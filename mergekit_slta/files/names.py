@@ -17,7 +17,14 @@ MERGE_RECORD_NAME = "slta_merge.json"
 
 CARD_NAME = "README.md"
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""A model's weights in one file, the preferred one first."""
+INDEX_ENDING = ".index.json"
+"""Ends the name of the index of weights in several files; it starts with the name of the one file."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 MERGED_RECIPE_NAME = "mergekit_config.yml"
 """The recipe that mergekit leaves in the folder of a merged model."""
 

@@ -17,11 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from mergekit_slta.errors import listing, show
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.names import CONFIG_NAME
+from mergekit_slta.files.names import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME
 from mergekit_slta.job.job import Job
 
-_GENERATION_NAME = "generation_config.json"
-_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -37,9 +35,9 @@ def finish_output(job: Job, folder: Path) -> None:
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         changed = _untie(job, config) | _drop_quantization(job, config)
-        if changed:
+        if config.pop("transformers_weights", None) or changed:  # the name of a file of the base
             _write(path, config)
-    for name in (CONFIG_NAME, _GENERATION_NAME):
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
         _renumber_tokens(job, folder / name)
 
 
@@ -71,17 +69,17 @@ def _drop_quantization(job: Job, config: dict[str, Any]) -> bool:
 def _copy_missing(job: Job, folder: Path) -> None:
     """Copy the base's generation config, which mergekit copies only with an unchanged tokenizer, and custom code."""
     base = job.recipe.base.model
-    if not (folder / _GENERATION_NAME).exists():
+    if not (folder / GENERATION_CONFIG_NAME).exists():
         try:
-            source = Path(base.path, _GENERATION_NAME)
+            source = Path(base.path, GENERATION_CONFIG_NAME)
             if not os.path.isdir(base.path):
-                cache = job.options.transformers_cache
-                source = Path(hf_hub_download(base.path, _GENERATION_NAME, revision=base.revision, cache_dir=cache))
+                cached = {"revision": base.revision, "cache_dir": job.options.transformers_cache}
+                source = Path(hf_hub_download(base.path, GENERATION_CONFIG_NAME, **cached))
             if source.is_file():
-                shutil.copyfile(source, folder / _GENERATION_NAME)
+                shutil.copyfile(source, folder / GENERATION_CONFIG_NAME)
         except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
             if not isinstance(error, EntryNotFoundError):
-                job.say(f"The base's {_GENERATION_NAME} cannot be read ({show(error)}): the merged model has none")
+                job.say(f"No {GENERATION_CONFIG_NAME} is written: the base's cannot be read ({show(error)})")
     if os.path.isdir(base.path) and any(_own_code(folder)):
         for source in Path(base.path).glob("*.py"):
             if not (folder / source.name).exists():
@@ -91,7 +89,7 @@ def _copy_missing(job: Job, folder: Path) -> None:
 def _own_code(folder: Path) -> Iterator[str]:
     """Classes of custom code beside the weights, to which the configs refer; transformers marks those on the Hub with
     `--`."""
-    for name in (CONFIG_NAME, _TOKENIZER_CONFIG_NAME):
+    for name in (CONFIG_NAME, TOKENIZER_CONFIG_NAME):
         path = folder / name
         found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") if path.is_file() else None
         for value in found.values() if isinstance(found, dict) else ():

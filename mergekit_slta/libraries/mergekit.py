@@ -8,10 +8,8 @@ still be loading when this package registers its method.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from mergekit.graph import Task
     from mergekit.options import MergeOptions
     from mergekit.tokenizer import TokenizerInfo
+    from torch import Tensor
 
 __all__ = [
     "ConditionalParameter",
@@ -49,7 +48,7 @@ USED = {
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
     "mergekit.common.ModelPath._unique_id": "names of merged copies (`copy_place`)",
     "mergekit.common.ModelReference.local_path(cache_dir, ignore_lora)": "folder of a model (checkpoints/)",
-    "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "`make_merged_copy`",
+    "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "makes merged copies",
     "mergekit.common.dtype_from_name(name)": "`dtype_named`",
     "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
     "mergekit.config.InputModelDefinition": "keys of an entry of `models` (recipe/)",
@@ -104,9 +103,17 @@ def place_loader(model: ModelReference, loader: LazyTensorLoader, options: Merge
     cache.loaders[model] = loader
 
 
+class _DetachedLoader(LazyTensorLoader):
+    """mergekit's loader, for pickles that hold parameters with gradients, too."""
+
+    def get_tensor(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        tensor = super().get_tensor(*args, **kwargs)
+        return None if tensor is None else tensor.detach()
+
+
 def open_file(path: str, *, lazy_unpickle: bool) -> LazyTensorLoader:
     """Open a checkpoint in one file, safetensors or pickled."""
-    return LazyTensorLoader(ShardedTensorIndex.from_file(path), lazy_unpickle=lazy_unpickle)
+    return _DetachedLoader(ShardedTensorIndex.from_file(path), lazy_unpickle=lazy_unpickle)
 
 
 def open_shards(folder: str, tensor_files: dict[str, str], *, lazy_unpickle: bool) -> LazyTensorLoader:
@@ -122,7 +129,7 @@ def open_shards(folder: str, tensor_files: dict[str, str], *, lazy_unpickle: boo
         for file in sorted(set(tensor_files.values()))
     ]
     is_safetensors = all(file.endswith(".safetensors") for file in tensor_files.values())
-    return LazyTensorLoader(ShardedTensorIndex(folder, is_safetensors, tensor_files, shards), lazy_unpickle)
+    return _DetachedLoader(ShardedTensorIndex(folder, is_safetensors, tensor_files, shards), lazy_unpickle)
 
 
 def copy_place(model: ModelReference, options: MergeOptions) -> str:
@@ -132,26 +139,6 @@ def copy_place(model: ModelReference, options: MergeOptions) -> str:
     """
     lora: Any = model.lora
     return os.path.join(str(options.lora_merge_cache), f"{model.model._unique_id()}_{lora._unique_id()}")
-
-
-def make_merged_copy(model: ModelReference, options: MergeOptions) -> None:
-    """Let mergekit merge an adapter into a full copy at `copy_place`; if that fails, nothing is left of it.
-
-    The copy is made beside its place and moved there when it is whole, because mergekit takes whatever folder it finds
-    there for a copy.
-    """
-    cache = str(options.lora_merge_cache)
-    made_cache = not os.path.isdir(cache)
-    os.makedirs(cache, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".merging-") as folder:
-            copy = model.merged(folder, options.trust_remote_code, options.lora_merge_dtype)
-            os.rename(copy.model.path, copy_place(model, options))
-    except BaseException:
-        if made_cache:
-            with contextlib.suppress(OSError):
-                os.rmdir(cache)
-        raise
 
 
 def forget_loaders(models: Iterable[ModelReference]) -> None:
