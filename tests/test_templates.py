@@ -199,6 +199,18 @@ def test_a_template_is_fine_where_its_own_model_splits_it_too(chats, options, ex
         assert [with_tokens().convert_tokens_to_ids(TOKENS[0]) in row.ids for row in job.rows[0].rows] == [True] * 4
 
 
+def test_a_marker_in_parts_is_found_whole(chats, options):
+    """`'<|' + role + '|>'` is one token for each role, and no marker of its own."""
+    joined = CHAT_TEMPLATE.replace("<|{{ message['role'] }}|>", "{{ '<|' + message['role'] + '|>' }}")
+    tokenizer = with_tokens(CHAT_TEMPLATE, ["<|user|>", "<|assistant|>", "<|system|>"])
+    recipe = chats(tokenizer, tokenizer, base=tokenizer, keys=({"chat_template": joined}, {}))
+    rows = texts(prepare(read(recipe), options))
+    assert rows == by_hand(CHAT_TEMPLATE, tokenizer, rows)
+    recipe = chats(base=with_tokens(CHAT_TEMPLATE, ["<|user|>"]), keys=({"chat_template": joined}, {}))
+    with refused(DataError, "split-token", "<|assistant|>"):
+        prepare(read(recipe), options)
+
+
 def test_plain_text_needs_no_template(chats, options, caplog):
     """A template that is damaged, missing or split is no matter where rows are text; a key without effect is named."""
     recipe = chats(with_tokens("{% for %}"), keys=({"text": "text"}, {"text": "text", "chat_template": "none.jinja"}))

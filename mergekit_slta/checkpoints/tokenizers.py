@@ -101,9 +101,10 @@ def differing_tokens(own: PreTrainedTokenizerBase, output: PreTrainedTokenizerBa
     """
     numbers = output.get_vocab()
     tokens = {number: token for token, number in numbers.items()}
-    pairs = own.get_vocab().items()
     return sorted(
-        token for token, number in pairs if numbers.get(token, number) != number or tokens.get(number, token) != token
+        str(token)  # bytes, in the vocabularies of some remote code
+        for token, number in own.get_vocab().items()
+        if numbers.get(token, number) != number or tokens.get(number, token) != token
     )
 
 

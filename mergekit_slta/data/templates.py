@@ -27,7 +27,7 @@ INLINE = "inline"
 """Stands for a template that is written out in the recipe, in files and messages."""
 MIN_INLINE_LENGTH = 20
 """mergekit takes a shorter text for a name, not for a template."""
-_CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|\[\|[^\[\]|\s]+\|\]")
+_CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\s\0]+[|｜]>|\[\|[^\[\]|\s\0]+\|\]")
 """Literals that are meant as one token by their form: `<|im_start|>`, `<｜User｜>`, `[|system|]`."""
 _PROBES = (
     (["user", "assistant"], False),
