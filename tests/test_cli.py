@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 
 import click
 import pytest
-from conftest import assert_refused, check_message, slta
+from conftest import assert_refused, check_message, fork, own_command, slta
 from mergekit.options import MergeOptions
 
 from mergekit_slta.cli.main import COMMANDS, main
@@ -114,3 +115,37 @@ def test_an_unexpected_error_is_one_line(tmp_path, monkeypatch, flag):
     assert result.exit_code == 1
     assert "Traceback" in result.output
     assert result.output.splitlines()[-1] == "Error: ZeroDivisionError: division by zero"
+
+
+def without_reader(*arguments: str) -> None:
+    """The command, where the reader of its standard output has ended, as `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    own_command(*arguments)
+
+
+def on_a_full_disk(*arguments: str) -> None:
+    """The command, where its standard output goes to a file on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    own_command(*arguments)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [["--help"], ["solve", "--help"], ["check"]])
+def test_a_reader_that_ends_early_ends_the_command_quietly(tiny, write_recipe, tmp_path, arguments):
+    """`mergekit-slta check RECIPE | head -1` says nothing about the pipe."""
+    recipe = [str(write_recipe(tiny.recipe(2)))] if arguments == ["check"] else []
+    result = fork(without_reader, *arguments, *recipe, cwd=tmp_path).ended()
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+@pytest.mark.parametrize("arguments", [["--help"], ["check"]])
+def test_standard_output_on_a_full_disk_is_an_error(tiny, write_recipe, tmp_path, arguments):
+    """What could not be written is said, once."""
+    recipe = [str(write_recipe(tiny.recipe(2)))] if arguments == ["check"] else []
+    result = fork(on_a_full_disk, *arguments, *recipe, cwd=tmp_path).ended()
+    assert result.stderr.count("\n") == 1
+    assert_refused(result, "cannot-write", "the output (No space left on device)")

@@ -51,7 +51,7 @@ RECIPES = {
     "half a character": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\n"
                          b'parameters: {"\\ud800": 1}\n', "unknown-key", []),
     "a number": (b"42", "not-a-recipe", ["not a mapping"]),
-    "two documents": (b"a: 1\n---\nb: 2\n", "not-yaml", []),
+    "two documents": (b"a: 1\n---\nb: 2\n", "not-a-recipe", ["2 documents"]),
     "an unhashable key": (b"{[a]: 1}", "not-yaml", []),
     "infinity": (b"merge_method: submodule_linear\nbase_model: b\nmodels: [{model: x}]\nparameters: {ridge: .inf}\n",
                  "invalid-value", ["`ridge`"]),

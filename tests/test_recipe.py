@@ -183,6 +183,10 @@ def test_keys_of_other_methods_are_told_from_typos(key, tmp_path):
         ("merge_method: submodule_linear\nmodels: 3", "not-a-recipe", ["models"]),
         ("merge_method: submodule_linear", "not-a-recipe", []),
         (b"\xff\xfe\x00", "unreadable-recipe", ["UTF-8"]),
+        ("name: one\nmerge_method: linear\n---\nmerge_method: submodule_linear", "not-a-recipe", ["2 doc", "-multi"]),
+        ("merge_method: submodule_linear\n---\n", "not-a-recipe", ["holds 2 documents"]),
+        ("- {merge_method: linear}\n- {merge_method: linear}", "not-a-recipe", ["holds 2 documents"]),
+        ("merges: [{name: a}, {name: b}, {name: c}]", "not-a-recipe", ["holds 3 documents", "`mergekit-multi`"]),
     ],
 )
 def test_unreadable_recipe_files_are_refused(tmp_path, text, code, values):

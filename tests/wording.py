@@ -75,7 +75,7 @@ WORDING: dict[str, str] = {
     r"|.+ is no folder, and the merge has one there: move it away and merge again)",
     "not-a-plain-file": r"(is no plain file: (name another|choose another|put the model card)"
     r"|is a folder where the merge has a file: move it away and merge again)",
-    "not-a-recipe": r"(the recipe .+ is not a merge recipe \(.*\): correct it"
+    "not-a-recipe": r"(the recipe .+ is not a merge recipe \(.*\): correct it|: put each recipe into a file of its own"
     r"|the recipe.* is (empty|not a mapping of keys to values): it starts with `merge_method:)",
     "not-expressible": r"(: where the checkpoints are .+ already, use `out_dtype` in place of `dtype`"
     r"|which a filter cannot express: export alphas of|this file cannot be exported, merge with `mergekit-slta merge`)",

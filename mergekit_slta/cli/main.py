@@ -6,15 +6,17 @@ not load torch, transformers and mergekit.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import sys
 import traceback
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
 from mergekit_slta import __version__
 from mergekit_slta.cli.verbosity import is_verbose
-from mergekit_slta.errors import RunError, show
+from mergekit_slta.errors import OutputError, RunError, show
 
 
 class _Entry(NamedTuple):
@@ -57,12 +59,24 @@ class _LazyGroup(click.Group):
         except (click.exceptions.Exit, click.Abort, click.UsageError):
             raise
         except Exception as error:
-            if is_verbose(ctx):
+            number = error.errno if isinstance(error, OSError) else None
+            if is_verbose(ctx) and number != errno.EPIPE:
                 traceback.print_exc()
-            if isinstance(error, click.ClickException):
+            if isinstance(error, click.ClickException) or number in (errno.EPIPE, errno.ENOSPC):
                 raise
             hint = "" if is_verbose(ctx) else "; -v shows where"
             raise RunError(f"{type(error).__name__}: {show(error)}{hint}", code="unexpected-error") from error
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command. If nobody reads its output any more (`| head`), click ends it quietly, with exit code 1."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = show(error.filename or "the output")
+            OutputError(f"cannot write {where} ({error.strerror}): free some room", code="cannot-write").show()
+            sys.exit(OutputError.exit_code)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

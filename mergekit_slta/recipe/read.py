@@ -36,7 +36,8 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
     """
     try:
         source = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(source)
+        documents = list(yaml.safe_load_all(source))
+        content = documents[0] if len(documents) == 1 else documents or None
         check_content(content, path)
         config = MergeConfiguration.model_validate(content)
     except OSError as error:
@@ -73,6 +74,13 @@ def check_content(content: object, path: str | os.PathLike[str] | None = None) -
         RecipeError: it is not a mapping, or a key is unknown, in the wrong place, or without a value.
     """
     where = f"the recipe {show(path)}" if path is not None else "the recipe"
+    recipes = content.get("merges") if isinstance(content, dict) else content
+    if isinstance(recipes, list) and any(isinstance(recipe, dict) for recipe in recipes):
+        raise RecipeError(
+            f"{where} holds {len(recipes)} documents, as those of mergekit-multi do: put each recipe into a file of "
+            "its own, or merge all of them with `mergekit-multi`",
+            code="not-a-recipe",
+        )
     if not isinstance(content, dict):
         kind = "empty" if content is None else "not a mapping of keys to values"
         raise RecipeError(f"{where} is {kind}: it starts with `merge_method: {METHOD}`", code="not-a-recipe")
