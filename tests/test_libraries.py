@@ -20,13 +20,18 @@ from mergekit.io.tasks import LoaderCache
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mergekit_slta.libraries import mergekit, peft, transformers
+from mergekit_slta.libraries import mergekit, mergekit_files, peft, transformers
 from mergekit_slta.libraries.torch import is_out_of_memory, replaced_forwards
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mergekit_slta"
 USED = [
     pytest.param(library, name, use, id=name.partition("(")[0])
-    for library, module in (("mergekit", mergekit), ("transformers", transformers), ("peft", peft))
+    for library, module in (
+        ("mergekit", mergekit),
+        ("mergekit", mergekit_files),
+        ("transformers", transformers),
+        ("peft", peft),
+    )
     for name, use in module.USED.items()
 ]
 DOCUMENTED = {

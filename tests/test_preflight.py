@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import Models, make_tokenizer, mergekit_yaml, perturbed, read, refused, slta, write_rows
+from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, read, refused, slta, write_rows
 from mergekit.options import MergeOptions
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from zoo import ZOO
 
 from mergekit_slta import Alphas
@@ -100,3 +102,57 @@ def test_an_alphas_file_of_cut_rows_fits_a_recipe_without_datasets(short, write_
 def test_linearity_is_measured_on_cut_rows(short, write_recipe, tmp_path):
     result = slta("linearity", write_recipe(short.recipe(max_seq_length=40)), "-o", tmp_path / "l.json", "--rows", 1)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("cut", ["base", "expert"])
+def test_tokens_that_a_table_has_no_row_for(make_models, tiny, write_recipe, tmp_path, cut):
+    """`check` and the merge compare the rows' tokens with the embedding table of every model, before reading it."""
+    small = make_models("llama", num_experts=1, vocab_size=64)
+    recipe = tiny.recipe(2)
+    if cut == "base":
+        recipe["base_model"], recipe["models"] = str(small.base), recipe["models"][:1]
+        recipe["models"][0]["model"] = str(small.experts[0])
+        options = []
+    else:
+        recipe["models"][1]["model"], options = str(small.experts[0]), ["--unsafe-truncate-embeddings"]
+    path = write_recipe(recipe)
+    for result in (slta("check", path, *options), mergekit_yaml(path, tmp_path / "out", *options)):
+        assert_refused(result, "token-out-of-range", "beyond the 64 rows of model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("options", [["--cuda"], ["--device", "cuda:7"], ["--device", "xpu"], ["--multi-gpu"]])
+def test_check_plans_for_a_device_that_is_elsewhere(tiny, write_recipe, options):
+    """A laptop makes the plan of a GPU machine: `check` says that the device is missing, and what it would cost."""
+    if torch.accelerator.is_available() and options != ["--device", "cuda:7"]:
+        pytest.skip("this machine has an accelerator")
+    result = slta("check", write_recipe(tiny.recipe(2)), *options)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("device")]
+    assert re.search(r"planned; (this machine has no (cuda|cuda:7|xpu)|--multi-gpu needs an accelerator)", line)
+
+
+def test_a_device_that_is_none(tiny, write_recipe):
+    """A name that torch does not know is refused by `check`, too."""
+    assert_refused(
+        slta("check", write_recipe(tiny.recipe(2)), "--device", "gpu0"), "unusable-device", "gpu0", exit_code=1
+    )
+
+
+def test_check_merges_no_adapter(tiny, write_recipe, tmp_path):
+    """An adapter that needs a copy on disk gets it in the merge; alphas for it are compared as far as they can be."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny.base),
+        LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "dora")
+    recipe = tiny.recipe(2, alphas=str(tmp_path / "a.json"))
+    recipe["models"][1]["model"] = f"{tiny.base}+{tmp_path / 'dora'}"
+    path, cache = write_recipe(recipe), ["--lora-merge-cache", tmp_path / "cache"]
+    result = slta("check", path, *cache)
+    assert result.exit_code == 0, result.output
+    assert "is merged into a full copy first (DoRA)" in result.output
+    assert not (tmp_path / "cache").exists()
+    assert slta("calibrate", path, *cache).exit_code == 0
+    assert slta("check", path, *cache).exit_code == 0
+    recipe["parameters"]["num_samples"] = 5
+    assert_refused(slta("check", write_recipe(recipe), *cache), "alphas-of-another-merge", "other rows of")

@@ -27,7 +27,7 @@ WORDING: dict[str, str] = {
     r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
     "differing-vocabularies": r"(the adapter .+ is for \d+ tokens.*, and its base has \d+: merge it with peft first|"
     r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`)",
-    "disk-full": r"(needs .+ GiB and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
+    "disk-full": r"(needs .+ GiB.* and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
     "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
@@ -37,6 +37,8 @@ WORDING: dict[str, str] = {
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
     r"them with `mergekit-slta merge --overwrite`|somebody put other weights into .+: move them away and merge again)",
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+    "hub-unreachable": r".+(in the cache, and the Hub is switched off: check the path, or unset HF_HUB_OFFLINE"
+    r"|in the cache, and the Hub cannot be reached at .+: check the network, or HF_ENDPOINT)",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{\{ for a brace"
@@ -60,7 +62,8 @@ WORDING: dict[str, str] = {
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
-    "missing-model": r"(there is no model folder .+; paths start at the current one"
+    "missing-model": r"(there is no model folder .+(; paths start at the current one|: check the path or id; to read a)"
+    r"|.+ has no revision .+ on the Hub: choose one of those at"
     r"|mergekit reads `@` and `\+` in .+ as a revision and an adapter: rename the folder)",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
     r"|fetch the model again, or set `tie_word_embeddings: true`)",
@@ -70,6 +73,8 @@ WORDING: dict[str, str] = {
     "model-and-adapter": r".+ holds a model \(.+\) and an adapter \(.+\), .+: write `.+\+.+` for both, or move the",
     "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
     "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
+    "no-access": r"(.+ is gated: ask for access at .+, then log in with `hf auth login` or set HF_TOKEN"
+    r"|the Hub refuses to give .+: HF_TOKEN has expired or lacks the right to read .+; make a new one)",
     "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
     "not-a-folder": r"(.+ is not a folder: choose a new or empty one|.+ is a file[:;] name (a|another) folder"
     r"|.+ is no folder, and the merge has one there: move it away and merge again)",

@@ -20,6 +20,7 @@ from mergekit_slta.calibration.calibrate import (
     work_fingerprint,
 )
 from mergekit_slta.calibration.verify import is_verified, verify
+from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
 from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import describe, differences
@@ -196,7 +197,8 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
         return None
     try:
         alphas = Alphas.load(path)
-        unlike = differences(job.identity, alphas.identity, (alphas.base_model, *alphas.models))
+        unread = [job.recipe.label(model) for model in job.plan.unread]
+        unlike = differences(job.identity, alphas.identity, (alphas.base_model, *alphas.models), unread)
         unlike += _other_row_settings(job, alphas)
         if not unlike:
             return alphas
@@ -244,6 +246,25 @@ def check_disk_space(job: Job, out: Path, places: Sequence[Path] = ()) -> None:
             "free some, or choose another folder",
             code="disk-full",
         )
+    check_room(job.plan.downloads, out, needed)
+
+
+def check_before_reading(job: Job, out: Path, places: Sequence[Path], *, named: bool) -> None:
+    """Check what needs no weights and no more than the recipe, before weights are downloaded.
+
+    Args:
+        job: the job; its weights may be on the Hub.
+        out: a path on the output's disk.
+        places: the alphas file, then other paths where an earlier run may have left one.
+        named: whether the recipe names the alphas file.
+
+    Raises:
+        OutputError: there is too little space on a disk.
+        AlphasError: the named alphas file is for another merge. Weights that are not there are not compared.
+    """
+    check_disk_space(job, out, places)
+    if named:
+        load_matching(job, places[0], must_match=True)
 
 
 def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks = ALONE) -> tuple[Alphas, bool]:

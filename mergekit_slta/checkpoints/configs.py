@@ -15,6 +15,8 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_slta.checkpoints.adapter_base import check_base
+from mergekit_slta.checkpoints.hub import adapter_folder, is_local
+from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.lora_adapter import merge_reason, read_adapter
 from mergekit_slta.checkpoints.vocabulary import vocabulary_advice
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
@@ -118,6 +120,10 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # missing folder, no config.json, unknown model type, the Hub's errors
+        if not is_local(model.model):
+            if problem := hub_problem(model.model, error):
+                raise problem from error
+            path = adapter_folder(model.model) or path
         refuse_pointer(os.path.join(path, "config.json"), recipe.names[model])
         if not os.path.isfile(os.path.join(path, "config.json")):
             refuse_lone_adapter(path, recipe.names[model])

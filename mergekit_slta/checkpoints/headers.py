@@ -44,7 +44,8 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
     for shard in loader.index.shards:
         path = os.path.join(loader.index.base_path, shard.filename)
         try:
-            entries = _read_header(path)
+            known = getattr(loader.index, "headers", None)  # of a checkpoint on the Hub (hub.py)
+            entries = _read_header(path) if known is None else known[shard.filename]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again",
@@ -97,7 +98,11 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
 
 def read_stored(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]:
     """Tensor name -> shape and dtype, for any checkpoint; see `read_headers` and `read_pickled`."""
-    return dict(read_headers(loader, name)) if loader.index.is_safetensors else read_pickled(loader, name)
+    if loader.index.is_safetensors:
+        return dict(read_headers(loader, name))
+    if hasattr(loader.index, "headers"):  # on the Hub: nothing is known before the download
+        return {}
+    return read_pickled(loader, name)
 
 
 def _read_header(path: str) -> dict[str, TensorHeader]:

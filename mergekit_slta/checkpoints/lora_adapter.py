@@ -10,16 +10,18 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import DryRunFileInfo, constants, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from mergekit.common import ModelPath
 
 from mergekit_slta.checkpoints.headers import read_headers
+from mergekit_slta.checkpoints.hub import Download, is_local, read_header
+from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.weight_files import refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.files.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAMES
@@ -81,13 +83,27 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: its files, its settings, and the shapes of its tensors by name."""
+    """An adapter: its files, its settings, and the shapes of its tensors by name.
 
-    name: str
+    Attributes:
+        lora: the adapter's path or id.
+        config_file, weights_file: paths; that of the weights is where they will be once they have been downloaded.
+        config: the settings.
+        shapes: tensor name -> shape.
+        download: the weights' download; None if they are on this machine.
+    """
+
+    lora: ModelPath
     config_file: str
     weights_file: str
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    download: Download | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter's name in messages."""
+        return str(self.lora)
 
     def modules(self) -> dict[str, dict[str, str]]:
         """Adapted module -> "A" and "B" -> name in the file."""
@@ -101,14 +117,13 @@ class Adapter:
 def read_adapter(lora: ModelPath) -> Adapter:
     """Read an adapter's settings and the shapes of its tensors, from a folder or the Hub.
 
+    safetensors weights on the Hub are not downloaded: only their header is read.
+
     Raises:
         ModelError: a file is missing or damaged.
     """
-    name = str(lora)
     config_file = _file(lora, (ADAPTER_CONFIG_NAME,))
-    weights_file = _file(lora, ADAPTER_WEIGHTS_NAMES)
-    for path in (config_file, weights_file):
-        refuse_pointer(path, name)
+    refuse_pointer(config_file, str(lora))
     try:
         with open(config_file, encoding="utf-8") as file:
             config = json.load(file)
@@ -116,11 +131,41 @@ def read_adapter(lora: ModelPath) -> Adapter:
             raise TypeError("it is no JSON object")
     except (OSError, ValueError, TypeError) as error:
         raise _corrupt(config_file, error) from error
+    remote = _weights_on_the_hub(lora)
+    if remote is not None:
+        headers = read_header(lora, remote.filename, remote.commit_hash, remote.file_size or 0)
+        shapes = {key: header.shape for key, header in headers.items()}
+        download = Download(str(lora), remote.file_size or 0, constants.HF_HUB_CACHE)
+        return Adapter(lora, config_file, remote.local_path, config, shapes, download)
+    weights_file = _file(lora, ADAPTER_WEIGHTS_NAMES)
+    refuse_pointer(weights_file, str(lora))
     try:
         shapes = _shapes(weights_file)
     except Exception as error:  # safetensors, torch and pickle raise different errors
         raise _corrupt(weights_file, error) from error
-    return Adapter(name, config_file, weights_file, config, shapes)
+    return Adapter(lora, config_file, weights_file, config, shapes)
+
+
+def fetch_weights(adapter: Adapter) -> Adapter:
+    """Download an adapter's weights unless they are on this machine.
+
+    Raises:
+        ModelError: the Hub cannot be reached, or refuses.
+    """
+    if adapter.download is None:
+        return adapter
+    return replace(adapter, weights_file=_file(adapter.lora, ADAPTER_WEIGHTS_NAMES), download=None)
+
+
+def _weights_on_the_hub(lora: ModelPath) -> DryRunFileInfo | None:
+    """An adapter's safetensors weights if they are on the Hub and not in the cache."""
+    if is_local(lora):
+        return None
+    try:
+        found = hf_hub_download(lora.path, ADAPTER_WEIGHTS_NAMES[0], revision=lora.revision, dry_run=True)
+    except Exception:  # `_file` reads other weights, or says what is wrong
+        return None
+    return found if found.will_download else None
 
 
 def _corrupt(path: str, error: Exception) -> ModelError:
@@ -129,7 +174,7 @@ def _corrupt(path: str, error: Exception) -> ModelError:
 
 def _file(lora: ModelPath, names: tuple[str, ...]) -> str:
     error: Exception | None = None
-    if os.path.isdir(lora.path):
+    if is_local(lora):
         paths = [os.path.join(lora.path, name) for name in names]
         if found := next((path for path in paths if os.path.isfile(path)), None):
             return found
@@ -137,11 +182,13 @@ def _file(lora: ModelPath, names: tuple[str, ...]) -> str:
         for name in names:
             try:
                 return hf_hub_download(lora.path, name, revision=lora.revision)
-            except EntryNotFoundError as missing:  # the next name may exist
+            except RemoteEntryNotFoundError as missing:  # the next name may exist
                 error = missing
             except Exception as other:  # no such repository, no network, or an invalid repository name
                 error = other
                 break
+        if problem := hub_problem(lora, error):
+            raise problem from error
     detail = f" ({show(error)})" if error else ""
     raise ModelError(
         f"the adapter {show(lora)} has no {names[0]}{detail}: check the path or Hub id", code="missing-adapter"

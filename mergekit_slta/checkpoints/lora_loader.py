@@ -14,7 +14,15 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_slta.checkpoints.headers import read_stored
-from mergekit_slta.checkpoints.lora_adapter import LowRank, check_shapes, find_updates, merge_reason, read_adapter
+from mergekit_slta.checkpoints.hub import Download
+from mergekit_slta.checkpoints.lora_adapter import (
+    LowRank,
+    check_shapes,
+    fetch_weights,
+    find_updates,
+    merge_reason,
+    read_adapter,
+)
 from mergekit_slta.checkpoints.quantization import refuse_quantized
 from mergekit_slta.checkpoints.weight_files import open_checkpoint
 from mergekit_slta.errors import ModelError, SltaError, show
@@ -35,6 +43,7 @@ class AdapterLoader(LazyTensorLoader):
         updates: name in the base checkpoint -> update.
         files: paths of the adapter's config and weights.
         dtype: if given, floating tensors are rounded to it (mergekit's --lora-merge-dtype).
+        download: the download of the adapter's weights, if they are still on the Hub.
 
     Attributes:
         index: the base's index of names and shards.
@@ -47,12 +56,14 @@ class AdapterLoader(LazyTensorLoader):
         updates: Mapping[str, LowRank],
         files: tuple[str, ...],
         dtype: torch.dtype | None = None,
+        download: Download | None = None,
     ) -> None:
         super().__init__(base.index, lazy_unpickle=base.lazy_unpickle)
         self.base = base
         self.adapter = adapter
         self.updates = dict(updates)
         self.dtype = dtype
+        self.download = download
         self._files = files
 
     @property
@@ -105,7 +116,7 @@ def needs_merged_copy(model: ModelReference) -> str | None:
 
 
 def open_adapter(
-    model: ModelReference, options: MergeOptions, *, base: LazyTensorLoader | None = None
+    model: ModelReference, options: MergeOptions, *, base: LazyTensorLoader | None = None, planning: bool = False
 ) -> AdapterLoader | None:
     """Open a loader for "base+adapter", to be put into mergekit's cache of loaders.
 
@@ -113,6 +124,7 @@ def open_adapter(
         model: the model reference.
         options: mergekit's options: caches, `lazy_unpickle` and `lora_merge_dtype` are used.
         base: the base model's loader, which is then shared; None opens a new one.
+        planning: download no weights. If some are missing, the loader gives names and shapes, and no tensors.
 
     Returns:
         The loader; None if the model has no adapter or mergekit has to merge a copy (see `needs_merged_copy`).
@@ -129,7 +141,7 @@ def open_adapter(
     plain = model.model_copy(update={"lora": None})
     try:
         config = plain.config(trust_remote_code=options.trust_remote_code)
-        base = base or open_checkpoint(plain, options, str(plain))
+        base = base or open_checkpoint(plain, options, str(plain), planning=planning)
         refuse_quantized(base, read_stored(base, str(plain)), str(plain))
     except SltaError:
         raise
@@ -141,10 +153,13 @@ def open_adapter(
         ) from error
     updates = find_updates(adapter, base, config)
     check_shapes(base, updates)
+    if not planning:
+        adapter = fetch_weights(adapter)
     return AdapterLoader(
         base,
         loader_of_file(adapter.weights_file, list(adapter.shapes)),
         updates,
         (adapter.config_file, adapter.weights_file),
         dtype_named(options.lora_merge_dtype),
+        adapter.download,
     )

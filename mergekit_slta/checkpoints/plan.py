@@ -16,12 +16,14 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.headers import StoredTensor, TensorHeader, read_stored
+from mergekit_slta.checkpoints.hub import Download, HubIndex
 from mergekit_slta.checkpoints.lora_loader import open_adapter
 from mergekit_slta.checkpoints.quantization import refuse_quantized
 from mergekit_slta.checkpoints.weight_files import open_checkpoint
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import (
     LazyTensorLoader,
+    copy_place,
     forget_loaders,
     names_of,
     place_loader,
@@ -61,6 +63,9 @@ class Plan:
         is_tied: whether the output projection is the embedding table in every model. The plan then lacks the
             projection, or holds a copy of the table.
         copied: tensors of the plan that are not parameters. The merge copies the base's and refuses models that differ.
+        unread: the models whose tensors cannot be read yet. Their weights are on the Hub, or mergekit has to merge an
+            adapter into a copy on disk first.
+        downloads: the weights to download, each once.
     """
 
     models: tuple[ModelReference, ...]
@@ -69,6 +74,8 @@ class Plan:
     stored: dict[ModelReference, dict[str, StoredTensor]] = field(default_factory=dict)
     is_tied: bool = False
     copied: list[str] = field(default_factory=list)
+    unread: frozenset[ModelReference] = frozenset()
+    downloads: tuple[Download, ...] = ()
 
     @cached_property
     def headers(self) -> dict[ModelReference, dict[str, TensorHeader]]:
@@ -95,8 +102,14 @@ def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
     return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
 
 
-def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
+def make_plan(recipe: Recipe, options: MergeOptions, *, planning: bool = False) -> Plan:
     """Plan the merge as `run_merge` will, open the checkpoints, and read their headers.
+
+    Args:
+        recipe: the recipe.
+        options: mergekit's options.
+        planning: download no weights, and merge no adapter into a copy. If either is needed, the plan says so in
+            `unread`; its loaders then give names and headers, and no tensors.
 
     Raises:
         ModelError: a checkpoint cannot be found or read, or mergekit cannot plan the recipe.
@@ -104,13 +117,19 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
     forget_loaders(recipe.models)
     loaders: dict[ModelReference, LazyTensorLoader] = {}
     stored: dict[ModelReference, dict[str, StoredTensor]] = {}
+    copies = set()
     for model in recipe.models:
         name = recipe.names[model]
-        adapter = open_adapter(model, options, base=loaders.get(ModelReference(model=model.model)))
-        loaders[model] = open_checkpoint(model, options, name) if adapter is None else adapter
-        place_loader(model, loaders[model], options)
-        stored[model] = read_stored(loaders[model], name)
-        refuse_quantized(loaders[model], stored[model], name)
+        base = loaders.get(ModelReference(model=model.model))
+        loader = open_adapter(model, options, base=base, planning=planning)
+        if loader is None:
+            if model.lora and not os.path.exists(copy_place(model, options)):
+                copies.add(model)
+            loader = open_checkpoint(model, options, name, planning=planning)
+        loaders[model] = loader
+        place_loader(model, loader, options)
+        stored[model] = read_stored(loader, name)
+        refuse_quantized(loader, stored[model], name)
     try:
         planned = plan_tensors(
             recipe.config.model_copy(deep=True),
@@ -123,7 +142,23 @@ def make_plan(recipe: Recipe, options: MergeOptions) -> Plan:
             code="cannot-plan",
         ) from error
     tensors = {weight.name: PlannedTensor(weight, gather, sources_of(gather)) for weight, gather in planned}
-    return Plan(canonical(recipe), tensors, loaders, stored)
+    plan = Plan(canonical(recipe), tensors, loaders, stored)
+    if planning:
+        _mark_unread(plan, copies)
+    return plan
+
+
+def _mark_unread(plan: Plan, copies: set[ModelReference]) -> None:
+    """List the models of a plan whose tensors cannot be read yet, and what has to be downloaded for them."""
+    downloads: dict[str, Download] = {}
+    unread = set(copies)
+    for model, loader in plan.loaders.items():
+        missing = [load for holder in (loader, loader.index) if (load := getattr(holder, "download", None))]
+        downloads |= {load.name: load for load in missing}
+        unread |= {model} if missing else set()
+        if isinstance(loader.index, HubIndex) and not loader.index.tensor_paths:
+            loader.index.name_tensors(plan.tensors)
+    plan.unread, plan.downloads = frozenset(unread), tuple(downloads.values())
 
 
 def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> int:
@@ -135,5 +170,8 @@ def total_bytes(plan: Plan, models: Sequence[ModelReference] | None = None) -> i
             total += sum(header.stop - header.start for header in headers.values())
         else:
             index = plan.loaders[model].index
+            if isinstance(index, HubIndex):
+                total += sum(index.sizes.values())
+                continue
             total += sum(os.path.getsize(os.path.join(index.base_path, shard.filename)) for shard in index.shards)
     return total

@@ -120,7 +120,8 @@ def find_ties(
     """Whether the output projection is the embedding table in every model.
 
     Some checkpoints of tied models store the table twice; if one does, mergekit plans a projection. A model counts as
-    tied if its config ties the two weights and they are equal, or stored only once.
+    tied if its config ties the two weights and they are equal, or stored only once. Of a model whose tensors cannot be
+    read yet, the config is believed.
 
     Args:
         plan: the plan.
@@ -147,7 +148,7 @@ def find_ties(
         if not ties_embeddings(configs[model]):
             return False
         stored, embedded = sources[model], tables[model]
-        if stored != embedded:
+        if stored != embedded and model not in plan.unread:
             loader = plan.loaders[model]
             same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
             loader.flush()

@@ -97,11 +97,7 @@ class Checkpoints:
         found = []
         for model, raw in zip(numbers, self.raw(table, numbers), strict=True):
             if int(used[-1]) >= raw.shape[0]:
-                raise ModelError(
-                    f"token {int(used[-1])} of the calibration rows is beyond the {raw.shape[0]} rows of "
-                    f"{show(table)}: use the tokenizer that belongs to these embeddings",
-                    code="token-out-of-range",
-                )
+                raise token_out_of_range(int(used[-1]), raw.shape[0], table)
             found.append(self.place(raw[used], table, model))  # [U, d]
         return found
 
@@ -152,3 +148,12 @@ class Checkpoints:
         if self._tokenizer is None:
             self._tokenizer = task.execute()
         return self._tokenizer
+
+
+def token_out_of_range(token: int, num_rows: int, table: str) -> ModelError:
+    """The error for a token id of the calibration rows for which the embedding table `table` has no row."""
+    return ModelError(
+        f"token {token} of the calibration rows is beyond the {num_rows} rows of {show(table)}: use the tokenizer that "
+        "belongs to these embeddings",
+        code="token-out-of-range",
+    )

@@ -15,6 +15,8 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from mergekit_slta.checkpoints.hub import is_local
+from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.weight_files import refuse_pointer
 from mergekit_slta.data.templates import default_template
 from mergekit_slta.errors import DataError, show
@@ -43,6 +45,8 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
         if _is_blank(tokenizer):
             raise ValueError("its vocabulary holds no words")
     except Exception as error:
+        if not is_local(recipe.base.model) and (problem := hub_problem(recipe.base.model, error)):
+            raise problem from error
         folder = recipe.base.model.path
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             if name.endswith((".json", ".model")):  # tokenizer.json and tokenizer.model are large enough for Git LFS

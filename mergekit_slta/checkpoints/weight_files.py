@@ -15,6 +15,7 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_slta.checkpoints.hub import HubFiles, fetch, find_files, read_index
 from mergekit_slta.checkpoints.merged_copy import existing_copy, make_copy
 from mergekit_slta.errors import ModelError, SltaError, listing, show
 from mergekit_slta.files.names import (
@@ -31,24 +32,32 @@ _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
-def open_checkpoint(model: ModelReference, options: MergeOptions, name: str) -> LazyTensorLoader:
+def open_checkpoint(
+    model: ModelReference, options: MergeOptions, name: str, *, planning: bool = False
+) -> LazyTensorLoader:
     """Open the weights that transformers would load for a model. An adapter is merged into a copy on disk by mergekit.
 
     Args:
         model: the model; from the Hub it is downloaded.
         options: mergekit's options: caches, `lazy_unpickle` and `lora_merge_dtype` are used.
         name: the model's name in the recipe, for messages.
+        planning: download no weights, and merge no adapter. If weights are missing, the loader gives names and headers
+            and no tensors; that of an adapter without a copy is its base's.
 
     Raises:
         ModelError: there are no weights, only an adapter's or those of another format; or a file is missing, empty or
             corrupt.
     """
     try:
-        plain = ModelReference(model=model.model)
-        if model.lora:
-            folder = existing_copy(model, options, name) or make_copy(model, options, name)
-        else:
-            folder = plain.local_path(cache_dir=options.transformers_cache)
+        copy = existing_copy(model, options, name)
+        if model.lora and copy is None and not planning:
+            copy = make_copy(model, options, name)
+        if copy is not None:
+            return _open_folder(copy, options.lazy_unpickle, name)
+        found = find_files(model.model, options.transformers_cache)
+        if isinstance(found, HubFiles) and planning:
+            return LazyTensorLoader(read_index(found), options.lazy_unpickle)
+        folder = fetch(found) if isinstance(found, HubFiles) else found
         return _open_folder(folder, options.lazy_unpickle, name)
     except SltaError:
         raise

@@ -36,7 +36,7 @@ ACTING_OPTIONS = {
 }
 """mergekit's option -> the commands, besides `merge`, that take it. `merge` takes every option of mergekit.
 
-`check` also takes options that it only validates: it refuses `--multi-gpu` if there is no accelerator.
+`check` plans for a device that it does not use.
 """
 
 
@@ -63,10 +63,11 @@ _verify_option = click.option(
 def check(merge_options: MergeOptions, recipe: str) -> None:
     """Check RECIPE, its models and its data; print the plan and its cost.
 
-    No weights are read. What `merge` would refuse is refused here, too.
+    No weights are read or downloaded: of models on the Hub, file sizes and the headers of weights are looked at. What
+    `merge` would refuse is refused here, too. The device is not used, and may be on another machine.
     """
     from mergekit_slta.calibration.recorded_day import recorded_day
-    from mergekit_slta.calibration.reuse import check_disk_space, load_matching
+    from mergekit_slta.calibration.reuse import check_before_reading
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target
@@ -81,10 +82,10 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     if named:
         check_alphas_target(named)
     places = [named] if named else []
-    job = prepare(read, merge_options, need_rows=not (named and named.exists()), day=recorded_day(places))
-    check_disk_space(job, Path.cwd(), places)
-    if named:
-        load_matching(job, named, must_match=True)
+    job = prepare(
+        read, merge_options, need_rows=not (named and named.exists()), day=recorded_day(places), plan_only=True
+    )
+    check_before_reading(job, Path.cwd(), places, named=named is not None)
     if not merge_options.quiet:
         click.echo(describe_job(job, estimate(job)))
 

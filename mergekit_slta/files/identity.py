@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mergekit_slta.errors import listing
 
@@ -32,7 +32,12 @@ def hash_identity(record: Mapping[str, str]) -> str:
     return hash_text(json.dumps(dict(record), sort_keys=True))
 
 
-def differences(expected: Mapping[str, str], stored: Mapping[str, str], stored_models: Iterable[str]) -> list[str]:
+def differences(
+    expected: Mapping[str, str],
+    stored: Mapping[str, str],
+    stored_models: Iterable[str],
+    unread: Collection[str] = (),
+) -> list[str]:
     """Labels whose values differ between two identities, sorted.
 
     Only the labels of `expected` are compared. Models that occur only in `stored` count as differences, too.
@@ -41,9 +46,12 @@ def differences(expected: Mapping[str, str], stored: Mapping[str, str], stored_m
         expected: the identity of the merge to run.
         stored: the identity in a file.
         stored_models: names of the models of that file, the base included.
+        unread: models of the merge to run whose weights are not in `expected`, because they cannot be read yet.
     """
     labels = [label for label, value in expected.items() if stored.get(label) != value]
-    labels += [label for label in map(weights_label, stored_models) if label in stored and label not in expected]
+    labels += [weights_label(model) for model in unread if weights_label(model) not in stored]
+    known = {*expected, *map(weights_label, unread)}
+    labels += [label for label in map(weights_label, stored_models) if label in stored and label not in known]
     return sorted(labels)
 
 

@@ -18,7 +18,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_slta.calibration.recorded_day import recorded_day
-from mergekit_slta.calibration.reuse import check_disk_space, resumable, reuse_or_calibrate, statistics_beside
+from mergekit_slta.calibration.reuse import (
+    check_before_reading,
+    check_disk_space,
+    resumable,
+    reuse_or_calibrate,
+    statistics_beside,
+)
 from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
@@ -109,7 +115,13 @@ def _run(
     path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
-    job = prepare(recipe, options, need_rows=not (named and path.exists()), day=recorded_day(places))
+    job = prepare(
+        recipe,
+        options,
+        need_rows=not (named and path.exists()),
+        day=recorded_day(places),
+        before_reading=lambda planned: check_before_reading(planned, out, places, named=named is not None),
+    )
     recipe = job.recipe
     check_disk_space(job, out, places)
     own = places[0] if named else places[1]

@@ -29,7 +29,8 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
         rows: the rows of each of the recipe's tasks; None for a task without a dataset.
 
     Returns:
-        label -> value. If an expert names no dataset, only the settings that the recipe states are included.
+        label -> value. If an expert names no dataset, only the settings that the recipe states are included. Models
+        whose tensors cannot be read yet are left out.
     """
     settings = recipe.settings
     record = {
@@ -47,6 +48,8 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
         if drawn is not None or "importance" in task.model_fields_set:
             record[importance_label(name)] = str(task.importance)
     for model in plan.models:
+        if model in plan.unread:
+            continue
         record[weights_label(recipe.label(model))] = checkpoint_fingerprint(
             plan.loaders[model], plan.headers.get(model)
         )

@@ -1,22 +1,24 @@
 """Check everything that can be checked before a weight is read.
 
-Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first; the checks that may
-download weights come last.
+Scope: configs, tokenizer, datasets, checkpoint headers, device. The cheapest checks come first. Weights are downloaded
+last, if they are not only planned.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 
 import torch
 from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
+from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
+from mergekit_slta.checkpoints.tensors import token_out_of_range
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
 from mergekit_slta.checkpoints.vocabulary import check_vocabulary, vocabulary_advice
 from mergekit_slta.data.rows import TaskRows, draw_rows
@@ -26,7 +28,7 @@ from mergekit_slta.files.identity import weights_label
 from mergekit_slta.job.identity import job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
-from mergekit_slta.libraries.mergekit import chat_template_names
+from mergekit_slta.libraries.mergekit import chat_template_names, forget_loaders
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
@@ -41,8 +43,13 @@ def prepare(
     need_rows: bool = True,
     for_merge: bool = True,
     day: date | None = None,
+    plan_only: bool = False,
+    before_reading: Callable[[Job], None] | None = None,
 ) -> Job:
     """Check a recipe against its models and data.
+
+    Weights on the Hub are looked at through their headers first. They are downloaded, and adapters merged into copies,
+    after everything else has been checked.
 
     Args:
         recipe: the validated recipe.
@@ -50,11 +57,15 @@ def prepare(
         need_rows: whether every expert must name a dataset. False if an existing alphas file is used.
         for_merge: refuse checkpoints that mergekit cannot represent; if False, only warn.
         day: the date that chat templates see as today; by default it is today's.
+        plan_only: download no weights, merge no adapter into a copy, and do not use the device, which may be elsewhere.
+            If weights are missing, the job's `plan.unread` is not empty, and the job cannot be run.
+        before_reading: called with such a job before weights are downloaded or adapters merged. It may raise.
 
     Raises:
         ModelError, DataError, RunError: the first check that fails.
+        OutputError: the disk has no room for the downloads.
     """
-    _check_device(options)
+    _check_device(options, plan_only)
     _check_chat_template(recipe.config.chat_template)
     recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
@@ -70,7 +81,7 @@ def prepare(
             "dtype: %s rounds every model to it before the merge; out_dtype: %s in its place rounds only the result",
             narrow, narrow,
         )  # fmt: skip
-    device = torch.device(options.device or "cpu")
+    device = torch.device("cpu" if plan_only else options.device or "cpu")
     config = configs[recipe.base]
     skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
     stated, recipe = recipe, _within_positions(recipe, skeleton.max_positions)
@@ -79,34 +90,61 @@ def prepare(
     rows = _draw_all(recipe, templates, need_rows=need_rows)
     if recipe is not stated:
         _warn_of_cut_rows(recipe, rows)
-    plan = make_plan(recipe, options)
-    if info is not None:
+
+    def plan_job(planning: bool) -> Job:
+        plan = make_plan(recipe, options, planning=planning)
         table = skeleton.embedding_weight
         stored = {model: plan.stored_as(table, model) for model in recipe.models if table in plan.tensors}
-        rows_of = {model: entry.shape[0] if entry else configs[model].vocab_size for model, entry in stored.items()}
-        own = templates.own(recipe.base).tokenizer
-        check_vocabulary(recipe, info, own.get_vocab() if own else {}, rows_of)
-    problems = reconcile(
-        plan,
-        recipe.names,
-        skeleton.shapes,
-        configs,
-        advice=lambda: vocabulary_advice(recipe, config, options),
-    )
-    if problems and for_merge:
-        raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
-    for problem in problems:
-        LOG.warning("the alphas can be computed, but not merged: %s", problem)
-    plan.is_tied = find_ties(plan, recipe.names, configs, skeleton.embedding_weight, skeleton.head_weight)
-    submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
-    record = job_identity(recipe, plan, rows)
-    _warn_of_same_weights(recipe, record)
-    reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
-    copies = {name: reason for name, reason in reasons.items() if reason}
-    return Job(
-        recipe, options, rows, info, skeleton, plan, tuple(submodules), record, ties_embeddings(config), copies,
-        templates.resolved_key,
-    )  # fmt: skip
+        if info is None:
+            _check_tokens(rows, [entry.shape[0] for entry in stored.values() if entry], table)
+        else:
+            sizes = {model: entry.shape[0] if entry else configs[model].vocab_size for model, entry in stored.items()}
+            own = templates.own(recipe.base).tokenizer
+            check_vocabulary(recipe, info, own.get_vocab() if own else {}, sizes)
+        problems = reconcile(
+            plan,
+            recipe.names,
+            skeleton.shapes,
+            configs,
+            advice=lambda: vocabulary_advice(recipe, config, options),
+        )
+        if problems and for_merge:
+            raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
+        plan.is_tied = find_ties(plan, recipe.names, configs, skeleton.embedding_weight, skeleton.head_weight)
+        submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
+        record = job_identity(recipe, plan, rows)
+        if plan_only or not plan.unread:  # else there will be another plan
+            for problem in problems:
+                LOG.warning("the alphas can be computed, but not merged: %s", problem)
+            _warn_of_same_weights(recipe, record)
+        reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
+        return Job(
+            recipe,
+            options,
+            rows,
+            info,
+            skeleton,
+            plan,
+            tuple(submodules),
+            record,
+            ties_embeddings(config),
+            {name: reason for name, reason in reasons.items() if reason},
+            templates.resolved_key,
+        )
+
+    try:
+        job = plan_job(planning=True)
+        if plan_only:
+            forget_loaders(recipe.models)
+        elif job.plan.unread:
+            check_room(job.plan.downloads)
+            if before_reading is not None:
+                before_reading(job)
+            job = plan_job(planning=False)
+    except BaseException:
+        forget_loaders(recipe.models)
+        raise
+    return job
 
 
 def _within_positions(recipe: Recipe, most: int | None) -> Recipe:
@@ -143,16 +181,35 @@ def _warn_of_cut_rows(recipe: Recipe, rows: Sequence[TaskRows | None]) -> None:
             )  # fmt: skip
 
 
-def _check_device(options: MergeOptions) -> None:
-    if options.multi_gpu and not torch.accelerator.is_available():
-        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it", code="unusable-device")
+def _check_device(options: MergeOptions, plan_only: bool) -> None:
     try:
-        torch.empty(0, device=options.device or "cpu")
+        device = torch.device(options.device or "cpu")
+        if plan_only:
+            return
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RunError(
             f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device",
             code="unusable-device",
         ) from error
+    if options.multi_gpu and not torch.accelerator.is_available():
+        raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it", code="unusable-device")
+
+
+def _check_tokens(rows: Sequence[TaskRows | None], sizes: Sequence[int], table: str) -> None:
+    """Check that the embedding tables have a row for each token of the calibration rows.
+
+    Args:
+        rows: the rows of each task.
+        sizes: number of rows of each model's table, as far as they are known.
+        table: the table's name.
+
+    Raises:
+        ModelError: the shortest table has too few rows.
+    """
+    largest = max((max(row.ids) for drawn in rows if drawn is not None for row in drawn.rows), default=-1)
+    if sizes and largest >= min(sizes):
+        raise token_out_of_range(largest, min(sizes), table)
 
 
 def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
@@ -160,7 +217,8 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
     names: dict[str, str] = {}
     for model in recipe.models:
         name = show(recipe.names[model])
-        earlier = names.setdefault(record[weights_label(recipe.label(model))], name)
+        weights = record.get(weights_label(recipe.label(model)), name)  # not there before they are downloaded
+        earlier = names.setdefault(weights, name)
         if earlier != name:
             LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
 

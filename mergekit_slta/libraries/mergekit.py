@@ -18,6 +18,8 @@ from mergekit.config import ConditionalParameter, InputModelDefinition, evaluate
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
 from mergekit.options import PrettyPrintHelp, add_merge_options
 
+from mergekit_slta.libraries.mergekit_files import prefer_open_loaders
+
 if TYPE_CHECKING:
     import torch
     from mergekit.architecture import WeightInfo
@@ -32,6 +34,8 @@ __all__ = [
     "InputModelDefinition",
     "LazyTensorLoader",
     "PrettyPrintHelp",
+    "ShardInfo",
+    "ShardedTensorIndex",
     "add_merge_options",
     "evaluate_setting",
 ]
@@ -47,7 +51,6 @@ USED = {
     "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
     "mergekit.common.ModelPath._unique_id": "names of merged copies (`copy_place`)",
-    "mergekit.common.ModelReference.local_path(cache_dir, ignore_lora)": "folder of a model (checkpoints/)",
     "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "makes merged copies",
     "mergekit.common.dtype_from_name(name)": "`dtype_named`",
     "mergekit.config.ConditionalParameter": "filters of a setting (recipe/)",
@@ -98,6 +101,7 @@ def place_loader(model: ModelReference, loader: LazyTensorLoader, options: Merge
     """
     from mergekit.io.tasks import LoaderCache
 
+    prefer_open_loaders()
     cache = LoaderCache()
     cache.setup(options=options)
     cache.loaders[model] = loader

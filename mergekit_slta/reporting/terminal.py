@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import torch
 
-from mergekit_slta.errors import show
+from mergekit_slta.errors import listing, show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_loss
+from mergekit_slta.files.output_folder import free_bytes
+from mergekit_slta.runtime.devices import is_here
 
 if TYPE_CHECKING:
     from mergekit_slta.files.linearity_file import Linearity, MeanStd
@@ -48,8 +52,9 @@ def describe_job(job: Job, costs: Costs) -> str:
     for name, reason in job.merged_copies.items():
         size = _bytes(costs.written_bytes)
         lines.append(f"copy        {show(name)} is merged into a full copy first ({show(reason)}): about {size} more")
+    lines += _downloads(job)
     lines += [
-        f"device      {job.device}",
+        f"device      {_device(job)}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
         f"computes    {costs.flops / 1e12:.3g} TFLOP",
         f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
@@ -61,6 +66,34 @@ def describe_job(job: Job, costs: Costs) -> str:
     if costs.scratch_bytes:
         lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features on disk until the calibration is done")
     return "\n".join(lines)
+
+
+def _downloads(job: Job) -> list[str]:
+    """What has to be downloaded, and what can only be checked after that."""
+    plan, names = job.plan, job.recipe.names
+    lines = [f"download    {_bytes(load.num_bytes)} of {show(load.name)}" for load in plan.downloads]
+    for folder in dict.fromkeys(load.folder for load in plan.downloads):
+        total = sum(load.num_bytes for load in plan.downloads if load.folder == folder)
+        lines.append(f"            {_bytes(total)} in all, to {show(folder)} ({_bytes(free_bytes(Path(folder)))} free)")
+    pickled = [show(names[model]) for model in plan.models if model in plan.unread and model not in plan.headers]
+    if pickled:
+        lines.append(f"later       {', '.join(pickled)}: pickled (.bin), shapes are compared after the download")
+    if plan.unread:
+        unread = listing(names[model] for model in plan.models if model in plan.unread)
+        lines.append(
+            f"later       {unread}: NaN, tied tables and whose weights an alphas file is for: seen in the merge"
+        )
+    return lines
+
+
+def _device(job: Job) -> str:
+    """The device that the job is planned for, and whether this machine has it."""
+    missing = []
+    if not is_here(job.device):
+        missing.append(f"this machine has no {job.device}")
+    if job.options.multi_gpu and not torch.accelerator.is_available():
+        missing.append("--multi-gpu needs an accelerator, and this machine has none")
+    return str(job.device) + (f" (planned; {'; '.join(missing)})" if missing else "")
 
 
 def _libraries() -> int:
