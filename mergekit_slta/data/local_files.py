@@ -19,7 +19,7 @@ from mergekit_slta.data.json_files import TRAIN, document_rows, is_json_lines
 from mergekit_slta.errors import DataError, listing, show
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 LOG = logging.getLogger(__name__)
 LOADERS = {
@@ -165,15 +165,15 @@ def read_files(name: str, kind: str, files: Mapping[str, Sequence[str]]) -> Tabl
         else:
             texts = {key: [row for rows in found.values() for row in rows] for key, found in documents.items()}
         return Tables({key: datasets.Dataset.from_dict({"text": rows}) for key, rows in texts.items()}, True, False)
-    options = _csv_options(name, every) if kind == "csv" else {}
-    parts, undecodable = _read(name, "text" if kind == "json" else kind, filled, options)
+    schema, options = _csv_options(name, every) if kind == "csv" else (None, {})
+    parts, undecodable = _read(name, "text" if kind == "json" else kind, filled, schema, options)
     if kind in ("json", "text"):
         parts = {key: _without_blank(part) for key, part in parts.items()}
     return Tables(parts, kind == "json", undecodable)
 
 
 def _read(
-    name: str, loader: str, files: Mapping[str, Sequence[str]], options: Mapping[str, Any]
+    name: str, loader: str, files: Mapping[str, Sequence[str]], schema: Features | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, Dataset], bool]:
     """Read files with a loader of `datasets`. Returns split -> rows, and whether bytes that are not UTF-8 were
     replaced."""
@@ -187,7 +187,8 @@ def _read(
     options = {"encoding": "utf-8-sig", **options}
     while True:
         try:
-            return dict(datasets.load_dataset(loader, data_files=escaped, **options)), "encoding_errors" in options
+            found = datasets.load_dataset(loader, data_files=escaped, features=schema, **options)
+            return dict(found), "encoding_errors" in options
         except datasets.exceptions.DatasetGenerationError as error:
             cause = error.__cause__
             if isinstance(cause, UnicodeDecodeError) and "encoding_errors" not in options:
@@ -199,8 +200,8 @@ def _read(
                 raise
 
 
-def _csv_options(name: str, files: Sequence[str]) -> dict[str, Any]:
-    """Options that keep every cell as it is written: only an empty one is missing.
+def _csv_options(name: str, files: Sequence[str]) -> tuple[Features, dict[str, Any]]:
+    """Column types and options that keep every cell as it is written: only an empty one is missing.
 
     Raises:
         DataError: the files have different columns.
@@ -228,8 +229,8 @@ def _csv_options(name: str, files: Sequence[str]) -> dict[str, Any]:
                 f"{listing(columns)}; name one of them",
                 code="unreadable-dataset",
             )
-    features = datasets.Features({column: datasets.Value("string") for column in columns})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+    schema = datasets.Features({column: datasets.Value("string") for column in columns})
+    return schema, {"sep": separator, "keep_default_na": False, "na_values": [""]}
 
 
 def _without_blank(part: Dataset) -> Dataset:
