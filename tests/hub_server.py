@@ -49,6 +49,8 @@ class HubServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body leave in one packet: two wait 40 ms for each other
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import assert_refused, fork, mergekit_yaml, run, script, slta, stock_command, tensors
+from conftest import NO_CARD, assert_refused, fork, mergekit_yaml, run, script, slta, stock_command, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.scripts import multimerge, run_yaml
@@ -100,11 +100,11 @@ def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
     """`mergekit-yaml`, `mergekit-slta merge` and `calibrate`, each a process of its own, and `alphas:` of the last."""
     recipe = {**tiny.recipe(2), "out_dtype": "bfloat16"}
     path = write_recipe(recipe)
-    first = run(script("mergekit-yaml"), path, "one", cwd=tmp_path)
+    first = run(script("mergekit-yaml"), path, "one", NO_CARD, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "Calibrating" in first.stderr  # its own progress bar
     off = {"MERGEKIT_SLTA_AUTOLOAD": "0"}  # the project's own command works where .pth files are not read
-    second = run(script("mergekit-slta"), "merge", path, "two", "--quiet", cwd=tmp_path, **off)
+    second = run(script("mergekit-slta"), "merge", path, "two", "--quiet", NO_CARD, cwd=tmp_path, **off)
     assert second.returncode == 0, second.stderr
     third = run(sys.executable, "-m", "mergekit_slta", "calibrate", path, "-o", "saved.json", "--quiet", cwd=tmp_path)
     assert third.returncode == 0, third.stderr
