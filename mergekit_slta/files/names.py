@@ -19,6 +19,8 @@ CARD_NAME = "README.md"
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""A tokenizer's named chat templates, but the default one."""
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """A model's weights in one file, the preferred one first."""
 INDEX_ENDING = ".index.json"

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from mergekit_slta.errors import listing, show
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.names import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME
+from mergekit_slta.files.names import CONFIG_NAME, GENERATION_CONFIG_NAME, TEMPLATES_FOLDER, TOKENIZER_CONFIG_NAME
 from mergekit_slta.job.job import Job
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -67,7 +67,8 @@ def _drop_quantization(job: Job, config: dict[str, Any]) -> bool:
 
 
 def _copy_missing(job: Job, folder: Path) -> None:
-    """Copy the base's generation config, which mergekit copies only with an unchanged tokenizer, and custom code."""
+    """Copy what mergekit leaves out: the base's generation config (unless it copies the tokenizer), the named chat
+    templates of a tokenizer that it copies, and custom code."""
     base = job.recipe.base.model
     if not (folder / GENERATION_CONFIG_NAME).exists():
         try:
@@ -80,6 +81,10 @@ def _copy_missing(job: Job, folder: Path) -> None:
         except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
             if not isinstance(error, EntryNotFoundError):
                 job.say(f"No {GENERATION_CONFIG_NAME} is written: the base's cannot be read ({show(error)})")
+    named = Path(job.plan.loaders[job.recipe.base].index.base_path, TEMPLATES_FOLDER)
+    copied = job.tokenizer is None and not job.recipe.config.chat_template and (folder / TOKENIZER_CONFIG_NAME).exists()
+    if copied and named.is_dir() and not (folder / TEMPLATES_FOLDER).exists():
+        shutil.copytree(named, folder / TEMPLATES_FOLDER)
     if os.path.isdir(base.path) and any(_own_code(folder)):
         for source in Path(base.path).glob("*.py"):
             if not (folder / source.name).exists():
