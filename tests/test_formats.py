@@ -35,6 +35,7 @@ FOUND = {
     ),
     "roles in `conversation`": ({"conversation": CHAT}, CHAT),
     "roles of ShareGPT": ({"messages": [{"role": "human", "content": "fox"}, {"role": "gpt", "content": "dog"}]}, CHAT),
+    "roles of OpenAssistant": ({"messages": [{"role": "prompter", "content": "fox"}, REPLY]}, CHAT),
     "system prompt in a column": (
         {"conversations": SHAREGPT, "system": "lazy"}, [{"role": "system", "content": "lazy"}, *CHAT]
     ),
@@ -174,6 +175,55 @@ def test_a_template_that_prints_blocks_only(tmp_path):
     template = "{% for m in messages %}<|{{ m.role }}|>{% for b in m.content %}{{ b.text }}{% endfor %}{% endfor %}"
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 2)
     assert {each.text for each in draw(make_tokenizer(template), path).rows} == {"<|user|>fox<|assistant|>dog"}
+
+
+PRINTS = {
+    "trims": "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}",
+    "drops thoughts": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1].strip() }}{% endfor %}"
+    ),
+    "escapes": "{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}{% endfor %}",
+    "drops the system prompt": (
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_contents_that_a_template_rewrites(tmp_path, name):
+    """A trimmed, shortened or escaped content is printed; a system prompt may be left out."""
+    chat = [
+        {"role": "system", "content": "lazy"}, {"role": "user", "content": '  a "fox"\n'},
+        {"role": "assistant", "content": "<think>\nno\n</think>\n\nyes\n"}, {"role": "tool", "content": '{"a": 1}\n'},
+        {"role": "assistant", "content": "dog"},
+    ]  # fmt: skip
+    tokenizer = make_tokenizer(PRINTS[name])
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat}] * 2)
+    assert {row.text for row in draw(tokenizer, path).rows} == {tokenizer.apply_chat_template(chat, tokenize=False)}
+
+
+def test_messages_that_a_template_drops(tmp_path):
+    """Such rows are left out; the content need not be unlike the rest."""
+    template = "{% for m in messages if m.role in 'user assistant' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    rows = [{"messages": [ASK, {"role": "ipython", "content": "fox"}, REPLY]}, {"messages": CHAT}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row.number for row in draw(make_tokenizer(template), path).rows] == [1]
+    with refused(DataError, "unusable-row", f"row 0 of {path}", "message 1", "'ipython'", "does not print"):
+        draw(make_tokenizer(template), write_jsonl(path, rows[:1]))
+
+
+@pytest.mark.parametrize("role", ["customer", "agent", "User:"])
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_roles_that_no_template_names(tmp_path, tokenizer, role, key):
+    """A role in a list of roles is held to the same names as one of ShareGPT's; a template may name others."""
+    messages = [{key: role, "content": "fox"}, REPLY]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with refused(DataError, "unusable-row", f"row 0 of {path}", "message 0", repr(role), "prompter"):
+        draw(tokenizer, path)
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == '{role}' %}}Q: {{% endif %}}{{{{ m.content }}}};{{% endfor %}}"
+    )
+    assert {row.text for row in draw(make_tokenizer(template), path).rows} == {"Q: fox;dog;"}
 
 
 @pytest.mark.parametrize(

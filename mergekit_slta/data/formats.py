@@ -44,11 +44,12 @@ Parse = Callable[[Row], "Chat | Pair | None"]
 """row -> what it holds; None if its columns are not of the format. Raises BadRow."""
 
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
-    "function_response": "tool",
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant",
+    "model": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool", "function": "function",
+    "ipython": "ipython", "environment": "environment",
 }  # fmt: skip
-"""Names of roles -> the names that chat templates know."""
+"""Names of roles -> the names that chat templates know. A template may name others."""
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
@@ -95,7 +96,7 @@ def read_messages(raw: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     add to every message, are left out.
 
     Raises:
-        BadRow: a message has no role or an unknown one, no text, or a block that is not text.
+        BadRow: a message has no role, no text, or a block that is not text.
     """
     return [_read_message(message, number) for number, message in enumerate(raw)]
 
@@ -139,9 +140,7 @@ def _read_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     role = name if name is not None else origin
     if not isinstance(role, str):
         raise BadRow(f"{where} has no role")
-    if name is None and role.lower() not in ROLES:
-        raise BadRow(f"{where} is from {role[:40]!r}: known are {', '.join(ROLES)}")
-    role = ROLES.get(role.lower(), role)
+    role = ROLES.get(role.strip().lower(), role)
     content = known.pop("content", None)
     value = known.pop("value", None)
     content = _as_text(content if content is not None else value, where)

@@ -9,7 +9,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_slta.data.formats import FORMATS, BadRow, Chat, Pair, chat_of, find_format
+from mergekit_slta.data.formats import FORMATS, ROLES, BadRow, Chat, Pair, chat_of, find_format
 from mergekit_slta.errors import DataError, listing, show
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def _found_renderer(
         template: renders chats; None if there are none.
     """
     as_blocks: list[bool] = []
+    dropped: dict[object, list[int]] = {}
 
     def render(row: Mapping[str, Any], where: str) -> Rendered:
         try:
@@ -199,7 +200,7 @@ def _found_renderer(
             if isinstance(found, Chat) and template is not None and template.text:
                 if not as_blocks:
                     as_blocks.append(_prints_blocks_only(template))
-                return _render_chat(found, template, as_blocks[0])
+                return _render_chat(found, template, as_blocks[0], dropped)
             pair = found.plain if isinstance(found, Chat) else found
             if pair is None:
                 raise DataError(
@@ -216,15 +217,18 @@ def _found_renderer(
     return render
 
 
-def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendered:
-    messages: list[dict[str, Any]] = chat.messages
-    if as_blocks:
-        messages = [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if message.get("content")
-            else message
-            for message in messages
-        ]
+def _as_blocks(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if content else message
+
+
+def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool, dropped: dict[object, list[int]]) -> Rendered:
+    """Render a chat; `dropped` keeps what `_dropped` says of chats with the same roles."""
+    for number, message in enumerate(chat.messages):
+        role = message["role"]
+        if role not in ROLES.values() and not any(f"{quote}{role}{quote}" in (template.text or "") for quote in "'\""):
+            raise BadRow(f"has a message {number} from {show(role, 40)!r}: known are {listing(ROLES, 30)}")
+    messages = [_as_blocks(message) for message in chat.messages] if as_blocks else chat.messages
     tools = {} if chat.tools is None else {"tools": chat.tools}
     try:
         text = template.render(messages, **tools)
@@ -235,6 +239,12 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendere
         name = function.get("name") if isinstance(function, Mapping) else None
         if isinstance(name, str) and name not in text:
             raise BadRow(f"calls the tool {show(name)!r}, which the chat template does not print")
+    kind = bool(tools), *((message["role"], _has_text(message)) for message in messages)
+    if kind not in dropped:
+        dropped[kind] = _dropped(chat.messages, template, as_blocks, tools)
+    for number in dropped[kind]:
+        role = messages[number]["role"]
+        raise BadRow(f"has a message {number} from {role!r}, whose content the chat template does not print")
     first = chat.answer
     if first is None and len(messages) > 1 and messages[-1]["role"] == "assistant":
         first = len(messages) - 1
@@ -246,6 +256,30 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool) -> Rendere
         if text.startswith(prompt):
             return Rendered(text, is_chat=True, answer=len(prompt))
     return Rendered(text, is_chat=True)
+
+
+def _has_text(message: Mapping[str, Any]) -> bool:
+    """Whether a message must be seen in the text: not a system prompt, nor the remark beside a call of a tool."""
+    return bool(message.get("content")) and not message.get("tool_calls") and message["role"] != "system"
+
+
+def _dropped(
+    messages: Sequence[dict[str, Any]], template: ChatTemplate, as_blocks: bool, tools: Mapping[str, Any]
+) -> list[int]:
+    """Indices of the messages whose content a template does not print.
+
+    Probes stand for the contents: a template may trim a content, escape it, or leave out the thoughts in it.
+    """
+    probes = {number: f"probe {number} of it" for number, message in enumerate(messages) if _has_text(message)}
+    tried = [
+        {**message, "content": probes[number]} if number in probes else message
+        for number, message in enumerate(messages)
+    ]
+    try:
+        text = template.render([_as_blocks(message) for message in tried] if as_blocks else tried, **tools)
+    except Exception:  # it refuses such a content, and has printed the real one
+        return []
+    return [number for number, probe in probes.items() if probe.lower() not in text.lower()]
 
 
 def _prints_blocks_only(template: ChatTemplate) -> bool:
