@@ -214,6 +214,18 @@ def test_base_listed_last_and_sharded_output(tiny, write_recipe, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_one_file_has_an_index(tiny, write_recipe, tmp_path, caplog):
+    """Without an index vLLM loads every safetensors file of a folder. As an input the merge is one checkpoint."""
+    out = tmp_path / "out"
+    assert mergekit_yaml(write_recipe(tiny.recipe(1)), out, "--quiet").exit_code == 0
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(tensors(out), "model.safetensors")
+    again = tiny.recipe(1)
+    again["models"][0]["model"] = str(out)
+    assert slta("check", write_recipe(again)).exit_code == 0
+    assert "two checkpoints" not in caplog.text
+
+
 def test_tokenizer_source_base_with_grown_vocabulary(tiny, write_recipe, tmp_path):
     """An expert with padded embeddings merges over the base's rows under `tokenizer: {source: base}`."""
     grown = tmp_path / "grown"
@@ -319,12 +331,9 @@ def test_earlier_merge_is_replaced_whole(tiny, write_recipe, tmp_path):
     out = tmp_path / "out"
     for arguments in ([], ["--out-shard-size", "5000"], []):
         assert mergekit_yaml(write_recipe(tiny.recipe(2)), out, *QUIET, *arguments).exit_code == 0
-        index = out / "model.safetensors.index.json"
-        assert index.exists() == bool(arguments)
         assert (out / "model.safetensors").exists() != bool(arguments)
-        if arguments:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            assert {path.name for path in out.glob("model*.safetensors")} == names
+        names = set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values())
+        assert {path.name for path in out.glob("model*.safetensors")} == names
         assert not list(out.glob(".slta*"))
 
 

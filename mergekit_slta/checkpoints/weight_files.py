@@ -83,6 +83,15 @@ def _open_folder(folder: str, lazy_unpickle: bool, name: str) -> LazyTensorLoade
     return open_shards(folder, tensor_files, lazy_unpickle=lazy_unpickle)
 
 
+def _indexes_only(index: str, whole: str) -> bool:
+    """Whether an index names the file `whole` and no other, as the one that a merge writes."""
+    try:
+        with open(index, encoding="utf-8") as file:
+            return set(json.load(file)["weight_map"].values()) == {whole}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _weights_file(folder: str, name: str) -> str:
     """The file or index that transformers would load.
 
@@ -94,7 +103,7 @@ def _weights_file(folder: str, name: str) -> str:
         return stated
     for whole in WEIGHTS_NAMES:
         found = [file for file in (whole, whole + INDEX_ENDING) if file in present]
-        if len(found) > 1:
+        if len(found) > 1 and not _indexes_only(os.path.join(folder, found[1]), whole):
             LOG.warning(
                 "%s holds two checkpoints, %s and %s: %s is read, as transformers does; remove the other if that is "
                 "wrong",

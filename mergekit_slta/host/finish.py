@@ -1,6 +1,6 @@
 """Finish a merged model's folder: what mergekit leaves out of it, or gets wrong in its config.
 
-Scope: small files of OUT, no tensors.
+Scope: small files of OUT. No tensor is read.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import safe_open
 
 from mergekit_slta.errors import listing, show
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.names import CONFIG_NAME, GENERATION_CONFIG_NAME, TEMPLATES_FOLDER, TOKENIZER_CONFIG_NAME
+from mergekit_slta.files.names import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_ENDING,
+    TEMPLATES_FOLDER,
+    TOKENIZER_CONFIG_NAME,
+    WEIGHTS_NAMES,
+)
 from mergekit_slta.job.job import Job
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -31,6 +39,7 @@ def finish_output(job: Job, folder: Path) -> None:
         folder: the merged model.
     """
     _copy_missing(job, folder)
+    _write_index(folder)
     path = folder / CONFIG_NAME
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -43,6 +52,18 @@ def finish_output(job: Job, folder: Path) -> None:
 
 def _write(path: Path, config: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_index(folder: Path) -> None:
+    """Write the index of a model in one file. Without one, vLLM loads every safetensors file of a folder, the
+    statistics, too."""
+    whole = folder / WEIGHTS_NAMES[0]
+    if not whole.is_file():
+        return
+    with safe_open(whole, framework="pt") as file:
+        weight_map = dict.fromkeys(file.keys(), whole.name)
+    index = {"metadata": {"total_size": whole.stat().st_size}, "weight_map": weight_map}
+    write_text_atomically(folder / (whole.name + INDEX_ENDING), json.dumps(index, indent=2) + "\n")
 
 
 def _untie(job: Job, config: dict[str, Any]) -> bool:
