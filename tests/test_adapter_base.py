@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Models, assert_refused, mergekit_yaml, read, refused, tensors
-from peft import LoraConfig, get_peft_model
+from conftest import Models, assert_refused, mergekit_yaml, read, refused, slta, tensors
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from test_checkpoints import adapter
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +70,18 @@ def test_trained_tokens_of_the_bases_own_vocabulary(tiny, write_recipe, tmp_path
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     for name in two:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_an_adapter_that_changes_no_weights(tiny, write_recipe, tmp_path, kind):
+    """Not even a merged copy holds prompts: `check` and the merge refuse them, with a cache and without."""
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.base), config).save_pretrained(tmp_path / "prompt")
+    path = write_recipe(with_expert(tiny, f"{tiny.base}+{tmp_path / 'prompt'}"))
+    cache = ("--lora-merge-cache", tmp_path / "cache")
+    for result in (slta("check", path), slta("check", path, *cache), mergekit_yaml(path, tmp_path / "out", *cache)):
+        assert_refused(result, "cannot-merge-adapter", tmp_path / "prompt", config.peft_type.value, "leave it out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merge_that_fails_leaves_nothing_in_the_cache(tiny, write_recipe, tmp_path, monkeypatch):

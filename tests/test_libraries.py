@@ -228,6 +228,12 @@ def test_patterns_of_an_adapter():
     assert peft.pattern_key(["k_proj"], "layers.0.q_proj") == "layers.0.q_proj"
 
 
+def test_adapters_that_change_no_weights():
+    assert all(peft.changes_weights(kind) for kind in ("LORA", "IA3", "LOHA", "OFT", "new", None))
+    kinds = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
+    assert not any(peft.changes_weights(kind) for kind in kinds)
+
+
 def test_forwards_are_replaced_for_a_while():
     """In a plain call and in a functional one; whatever is raised inside, the class's method is back afterwards."""
     module = torch.nn.Linear(2, 2, bias=False)

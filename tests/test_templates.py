@@ -120,6 +120,53 @@ def test_the_template_is_chosen_by_key_recipe_expert_output(chats, options, own,
     assert texts(job, 1) == by_hand(shipped, make_tokenizer(), texts(job, 1))
 
 
+TOOL_USE = "{{ tools | tojson }} the " + PLAIN
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "key", "top", "expected"),
+    [
+        ({"default": PLAIN, "tool_use": TOOL_USE}, None, None, None, TOOL_USE),
+        ({"default": PLAIN, "rag": DATED}, None, None, None, PLAIN),
+        (None, {"default": PLAIN, "tool_use": TOOL_USE}, None, None, TOOL_USE),
+        (PLAIN, {"default": PLAIN, "tool_use": TOOL_USE}, "output", None, TOOL_USE),
+        (PLAIN, {"default": PLAIN, "tool_use": TOOL_USE}, "base", None, TOOL_USE),
+        (PLAIN, {"default": PLAIN, "tool_use": TOOL_USE}, "base", "mistral", TOOL_USE),
+        (PLAIN, {"default": PLAIN, "tool_use": TOOL_USE}, "output", "auto", PLAIN),
+    ],
+)
+def test_tools_take_the_template_that_is_for_them(chats, options, tmp_path, own, base, key, top, expected):
+    """As in transformers, for every tokenizer's own templates; rows without tools take the default one."""
+    tools = [{"type": "function", "function": {"name": "quick", "parameters": {}}}]
+    rows = [{"messages": chat, "tools": tools if number % 2 else None} for number, chat in enumerate(CHATS)]
+    recipe = chats(make_tokenizer(own), base=make_tokenizer(base), keys=({"chat_template": key} if key else {}, {}))
+    (tmp_path / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["models"][0]["parameters"]["dataset"] = str(tmp_path / "tools.jsonl")
+    recipe["parameters"]["num_samples"] = 8
+    recipe["parameters"]["max_seq_length"] = 512
+    job = prepare(read({**recipe, **({"chat_template": top} if top else {})}), options)
+    tokenizer = make_tokenizer({"default": PLAIN, "tool_use": expected})
+    assert len(job.rows[0].rows) == 8
+    for row in job.rows[0].rows:
+        ids = tokenizer.apply_chat_template(**{"conversation": CHATS[row.number], "tools": rows[row.number]["tools"]})
+        assert row.text == tokenizer.apply_chat_template(
+            CHATS[row.number], tools=rows[row.number]["tools"], tokenize=False
+        )
+        assert list(row.ids) == list(ids["input_ids"])
+
+
+def test_only_the_templates_that_are_used_are_checked(chats, options, tmp_path):
+    """`tool_use` may write tokens that the output's tokenizer splits, as long as no row has tools."""
+    split = {"default": PLAIN, "tool_use": "<|tools|> " + TOOL_USE}
+    recipe = chats(with_tokens(split, ["<|tools|>"]))
+    prepare(read(recipe), options)
+    data = tmp_path / "tools.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat, "tools": [{"name": "quick"}]}) + "\n" for chat in CHATS))
+    recipe["models"][0]["parameters"]["dataset"] = str(data)
+    with refused(DataError, "split-token", "<|tools|>"):
+        prepare(read(recipe), options)
+
+
 def test_a_file_is_a_template(chats, options, tmp_path, monkeypatch):
     """Its path starts at the current folder; its content counts, not its name."""
     monkeypatch.chdir(tmp_path)
@@ -332,7 +379,7 @@ LLAMA_32 = """\
 def test_a_template_sees_the_given_date():
     """And no other one, nor an hour; transformers' own clock is left alone."""
     tokenizer = make_tokenizer(LLAMA_32)
-    template = ChatTemplate(tokenizer, lambda: Template(LLAMA_32, "output"), date(2024, 2, 29))
+    template = ChatTemplate(tokenizer, lambda with_tools: Template(LLAMA_32, "output"), date(2024, 2, 29))
     assert template.written_day is None  # nothing has been rendered yet
     assert template.render(CHATS[0][:1]) == f"<s>Today: 29 Feb 2024\n{CHATS[0][0]['content']}</s>"
     assert template.written_day == date(2024, 2, 29)

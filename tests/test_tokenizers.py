@@ -11,7 +11,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, mergekit_yaml, read, refused
 from mergekit.common import ModelReference
 
 from mergekit_slta.checkpoints.tokenizers import differing_tokens, own_tokenizer
-from mergekit_slta.errors import DataError
+from mergekit_slta.errors import DataError, ModelError
 from mergekit_slta.job.preflight import prepare
 
 OWN = "{% for message in messages %}{{ message['content'] }}!{% endfor %}"
@@ -62,7 +62,7 @@ def test_a_model_without_a_tokenizer_has_no_template(tiny, options, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "bare" / name).unlink()
     bare = ModelReference.parse(str(tmp_path / "bare"))
-    assert own_tokenizer(bare, options) == (None, None, None)
+    assert own_tokenizer(bare, options) == (None, None, None, None)
     (tmp_path / "bare" / "tokenizer.json").write_text("{")
     own = own_tokenizer(bare, options)
     assert own[:2] == (None, None)
@@ -105,6 +105,24 @@ def test_a_base_whose_tokenizer_has_no_words(make_models, options, tmp_path):
     for section in ({}, {"tokenizer": {"source": "base"}}):
         with refused(DataError, "unreadable-tokenizer", tmp_path / "base"):
             prepare(read({**recipe, **section}), options, for_merge=False)
+
+
+def test_the_tokenizer_that_is_missing_is_named(tiny, options, tmp_path):
+    """With another model's tokenizer as the source it may still be the base's; a source may be no folder."""
+    recipe = tiny.recipe(2)
+    expert = recipe["models"][0]["model"]
+    for section in ({"tokenizer": {"source": "/no/such/path"}}, {"tokenizer_source": "/no/such/path"}):
+        with refused(ModelError, "missing-model", "/no/such/path", next(iter(section))):
+            prepare(read({**recipe, **section}), options)
+    for name, source in (("base", tiny.base), ("expert", tiny.experts[0])):
+        shutil.copytree(source, tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / name / file).unlink()
+    with refused(DataError, "unreadable-tokenizer", f"of {tmp_path / 'expert'}:"):
+        prepare(read({**recipe, "tokenizer": {"source": str(tmp_path / "expert")}}), options)
+    recipe["base_model"] = str(tmp_path / "base")
+    with refused(DataError, "unreadable-tokenizer", f"of {tmp_path / 'base'}:"):
+        prepare(read({**recipe, "tokenizer": {"source": expert}}), options)
 
 
 def test_tokens_with_other_numbers_are_named(tiny, options, tmp_path, caplog):

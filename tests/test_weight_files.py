@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Models, assert_refused, mergekit_yaml, read, refused, tensors
+from conftest import Models, assert_refused, mergekit_yaml, read, refused, slta, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -138,6 +138,12 @@ def test_folders_whose_names_mean_something_else(tiny, options, tmp_path, name):
     shutil.copytree(tiny.experts[1], tmp_path / name)
     with refused(ModelError, "missing-model", tmp_path / name, "rename the folder"):
         prepare(read(with_expert(tiny, tmp_path / name)), options)
+
+
+def test_a_folder_whose_name_cannot_be_parsed(tiny, write_recipe, tmp_path):
+    shutil.copytree(tiny.experts[1], tmp_path / "c++")
+    result = slta("check", write_recipe(with_expert(tiny, tmp_path / "c++")))
+    assert_refused(result, "missing-model", tmp_path / "c++", "rename the folder")
 
 
 def test_empty_tensors(tiny, options, tmp_path):

@@ -9,14 +9,16 @@ WORDING: dict[str, str] = {
     "adapter-without-base": r".+ is an adapter without its base: write `.+\+.+`",
     "alphas-of-another-merge": r"the alphas file .+ is for another merge \(other .+\): calibrate again, or correct",
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
-    "cannot-merge-adapter": r"mergekit cannot merge the adapter .+ into a copy \(.*\): merge it with peft first",
+    "cannot-merge-adapter": r"mergekit cannot merge the adapter .+ into a copy \(.*\): merge it with peft first"
+    r"|the change of the adapter .+ is not in the weights and cannot be merged: leave it out",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text` .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
     r"|; drop `ridge`|: choose one of .+, or another objective))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
-    "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises); fetch it again",
+    "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
+    r"|holds .+, (which its index does not list|and so does .+)); fetch it again",
     "damaged-file": r"(is damaged at .* \(.+\): name the file that|do not fit together; calibrate again"
     r"|contradicts itself at .+: run `mergekit-slta linearity` again)",
     "damaged-layout": r"layout is damaged, or was made by an earlier version \(.*\): calibrate again",

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from mergekit_slta.checkpoints.lora_adapter import Adapter
 from mergekit_slta.errors import ModelError, show
+from mergekit_slta.libraries.peft import changes_weights
 
 LOG = logging.getLogger(__name__)
 _VOCABULARY = re.compile(
@@ -23,7 +24,7 @@ _VOCABULARY = re.compile(
 
 
 def check_base(adapter: Adapter, base: str, config: PretrainedConfig, name: str) -> None:
-    """Check an adapter's vocabulary against its base's; warn if the adapter names another base.
+    """Check an adapter's kind, and its vocabulary against its base's; warn if the adapter names another base.
 
     Args:
         adapter: the adapter.
@@ -32,8 +33,15 @@ def check_base(adapter: Adapter, base: str, config: PretrainedConfig, name: str)
         name: the reference in the recipe, for messages.
 
     Raises:
-        ModelError: the adapter has embeddings for more or fewer tokens.
+        ModelError: the adapter changes no weights, or has embeddings for more or fewer tokens.
     """
+    kind = adapter.config.get("peft_type")
+    if not changes_weights(kind):
+        raise ModelError(
+            f"the change of the adapter {show(name)} ({show(kind, 40)}) is not in the weights and cannot be "
+            "merged: leave it out",
+            code="cannot-merge-adapter",
+        )
     rows = getattr(config, "vocab_size", None)
     for found in _vocabulary_sizes(adapter):
         if rows is not None and found != rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,15 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
         name: the model's name, for messages.
 
     Raises:
-        ModelError: a shard is missing, truncated or corrupt, or lacks a tensor that the index lists.
+        ModelError: a shard is missing, truncated or corrupt, lacks a tensor that the index lists, or holds a tensor
+            that the index lists in another shard.
     """
     headers: dict[str, TensorHeader] = {}
+    held: dict[str, Collection[str]] = {}
     for shard in loader.index.shards:
         path = os.path.join(loader.index.base_path, shard.filename)
         try:
-            known = getattr(loader.index, "headers", None)  # of a checkpoint on the Hub (hub.py)
-            entries = _read_header(path) if known is None else known[shard.filename]
+            entries = held[shard.filename] = _entries(loader, shard.filename)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again",
@@ -58,7 +60,58 @@ def read_headers(loader: LazyTensorLoader, name: str) -> dict[str, TensorHeader]
                 code="corrupt-checkpoint",
             )
         headers |= {key: entries[key] for key in shard.contained_keys}
+    _refuse_doubled(loader, held, name)
     return headers
+
+
+def refuse_unlisted(loader: LazyTensorLoader, tensor: str, name: str) -> None:
+    """Refuse a safetensors checkpoint with a shard that holds a tensor which its index does not list.
+
+    Args:
+        loader: the checkpoint's loader.
+        tensor: the tensor's name.
+        name: the model's name, for messages.
+
+    Raises:
+        ModelError: see above.
+    """
+    folder = loader.index.base_path
+    files = {shard.filename for shard in loader.index.shards}
+    if os.path.isdir(folder):  # the index may lack all tensors of a shard
+        files |= {file for file in os.listdir(folder) if "-of-" in file}
+    for file in sorted(files) if tensor not in loader.index.tensor_paths else ():
+        try:
+            holds = file.endswith(".safetensors") and tensor in _entries(loader, file)
+        except (OSError, ValueError, KeyError, TypeError):  # not a file of this checkpoint
+            continue
+        if holds:
+            raise ModelError(
+                f"{show(os.path.join(folder, file))} of {show(name)} holds {show(tensor)}, which its index does not "
+                "list; fetch it again",
+                code="corrupt-checkpoint",
+            )
+
+
+def _refuse_doubled(loader: LazyTensorLoader, held: Mapping[str, Collection[str]], name: str) -> None:
+    """Refuse a tensor that is in the shard of the index and in another: transformers loads the last one.
+
+    Args:
+        loader: the checkpoint's loader.
+        held: file name of each shard -> names of all tensors in it.
+        name: the model's name, for messages.
+
+    Raises:
+        ModelError: see above.
+    """
+    for file, keys in held.items():
+        for key in keys:
+            listed = loader.index.tensor_paths.get(key, file)
+            if listed != file:
+                paths = [os.path.join(loader.index.base_path, each) for each in (listed, file)]
+                raise ModelError(
+                    f"{show(paths[0])} of {show(name)} holds {show(key)}, and so does {show(paths[1])}; fetch it again",
+                    code="corrupt-checkpoint",
+                )
 
 
 def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]:
@@ -72,6 +125,7 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
         ModelError: a file cannot be read without running code, or holds something else than the index's tensors.
     """
     stored = {}
+    held: dict[str, Collection[str]] = {}
     for shard in loader.index.shards:
         path = os.path.join(loader.index.base_path, shard.filename)
         try:
@@ -79,6 +133,7 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
                 content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             except RuntimeError:  # files of torch before 1.6 cannot be mapped
                 content = torch.load(path, map_location="meta", weights_only=True)
+            held[shard.filename] = list(content)
             lacking = [key for key in shard.contained_keys if key not in content]
             if lacking:
                 raise ValueError(f"it lacks {lacking[0]}, and holds {listing(content, 3)}")
@@ -93,6 +148,7 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
                 f"{show(path)} of {show(name)} is missing or corrupt ({show(error)}); fetch it again",
                 code="corrupt-checkpoint",
             ) from error
+    _refuse_doubled(loader, held, name)
     return stored
 
 
@@ -103,6 +159,11 @@ def read_stored(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]:
     if hasattr(loader.index, "headers"):  # on the Hub: nothing is known before the download
         return {}
     return read_pickled(loader, name)
+
+
+def _entries(loader: LazyTensorLoader, file: str) -> dict[str, TensorHeader]:
+    known = getattr(loader.index, "headers", None)  # of a checkpoint on the Hub (hub.py)
+    return _read_header(os.path.join(loader.index.base_path, file)) if known is None else known[file]
 
 
 def _read_header(path: str) -> dict[str, TensorHeader]:

@@ -13,6 +13,7 @@ import torch
 from mergekit.common import ModelReference
 
 from mergekit_slta.checkpoints.configs import ties_embeddings
+from mergekit_slta.checkpoints.headers import refuse_unlisted
 from mergekit_slta.checkpoints.plan import Plan, PlannedTensor
 from mergekit_slta.checkpoints.quantization import is_whole_float, quantized
 from mergekit_slta.errors import ModelError, show
@@ -63,6 +64,7 @@ def reconcile(
                 del plan.tensors[name]
             continue
         if name in shapes and len(lacking) < len(plan.models):
+            refuse_unlisted(plan.loaders[lacking[0]], name, names[lacking[0]])
             raise ModelError(
                 f"{show(names[lacking[0]])} lacks the tensor {show(name)}, which "
                 f"{show(names[next(model for model in plan.models if model not in lacking)])} has: "
@@ -137,6 +139,7 @@ def find_ties(
     tables = {model: plan.source_name(table, model) for model in plan.models}
     for model in plan.models:
         if not ties_embeddings(configs[model]) and sources[model] in (None, tables[model]):
+            refuse_unlisted(plan.loaders[model], projection, names[model])
             raise ModelError(
                 f"{show(names[model])} lacks the tensor {show(projection)}, and its config does not tie it to the "
                 "embeddings: fetch the model again, or set `tie_word_embeddings: true` in its config.json",

@@ -18,13 +18,15 @@ from transformers.utils import cached_file
 from mergekit_slta.checkpoints.hub import is_local
 from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.weight_files import refuse_pointer
-from mergekit_slta.data.templates import default_template
-from mergekit_slta.errors import DataError, show
+from mergekit_slta.data.templates import own_template
+from mergekit_slta.errors import DataError, ModelError, show
 from mergekit_slta.libraries.mergekit import build_tokenizer
 from mergekit_slta.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from mergekit_slta.libraries.mergekit import TokenizerInfo
+
+_TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTokenizerBase, TokenizerInfo | None]:
@@ -35,6 +37,7 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
 
     Raises:
         DataError: there is none, or it cannot be loaded.
+        ModelError: the model that the recipe names as its source is a folder that is not there.
     """
     try:
         if recipe.config.tokenizer or recipe.config.tokenizer_source:
@@ -53,7 +56,17 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
                 refuse_pointer(os.path.join(folder, name), recipe.names[recipe.base])
         section = recipe.config.tokenizer
         source = section.source if section else recipe.config.tokenizer_source
-        owner = recipe.names[recipe.base] if source in (None, "base", "union") else source
+        owner = recipe.names[recipe.base]
+        if isinstance(source, ModelReference) and not (problem := _problem_of(recipe.base.model, options)):
+            path, owner = source.model.path, recipe.names.get(source, str(source))
+            if path.startswith((".", "/", "~")) and not os.path.isdir(path):
+                key = "tokenizer.source" if section else "tokenizer_source"
+                raise ModelError(
+                    f"there is no model folder {show(path)}, which `{key}` names; paths start at the current one",
+                    code="missing-model",
+                ) from error
+        elif isinstance(source, ModelReference):
+            error = problem
         raise DataError(
             f"cannot load the tokenizer of {show(owner)}: {show(error)}; "
             "the base needs one, to read the calibration rows",
@@ -69,11 +82,22 @@ class OwnTokenizer(NamedTuple):
         tokenizer: its tokenizer; None if there is none that can be read.
         template: its chat template; None if it has none.
         problem: why its tokenizer files cannot be read; None if they can, or if there are none.
+        tool_template: its template for chats with tools, if it has one of its own (`tool_use`).
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     template: str | None
     problem: str | None = None
+    tool_template: str | None = None
+
+    @property
+    def templates(self) -> list[str]:
+        """All its templates."""
+        return [text for text in (self.template, self.tool_template) if text]
+
+    def template_for(self, with_tools: bool) -> str | None:
+        """The template for chats with tools, or without; None if there is none."""
+        return (with_tools and self.tool_template) or self.template
 
 
 def own_tokenizer(model: ModelReference, options: MergeOptions) -> OwnTokenizer:
@@ -81,21 +105,23 @@ def own_tokenizer(model: ModelReference, options: MergeOptions) -> OwnTokenizer:
 
     An adapter's are in its own folder, if it has any; what it lacks is its base's.
     """
-    template, problem = None, None
+    template, tool_template, problem = None, None, None
     for place in (model.lora, model.model):
         if place is None:
             continue
         try:
             tokenizer = _load(place, options)
         except Exception as error:  # no tokenizer files, damaged ones, remote code, the Hub's errors
-            template = template or _template_beside(place)
+            if template is None:
+                template, tool_template = _templates_beside(place)
             if _may_have_files(place):
                 problem = problem or show(error)
             continue
-        template = template or default_template(tokenizer)
+        if template is None:
+            template, tool_template = own_template(tokenizer), own_template(tokenizer, with_tools=True)
         if not _is_blank(tokenizer):
-            return OwnTokenizer(tokenizer, template)
-    return OwnTokenizer(None, template, problem)
+            return OwnTokenizer(tokenizer, template, tool_template=tool_template)
+    return OwnTokenizer(None, template, problem, tool_template)
 
 
 def differing_tokens(own: PreTrainedTokenizerBase, output: PreTrainedTokenizerBase) -> list[str]:
@@ -118,6 +144,14 @@ def _load(place: ModelPath, options: MergeOptions) -> PreTrainedTokenizerBase:
     )
 
 
+def _problem_of(place: ModelPath, options: MergeOptions) -> Exception | None:
+    """Why a model has no usable tokenizer; None if it has one."""
+    try:
+        return ValueError("its vocabulary holds no words") if _is_blank(_load(place, options)) else None
+    except Exception as error:  # no tokenizer files, damaged ones, remote code, the Hub's errors
+        return error
+
+
 def _is_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether only special tokens are in the vocabulary.
 
@@ -133,17 +167,26 @@ def _may_have_files(place: ModelPath) -> bool:
     return any(name.startswith(("tokenizer", "vocab", "spiece")) for name in os.listdir(place.path))
 
 
-def _template_beside(place: ModelPath) -> str | None:
-    """Read the chat template of a model that has no tokenizer; None if it has none."""
+def _templates_beside(place: ModelPath) -> tuple[str | None, str | None]:
+    """Read the chat templates of a model that has no tokenizer: the usual one, and that for tools; None for neither."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
+        text, for_tools = _text_of(place, name), None
         try:
-            file = cached_file(place.path, name, revision=place.revision)
-            text = Path(file or "").read_text(encoding="utf-8")
-            found = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
-        except Exception:  # no such file, or the Hub's errors
+            found = text if name.endswith(".jinja") else json.loads(text or "{}").get("chat_template")
+            if isinstance(found, list):  # several templates, as transformers once stored them
+                several = {entry["name"]: entry["template"] for entry in found}
+                found, for_tools = several.get("default"), several.get("tool_use")
+        except (ValueError, AttributeError, KeyError, TypeError):  # it is damaged
             continue
-        if isinstance(found, list):  # several templates, as transformers once stored them
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
         if found:
-            return str(found)
-    return None
+            for_tools = for_tools or _text_of(place, _TOOL_TEMPLATE)
+            return str(found), for_tools
+    return None, None
+
+
+def _text_of(place: ModelPath, name: str) -> str | None:
+    """Text of a model's file; None if there is no such file."""
+    try:
+        return Path(cached_file(place.path, name, revision=place.revision) or "").read_text(encoding="utf-8")
+    except Exception:  # no such file, or the Hub's errors
+        return None

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_slta.data.formats import FORMATS, ROLES, BadRow, Chat, Pair, chat_of, find_format
-from mergekit_slta.errors import DataError, listing, show
+from mergekit_slta.errors import DataError, SltaError, listing, show
 
 if TYPE_CHECKING:
     from mergekit_slta.data.templates import ChatTemplate
@@ -224,14 +224,17 @@ def _as_blocks(message: dict[str, Any]) -> dict[str, Any]:
 
 def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool, dropped: dict[object, list[int]]) -> Rendered:
     """Render a chat; `dropped` keeps what `_dropped` says of chats with the same roles."""
+    written = template.text_for(chat.tools) or ""
     for number, message in enumerate(chat.messages):
         role = message["role"]
-        if role not in ROLES.values() and not any(f"{quote}{role}{quote}" in (template.text or "") for quote in "'\""):
+        if role not in ROLES.values() and not any(f"{quote}{role}{quote}" in written for quote in "'\""):
             raise BadRow(f"has a message {number} from {show(role, 40)!r}: known are {listing(ROLES, 30)}")
     messages = [_as_blocks(message) for message in chat.messages] if as_blocks else chat.messages
     tools = {} if chat.tools is None else {"tools": chat.tools}
     try:
         text = template.render(messages, **tools)
+    except SltaError:  # the choice of the template, which is no matter of the row
+        raise
     except Exception as error:  # Jinja and the template's own raise_exception raise different errors
         raise BadRow(f"is refused by the chat template ({show(error)})") from error
     for call in (call for message in messages for call in message.get("tool_calls") or ()):

@@ -35,6 +35,10 @@ _PROBES = (
     (["system", "user", "assistant", "user"], True),
 )
 """Roles of the messages, and whether to add a generation prompt."""
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "text", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def today() -> date:
@@ -54,10 +58,17 @@ class Template(NamedTuple):
     origin: str
 
 
-def default_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """The template that a tokenizer uses unless told otherwise; None if there is none."""
+def own_template(tokenizer: PreTrainedTokenizerBase | None, with_tools: bool = False) -> str | None:
+    """The template that a tokenizer uses unless told otherwise; None if there is none.
+
+    Args:
+        tokenizer: the tokenizer.
+        with_tools: for a chat with tools. Of several templates transformers then takes `tool_use`, if it is there.
+    """
     template = getattr(tokenizer, "chat_template", None)
-    return (template.get("default") if isinstance(template, dict) else template) or None
+    if isinstance(template, dict):
+        return (with_tools and template.get("tool_use")) or template.get("default") or None
+    return template or None
 
 
 @dataclass(frozen=True)
@@ -66,42 +77,57 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: the output's; it gives the special tokens, such as `bos_token`, and tokenizes the rows.
-        find: chooses and checks the template. It is called when the first chat needs it.
+        find: chooses and checks the template of chats with tools (True) or of other chats (False). It is called when
+            the first such chat needs it.
         day: the date that templates see as today.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    find: Callable[[], Template]
+    find: Callable[[bool], Template]
     day: date
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """The template that a tokenizer uses by default."""
-        return cls(tokenizer, lambda: Template(default_template(tokenizer), OUTPUT), today())
+        return cls(tokenizer, lambda with_tools: Template(own_template(tokenizer, with_tools), OUTPUT), today())
 
     @cached_property
     def found(self) -> Template:
-        """The template.
+        """The template of chats without tools.
 
         Raises:
             RecipeError, DataError: what `find` raises.
         """
-        return self.find()
+        return self.find(False)
+
+    @cached_property
+    def found_for_tools(self) -> Template:
+        """The template of chats with tools.
+
+        Raises:
+            RecipeError, DataError: what `find` raises.
+        """
+        return self.find(True)
 
     @property
     def text(self) -> str | None:
-        """The template in Jinja; None if there is none."""
+        """The template of chats without tools, in Jinja; None if there is none."""
         return self.found.text
+
+    def text_for(self, tools: object) -> str | None:
+        """The template in Jinja for chats with these tools, or without; None if there is none."""
+        return (self.found_for_tools if tools else self.found).text
 
     @property
     def used(self) -> Template | None:
-        """The template, if a chat has needed it."""
-        return self.__dict__.get("found")
+        """The template, if a chat has needed it. That of chats with tools has the same origin."""
+        return self.__dict__.get("found") or self.__dict__.get("found_for_tools")
 
     @property
     def written_day(self) -> date | None:
-        """The date that the chats may hold; None if the template does not read it."""
-        return self.day if self.used and "strftime_now" in (self.used.text or "") else None
+        """The date that the chats may hold; None if no template that was used reads it."""
+        used = (self.__dict__.get(name) for name in ("found", "found_for_tools"))
+        return self.day if any("strftime_now" in (template.text or "") for template in used if template) else None
 
     def render(
         self,
@@ -122,7 +148,7 @@ class ChatTemplate:
         with clock_at(self.day):
             return self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.found.text,
+                chat_template=self.text_for(tools),
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 tokenize=False,
@@ -165,30 +191,37 @@ def not_a_template(name: str, error: Exception) -> DataError:
     )
 
 
-def written_text(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def written_text(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
     """All text that a template writes by itself: its literals and three rendered chats, separated by NUL characters.
 
     Some templates join tokens from parts (`'<|' + role + '|>'`), which only a rendered chat shows.
 
+    Args:
+        template: the template in Jinja.
+        tokenizer: the output's.
+        with_tools: render the chats with a tool.
+
     Raises:
         jinja2.TemplateSyntaxError: it is not valid Jinja.
     """
-    return "\0".join([*template_literals(template), *(text for text in _rendered(template, tokenizer) if text)])
+    return "\0".join(
+        [*template_literals(template), *(text for text in _rendered(template, tokenizer, with_tools) if text)]
+    )
 
 
-def render_alike(one: str, other: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether two templates render a few short chats as the same text."""
-    return one == other or _rendered(one, tokenizer) == _rendered(other, tokenizer)
+def render_alike(one: str, other: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> bool:
+    """Whether two templates render a few short chats, with a tool or without, as the same text."""
+    return one == other or _rendered(one, tokenizer, with_tools) == _rendered(other, tokenizer, with_tools)
 
 
-def _rendered(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+def _rendered(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool) -> list[str | None]:
     """Render the probes; None where the template refuses one."""
-    chat = ChatTemplate(tokenizer, lambda: Template(template, INLINE), date(2000, 1, 1))
+    chat = ChatTemplate(tokenizer, lambda with_tools: Template(template, INLINE), date(2000, 1, 1))
     texts: list[str | None] = []
     for roles, add_generation_prompt in _PROBES:
         messages = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
         try:
-            texts.append(chat.render(messages, add_generation_prompt))
+            texts.append(chat.render(messages, add_generation_prompt, [_TOOL] if with_tools else None))
         except Exception:  # a template may know no system message, say
             texts.append(None)
     return texts

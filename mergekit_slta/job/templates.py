@@ -26,9 +26,9 @@ from mergekit_slta.data.templates import (
     Template,
     added_tokens,
     control_tokens,
-    default_template,
     not_a_template,
     num_tokens,
+    own_template,
     read_template,
     render_alike,
     written_text,
@@ -65,10 +65,11 @@ class Templates:
         self.tokenizer = tokenizer
         self.day = day
         self._own: dict[ModelReference, OwnTokenizer] = {}
+        self._warned: set[str] = set()
 
     def of(self, task: Task) -> ChatTemplate:
         """What renders the chats of a task."""
-        return ChatTemplate(self.tokenizer, lambda: self._choose(task), self.day)
+        return ChatTemplate(self.tokenizer, lambda with_tools: self._choose(task, with_tools), self.day)
 
     def own(self, model: ModelReference) -> OwnTokenizer:
         """A model's own tokenizer and template."""
@@ -78,7 +79,7 @@ class Templates:
 
     @cached_property
     def shipped(self) -> str | None:
-        """The template that the merged model gets; None if it gets none.
+        """The template that the merged model gets for chats without tools; None if it gets none.
 
         With `chat_template: auto` it is the one that most models have; among equals the base's, then the first
         expert's. (mergekit's own choice among equals differs from run to run.)
@@ -87,8 +88,13 @@ class Templates:
         if not given or given == "auto":
             places = [ModelReference(model=model.model) for model in self.recipe.models] if given else []
             found = [template.strip() for place in places if (template := self.own(place).template)]
-            return Counter(found).most_common(1)[0][0] if found else default_template(self.tokenizer)
+            return Counter(found).most_common(1)[0][0] if found else own_template(self.tokenizer)
         return chat_template_text(given) if given in chat_template_names() else given
+
+    def _shipped(self, with_tools: bool) -> str | None:
+        """The template that the merged model gets; the recipe's replaces all of a tokenizer's templates."""
+        several = with_tools and not self.recipe.config.chat_template
+        return own_template(self.tokenizer, with_tools) if several else self.shipped
 
     @property
     def resolved_key(self) -> str | None:
@@ -113,8 +119,8 @@ class Templates:
                     show(self.recipe.names[task.model]), len(tokens), listing(tokens, 3),
                 )  # fmt: skip
 
-    def _choose(self, task: Task) -> Template:
-        """Choose the template of a task, check it, and warn if the expert's own differs from the merged model's.
+    def _choose(self, task: Task, with_tools: bool) -> Template:
+        """Choose and check the template of a task's chats; warn if the expert's own differs from the merged model's.
 
         Raises:
             RecipeError, DataError: there is none where the key says so, it is not valid, or the output's tokenizer
@@ -122,7 +128,7 @@ class Templates:
         """
         name = self.recipe.names[task.model]
         own = self.own(task.model)
-        template = self._named(task, own)
+        template = self._named(task, own, with_tools)
         if template.text is None:
             if task.chat_template is None:
                 return template  # `data.rendering` says so
@@ -132,14 +138,14 @@ class Templates:
                 code="missing-chat-template",
             )
         try:
-            written = written_text(template.text, self.tokenizer)
+            written = written_text(template.text, self.tokenizer, with_tools)
         except Exception as error:  # Jinja's own, which this package does not depend on
             raise not_a_template(f"{describe_template(template.origin)}, for {name}", error) from error
         self._check_tokens(task, template, written)
-        self._warn_of_differing_templates(name, own, template)
+        self._warn_of_differing_templates(name, own, template, with_tools)
         return template
 
-    def _named(self, task: Task, own: OwnTokenizer) -> Template:
+    def _named(self, task: Task, own: OwnTokenizer, with_tools: bool) -> Template:
         key = task.chat_template
         if key is None:
             key = MODEL if own.template and not self.recipe.config.chat_template else OUTPUT
@@ -149,11 +155,11 @@ class Templates:
                     show(self.recipe.names[task.model]), own.problem,
                 )  # fmt: skip
         if key == MODEL:
-            return Template(own.template, MODEL)
+            return Template(own.template_for(with_tools), MODEL)
         if key == OUTPUT:
-            return Template(self.shipped, OUTPUT)
+            return Template(self._shipped(with_tools), OUTPUT)
         if key == BASE:
-            return Template(self.own(self.recipe.base).template, BASE)
+            return Template(self.own(self.recipe.base).template_for(with_tools), BASE)
         return read_template(key, self.recipe.names[task.model])
 
     def _check_tokens(self, task: Task, template: Template, written: str) -> None:
@@ -167,7 +173,7 @@ class Templates:
             DataError: see above.
         """
         text = (template.text or "").strip()  # `auto` strips, too
-        owners = [model for model in self.recipe.models if (self.own(model).template or "").strip() == text]
+        owners = [model for model in self.recipe.models if text in map(str.strip, self.own(model).templates)]
         if task.model in owners:
             owners = [task.model]  # it may split what others do not
         tokens = [] if owners else [token for token in control_tokens(written) if not self._splits(task.model, token)]
@@ -190,15 +196,18 @@ class Templates:
 
     def _splits(self, model: ModelReference, token: str) -> bool:
         """Whether a model's own template writes a token that its own tokenizer splits."""
-        return token in (self.own(model).template or "") and not self._has(model, token)
+        return any(token in text for text in self.own(model).templates) and not self._has(model, token)
 
     def _has(self, model: ModelReference, token: str) -> bool:
         tokenizer = self.own(model).tokenizer
         return tokenizer is not None and num_tokens(token, tokenizer) == 1
 
-    def _warn_of_differing_templates(self, name: str, own: OwnTokenizer, template: Template) -> None:
-        shipped = self.shipped
-        if own.template and not (shipped and render_alike(own.template, shipped, self.tokenizer)):
+    def _warn_of_differing_templates(self, name: str, own: OwnTokenizer, template: Template, with_tools: bool) -> None:
+        shipped, trained = self._shipped(with_tools), own.template_for(with_tools)
+        if not trained or name in self._warned:
+            return
+        if not (shipped and render_alike(trained, shipped, self.tokenizer, with_tools)):
+            self._warned.add(name)
             LOG.warning(
                 "%s has a chat template of its own, and the merged model gets %s: %s renders its rows; `chat_template` "
                 "under its `parameters` chooses another",

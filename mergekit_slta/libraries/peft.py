@@ -8,9 +8,22 @@ from typing import Any
 
 USED = {
     "peft.tuners.tuners_utils.check_target_module_exists(config, key)": "`is_target`",
+    "peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING": "`changes_weights`",
     "peft.utils.other.get_pattern_key(pattern_keys, key_to_match)": "`pattern_key`",
 }
 """name(parameters) -> its use in this package."""
+
+
+def changes_weights(kind: object) -> bool:
+    """Whether an adapter of a kind (`peft_type`) is a change of the model's weights. Kinds unknown to peft may be.
+
+    Others, such as prompts, prefixes and further inputs of the attention, cannot be merged. Relies on the classes of
+    those kinds having no `merge_and_unload`.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    known = {name.value: tuner for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    return not isinstance(kind, str) or kind not in known or hasattr(known[kind], "merge_and_unload")
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:

@@ -57,6 +57,12 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
             f"the recipe {show(path)} is not a merge recipe ({_first(error)}): correct it", code="not-a-recipe"
         ) from error
     except RuntimeError as error:  # mergekit's own validators
+        name = str(error).removeprefix("Can't parse ")
+        if name != str(error) and os.path.isdir(name):
+            raise RecipeError(
+                f"mergekit reads `@` and `+` in {show(name)} as a revision and an adapter: rename the folder",
+                code="missing-model",
+            ) from error
         raise RecipeError(
             f"the recipe {show(path)} is not a merge recipe ({show(error)}): correct it", code="not-a-recipe"
         ) from error
