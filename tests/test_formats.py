@@ -52,6 +52,17 @@ FOUND = {
     "chosen text": ({"prompt": "the fox", "chosen": " a dog", "rejected": " x"}, ("the fox", " a dog")),
     "chosen text with its prompt": ({"prompt": "the fox", "chosen": "the fox a dog"}, ("the fox", " a dog")),
     "chosen dialogue": ({"chosen": "Human: fox\n\nAssistant: dog"}, ("", "Human: fox\n\nAssistant: dog")),
+    "chosen dialogue beside the other": (
+        {"chosen": "\n\nHuman: fox\n\nAssistant: the dog", "rejected": "\n\nHuman: fox\n\nAssistant: the cat"},
+        ("\n\nHuman: fox\n\nAssistant:", " the dog"),
+    ),
+    "chosen ChatML beside the other": (
+        {"chosen": "<|im_start|>assistant\nthe dog", "rejected": "<|im_start|>assistant\nthe cat"},
+        ("<|im_start|>assistant", "\nthe dog"),
+    ),
+    "chosen text beside the other": ({"chosen": "the fox dog", "rejected": "the fox door"}, ("the fox", " dog")),
+    "completion with its prompt": ({"prompt": "the fox", "completion": "the fox a dog"}, ("the fox", " a dog")),
+    "response with its prompt": ({"prompt": "fox", "response": "fox\ndog"}, CHAT),
     "prompt and completion": ({"prompt": "the fox", "completion": " a dog"}, ("the fox", " a dog")),
     "prompt and completion, chats": ({"prompt": [ASK], "completion": [REPLY]}, CHAT),
     "prompt and response": ({"prompt": "fox", "response": "dog"}, CHAT),
@@ -269,6 +280,24 @@ def test_any_column_may_hold_messages(tmp_path, tokenizer):
         draw(tokenizer, path, "body", completion="answer")
     with refused(DataError, "conflicting-keys", path, "`body`", "`completion`"):
         draw(tokenizer, path, "answer", completion="body")
+
+
+def test_a_dialogue_whose_answer_cannot_be_told(tmp_path, tokenizer, caplog):
+    """Without `rejected`, or with one that is alike: said, as of chats."""
+    for number, row in enumerate([{"chosen": "fox and dog"}, {"chosen": "fox and dog", "rejected": "fox and dog"}]):
+        caplog.clear()
+        drawn = draw(tokenizer, write_jsonl(tmp_path / f"{number}.jsonl", [row, {**row, "n": 1}]), objective="joint")
+        assert {each.completion for each in drawn.rows} == {1}
+        assert "2 of 2 rows" in caplog.text
+        assert "the whole row" in caplog.text
+
+
+@pytest.mark.parametrize("answer", ["chosen", "response", "completion"])
+def test_an_answer_that_only_happens_to_begin_like_its_prompt(tmp_path, tokenizer, answer):
+    """Most rows decide whether prompts are repeated."""
+    rows = [{"prompt": prompt, answer: f"Hi! {prompt}"} for prompt in ("Hi", "fox", "dog")]
+    drawn = draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows), num_samples=3)
+    assert all("Hi! " in row.text for row in drawn.rows)
 
 
 def test_nothing_found(tmp_path, tokenizer):

@@ -218,9 +218,9 @@ def test_templates_substitute_and_nothing_else(literals, values):
     """A template is its literals with the values between them, whatever the values contain."""
     assume(all(value is not None for value in values))
     template = literals[0] + "{a}" + literals[1] + "{b}" + literals[2]
-    text, is_chat, _ = renderer(template, ["a", "b"], None, "data")({"a": values[0], "b": values[1]}, "row 0")
-    assert text == literals[0] + values[0] + literals[1] + values[1] + literals[2]
-    assert not is_chat
+    rendered = renderer(template, ["a", "b"], None, "data")({"a": values[0], "b": values[1]}, "row 0")
+    assert rendered.text == literals[0] + values[0] + literals[1] + values[1] + literals[2]
+    assert not rendered.is_chat
 
 
 @settings(max_examples=150, deadline=None)
@@ -311,7 +311,7 @@ def test_chats_whose_answer_cannot_be_told_are_said(tmp_path, tokenizer, caplog)
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     with caplog.at_level(logging.WARNING):
         drawn = draw(tokenizer, path, objective="joint", num_samples=2)
-        assert "1 of 2 chats" in caplog.text
+        assert "1 of 2 rows" in caplog.text
         assert sorted(row.completion > 1 for row in drawn.rows) == [False, True]
         caplog.clear()
         draw(tokenizer, path, num_samples=2)  # features count whole rows anyway
@@ -428,6 +428,43 @@ def test_prompts_that_name_the_answer_among_others(tmp_path, tokenizer):
         drawn = draw(tokenizer, path, text, completion="{answer}", objective="joint")
         assert len(drawn.rows) == 6
         assert {answer.strip() for answer in answers(tokenizer, drawn)} == {"one", "two"}
+
+
+def test_an_answer_that_begins_with_its_prompt(tmp_path, tokenizer):
+    """A column with the whole text as `completion`."""
+    rows = [{"q": f"what is {number}? ", "full": f"what is {number}? it is {number}"} for number in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for text in ("q", "{q}", "{q}\n"):
+        with refused(DataError, "conflicting-keys", path, "`text`", "`completion`"):
+            draw(tokenizer, path, text, completion="full")
+    rows = [{"q": str(number), "next": str(10 * number + 1)} for number in range(4)]  # 1 -> 11 is no repetition
+    assert len(draw(tokenizer, write_jsonl(path, rows), "{q}: ", completion="next").rows) == 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
+def test_some_answers_that_are_there_twice(tmp_path, tokenizer, caplog, count):
+    """More than half are refused; fewer are counted in a warning."""
+    rows = [
+        {"q": f"what is {number}?" + f" {number * 'x'}." * (number <= count), "a": f"{number * 'x'}."}
+        for number in range(1, 5)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if count > 2:
+        with refused(DataError, "conflicting-keys", path):
+            draw(tokenizer, path, "q", completion="{a}")
+        return
+    assert len(draw(tokenizer, path, "q", completion="{a}", num_samples=4).rows) == 4
+    assert len(caplog.records) == bool(count)
+    assert not count or f"{count} of 4 prompts of {path} end with their answer" in caplog.text
+
+
+def test_an_ending_that_all_prompts_share(tmp_path, tokenizer, caplog):
+    """Most answers may be the last of the choices."""
+    rows = [{"q": f"is {number} odd, yes or no?", "a": "yes" if number == 1 else "no?"} for number in range(4)]
+    assert (
+        len(draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows), "q", completion="a", num_samples=4).rows) == 4
+    )
+    assert not caplog.text
 
 
 def test_a_typo_in_completion_names_completion(folder, tokenizer):

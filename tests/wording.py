@@ -13,7 +13,7 @@ WORDING: dict[str, str] = {
     r"|the change of the adapter .+ is not in the weights and cannot be merged: leave it out",
     "cannot-plan": r"mergekit cannot plan this merge \(.*\): correct the recipe, or try a newer mergekit",
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
-    "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text` .+"
+    "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text`, .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
     r"|; drop `ridge`|: choose one of .+, or another objective))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",

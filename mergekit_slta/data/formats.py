@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +18,16 @@ class BadRow(Exception):  # noqa: N818 (not an error of the user's: another row 
 
 
 class Pair(NamedTuple):
-    """A prompt and its answer, which are joined as they are. Without a prompt the whole text counts."""
+    """A prompt and its answer, which are joined as they are. Without a prompt the whole text counts.
+
+    Attributes:
+        prompt, answer: the texts.
+        is_known: whether it is known where the answer begins, or that there is no prompt.
+    """
 
     prompt: str
     answer: str
+    is_known: bool = True
 
 
 class Chat(NamedTuple):
@@ -59,6 +66,12 @@ ALPACA = (
 _ALPACA_PAIRED = ", paired with an input that provides further context"
 _TEXT_BLOCKS = ("text", "input_text", "output_text", None)
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+_ANSWER_BEGINS = re.compile(
+    r"^[#*\s]*(?:assistant|chatgpt|gpt|bot|ai|model|response|answer|a)[*\s]*:\**|\[/INST\]|<start_of_turn>model"
+    r"|<\|?[\w|>]*assistant[\w|>]*(?:<\|end_header_id\|>)?",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""How an answer begins in dialogues that are texts."""
 _QUESTIONS = ("question", "query", "instruction", "input")
 """Columns that make `chosen` alone less than the whole text."""
 
@@ -120,16 +133,37 @@ class Format(NamedTuple):
 
 
 def find_format(rows: Iterable[Row]) -> Format | None:
-    """The first format of the table that one of some rows has; None if there is none."""
+    """The first format of the table that one of some rows has; None if there is none.
+
+    If most of the rows repeat their `prompt` at the start of the answer, it is left out there.
+    """
     sample = list(rows)
     for known in FORMATS:
         for row in sample:
             try:
                 if known.parse(row) is not None:
-                    return known
+                    return _with_prompts_once(known, sample)
             except BadRow:
                 return known
     return None
+
+
+def _with_prompts_once(found: Format, sample: Sequence[Row]) -> Format:
+    answer = found.columns.split()[-1]
+    pairs = [row for row in sample if _is_text(row.get("prompt")) and isinstance(row.get(answer), str)]
+    if answer not in ("chosen", "completion", "response") or 2 * sum(
+        row[answer].startswith(row["prompt"]) for row in pairs
+    ) <= len(pairs):
+        return found
+
+    def parse(row: Row) -> Chat | Pair | None:
+        prompt, text = row.get("prompt"), row.get(answer)
+        if _is_text(prompt) and isinstance(text, str) and text.startswith(prompt):
+            rest = text[len(prompt) :]
+            row = {**row, answer: rest.lstrip() if answer == "response" else rest}
+        return found.parse(row)
+
+    return Format(found.columns, parse)
 
 
 def _read_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -218,14 +252,20 @@ def _chosen(row: Row) -> Chat | Pair | None:
     if raw is None:
         if not isinstance(chosen, str) or (prompt is None and any(row.get(key) for key in _QUESTIONS)):
             return None
-        if not isinstance(prompt, str) or not prompt or chosen.startswith(prompt):
-            start = len(prompt) if isinstance(prompt, str) else 0
-            return Pair(chosen[:start], chosen[start:])
-        return Pair(prompt, chosen)
+        return Pair(prompt, chosen) if isinstance(prompt, str) and prompt else _dialogue(chosen, row.get("rejected"))
     messages = read_messages(raw)
     if messages[0]["role"] == "assistant" and prompt is not None:
         return _pair(row, "prompt", "chosen", exact=True)
     return _chat(row, messages)
+
+
+def _dialogue(chosen: str, rejected: Any) -> Pair:
+    """A dialogue as a text. What `rejected` shares with it is the prompt, up to where the answer begins."""
+    shared = os.path.commonprefix([chosen, rejected]) if isinstance(rejected, str) else ""  # noqa: RUF071
+    turns = [turn.end() for turn in _ANSWER_BEGINS.finditer(shared)]
+    word = re.search(r"\s\S*$", shared) if shared != chosen else None
+    start = turns[-1] if turns else word.start() if word else 0
+    return Pair(chosen[:start], chosen[start:], is_known=bool(start))
 
 
 def _pair(row: Row, question: str, answer: str, *, exact: bool) -> Chat | Pair | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,18 +24,40 @@ class Rendered(NamedTuple):
         text: the whole row.
         is_chat: whether a chat template wrote the text. It then has all special tokens; the tokenizer must add none.
         answer: index of the answer's first character; 0 if the whole row is the answer.
+        is_known: whether it is known where the answer begins, or that there is no prompt.
     """
 
     text: str
     is_chat: bool = False
     answer: int = 0
+    is_known: bool = True
 
-    @property
-    def repeats_answer(self) -> bool:
-        """Whether the prompt already ends with the answer; special tokens may follow it."""
-        answer = _without_marks(self.text[self.answer :]).strip()
-        prompt = _without_marks(self.text[: self.answer])
-        return not self.is_chat and bool(answer) and prompt.endswith(answer)
+
+def count_repeats(rendered: Sequence[Rendered]) -> int:
+    """Number of texts whose prompt already ends with the answer, or whose answer begins with the prompt.
+
+    Special tokens may follow either. An ending that all prompts share (`yes or no?`) is none of their answers, unless
+    all have it.
+    """
+    pairs = [
+        (_without_marks(row.text[: row.answer]).strip(), _without_marks(row.text[row.answer :]).strip())
+        for row in rendered
+        if row.answer and not row.is_chat
+    ]
+    shared = len(os.path.commonprefix([prompt[::-1] for prompt, _ in pairs]))  # noqa: RUF071
+    answered = [bool(answer) and prompt.endswith(answer) for prompt, answer in pairs]
+    if all(answered) and len(pairs) == len(rendered):
+        return len(pairs)
+    return sum(
+        (ends and len(answer) > shared) or _begins_with(answer, prompt)
+        for ends, (prompt, answer) in zip(answered, pairs, strict=True)
+    )
+
+
+def _begins_with(text: str, start: str) -> bool:
+    """Whether a text begins with another one, and not in the middle of a word or number."""
+    following = text[len(start) : len(start) + 1]
+    return bool(start) and text.startswith(start) and not (start[-1].isalnum() and following.isalnum())
 
 
 Render = Callable[[Mapping[str, Any], str], Rendered]
@@ -123,10 +146,11 @@ def _without_marks(text: str) -> str:
 
 
 def repeated_answer(dataset: str) -> DataError:
-    """The error for prompts that already have the answer."""
+    """The error for prompts that already have the answer, and for answers that have the prompt."""
     return DataError(
-        f"the prompts of {show(dataset)} end with their answer, so that it would be there twice: leave it out of "
-        "`text` and the column that it names, or drop `completion`",
+        f"the prompts of {show(dataset)} end with their answer, or the answers begin with their prompt, so that it "
+        "would be there twice: leave it out of `text`, of `completion` and of the columns that they name, or drop "
+        "`completion`",
         code="conflicting-keys",
     )
 
@@ -210,7 +234,7 @@ def _found_renderer(
                 )
             if pair.prompt and not pair.answer.strip():
                 raise BadRow("has an empty answer")
-            return Rendered(pair.prompt + pair.answer, answer=len(pair.prompt))
+            return Rendered(pair.prompt + pair.answer, answer=len(pair.prompt), is_known=pair.is_known)
         except BadRow as error:
             raise DataError(f"{where} {error}: mend the row, or choose another `text`", code="unusable-row") from error
 
@@ -258,7 +282,7 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool, dropped: d
             continue
         if text.startswith(prompt):
             return Rendered(text, is_chat=True, answer=len(prompt))
-    return Rendered(text, is_chat=True)
+    return Rendered(text, is_chat=True, is_known=False)
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_slta.data.loading import Rows, load_rows
-from mergekit_slta.data.rendering import Rendered, renderer, repeated_answer
+from mergekit_slta.data.rendering import Rendered, count_repeats, renderer, repeated_answer
 from mergekit_slta.data.tokens import encode
 from mergekit_slta.errors import DataError, show
 from mergekit_slta.recipe.settings import Settings, TaskSettings
@@ -148,9 +148,15 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
         rows.append(row)
         rendered.append(written)
     _check_number(task.dataset, len(rows), settings.num_samples, groups, skipped, in_a_row)
-    if len(rows) > 1 and all(written.repeats_answer for written in rendered):
+    repeats = count_repeats(rendered) if len(rows) > 1 else 0
+    if 2 * repeats > len(rows):
         raise repeated_answer(task.dataset)
-    unmarked = sum(written.is_chat and not written.answer for written in rendered)
+    if repeats:
+        LOG.warning(
+            "%d of %d prompts of %s end with their answer, or the answer begins with its prompt, so that it is there "
+            "twice: look at these rows", repeats, len(rows), show(task.dataset),
+        )  # fmt: skip
+    unmarked = sum(not written.is_known for written in rendered)
     if len(rows) > 1 and len({row.ids for row in rows}) == 1:
         LOG.warning(
             "all %d rows of %s are the same %d tokens: raise `max_seq_length` if they are cut, or choose another "
@@ -248,7 +254,7 @@ def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
     Args:
         dataset: the dataset's name.
         rows: the rows.
-        unmarked: number of chats in which no answer was found. Their loss is taken over the whole chat.
+        unmarked: number of rows in which no answer was found. Their loss is taken over the whole row.
 
     Raises:
         DataError: no row has an answer.
@@ -267,8 +273,8 @@ def _check_answers(dataset: str, rows: Sequence[Row], unmarked: int) -> None:
         )  # fmt: skip
     if unmarked:
         LOG.warning(
-            "%d of %d chats of %s do not end with an assistant's answer that can be told from the prompt: the loss is "
-            "taken over the whole chat there", unmarked, len(rows), show(dataset),
+            "%d of %d rows of %s do not end with an assistant's answer that can be told from the prompt: the loss is "
+            "taken over the whole row there", unmarked, len(rows), show(dataset),
         )  # fmt: skip
 
 
