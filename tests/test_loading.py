@@ -383,3 +383,14 @@ def test_big_files_are_not_parsed_whole(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.ERROR):
         draw(make_tokenizer(), path)
     assert len(parsed) < 1200
+
+
+def test_a_config_beside_files(tmp_path):
+    """Only folders and the Hub have configs."""
+    import datasets
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "fox"}\n')
+    datasets.Dataset.from_list([{"text": "fox"}]).save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.jsonl", "*.jsonl", "saved"):
+        with refused(DataError, "unreadable-dataset", tmp_path / name, "config main", "drop `dataset_config`"):
+            load_rows(str(tmp_path / name), "main", "train")

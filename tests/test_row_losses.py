@@ -167,6 +167,7 @@ def test_rows_in_another_format_warn(trained, tmp_path, write_recipe, caplog, se
     assert "`chat_template`, `text` and `completion`" in line
     card = (out / "README.md").read_text()
     assert told in card
+    assert f"(under `features` a task's first {row_losses.LOSS_ROWS})" in card
     assert f"| {task['loss_base']:.3g} | {task['loss_expert']:.3g} |" in card
     caplog.clear()
     assert "Reusing the alphas" in mergekit_yaml(path, out).output

@@ -96,6 +96,10 @@ def test_template_over_columns(folder, tokenizer):
         ("{missing}", "missing-column", ["'missing'", "columns question, answer, number"]),
         ("{question", "invalid-template", ["'{question'"]),
         ("missing", "missing-column", ["'missing'", "columns question, answer, number"]),
+        ("{{question}}", "invalid-template", ["'{{question}}'", "write {question} for"]),
+        ("Q: {{ question }} {answer}", "invalid-template", ["question is a column", "write {question} for"]),
+        ("{{anything}}", "invalid-template", ["names no column", "write {anything} for"]),
+        ("{{", "invalid-template", ["names no column", "write {question} for"]),
     ],
 )
 def test_templates_reach_columns_only(folder, tokenizer, template, code, values):
@@ -471,6 +475,19 @@ def test_a_typo_in_completion_names_completion(folder, tokenizer):
     for value, code in (("anser", "missing-column"), ("{anser}", "missing-column"), ("{answer", "invalid-template")):
         with refused(DataError, code, "`completion`", "anser" if code == "missing-column" else value):
             draw(tokenizer, folder / "rows.json", "question", completion=value)
+
+
+def test_jinja_in_completion(folder, tokenizer):
+    with refused(DataError, "invalid-template", "`completion`", "'{{answer}}'", "write {answer} for a column"):
+        draw(tokenizer, folder / "rows.json", "question", completion="{{answer}}")
+    for template, text in (("{{{question}}}", "{q0}"), ('{{"q": "{question}"}}', '{"q": "q0"}')):  # these are meant
+        assert draw(tokenizer, folder / "rows.json", template, split="train[:1]").rows[0].text == text
+
+
+def test_an_unusable_completion_names_the_key(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "fox", "a": ["dog"]}])
+    with refused(DataError, "unusable-row", "'a' that is list", "choose another `text` or `completion`"):
+        draw(tokenizer, path, "q", completion="a")
 
 
 def test_an_empty_answer_is_no_answer(tmp_path, tokenizer):

@@ -277,7 +277,9 @@ def test_plain_text_needs_no_template(chats, options, caplog):
     ("template", "error", "code", "values"),
     [
         ("chatlm", RecipeError, "invalid-value", ["chatlm", "chatml", "`.jinja` file"]),
-        ("none.jinja", RecipeError, "invalid-value", ["none.jinja"]),
+        ("none.jinja", RecipeError, "invalid-value", ["'none.jinja', and there is no such file"]),
+        ("{% if x", DataError, "invalid-template", ["the recipe's", "unexpected end of template"]),
+        ("{% for message in messages %}{{ message.", DataError, "invalid-template", ["expected name or number"]),
         ("chat_template.json", RecipeError, "invalid-value", ["chat_template.json"]),
         ("latin.jinja", DataError, "invalid-template", ["latin.jinja"]),
         ("broken.jinja", DataError, "invalid-template", ["broken.jinja"]),

@@ -43,7 +43,7 @@ WORDING: dict[str, str] = {
     r"|in the cache, and the Hub cannot be reached at .+: check the network, or HF_ENDPOINT)",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
-    "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{\{ for a brace"
+    "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
     r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
     "invalid-value": r"(`\w+`|--\w+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least|: write `auto`"
     r"|: name a model and)",
@@ -129,7 +129,7 @@ WORDING: dict[str, str] = {
     r"|check the path or Hub id|fetch (its weights|the index)|load it with transformers|name the folder)",
     "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
     "unreadable-dataset": r"(cannot load dataset .+ \(config .*, split .*\): .+; (mend the file, name another, or )?"
-    r"(check `dataset`, `dataset_config` and|scripts are not run: name files|correct `split`)"
+    r"(check `dataset`, `dataset_config` and|scripts are not run: name files|correct `split`|drop `dataset_config`)"
     r"|cannot read dataset .+; (save|mend) the file|cannot load dataset .+ has other columns than .+; name one of them"
     r"|is the folder of a model: name a file or folder of rows)",
     "unreadable-file": r"(cannot read the (alphas|linearity) file .+ \(.*\): name the file that"

@@ -111,6 +111,8 @@ def load_rows(name: str, config: str | None, split: str) -> Rows:
             if os.path.isdir(path):
                 rows = _load_folder(name, path, config, split)
             elif files := local_files(name, path):
+                if config is not None:
+                    raise _unreadable(name, config, split, "a file has no configs", "drop `dataset_config`")
                 rows = _load_files(name, kind_of(name, files), {TRAIN: files}, split)
             else:
                 rows = _load_from_hub(name, config, split)
@@ -167,6 +169,8 @@ def _load_folder(name: str, path: str, config: str | None, split: str) -> Rows:
 
     entries = {entry.name for entry in os.scandir(path)}
     if entries & {"state.json", "dataset_dict.json"}:
+        if config is not None:
+            raise _unreadable(name, config, split, "a saved dataset has no configs", "drop `dataset_config`")
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
             return Rows(name, _part(name, saved, split))

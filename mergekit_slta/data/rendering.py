@@ -66,6 +66,8 @@ Parts = list[tuple[str, str | None]]
 """A template as (text, the column that follows it)."""
 _MARKS_AT_END = re.compile(r"(\s|<[^<>\s]{1,40}>|\[/?\w{1,20}\])+$")
 """White space and special tokens."""
+_DOUBLED = re.compile(r"(?<!\{)\{\{\s*([^{}]+?)\s*\}\}(?!\})")
+"""A name as Jinja would write it."""
 _LONGEST_END = 200
 """Characters at the end of a text in which these are looked for."""
 
@@ -138,7 +140,9 @@ def _with_completion(
     ends = [field for _, field in prompt if field is not None][-len(fields) :]
     if fields and ends == fields and not any(character.isalnum() for character in _without_marks(after)):
         raise repeated_answer(dataset)
-    return _found_renderer(lambda row: Pair(_fill(prompt, row), _fill(answer, row)), completion, None)
+    return _found_renderer(
+        lambda row: Pair(_fill(prompt, row), _fill(answer, row)), completion, None, "`text` or `completion`"
+    )
 
 
 def _without_marks(text: str) -> str:
@@ -180,6 +184,14 @@ def _parts(key: str, given: str, columns: Sequence[str], dataset: str) -> Parts:
             f"`{key}` is not a template ({error}): {show(given)!r}; write {{{{ for a brace", code="invalid-template"
         ) from error
     names = [field for _, field in parts if field is not None] or [given] * ("{" not in given)
+    doubled = next((name for name in _DOUBLED.findall(given) if name in columns), None)
+    if doubled is not None or not names:
+        cause = "it names no column" if doubled is None else f"doubled braces are text, and {doubled} is a column"
+        name = doubled or next(iter(_DOUBLED.findall(given)), None) or next(iter(columns), "column")
+        raise DataError(
+            f"`{key}` is not a template ({show(cause)}): {show(given)!r}; write {{{show(name)}}} for a column",
+            code="invalid-template",
+        )
     for name in names:
         if name not in columns:
             raise DataError(
@@ -204,7 +216,10 @@ def _as_text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _found_renderer(
-    parse: Callable[[Mapping[str, Any]], Chat | Pair | None], columns: str, template: ChatTemplate | None
+    parse: Callable[[Mapping[str, Any]], Chat | Pair | None],
+    columns: str,
+    template: ChatTemplate | None,
+    keys: str = "`text`",
 ) -> Render:
     """Render what `parse` finds in a row. A row is unusable if it finds nothing there.
 
@@ -212,6 +227,7 @@ def _found_renderer(
         parse: reads a row.
         columns: the columns that it reads, for messages.
         template: renders chats; None if there are none.
+        keys: the keys of the recipe that chose the columns, for messages.
     """
     as_blocks: list[bool] = []
     dropped: dict[object, list[int]] = {}
@@ -236,7 +252,7 @@ def _found_renderer(
                 raise BadRow("has an empty answer")
             return Rendered(pair.prompt + pair.answer, answer=len(pair.prompt), is_known=pair.is_known)
         except BadRow as error:
-            raise DataError(f"{where} {error}: mend the row, or choose another `text`", code="unusable-row") from error
+            raise DataError(f"{where} {error}: mend the row, or choose another {keys}", code="unusable-row") from error
 
     return render
 

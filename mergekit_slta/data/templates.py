@@ -168,11 +168,13 @@ def read_template(value: str, model: str) -> Template:
     """
     if value in chat_template_names():
         return Template(chat_template_text(value), value)
-    if "{" in value and len(value) >= MIN_INLINE_LENGTH:
+    exists = os.path.isfile(value)
+    if not exists and ("{{" in value or "{%" in value):
         return Template(value, INLINE)
-    if not os.path.isfile(value) or value.endswith(".json"):
+    if not exists or value.endswith(".json"):
+        missing = ", and there is no such file" if not exists and (os.sep in value or Path(value).suffix) else ""
         raise RecipeError(
-            f"`chat_template` of {show(model)} is {show(value)!r}: choose one of "
+            f"`chat_template` of {show(model)} is {show(value)!r}{missing}: choose one of "
             f"{listing((MODEL, OUTPUT, BASE, *chat_template_names()), 20)}, a `.jinja` file (paths start at the "
             "current folder), or a Jinja template",
             code="invalid-value",

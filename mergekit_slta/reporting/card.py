@@ -127,9 +127,9 @@ def _calibration(alphas: Alphas) -> str:
     parts = [_table(rows, names=2) if tasks else "The weights were given, without calibration data."]
     parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
     parts += [f"**Warning.** {line}" for line in describe_far(used, code)]
-    parts += (
-        ["Losses are in nats per token of the answers, means over the rows that were measured."] if measured else []
-    )
+    if measured:
+        measure = "means over the rows that were measured (under `features` a task's first 10)"
+        parts.append(f"Losses are in nats per token of the answers, {measure}.")
     parts += [f"{', '.join(settings)}."] if settings else []
     return "\n\n".join(parts)
 
