@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import assert_refused, mergekit_yaml, refused, slta, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +21,7 @@ import mergekit_slta.files.lock as lock_module
 import mergekit_slta.files.output_folder as module
 from mergekit_slta.errors import OutputError
 from mergekit_slta.files.merge_record import hash_in
+from mergekit_slta.files.names import LOADERS_READ
 from mergekit_slta.files.output_folder import check_output, check_writable, staged, weight_files
 from mergekit_slta.files.statistics_file import Statistics
 
@@ -143,12 +147,12 @@ def test_weights_added_after_a_killed_merge_are_somebodys(out: Path, monkeypatch
     """What lies in OUT beside an unfinished merge was put there by someone else."""
     with dying_after(4, monkeypatch):
         merge(out, "second", ONE)
-    (out / "my_finetune.safetensors").write_text("precious")
-    with refused(OutputError, "foreign-weights", "my_finetune.safetensors"):
+    (out / "model.fp16.safetensors").write_text("precious")
+    with refused(OutputError, "foreign-weights", "model.fp16.safetensors"):
         check_output(out, [])
     with refused(OutputError, "foreign-weights", "during the merge"):
         merge(out, "third", ONE)
-    assert (out / "my_finetune.safetensors").read_text() == "precious"
+    assert (out / "model.fp16.safetensors").read_text() == "precious"
 
 
 def test_a_second_merge_is_refused_while_one_runs(out: Path, monkeypatch):
@@ -191,14 +195,14 @@ def test_other_spellings_of_the_folder(out: Path, monkeypatch):
 
 
 def test_other_files_of_an_earlier_merge_go_with_it(out: Path):
-    """A chat template that the later merge does not write must not stay; one that was edited since does."""
+    """A chat template that the later merge does not write must not stay; one edited since gets another name."""
     with staged(out) as folder:
         for name in (*ONE, "config.json", "chat_template.jinja", "generation_config.json"):
             (folder / name).write_text("second")
     (out / "generation_config.json").write_text("edited")
     merge(out, "third", ONE)
     assert not (out / "chat_template.jinja").exists()
-    assert (out / "generation_config.json").read_text() == "edited"
+    assert (out / "generation_config.json.old").read_text() == "edited"
 
 
 def test_file_systems_without_locks(out: Path, monkeypatch, caplog):
@@ -229,13 +233,16 @@ def test_folders_are_files_of_the_merge_like_others(out: Path):
     merge(out, "second", ONE)
     assert (out / NESTED).read_text() == "second"
     (out / NESTED).with_name("mine.jinja").write_text("mine")
+    (out / NESTED).with_name("mine.txt").write_text("mine")
     (out / "empty").mkdir()
     with staged(out) as folder:
         for name in (*ONE, "config.json", "deep/er/code.py"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("third")
     assert not (out / NESTED).exists()
-    assert (out / NESTED).with_name("mine.jinja").read_text() == "mine"  # a folder with a user's file stays
+    assert (out / NESTED).with_name("mine.txt").read_text() == "mine"  # a folder with a user's file stays
+    assert not (out / NESTED).with_name("mine.jinja").exists()  # it would be a template of the merge
+    assert (out / NESTED).with_name("mine.jinja.old").read_text() == "mine"
     merge(out, "fourth", TWO)
     assert not (out / "deep").exists()
     assert (out / "empty").is_dir()
@@ -366,8 +373,6 @@ def test_a_failed_merge_loses_nothing_of_others(foreign: Path):
 @pytest.mark.parametrize("moment", range(0, 36, 2))
 def test_killed_while_weights_of_others_are_replaced(foreign: Path, monkeypatch, moment: int):
     """Either all is as before, or the next run, which overwrites nothing itself, completes the move."""
-    for name in ("optimizer.pt", "data.gguf"):  # these stay, and so would be refused
-        (foreign / name).unlink()
     before = files(foreign)
     with dying_after(moment, monkeypatch):
         merge(foreign, "ours", TWO, overwrite=True)
@@ -407,9 +412,120 @@ def test_statistics_are_no_weights(out: Path):
     for name in ("A.stats.safetensors", "model-of-mine.safetensors"):
         statistics.save(out / name)
     check_output(out, [])
-    (out / "B.stats.safetensors").write_text("weights")
-    with refused(OutputError, "foreign-weights", "(B.stats.safetensors)"):
+    (out / "model.stats.safetensors").write_text("weights")
+    with refused(OutputError, "foreign-weights", "(model.stats.safetensors)"):
         check_output(out, [])
+
+
+HARMLESS = (
+    "m.gguf", "model.Q4_K_M.gguf", "optimizer.pt", "rng_state.pth", "training_args.bin", "consolidated.safetensors",
+    "consolidated.00.pth", "weights.safetensors", "tf_model.h5", "model.onnx",
+)  # fmt: skip
+
+
+def test_weights_that_nothing_loads_are_no_reason_to_refuse(out: Path):
+    """Neither before nor after a merge beside them; they stay as they are."""
+    for name in HARMLESS:
+        (out / name).write_text("theirs")
+    for text in ("second", "third"):
+        check_output(out, [])
+        merge(out, text, ONE)
+        assert content(out) == whole(text, ONE)
+    assert {(out / name).read_text() for name in HARMLESS} == {"theirs"}
+
+
+# --- files of others that transformers would read as the merge's -----------------------------------------------------
+
+READ = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "additional_chat_templates/rag.jinja",
+    "custom_generate/generate.py",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder without weights, with files of another model and with files that nothing reads."""
+    folder = tmp_path / "mixed"
+    for name in (*READ, "notes.txt", "LICENSE", "additional_chat_templates/notes.txt", "tokenizer.model.old"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"their {name}")
+    return folder
+
+
+def test_files_that_would_be_read_as_the_merges_are_kept_under_another_name(mixed: Path, caplog):
+    """Each with a warning; the second merge renames nothing, and a file edited since is kept, too."""
+    before = files(mixed)
+    with pytest.raises(KeyboardInterrupt), staged(mixed):
+        raise KeyboardInterrupt
+    assert files(mixed) == before
+    merge(mixed, "ours", ONE)
+    kept = {f"{name}.old": f"their {name}" for name in READ if name != "tokenizer.model"}
+    kept |= {name: before[name] for name in before if name not in READ}
+    kept["tokenizer.model.old2"] = "their tokenizer.model"
+    ours = {*whole("ours", ONE), "config.json", "slta_merge.json"}
+    assert {name: text for name, text in files(mixed).items() if name not in ours} == kept
+    assert len(caplog.messages) == len(READ)
+    caplog.clear()
+    with staged(mixed) as folder:
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+            (folder / name).write_text("again")
+    assert not caplog.messages
+    (mixed / "generation_config.json").write_text("edited")
+    merge(mixed, "last", ONE)
+    assert (mixed / "generation_config.json.old2").read_text() == "edited"
+    assert not {"tokenizer_config.json", "generation_config.json"} & files(mixed).keys()  # the former was a merge's
+
+
+def test_a_link_to_templates_of_others_is_renamed(tmp_path: Path):
+    """The link, and not the files behind it."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "rag.jinja").write_text("theirs")
+    (out / "additional_chat_templates").symlink_to(elsewhere)
+    with staged(out) as folder:
+        (folder / "config.json").write_text("ours")
+    assert not (out / "additional_chat_templates").exists()
+    assert os.readlink(out / "additional_chat_templates.old") == str(elsewhere)
+    assert (elsewhere / "rag.jinja").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("moment", range(0, 50, 3))
+def test_killed_while_files_of_others_are_renamed(mixed: Path, monkeypatch, moment: int):
+    """The next run completes the move, keeps what was theirs, and takes none of the first merge's files for theirs."""
+    before = files(mixed)
+    with dying_after(moment, monkeypatch), staged(mixed) as folder:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+            (folder / name).write_text("ours")
+    if (mixed / "config.json").exists():
+        assert not {name for name, text in files(mixed).items() if name in READ and text != "ours"}
+    merge(mixed, "last", ONE)
+    found = files(mixed)
+    assert not found.keys() & set(READ)
+    assert sorted(text for text in found.values() if text.startswith("their")) == sorted(before.values())
+    assert "ours" not in found.values()
+
+
+def test_all_names_of_vocabularies_are_known():
+    """Those in the sources of the installed transformers."""
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for each in re.findall(r"^VOCAB_FILES_NAMES = (\{[^}]*\})", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found |= set(re.findall(r': "([^"]+)"', each))
+    assert {"tokenizer.json", "vocab.txt", "merges.txt", "spiece.model"} <= found
+    assert not {name for name in found if not any(fnmatchcase(name, pattern) for pattern in LOADERS_READ)}
+
+
+def test_a_dangling_link(tmp_path: Path):
+    """It is said to be one, as OUT itself and as a parent of it."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (link, link / "out"):
+        with refused(OutputError, "not-a-folder", link, "is a link to nothing"):
+            check_output(path, [])
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
@@ -486,6 +602,30 @@ def test_an_input_is_never_overwritten(tiny, tmp_path, write_recipe):
     result = slta("merge", write_recipe(recipe), adapter, "--overwrite", "--quiet")
     assert_refused(result, "output-is-an-input", adapter)
     assert (adapter / "adapter_config.json").read_text() == "{}"
+
+
+def test_nothing_of_another_model_acts_on_the_merge(tiny, tmp_path, write_recipe, caplog):
+    """Another model's tokenizer files, templates and sampling, which this merge does not write: what loads is what
+    loads from a merge into a new folder."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    (out / "additional_chat_templates").mkdir(parents=True)
+    (out / "additional_chat_templates" / "rag.jinja").write_text("foreign")
+    (out / "chat_template.jinja").write_text("foreign")
+    (out / "special_tokens_map.json").write_text('{"bos_token": "foreign", "eos_token": "foreign"}')
+    (out / "added_tokens.json").write_text('{"foreign": 3}')
+    (out / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.1}')
+    recipe = write_recipe(tiny.recipe(2, num_samples=2))
+    for folder in (alone, out):
+        assert mergekit_yaml(recipe, folder, "--quiet").exit_code == 0
+    expected, found = (AutoTokenizer.from_pretrained(folder) for folder in (alone, out))
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert found.get_vocab() == expected.get_vocab()
+    assert found.chat_template == expected.chat_template
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder).generation_config.to_dict() for folder in (alone, out)
+    )
+    assert second == first
+    assert "special_tokens_map.json.old" in caplog.text
 
 
 def test_a_project_folder_keeps_its_files(tiny, tmp_path, write_recipe, caplog):

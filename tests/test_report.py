@@ -221,6 +221,15 @@ def test_nothing_to_report_is_said(tmp_path):
     assert_refused(result, "wrong-file-type", tmp_path / "x.json")
 
 
+def test_a_file_for_the_figures_folder_is_refused(merged, tmp_path):
+    """Or a link to nothing; the file stays."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, cause in (("file", "is a file"), ("link", "is a link to nothing")):
+        assert_refused(slta("report", merged, "-o", tmp_path / name), "not-a-folder", tmp_path / name, cause)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_statistics_are_drawn(merged, tmp_path):
     """`report slta_stats.safetensors -o DIR` solves them and draws."""
     result = slta("report", merged / "slta_stats.safetensors", "-o", tmp_path / "figures")

@@ -78,7 +78,8 @@ WORDING: dict[str, str] = {
     "no-access": r"(.+ is gated: ask for access at .+, then log in with `hf auth login` or set HF_TOKEN"
     r"|the Hub refuses to give .+: HF_TOKEN has expired or lacks the right to read .+; make a new one)",
     "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
-    "not-a-folder": r"(.+ is not a folder: choose a new or empty one|.+ is a file[:;] name (a|another) folder"
+    "not-a-folder": r"(.+ is not a folder: choose a new or empty one"
+    r"|.+ is a (file|link to nothing)[:;] name (a|another) folder"
     r"|.+ is no folder, and the merge has one there: move it away and merge again)",
     "not-a-plain-file": r"(is no plain file: (name another|choose another|put the model card)"
     r"|is a folder where the merge has a file: move it away and merge again)",

@@ -143,7 +143,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool, over
     Does what `mergekit-yaml RECIPE OUT` does, and also works where Python reads no .pth files.
 
     With --overwrite, weights of another origin in OUT are replaced when the merge is complete: those that transformers
-    or mergekit could load in its place. Other files stay; one whose name a new file takes is kept as NAME.old.
+    or mergekit could load in its place. Other files stay; one whose name a new file takes, or that
+    transformers would read as the merge's, is kept as NAME.old.
     """
     import mergekit.merge
 

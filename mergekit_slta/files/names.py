@@ -25,6 +25,21 @@ WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """A model's weights in one file, the preferred one first."""
 INDEX_ENDING = ".index.json"
 """Ends the name of the index of weights in several files; it starts with the name of the one file."""
+LOADERS_FOLDERS = (TEMPLATES_FOLDER, "custom_generate")
+"""Subfolders of a model in which transformers looks for files."""
+LOADERS_READ = (
+    GENERATION_CONFIG_NAME, "custom_generate/generate.py",
+    TOKENIZER_CONFIG_NAME, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9]m[0-9]", "*.spm", "*.tiktoken", "*.tokenizer", "*tekken*.json",
+    "vocab.json", "vocab.txt", "merges.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+    "entity_vocab.json", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "word_shape.json",
+    "word_pronunciation.json",
+    "chat_template.jinja", "chat_template.json", f"{TEMPLATES_FOLDER}/*.jinja",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", *LOADERS_FOLDERS,
+)  # fmt: skip
+"""Patterns of what transformers' tokenizers, processors and generation read beside a model's weights and config, if it
+is there. The subfolders count, too, because they may be links."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 MERGED_RECIPE_NAME = "mergekit_config.yml"

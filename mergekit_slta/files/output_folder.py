@@ -3,8 +3,9 @@
 Scope: files of OUT, no tensors. mergekit neither refuses nor clears a folder that holds a model, and
 `from_pretrained` prefers an old one-file model to a new sharded one beside it. So mergekit writes into a folder inside
 OUT, and only a finished merge is moved to OUT. The record (see `merge_record`) lists the files that a merge of this
-package put into OUT; the next merge replaces them. A folder with any other weights is refused unless the user asks to
-overwrite them. Other files of the user's that are in the way get another name.
+package put into OUT; the next merge replaces them. A folder with other weights that could be loaded in place of the
+merge is refused unless the user asks to overwrite them. Other files of the user's stay. Those that are in the way get
+another name, and so do those that transformers would read as part of the merge, such as another model's tokenizer.
 
     OUT/.slta_merging/NAME/    the merge being written; after a failure only its alphas and statistics stay
     OUT/.slta_calibrating/     the calibration before OUT is locked; after a kill the next run resumes it
@@ -20,6 +21,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_slta.errors import OutputError, listing, show
@@ -27,13 +29,14 @@ from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.lock import folder_lock
 from mergekit_slta.files.merge_record import files_in, hash_in, parents_in, record, recorded, remove_files, unchanged
 from mergekit_slta.files.names import (
-    ADAPTER_CONFIG_NAME,
     ALPHAS_NAME,
     CALIBRATING_FOLDER,
     CARD_NAME,
     CONFIG_NAME,
     FIGURE_PREFIX,
     KEPT_SUFFIX,
+    LOADERS_FOLDERS,
+    LOADERS_READ,
     MERGE_RECORD_NAME,
     MERGED_FOLDER,
     MERGED_RECIPE_NAME,
@@ -46,8 +49,9 @@ from mergekit_slta.files.statistics_file import is_statistics_file
 from mergekit_slta.files.targets import check_writable
 
 LOG = logging.getLogger(__name__)
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?$")
-_LOADED = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)(\.index\.json)?$|adapter_config\.json$")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)(\.index(\..+)?\.json)?$|adapter_config\.json$"
+)
 """Weights that transformers or mergekit may load in place of a merge beside them."""
 _USUAL_FILES = (CONFIG_NAME, CARD_NAME, MERGED_RECIPE_NAME, ALPHAS_NAME, STATISTICS_NAME, MERGE_RECORD_NAME)
 """Files of nearly every merge."""
@@ -56,14 +60,15 @@ _WAIT_SECONDS = 2.0
 
 
 def weight_files(out: Path) -> list[str]:
-    """Names of the weight and index files in a folder, except this package's statistics.
+    """Names of the files in a folder that may be loaded as a model's weights, except this package's statistics.
 
-    An adapter's config counts, too: with it, transformers loads an adapter and its base in place of the merge.
+    Those are weights and indexes with the names that transformers and mergekit look for. An adapter's config counts,
+    too: with it, transformers loads an adapter and its base in place of the merge.
     """
     if not out.is_dir():
         return []
     names = (entry.name for entry in os.scandir(out) if entry.is_file())
-    found = (name for name in names if _WEIGHTS.match(name) or name == ADAPTER_CONFIG_NAME)
+    found = (name for name in names if _WEIGHTS.match(name))
     return sorted(name for name in found if name != STATISTICS_NAME and not is_statistics_file(out / name))
 
 
@@ -80,7 +85,8 @@ def check_output(out: Path, inputs: Sequence[str], *, overwrite: bool = False) -
 
     Raises:
         OutputError: `out` is a file, cannot be written to, is one of the inputs, is being merged into, holds a folder
-            where the merge has a file, or holds weights that no merge of this package recorded.
+            where the merge has a file, or holds weights that no merge of this package recorded and that could be
+            loaded in place of the merge.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"the output {show(out)} is a file: name a folder", code="not-a-folder")
@@ -98,12 +104,18 @@ def check_output(out: Path, inputs: Sequence[str], *, overwrite: bool = False) -
             "folder, or replace them with `mergekit-slta merge --overwrite`",
             code="foreign-weights",
         )
-    return list(_loaded(foreign))
+    return list(foreign)
 
 
-def _loaded(foreign: Mapping[str, str]) -> dict[str, str]:
-    """Those weights of another origin that could be loaded in place of a merge beside them."""
-    return {name: taken for name, taken in foreign.items() if _LOADED.match(name)}
+def _read_by_loaders(out: Path) -> list[str]:
+    """Relative paths of the files in a folder that transformers reads beside a model's weights and config."""
+    names = [entry.name for entry in os.scandir(out) if entry.is_file()] if out.is_dir() else []
+    for part in LOADERS_FOLDERS:
+        if (out / part).is_symlink():
+            names.append(part)
+        elif (out / part).is_dir():
+            names += [f"{part}/{entry.name}" for entry in os.scandir(out / part) if entry.is_file()]
+    return sorted({name for name in names if any(fnmatchcase(name, pattern) for pattern in LOADERS_READ)})
 
 
 def _locked(out: Path, *, shared: bool = False) -> AbstractContextManager[None]:
@@ -129,7 +141,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: the output folder.
-        overwrite: weights of another origin that could be loaded in place of the merge are removed, too, after it.
+        overwrite: weights of another origin, which could be loaded in place of the merge, are removed, too, after it.
 
     Yields:
         The folder, with the same name as OUT. If the block raises, OUT stays as it was.
@@ -156,7 +168,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     code="foreign-weights",
                 )
             record(folder, files_in(folder))
-            replaced = unchanged(out, recorded(out)) | _loaded(accepted)
+            replaced = unchanged(out, recorded(out)) | accepted
             _check_replaceable(out, files_in(folder), replaced)
             write_text_atomically(staging / REPLACED_NAME, json.dumps(replaced))
         except BaseException:
@@ -207,10 +219,10 @@ def finish(out: Path) -> None:
     if folder is not None:
         names, replaced = files_in(folder), _replaced(merged)
         _check_replaceable(out, names, replaced)
-        _set_aside(out, folder, replaced)
+        new = recorded(folder if MERGE_RECORD_NAME in names else out)  # these are overwritten by the move
+        _set_aside(out, folder, replaced, new)
         if CONFIG_NAME in names:  # else all files are already moved, because it is the last
             (out / CONFIG_NAME).unlink(missing_ok=True)
-        new = recorded(folder if MERGE_RECORD_NAME in names else out)  # these are overwritten by the move
         remove_files(out, [name for name in unchanged(out, replaced) if name not in new])
         for name in sorted(names, key=lambda name: (name == CONFIG_NAME, name == MERGE_RECORD_NAME)):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +240,7 @@ def _replaced(merged: Path) -> dict[str, str]:
 
 
 def _check_replaceable(out: Path, names: Iterable[str], removed: Iterable[str] = ()) -> None:
-    """Check that files can be moved to OUT, and others be removed from it; changes nothing.
+    """Check that files can be moved to OUT, and others be removed from it or renamed; changes nothing.
 
     Raises:
         OutputError: a folder is where a file belongs, something else where a folder belongs, or a folder is not
@@ -241,7 +253,7 @@ def _check_replaceable(out: Path, names: Iterable[str], removed: Iterable[str] =
                 f"{show(target)} is a folder where the merge has a file: move it away and merge again",
                 code="not-a-plain-file",
             )
-    for part in {part for name in (*names, *removed) for part in parents_in(name)}:
+    for part in {part for name in (*names, *removed, *_read_by_loaders(out)) for part in parents_in(name)}:
         folder = out / part
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutputError(
@@ -252,11 +264,12 @@ def _check_replaceable(out: Path, names: Iterable[str], removed: Iterable[str] =
             check_writable(folder)
 
 
-def _set_aside(out: Path, folder: Path, replaced: Mapping[str, str]) -> None:
-    """Rename files in OUT that no merge wrote, or that were edited since, if the merge has files of the same names."""
-    for name in files_in(folder):
+def _set_aside(out: Path, folder: Path, replaced: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """Rename files in OUT that no merge wrote, or that were edited since, if the merge has files of the same names, or
+    transformers would read them as the merge's; `new` is the record of the merge."""
+    for name in (*files_in(folder), *_read_by_loaders(out)):
         target = out / name
-        known = (recorded(out).get(name), hash_in(folder, name))
+        known = (recorded(out).get(name), new.get(name), hash_in(folder, name))
         own = name in replaced or target.name.startswith(f"{FIGURE_PREFIX}_") or hash_in(out, name) in known
         if own or not os.path.lexists(target):
             continue

@@ -19,9 +19,14 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be written to, or created.
 
     Raises:
-        OutputError: the nearest existing parent is a file, or is not writable.
+        OutputError: the nearest existing parent is a file or a link to nothing, or is not writable.
     """
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    if not existing.exists():
+        raise OutputError(
+            f"cannot make {show(folder)}: {show(existing)} is a link to nothing; name another folder, or remove it",
+            code="not-a-folder",
+        )
     if not existing.is_dir():
         raise OutputError(
             f"cannot make {show(folder)}: {show(existing)} is a file; name another folder", code="not-a-folder"

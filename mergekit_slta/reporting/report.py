@@ -20,7 +20,7 @@ from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
 from mergekit_slta.files.merge_record import has_record, hash_in, record, recorded
 from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
-from mergekit_slta.files.targets import check_overwrite
+from mergekit_slta.files.targets import check_overwrite, check_writable
 from mergekit_slta.recipe.read import load_config
 from mergekit_slta.recipe.settings import METHOD
 from mergekit_slta.reporting.card import replace_section, section
@@ -49,8 +49,10 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
 
     Raises:
         AlphasError: there is nothing to draw from, or a file is damaged.
-        OutputError: a figure or the card cannot be written, or the card's front matter is not YAML.
+        OutputError: a figure or the card cannot be written, `folder` is a file, or the card's front matter is not YAML.
     """
+    if folder is not None:
+        check_writable(folder)
     if target.is_dir():
         written = _draw_folder(target, folder or target)
         if folder is None and (target / ALPHAS_NAME).is_file() and has_record(target):
