@@ -76,6 +76,29 @@ def test_alphas_of_a_recipe_may_name_a_folder(tiny, write_recipe, tmp_path):
     assert_refused(slta("merge", other, tmp_path / "other", "--quiet"), "alphas-of-another-merge", out)
 
 
+def test_alphas_of_other_models_are_kept(tiny, calibrated, write_recipe, tmp_path, monkeypatch):
+    """A file named by -o or by `alphas` is another recipe's; the same models are computed anew, and so is the file of
+    the default name."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(shutil.copy(calibrated / "slta_alphas.json", "A.json"))
+    default = Path(shutil.copy(path, "slta_alphas.json"))
+    before = path.read_bytes()
+    others = tiny.recipe(3, num_samples=2)
+    based = {**tiny.recipe(2, num_samples=2), "base_model": str(tiny.experts[2])}
+    named = tiny.recipe(1, num_samples=2, alphas=str(path))
+    for recipe, options in ((others, ["-o", path]), (based, ["-o", path]), (named, [])):
+        result = slta("calibrate", write_recipe(recipe), *options, "--quiet")
+        assert_refused(result, "foreign-file", path, tiny.experts[1])
+        assert path.read_bytes() == before
+        assert not Path("A.stats.safetensors").exists()
+    result = slta("calibrate", write_recipe(tiny.recipe(2, num_samples=2, seed=1)), "-o", path)
+    assert result.exit_code == 0, result.output
+    assert "is for another merge" in result.output
+    assert path.read_bytes() != before
+    assert slta("calibrate", write_recipe(others), "--quiet").exit_code == 0
+    assert len(Alphas.load(default).models) == 3
+
+
 # --- a folder in place of a file ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, read, refused, slta, write_rows
+from conftest import (
+    Models,
+    assert_refused,
+    make_tokenizer,
+    mergekit_yaml,
+    perturbed,
+    read,
+    refused,
+    slta,
+    tensors,
+    write_rows,
+)  # fmt: skip
 from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -17,6 +28,7 @@ from zoo import ZOO
 from mergekit_slta import Alphas
 from mergekit_slta.errors import DataError, RecipeError
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.objectives.registry import estimate
 
 
 def test_a_base_without_a_tokenizer(tiny, options, tmp_path):
@@ -156,3 +168,30 @@ def test_check_merges_no_adapter(tiny, write_recipe, tmp_path):
     assert slta("check", path, *cache).exit_code == 0
     recipe["parameters"]["num_samples"] = 5
     assert_refused(slta("check", write_recipe(recipe), *cache), "alphas-of-another-merge", "other rows of")
+
+
+WIDER = {  # dtypes of base and expert, further keys -> the merge's dtype, and whether that is warned of
+    "wider": (torch.bfloat16, torch.float32, {}, torch.float32, True),
+    "other": (torch.bfloat16, torch.float16, {}, torch.float32, True),
+    "narrower": (torch.float32, torch.bfloat16, {}, torch.float32, False),
+    "same": (torch.bfloat16, torch.bfloat16, {}, torch.bfloat16, False),
+    "named": (torch.bfloat16, torch.float32, {"out_dtype": "bfloat16"}, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("case", WIDER)
+def test_the_size_of_a_merge_of_several_dtypes(make_models, write_recipe, tmp_path, caplog, case):
+    """mergekit promotes the models' dtypes: the plan says so, and a wider dtype than the base's is warned of."""
+    *dtypes, keys, dtype, is_warned = WIDER[case]
+    models = [make_models("llama", dtype=each) for each in dtypes]
+    recipe = {**models[1].recipe(1, num_samples=2), "base_model": str(models[0].base), **keys}
+    with caplog.at_level("WARNING"):
+        job = prepare(read(recipe), MergeOptions(quiet=True))
+    told = [each.getMessage() for each in caplog.records if "several dtypes" in each.getMessage()]
+    assert len(told) == is_warned
+    assert all("`out_dtype: bfloat16`" in line and "as float32" in line for line in told)
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    written = tensors(tmp_path / "out")
+    assert {tensor.dtype for tensor in written.values()} == {dtype}
+    assert estimate(job).written_bytes == sum(tensor.nbytes for tensor in written.values())

@@ -320,6 +320,38 @@ def test_the_printed_fragment_works_when_pasted(tiny, saved, merged, write_recip
             torch.testing.assert_close(found[name], base[name] + sum(changes), rtol=1e-5, atol=1e-6)
 
 
+def test_the_fragment_keeps_the_recipes_lambda(saved, tmp_path):
+    """Alphas do not hold it; the recipe in a merged model's folder does."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(saved, folder / saved.name)
+    for recipe, scale in (
+        (None, None), ("parameters: {lambda: 0.5}", 0.5), ("parameters: {lambda: 1}", None), ("parameters: 3", None),
+        ("{", None),
+    ):  # fmt: skip
+        if recipe is not None:
+            (folder / "mergekit_config.yml").write_text(recipe)
+        result = slta("solve", folder)
+        assert result.exit_code == 0, result.output
+        text = result.stderr[result.stderr.index("# To merge") :]
+        assert "leave its other keys" in text
+        assert yaml.safe_load(text)["parameters"].get("lambda") == scale
+
+
+@pytest.mark.parametrize("is_solved", [False, True])
+def test_an_alphas_file_is_no_statistics_file(saved, tmp_path, is_solved):
+    """The statistics beside it are named."""
+    for end in (".json", ".stats.safetensors"):
+        source = saved.with_name("slta_alphas.json") if end == ".json" else saved
+        shutil.copy(source, tmp_path / f"A{end}")
+    if is_solved:
+        assert slta("solve", tmp_path / "A.stats.safetensors").exit_code == 0
+    path = tmp_path / ("A_solved.json" if is_solved else "A.json")
+    assert_refused(slta("solve", path), "wrong-file-type", path, "alphas file", tmp_path / "A.stats.safetensors")
+    (tmp_path / "A.stats.safetensors").unlink()
+    assert_refused(slta("solve", path), "wrong-file-type", path, "alphas file")
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = {

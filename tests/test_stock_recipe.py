@@ -377,13 +377,13 @@ def test_what_is_no_alphas_file_is_refused(tmp_path, content, code):
 
 
 OVERWRITING = {
-    "text": "foreign-file", "yaml": "foreign-file", "binary": "foreign-file",
+    "text": "foreign-file", "yaml": "foreign-file", "binary": "foreign-file", "recipe": "foreign-file",
     "link": "not-a-plain-file", "alphas": "output-is-an-input",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OVERWRITING)
-def test_nothing_but_a_recipe_is_overwritten(calibrated, tmp_path, kind):
+def test_nothing_but_an_export_is_overwritten(calibrated, tmp_path, kind):
     """Other files and links stay as they were."""
     alphas = shutil.copy(calibrated[1], tmp_path / "alphas.json")
     target = tmp_path / "target.yml"
@@ -393,13 +393,16 @@ def test_nothing_but_a_recipe_is_overwritten(calibrated, tmp_path, kind):
     elif kind == "alphas":
         target = alphas
     else:
-        target.write_bytes({"text": b"dear diary", "yaml": b"a: 1\n", "binary": b"\xff\x00\x01"}[kind])
+        recipe = b"# mine\nmerge_method: linear\n"
+        target.write_bytes(
+            {"text": b"dear diary", "yaml": b"a: 1\n", "binary": b"\xff\x00\x01", "recipe": recipe}[kind]
+        )
     before = target.read_bytes()
     assert_refused(slta("export", alphas, "-o", target), OVERWRITING[kind], target)
     assert target.read_bytes() == before
 
 
-def test_recipes_are_overwritten_but_not_the_source(calibrated, write_recipe, tmp_path):
+def test_an_earlier_export_is_overwritten_but_not_the_source(calibrated, write_recipe, tmp_path):
     """An earlier export is replaced; the recipe that the export is made from is not."""
     recipe, alphas = calibrated
     path = write_recipe(recipe)
@@ -408,3 +411,32 @@ def test_recipes_are_overwritten_but_not_the_source(calibrated, write_recipe, tm
     result = slta("export", alphas, "--recipe", path, "-o", path)
     assert_refused(result, "output-is-an-input", path)
     assert yaml.safe_load(path.read_text()) == recipe
+
+
+@pytest.mark.parametrize("with_recipe", [True, False])
+def test_relative_models_are_written_as_absolute_paths(calibrated, tmp_path, monkeypatch, with_recipe):
+    """Wherever `export` runs: they are found beside the recipe, or above the alphas. Names of the Hub stay."""
+    recipe = json.loads(json.dumps(calibrated[0]))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, place in enumerate([recipe["base_model"], *(entry["model"] for entry in recipe["models"])]):
+        names[place] = f"models/m{number}"
+        shutil.copytree(place, names[place])
+    recipe["base_model"] = f"./{names[recipe['base_model']]}"
+    for entry in recipe["models"]:
+        entry["model"] = names[entry["model"]]
+    recipe["tokenizer_source"] = "models/m1"
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert slta("calibrate", "recipe.yml", "-o", "out/slta_alphas.json", *QUIET).exit_code == 0
+    if not with_recipe:
+        shutil.copy("recipe.yml", "out/mergekit_config.yml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = slta("export", tmp_path / "out", *(["--recipe", tmp_path / "recipe.yml"] if with_recipe else []))
+    assert result.exit_code == 0, result.output
+    stock = yaml.safe_load(result.stdout)
+    found = [stock["base_model"], *(entry["model"] for entry in stock["models"])]
+    assert found == [str(tmp_path / name) for name in names.values()]
+    assert stock["tokenizer_source"] == str(tmp_path / "models" / "m1")
+    content = json.loads((tmp_path / "out" / "slta_alphas.json").read_text())
+    assert content["base_model"] == "models/m0"  # as the recipe names it

@@ -35,6 +35,7 @@ WORDING: dict[str, str] = {
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
     r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
+    r"|holds the alphas of other models \(.+\) and is not overwritten: name another file with -o, or remove it"
     r"|holds the weights of a calibration and is not overwritten: name another file with -o, or give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
     r"them with `mergekit-slta merge --overwrite`|somebody put other weights into .+: move them away and merge again)",

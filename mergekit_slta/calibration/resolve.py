@@ -20,6 +20,7 @@ from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
 from mergekit_slta.files.identity import importance_label, rows_label, weights_label
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
+from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.statistics_file import Statistics
 
 
@@ -90,7 +91,16 @@ def solve_again(
     return alphas.model_copy(update={"provenance": {**alphas.provenance, SOLVED_FROM: source}})
 
 
-def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = ()) -> str:
+def merged_scale(folder: Path) -> float:
+    """The `lambda` of the recipe that mergekit left in a merged model's folder; 1 if there is none."""
+    try:
+        content = yaml.safe_load((folder / MERGED_RECIPE_NAME).read_text(encoding="utf-8"))
+        return float(content["parameters"]["lambda"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return 1.0
+
+
+def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = (), scale: float = 1.0) -> str:
     """The keys with which a recipe of the same models merges with solved alphas, as YAML.
 
     The models have no `dataset`, because their rows are not read again. All values that another solve may have changed
@@ -100,11 +110,13 @@ def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = ()) -> 
         alphas: the alphas, solved again.
         path: their file.
         without: the experts that were left out.
+        scale: the recipe's `lambda`, which alphas do not hold.
     """
     used = alphas.calibration
     importance = used["importance"]
     given = {"alphas": str(path), "ridge": used["ridge"], "balance": used["balance"]}
     given |= {"num_samples": used["num_samples"]} if "num_samples" in used else {}
+    given |= {"lambda": scale} if scale != 1.0 else {}
     content = {
         "models": [{"model": name, "parameters": {"importance": importance[name]}} for name in alphas.models],
         "parameters": {key: value for key, value in given.items() if value is not None},
@@ -112,7 +124,8 @@ def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = ()) -> 
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**20)
     dropped = f"# `models` is without {listing(without)}.\n" if without else ""
     return (
-        f"# To merge with these weights, put these keys in place of the recipe's; name no `dataset`.\n{dropped}{text}"
+        "# To merge with these weights, put these keys in place of the recipe's own, and leave its other keys; name no "
+        f"`dataset`.\n{dropped}{text}"
     )
 
 

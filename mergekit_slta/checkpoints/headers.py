@@ -12,7 +12,8 @@ import torch
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 
-_PICKLED_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Names of floating dtypes in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def read_pickled(loader: LazyTensorLoader, name: str) -> dict[str, StoredTensor]
                 if not isinstance(content[key], torch.Tensor):  # a number of steps, for example
                     continue
                 kind = content[key].dtype
-                dtype = _PICKLED_DTYPES.get(kind, str(kind).removeprefix("torch.").upper())
+                dtype = DTYPE_NAMES.get(kind, str(kind).removeprefix("torch.").upper())
                 stored[key] = StoredTensor(tuple(content[key].shape), dtype)
         except Exception as error:  # torch and pickle raise different errors
             raise ModelError(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_slta.checkpoints.headers import StoredTensor, TensorHeader, read_stored
+from mergekit_slta.checkpoints.headers import DTYPE_NAMES, StoredTensor, TensorHeader, read_stored
 from mergekit_slta.checkpoints.hub import Download, HubIndex
 from mergekit_slta.checkpoints.lora_loader import open_adapter
 from mergekit_slta.checkpoints.quantization import refuse_quantized
@@ -34,6 +35,8 @@ from mergekit_slta.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from mergekit_slta.libraries.mergekit import Task, WeightInfo
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,37 @@ class Plan:
         """Shape and dtype of a planned tensor in a checkpoint; None if it is converted from others, or missing."""
         source = self.source_name(name, model)
         return self.stored.get(model, {}).get(source) if source else None
+
+    def read_dtype(self, name: str, model: ModelReference) -> torch.dtype | None:
+        """Dtype in which mergekit reads a planned tensor from a model; None if it is not floating, or not known yet.
+
+        A recipe's `dtype` is not considered. For a tensor that is converted from others, it is the widest of the model.
+        """
+        loaded = getattr(self.loaders[model], "dtype", None)  # --lora-merge-dtype
+        if isinstance(loaded, torch.dtype):
+            return loaded
+        own = self.stored_as(name, model)
+        return _DTYPES.get(own.dtype) if own else self._widest.get(model)
+
+    @cached_property
+    def _widest(self) -> dict[ModelReference, torch.dtype]:
+        """Model -> the dtype to which all its floating tensors can be promoted."""
+        kinds = {
+            model: {entry.dtype for entry in stored.values()} & {*_DTYPES} for model, stored in self.stored.items()
+        }
+        return {
+            model: reduce(torch.promote_types, map(_DTYPES.__getitem__, found))
+            for model, found in kinds.items()
+            if found
+        }
+
+    def merged_dtype(self, name: str) -> torch.dtype | None:
+        """Dtype of a tensor of the merged model, if the recipe names none: mergekit promotes those of all models.
+
+        None if the tensor is not floating, or nothing is known yet.
+        """
+        found = [dtype for model in self.models if (dtype := self.read_dtype(name, model)) is not None]
+        return reduce(torch.promote_types, found) if found else None
 
     def source_name(self, name: str, model: ModelReference) -> str | None:
         """Name of a planned tensor in a model's checkpoint; None if it is converted from others, or missing."""

@@ -101,14 +101,16 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     """Compute the merging weights of RECIPE, without merging.
 
     Writes the alphas file and, beside it, the statistics that `solve` reads. A run that was killed goes on where it
-    stopped. Several processes share the work under `torchrun --nproc-per-node N -m mergekit_slta calibrate RECIPE`.
+    stopped. A file named with -o that holds the weights of other models is not replaced.
+
+    Several processes share the work under `torchrun --nproc-per-node N -m mergekit_slta calibrate RECIPE`.
     """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
     from mergekit_slta.calibration.recorded_day import recorded_day
     from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
-    from mergekit_slta.files.targets import check_alphas_target
+    from mergekit_slta.files.targets import check_alphas_target, check_same_models
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.recipe.read import load_config, read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas
@@ -118,8 +120,11 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     with joined() as ranks:
         merge_options = merge_options.model_copy(update={"device": own_device(merge_options.device)})
         read = read_recipe(load_config(recipe)[0])
-        path = output_path(output or read.settings.alphas or ALPHAS_NAME, ALPHAS_NAME)
+        named = output or read.settings.alphas
+        path = output_path(named or ALPHAS_NAME, ALPHAS_NAME)
         check_alphas_target(path)
+        if named:
+            check_same_models(path, read.label(read.base), [read.label(task.model) for task in read.tasks])
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark, day = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False, day=day), ranks, mark)

@@ -65,7 +65,7 @@ def solve(
     STATS is the statistics file of a calibration (slta_stats.safetensors; A.stats.safetensors beside A.json), or the
     folder that holds it. No model is read. Prints what to write into the recipe to merge with the new weights.
     """
-    from mergekit_slta.calibration.resolve import parse_importance, recipe_fragment, solve_again
+    from mergekit_slta.calibration.resolve import merged_scale, parse_importance, recipe_fragment, solve_again
     from mergekit_slta.files.alphas_file import describe_ridge
     from mergekit_slta.files.inside import output_path, statistics_in
     from mergekit_slta.files.names import solved_path
@@ -95,7 +95,8 @@ def solve(
         + " for each step" * bool(used.get("fresh_rows")),
         err=True,
     )
-    click.echo(f"Written: {show(path)}\n\n{recipe_fragment(alphas, path, without)}", err=True)
+    fragment = recipe_fragment(alphas, path, without, merged_scale(stats.parent))
+    click.echo(f"Written: {show(path)}\n\n{fragment}", err=True)
 
 
 @with_verbose

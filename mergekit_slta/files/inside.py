@@ -30,8 +30,14 @@ def statistics_in(path: Path) -> Path:
     In the folder of a merge it is that merge's own file, whatever lies beside it.
 
     Raises:
-        AlphasError: the folder has none, or has several.
+        AlphasError: the folder has none, or has several; or `path` is an alphas file.
     """
+    if is_alphas_file(path):
+        beside = statistics_of(path)
+        which = f"statistics beside it, {show(beside)}" if beside.is_file() else "one that it was calibrated with"
+        raise AlphasError(
+            f"{show(path)} is an alphas file, and is not a statistics file: name the {which}", code="wrong-file-type"
+        )
     return _only_one(path, "statistics file", STATISTICS_NAME, "*.safetensors", is_statistics_file)
 
 

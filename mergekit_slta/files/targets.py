@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mergekit_slta.errors import AlphasError, OutputError, show
+from mergekit_slta.errors import AlphasError, OutputError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.json_file import OTHER_VERSION
 from mergekit_slta.files.linearity_file import Linearity
@@ -91,6 +91,29 @@ def check_alphas_target(path: Path, out: Path | None = None) -> None:
         )
     check_overwrite(path, "alphas file", _is_alphas_file, remedy="name another file with -o or `alphas`")
     check_overwrite(statistics_path(path), "statistics file", is_statistics_file, remedy="choose another folder")
+
+
+def check_same_models(path: Path, base: str, experts: Sequence[str]) -> None:
+    """Check that a file which the user named holds no alphas of other models. Those are another recipe's.
+
+    Args:
+        path: the alphas file; need not exist, or be one.
+        base, experts: the names of the models whose alphas are to be written.
+
+    Raises:
+        OutputError: it holds alphas of another base or of other experts.
+    """
+    try:
+        held = Alphas.load(path)
+    except AlphasError:  # missing, damaged, or of another version
+        return
+    place = os.path.realpath
+    if place(held.base_model) != place(base) or set(map(place, held.models)) != set(map(place, experts)):
+        raise OutputError(
+            f"{show(path)} holds the alphas of other models ({listing([held.base_model, *held.models])}) and is not "
+            "overwritten: name another file with -o, or remove it",
+            code="foreign-file",
+        )
 
 
 def check_solved_target(path: Path) -> None:

@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions
 from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
 from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
-from mergekit_slta.checkpoints.plan import make_plan
+from mergekit_slta.checkpoints.plan import Plan, make_plan
 from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.checkpoints.tensors import token_out_of_range
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
@@ -117,6 +117,8 @@ def prepare(
             for problem in problems:
                 LOG.warning("the alphas can be computed, but not merged: %s", problem)
             _warn_of_same_weights(recipe, record)
+            if for_merge and not (recipe.config.dtype or recipe.config.out_dtype):
+                _warn_of_wider_dtype(plan)
         reasons = {recipe.names[model]: needs_merged_copy(model) for model in recipe.models if model.lora}
         return Job(
             recipe,
@@ -221,6 +223,20 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
         earlier = names.setdefault(weights, name)
         if earlier != name:
             LOG.warning("%s holds the same weights as %s: check its path, or leave it out", name, earlier)
+
+
+def _warn_of_wider_dtype(plan: Plan) -> None:
+    """Warn if the merged model will have a wider dtype than the base, because an expert has another one."""
+    for name in plan.tensors:
+        own, merged = plan.read_dtype(name, plan.models[0]), plan.merged_dtype(name)
+        if own is not None and own != merged:
+            kept, wide = (str(dtype).removeprefix("torch.") for dtype in (own, merged))
+            LOG.warning(
+                "the checkpoints have several dtypes: mergekit writes %s and tensors like it as %s, and the base has "
+                "them as %s; `out_dtype: %s` writes a model as large as the base",
+                name, wide, kept, kept,
+            )  # fmt: skip
+            return
 
 
 def _check_chat_template(template: str | None) -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from mergekit_slta.checkpoints.headers import DTYPE_NAMES
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS
 from mergekit_slta.job.job import Job
@@ -29,8 +30,6 @@ _DERIVATIVE_COPIES = 6
 """Number of copies of all derivatives in memory while they are rebased, joined and solved."""
 _SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """granularity -> the granularity whose forward groups hold the same tensors."""
-_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Names of dtypes in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +103,20 @@ class _Sizes:
         count = 0
         for model in job.plan.models:
             header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
-            count += header is None or header.dtype != _SAFETENSORS.get(job.dtype)
+            count += header is None or header.dtype != DTYPE_NAMES.get(job.dtype)
         return count
 
     def written_bytes(self) -> int:
         """Bytes of the merged model."""
         config = self.job.recipe.config
         dtype = config.out_dtype or config.dtype
-        if dtype is None:
-            return total_bytes(self.job.plan, [self.job.plan.models[0]])
-        return sum(self.parameters.values()) * torch.finfo(getattr(torch, dtype.removeprefix("torch."))).bits // 8
+        if dtype is not None:
+            return sum(self.parameters.values()) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+        plan = self.job.plan
+        dtypes = {name: plan.merged_dtype(name) for name in self.parameters}
+        if not any(dtypes.values()):  # pickled, on the Hub
+            return total_bytes(plan, [plan.models[0]])
+        return sum(self.parameters[name] * dtype.itemsize for name, dtype in dtypes.items() if dtype is not None)
 
 
 def estimate_features(job: Job) -> Costs:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from safetensors import SafetensorError, safe_open
 
@@ -22,11 +23,13 @@ from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.libraries.mergekit import evaluate_setting
 from mergekit_slta.recipe.read import constant, load_config, read_recipe
+from mergekit_slta.recipe.recipe import map_models
 
 EXPRESSIBLE = ("model", "layer", "attn_mlp", "linear")
 """Granularities whose submodules own whole tensors."""
 _VERBATIM = ("tokenizer", "tokenizer_source", "chat_template")
-_LARGEST_BYTES = 64 * 2**20
+_FIRST_WORDS = "# Made by `mergekit-slta export`"
+"""Begins every stock recipe that is written here. A recipe without it is the user's."""
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -54,11 +57,18 @@ def export(
     if source is None and beside.is_file():
         source = beside
         notes.append(f"Output dtype, tokenizer and lambda are those of {show(beside)}; --recipe names another")
+    places = [Path(), *([] if source is None else [source.parent]), beside.parent, beside.parent.parent]
+    alphas = alphas.model_copy(
+        update={
+            "base_model": _reachable(alphas.base_model, places),
+            "models": tuple(_reachable(model, places) for model in alphas.models),
+        }
+    )
     given: dict[str, Any] = {}
     if source is None:
         _check_without_recipe(alphas)
     else:
-        given = _from_recipe(alphas, source)
+        given = _from_recipe(alphas, source, places)
     if any(key.startswith("tokenizer") for key in given.get("extra", ())):
         notes.append(
             "Vocabulary rows that mergekit fills in (tokens that a model lacks, padding) are averaged in float32 "
@@ -79,13 +89,14 @@ def export(
     return stock_recipe(alphas, **given), tuple(notes), source
 
 
-def _from_recipe(alphas: Alphas, path: Path) -> dict[str, Any]:
-    """Get the arguments of `stock_recipe` from the original recipe."""
+def _from_recipe(alphas: Alphas, path: Path, places: Sequence[Path]) -> dict[str, Any]:
+    """Get the arguments of `stock_recipe` from the original recipe. Local folders in `alphas` are absolute already."""
     config, _ = load_config(path)
+    config = map_models(config, lambda model: ModelReference.model_validate(_reachable(str(model), places)))
     read = read_recipe(config)
     names = [read.names[model] for model in read.models]
     ours = [alphas.base_model, *alphas.models]
-    same = sorted(map(_place, names[1:])) == sorted(map(_place, ours[1:])) and _place(names[0]) == _place(ours[0])
+    same = sorted(names[1:]) == sorted(ours[1:]) and names[0] == ours[0]
     stated = read.settings.stated
     if not same or ("granularity" in stated and read.settings.granularity != alphas.granularity):
         raise RecipeError(
@@ -124,10 +135,6 @@ def _check_dtype(dtype: str | None) -> None:
         )
 
 
-def _place(name: str) -> str:
-    return os.path.realpath(name) if os.path.exists(name) else name
-
-
 def stock_recipe(
     alphas: Alphas,
     *,
@@ -150,10 +157,10 @@ def stock_recipe(
     names = filter_order(weights)
     content: dict[str, Any] = {
         "merge_method": "task_arithmetic",
-        "base_model": _reachable(alphas.base_model),
+        "base_model": alphas.base_model,
         "models": [
             {
-                "model": _reachable(model),
+                "model": model,
                 "parameters": {"weight": [{"filter": name, "value": weights[name][column]} for name in names]},
             }
             for column, model in enumerate(alphas.models)
@@ -166,13 +173,20 @@ def stock_recipe(
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=2**20)
     _check_filters(text, alphas, weights)
     made_from = f"alphas {show(alphas.provenance.get('fingerprint'), 16)} ({show(alphas.granularity)})"
-    return f"# Made by `mergekit-slta export` from {made_from}: no plugin needed.\n{text}"
+    return f"{_FIRST_WORDS} from {made_from}: no plugin needed.\n{text}"
 
 
-def _reachable(model: str) -> str:
-    """Make the path of a local folder absolute. mergekit's model card looks up a relative path on the Hub, which fails
-    offline."""
-    return "+".join(os.path.realpath(part) if os.path.isdir(part) else part for part in model.split("+"))
+def _reachable(model: str, places: Sequence[Path]) -> str:
+    """Make the path of a local folder absolute, so that the recipe works from any folder.
+
+    Args:
+        model: a model's name; a relative path in it starts in the folder where the merge was run.
+        places: where that may have been; the first one that holds the path counts. A name that none holds stays.
+    """
+    return "+".join(
+        next((os.path.realpath(place / part) for place in places if (place / part).is_dir()), part)
+        for part in model.split("+")
+    )
 
 
 def _weights(alphas: Alphas) -> dict[str, tuple[float, ...]]:
@@ -224,17 +238,14 @@ def weights_dtype(folder: Path) -> str | None:
 
 
 def check_recipe_target(path: Path, sources: Sequence[Path | None]) -> None:
-    """Check that a recipe may be written: it replaces only a recipe, and none of the export's sources.
+    """Check that a recipe may be written: it replaces only an earlier export, and none of the export's sources.
 
     Raises:
         OutputError: see `check_overwrite`.
     """
-    check_overwrite(path, "mergekit recipe", _is_recipe, sources=sources)
+    check_overwrite(path, "recipe of `mergekit-slta export`", _is_export, sources=sources)
 
 
-def _is_recipe(path: Path) -> bool:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_BYTES else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return False
-    return isinstance(content, dict) and "merge_method" in content
+def _is_export(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_FIRST_WORDS)) == _FIRST_WORDS.encode()
