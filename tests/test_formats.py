@@ -97,14 +97,14 @@ def tokenizer():
 @pytest.mark.parametrize("name", FOUND)
 def test_found_without_text(tmp_path, tokenizer, name):
     """The row is what the tokenizer's own rendering of the messages is, or the texts one after the other; the answer is
-    known."""
+    known, and ends with the end token."""
     row, expected = FOUND[name]
     drawn = draw(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row] * 2), objective="joint")
     if isinstance(expected, list):
         text = tokenizer.apply_chat_template(expected, tokenize=False)
         answer = "<|assistant|>dog</s>"
     else:
-        text, answer = "".join(expected), expected[1]
+        text, answer = "".join(expected), expected[1] + ("</s>" if expected[0] else "")
     assert {each.text for each in drawn.rows} == {text}
     assert set(answers(tokenizer, drawn)) == {answer}
 
@@ -123,7 +123,7 @@ def test_without_a_chat_template(tmp_path, row, text, answer):
     path = write_jsonl(tmp_path / "rows.jsonl", [row] * 2)
     drawn = draw(tokenizer, path, objective="joint", max_seq_length=400)
     assert {each.text for each in drawn.rows} == {text}
-    assert set(answers(tokenizer, drawn)) == {answer}
+    assert set(answers(tokenizer, drawn)) == {answer + "</s>"}
 
 
 def test_chats_of_a_table(tmp_path, tokenizer):

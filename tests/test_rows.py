@@ -264,12 +264,12 @@ def test_completion_follows_the_text_and_is_marked(folder, tokenizer):
     drawn = draw(tokenizer, folder / "rows.json", **keys, objective="joint", num_samples=10)
     assert [row.text for row in drawn.rows] == [f"q{row.number}: a{row.number}!" for row in drawn.rows]
     for row, answer in zip(drawn.rows, answers(tokenizer, drawn), strict=True):
-        assert answer.strip() == f"a{row.number}!"
+        assert answer.strip() == f"a{row.number}!</s>"
         assert tokenizer.decode(row.ids[1 : row.completion]).strip() == f"q{row.number}:"
     features = draw(tokenizer, folder / "rows.json", **keys, num_samples=10)
     assert features.rows == drawn.rows
     plain = draw(tokenizer, folder / "rows.json", text="{question}: {answer}!", num_samples=10)
-    assert [row.ids for row in plain.rows] == [row.ids for row in drawn.rows]
+    assert [(*row.ids, tokenizer.eos_token_id) for row in plain.rows] == [row.ids for row in drawn.rows]
     assert {row.completion for row in plain.rows} == {1}
     assert plain.sha256 != drawn.sha256
 
@@ -431,7 +431,7 @@ def test_prompts_that_name_the_answer_among_others(tmp_path, tokenizer):
     for text in ("{question} {options}", "{answer}: {question}", "say {answer}, and again: "):
         drawn = draw(tokenizer, path, text, completion="{answer}", objective="joint")
         assert len(drawn.rows) == 6
-        assert {answer.strip() for answer in answers(tokenizer, drawn)} == {"one", "two"}
+        assert {answer.strip() for answer in answers(tokenizer, drawn)} == {"one</s>", "two</s>"}
 
 
 def test_an_answer_that_begins_with_its_prompt(tmp_path, tokenizer):

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_slta.data.formats import FORMATS, ROLES, BadRow, Chat, Pair, chat_of, find_format
+from mergekit_slta.data.tokens import shared_end
 from mergekit_slta.errors import DataError, SltaError, listing, show
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class Rendered(NamedTuple):
         is_chat: whether a chat template wrote the text. It then has all special tokens; the tokenizer must add none.
         answer: index of the answer's first character; 0 if the whole row is the answer.
         is_known: whether it is known where the answer begins, or that there is no prompt.
+        is_completion: whether the text ends with an answer that no chat template wrote, so that nothing ends it.
     """
 
     text: str
     is_chat: bool = False
     answer: int = 0
     is_known: bool = True
+    is_completion: bool = False
 
 
 def count_repeats(rendered: Sequence[Rendered]) -> int:
@@ -226,7 +229,7 @@ def _found_renderer(
     Args:
         parse: reads a row.
         columns: the columns that it reads, for messages.
-        template: renders chats; None if there are none.
+        template: renders chats; None if every row is a prompt with its completion.
         keys: the keys of the recipe that chose the columns, for messages.
     """
     as_blocks: list[bool] = []
@@ -250,7 +253,12 @@ def _found_renderer(
                 )
             if pair.prompt and not pair.answer.strip():
                 raise BadRow("has an empty answer")
-            return Rendered(pair.prompt + pair.answer, answer=len(pair.prompt), is_known=pair.is_known)
+            return Rendered(
+                pair.prompt + pair.answer,
+                answer=len(pair.prompt),
+                is_known=pair.is_known,
+                is_completion=bool(pair.prompt) or template is None,
+            )
         except BadRow as error:
             raise DataError(f"{where} {error}: mend the row, or choose another {keys}", code="unusable-row") from error
 
@@ -291,13 +299,15 @@ def _render_chat(chat: Chat, template: ChatTemplate, as_blocks: bool, dropped: d
     first = chat.answer
     if first is None and len(messages) > 1 and messages[-1]["role"] == "assistant":
         first = len(messages) - 1
+    shared = ""
     for begun in (True, False) if first else ():  # some begin an answer otherwise than they write it
         try:
             prompt = template.render(messages[:first], add_generation_prompt=begun, **tools)
         except Exception:  # a template may refuse a chat that ends there
             continue
         if text.startswith(prompt):
-            return Rendered(text, is_chat=True, answer=len(prompt))
+            return Rendered(text, is_chat=True, answer=max(len(prompt), shared_end(shared, template.tokenizer)))
+        shared = os.path.commonprefix([text, prompt])  # noqa: RUF071
     return Rendered(text, is_chat=True, is_known=False)
 
 

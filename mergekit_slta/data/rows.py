@@ -135,7 +135,7 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
         where = f"row {number} of {show(task.dataset)}"
         try:
             written = render(dataset[number], where)
-            row = _tokenize(number, written, where, settings, template)
+            row = _tokenize(number, written, where, settings.max_seq_length, task.completion_eos, template)
         except DataError as error:
             if error.code != "unusable-row":
                 raise
@@ -156,6 +156,7 @@ def draw_rows(task: TaskSettings, name: str, settings: Settings, template: ChatT
             "%d of %d prompts of %s end with their answer, or the answer begins with its prompt, so that it is there "
             "twice: look at these rows", repeats, len(rows), show(task.dataset),
         )  # fmt: skip
+    _check_ends(task, name, sum(written.is_completion for written in rendered), template)
     unmarked = sum(not written.is_known for written in rendered)
     if len(rows) > 1 and len({row.ids for row in rows}) == 1:
         LOG.warning(
@@ -178,7 +179,9 @@ def _readable(dataset: Rows, number: int) -> Mapping[str, Any] | None:
         return None
 
 
-def _tokenize(number: int, written: Rendered, where: str, settings: Settings, template: ChatTemplate) -> Row:
+def _tokenize(
+    number: int, written: Rendered, where: str, max_length: int, completion_eos: bool, template: ChatTemplate
+) -> Row:
     """Tokenize a row.
 
     Raises:
@@ -190,8 +193,9 @@ def _tokenize(number: int, written: Rendered, where: str, settings: Settings, te
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"{where} has half a surrogate pair, which is no character: mend the row", code="unusable-row")
     ids, first = encode(
-        text, template.tokenizer, settings.max_seq_length, add_special_tokens=not written.is_chat, answer=written.answer
-    )
+        text, template.tokenizer, max_length, add_special_tokens=not written.is_chat, answer=written.answer,
+        completion_eos=completion_eos if written.is_completion else None,
+    )  # fmt: skip
     if not text.strip() or len(ids) < MIN_TOKENS:
         raise DataError(
             f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
@@ -245,6 +249,27 @@ def _check_number(
             "%s has %d rows, fewer than num_samples = %d%s", show(dataset), available, num_samples,
             ": using all" if groups == 1 else f" for each of {groups} steps, {num_samples * groups} in all: using all, "
             f"about {available // groups} at a step; add rows, lower `steps`, or set `fresh_rows: false`",
+        )  # fmt: skip
+
+
+def _check_ends(task: TaskSettings, name: str, completions: int, template: ChatTemplate) -> None:
+    """Warn where `completion_eos` has no effect.
+
+    Args:
+        task: the task's keys.
+        name: the expert's name.
+        completions: number of rows that end with an answer that no chat template wrote.
+        template: its tokenizer is the merged model's.
+    """
+    if completions and task.completion_eos and template.tokenizer.eos_token_id is None:
+        LOG.warning(
+            "the merged model's tokenizer has no end token (`eos_token`): none follows the answers of %s, and the "
+            "merged model may not stop after them", show(name),
+        )  # fmt: skip
+    elif not completions and "completion_eos" in task.model_fields_set:
+        LOG.warning(
+            "`completion_eos` of %s has no effect: its rows are %s", show(name),
+            "chats, whose template ends the answers" if template.used else "whole texts, without `completion`",
         )  # fmt: skip
 
 

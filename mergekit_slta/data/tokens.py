@@ -1,16 +1,20 @@
-"""Tokenize texts, and find the first token of a row's answer."""
+"""Tokenize texts, and find the first and the last token of a row's answer."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_END_TOKEN = re.compile(r"</s>|end|eo[stmd]", re.IGNORECASE)
+"""How special tokens that end an answer are named: `<|im_end|>`, `<end_of_turn>`, `<|eot_id|>`."""
+
 
 class Encoded(NamedTuple):
-    """A row as tokens.
+    """A row as tokens. The answer ends where the row does.
 
     Attributes:
         ids: token ids.
@@ -23,7 +27,13 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, add_special_tokens: bool, answer: int = 0
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    add_special_tokens: bool,
+    answer: int = 0,
+    completion_eos: bool | None = None,
 ) -> Encoded:
     """Tokenize a whole text, then keep its first `max_length` tokens.
 
@@ -31,14 +41,17 @@ def encode(
     begin-of-sequence token, the one that the tokenizer adds is dropped.
 
     The answer is found from character offsets, because some tokenizers merge the last character of the prompt and the
-    first of the answer into one token.
+    first of the answer into one token. White space behind an end token, and what follows it, is left out of rows that
+    end with an answer. So is white space at the end of a chat, unless it is part of a token with other characters.
 
     Args:
         text: the whole row.
         tokenizer: the output's.
         max_length: number of tokens that are kept.
-        add_special_tokens: whether the tokenizer adds its usual special tokens.
+        add_special_tokens: whether the tokenizer adds its usual special tokens; False for a chat.
         answer: index of the answer's first character; 0 if the whole text is the answer.
+        completion_eos: whether the tokenizer's end token follows an answer that does not end with one; None if the text
+            is a chat, or has no answer. The tokenizer may have none.
     """
 
     def tokenize(part: str, **options: bool) -> dict[str, list]:
@@ -48,6 +61,8 @@ def encode(
             verbose=False, **options,
         )  # fmt: skip
 
+    special = [] if add_special_tokens and completion_eos is None else special_tokens(tokenizer)
+    text = _without_rest(text, special, answer)
     if answer and tokenizer.is_fast:
         encoded = tokenize(text, return_offsets_mapping=True)
         ids = encoded["input_ids"]
@@ -59,9 +74,56 @@ def encode(
         first = next((place for place, (one, other) in enumerate(pairs) if one != other), len(prompt))
     else:
         ids, first = tokenize(text)["input_ids"], 0
+    if not add_special_tokens and text[-1:].isspace():
+        bare = tokenize(text.rstrip())["input_ids"]
+        ids = bare if ids[: len(bare)] == bare else ids
+    if completion_eos is not None and tokenizer.eos_token_id is not None:
+        ids = _with_end(ids, text, tokenizer, special, completion_eos)
     doubled = _doubled_bos(ids, tokenizer)
     kept = tuple(ids[doubled:][:max_length])
     return Encoded(kept, min(max(1, first - doubled), len(kept)))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A tokenizer's special tokens, longest first. Those of white space alone are left out."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()}, key=len, reverse=True)
+
+
+def shared_end(shared: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the answer begins in a chat that shares no more than this text with its prompt.
+
+    Behind the text's last special token or white space, so that no part of the answer's first word is left out.
+    """
+    marks = "|".join(["\\s", *map(re.escape, special_tokens(tokenizer))])
+    found = re.match(rf"(?s:.*)(?:{marks})", shared)
+    return found.end() if found else 0
+
+
+def _without_rest(text: str, special: Sequence[str], start: int) -> str:
+    """Leave out white space behind a special token, if nothing but other special tokens follows it."""
+    marks = "|".join(map(re.escape, special))
+    found = re.compile(rf"(?:{marks})(\s(?:\s|{marks})*)\Z").search(text, start) if marks else None
+    return text[: found.start(1)] if found else text
+
+
+def _with_end(
+    ids: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase, special: Sequence[str], completion_eos: bool
+) -> list[int]:
+    """Let ids end with the tokenizer's end token once, or not at all.
+
+    Args:
+        ids: token ids of the text. Some tokenizers end every text with their end token.
+        text, special: the text, and the tokenizer's special tokens.
+        tokenizer: the output's.
+        completion_eos: whether the end token follows a text that ends with no such token.
+    """
+    ended = any(text.endswith(token) for token in special if _END_TOKEN.search(token))
+    end = tokenizer.eos_token_id
+    kept = list(ids)
+    while kept and kept[-1] == end:
+        kept.pop()
+    return [*kept, end] if text.endswith(tokenizer.eos_token) or (completion_eos and not ended) else kept
 
 
 def _doubled_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

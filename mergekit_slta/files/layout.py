@@ -39,6 +39,7 @@ class LayoutTask(BaseModel):
     """The calibration rows of one expert.
 
     Attributes:
+        completion_eos: whether the tokenizer's end token follows a completion.
         chat_template: the template that rendered them: a value of the recipe's key; None if the rows are no chats.
         tokens, sha256: None if only some of the rows were solved.
     """
@@ -51,6 +52,7 @@ class LayoutTask(BaseModel):
     split: str
     text: str | None
     completion: str | None
+    completion_eos: bool = True
     chat_template: str | None = None
     rows: tuple[int, ...]
     tokens: int | None

@@ -74,6 +74,7 @@ def _tasks(job: Job) -> tuple[LayoutTask, ...]:
             split=task.split,
             text=task.text,
             completion=task.completion,
+            completion_eos=task.completion_eos,
             chat_template=drawn.chat_template,
             rows=tuple(row.number for row in drawn.rows),
             tokens=drawn.num_tokens,

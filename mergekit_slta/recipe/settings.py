@@ -48,6 +48,7 @@ class TaskSettings(BaseModel):
     split: str = "train"
     text: str | None = None
     completion: str | None = None
+    completion_eos: Annotated[bool, Field(strict=True)] = True
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     importance: Annotated[Number, Field(gt=0)] = 1.0
 
