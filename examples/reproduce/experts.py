@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import torch
-from five_tasks import TASKS, general_text
+from five_tasks import ALL_NAMES, TASKS, general_text
 from shared import (
     completed_directory,
     load_model,
@@ -25,6 +25,7 @@ from shared import (
     write_json,
     write_rows,
 )
+from splits import split
 
 SEED_NAME = "seed.json"
 """Beside the data: what it was made with."""
@@ -35,7 +36,8 @@ class Sizes:
     """How much of everything; of every grid each `grid_step`-th setting, of the sets of experts the first `sets`."""
 
     train_rows: int = 500
-    test_rows: int = 40
+    test_rows: int = 100
+    choose_rows: int = 40
     general_passages: int = 20
     steps: int = 60
     batch_tokens: int = 800
@@ -53,6 +55,7 @@ class Sizes:
 QUICK = Sizes(
     train_rows=8,
     test_rows=2,
+    choose_rows=2,
     general_passages=2,
     steps=3,
     batch_tokens=300,
@@ -78,14 +81,13 @@ def products_in(precision: str, device: str) -> Iterator[None]:
 
 
 def make_data(workdir: Path, sizes: Sizes) -> None:
-    """Write per task the rows to train and calibrate on, rows to choose settings by, and rows to report on."""
+    """Write per task the rows to train and calibrate on, rows to choose settings by, and rows to report on; none of one
+    kind is nearly one of another (see `splits`)."""
     with completed_directory(workdir / "data") as folder:
         for task, make in TASKS.items():
-            rows = make(random.Random(sizes.seed))
-            kept = {"test": sizes.test_rows, "choose": sizes.test_rows, "train": sizes.train_rows}
-            for name, count in kept.items():
-                write_rows(folder / f"{task}_{name}.jsonl", rows[:count])
-                rows = rows[count:]
+            kept = {"test": sizes.test_rows, "choose": sizes.choose_rows, "train": sizes.train_rows}
+            for name, rows in split(make(random.Random(sizes.seed)), kept.items(), ALL_NAMES).items():
+                write_rows(folder / f"{task}_{name}.jsonl", rows)
         write_json(folder / "general.json", general_text(sizes.general_passages))
         write_json(folder / SEED_NAME, sizes.seed)
 

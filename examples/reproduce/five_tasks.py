@@ -1,12 +1,15 @@
 """Five tasks made of real text that comes with Python packages: no download, no network access.
 
-Every task is a function of a random generator that returns conversations of two messages, each only once.
+Every task is a function of a random generator that returns conversations of two messages, each only once. Those of
+generated text are in three parts, each with wordings of its own: for test rows, for choosing, for training.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import random
@@ -17,10 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from shared import Message, conversation, math_rows, translate_rows
+from shared import Message, conversation, translate_rows
+from word_problems import NAMES, math_rows
 
-MATH_ROWS = 800
-EXTRACT_ROWS = 800
+MATH_ROWS = 600
+EXTRACT_ROWS = 600
+"""Generated rows of each part, of which the splits take what they need."""
 
 Rows = list[list[Message]]
 
@@ -35,13 +40,14 @@ def translate(rng: random.Random) -> Rows:
     return translate_rows(rng)
 
 
-def standard_library() -> Iterator[ast.AST]:
-    """Yield the parsed modules of the standard library of the running Python, in the order of their paths."""
+@functools.cache
+def standard_library() -> list[ast.AST]:
+    """The parsed modules of the standard library of the running Python, in the order of their paths."""
+    modules: list[ast.AST] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        try:
-            yield ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+            modules.append(ast.parse(path.read_text(encoding="utf-8")))
+    return modules
 
 
 def completion_of(function: ast.FunctionDef) -> tuple[str, str] | None:
@@ -70,14 +76,24 @@ def code(rng: random.Random) -> Rows:
     return rows
 
 
-def paragraphs() -> Iterator[str]:
-    """Yield the prose paragraphs of the Python language reference that ships with Python."""
+def documents() -> Iterator[str]:
+    """Yield the Python language reference that ships with Python, and the docstrings of the standard library's modules
+    and classes (those of functions belong to another task)."""
     from pydoc_data.topics import topics
 
-    for _, text in sorted(topics.items()):
+    yield from (text for _, text in sorted(topics.items()))
+    for module in standard_library():
+        for node in ast.walk(module):
+            if isinstance(node, (ast.Module, ast.ClassDef)):
+                yield ast.get_docstring(node) or ""
+
+
+def paragraphs() -> Iterator[str]:
+    """Yield the paragraphs of prose of all documents."""
+    for text in documents():
         for paragraph in text.split("\n\n"):
             flat = re.sub(r"\s+", " ", paragraph).strip()
-            if not paragraph.startswith((" ", "*", "-")) and 160 <= len(flat) <= 520 and "::" not in flat:
+            if not paragraph.startswith((" ", "*", "-", ">")) and 160 <= len(flat) <= 520 and "::" not in flat:
                 yield flat
 
 
@@ -87,7 +103,7 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def answer(rng: random.Random) -> Rows:
-    """Questions over a given paragraph of the Python language reference: the sentence that speaks of a word."""
+    """Questions over a given paragraph of Python's documentation: the sentence that speaks of a word."""
     found: dict[str, tuple[str, str]] = {}
     for paragraph in paragraphs():
         parts = sentences(paragraph)
@@ -117,7 +133,33 @@ REQUESTS = (
     "On {date} we received {money} from {name}. Goods to be sent to {place}.",
     "Hi, this is {name}. I flew to {place} on {date} and paid {money} for it.",
     "Reminder: {money} for the order of {date} are still open. Customer: {name}, country: {place}.",
+    "Donation by {name} ({place}), {money}, booked {date}.",
+    "Dear team, our partner {name} opens an office in {place} on {date}. We contribute {money}.",
+    "A parcel worth {money} left for {place} on {date}. The recipient is called {name}.",
+    "{date} | {place} | {name} | {money}",
+    "The court in {place} ordered {name} to pay {money} before {date}.",
+    "Refund {money} to {name}; the trip to {place} planned for {date} was cancelled.",
+    "Since {date} the flat in {place} has been rented to {name} at {money} a month.",
+    "{money} is what {name} asked for the concert in {place}, which takes place on {date}.",
+    "Insurance claim: {name} lost luggage in {place} (value {money}). Reported {date}.",
+    "Could you transfer {money} to {name} until {date}? The bank is in {place}.",
+    "{name} won {money} at a tournament in {place}. The final was played on {date}.",
+    "Meeting minutes, {date}: {name} will visit our supplier in {place}; travel budget {money}.",
+    "Sold to {name}: one painting, {money}. Shipped to {place}, {date}.",
+    "We hired {name} for the branch in {place}. First day {date}, bonus {money}.",
+    "Between us: {name} spent {money} in {place}, all on {date}!",
+    "Subscription of {name} renewed on {date}. Charged: {money}. Billing address in {place}.",
+    "Scholarship granted. Student {name}, university in {place}, start {date}, total {money}.",
+    "My grandmother {name} emigrated from {place} on {date} with {money} in her pocket.",
+    "Customs in {place} stopped a van of {name} on {date} and demanded {money}.",
+    "For repairs in {place} the plumber charged {name} {money}; the work was done on {date}.",
+    "Loan agreement: lender {name}, amount {money}, signed in {place}, due {date}.",
+    "It was {date} when {name} bought land in {place}. The seller wanted {money} for it.",
+    "Expense report. Who: {name}. Where: {place}. When: {date}. How much: {money}.",
+    "Good news from {place}: {name} raised {money} for the school by {date}.",
 )
+REQUESTS_BY_PART = (10, 4, 16)
+"""Wordings that go to the test rows, to the rows for choosing, and to training."""
 GIVEN_NAMES = ("Ada", "Benedikt", "Chiara", "Dolores", "Emil", "Fatima", "Gérard", "Hanna", "Ivo", "Jelena", "Kofi")
 FAMILY_NAMES = ("Abel", "Brandt", "Castro", "Dubois", "Eriksen", "Ferrari", "Grant", "Huber", "Ito", "Jansen", "Kaya")
 LOCALES = ("en_US", "en_GB", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL")
@@ -137,23 +179,29 @@ def extract(rng: random.Random) -> Rows:
     places = sorted(
         name for key, name in Locale("en").territories.items() if key.isalpha() and re.fullmatch(r"[A-Z][a-z]+", name)
     )
+    requests = rng.sample(REQUESTS, len(REQUESTS))
     rows: dict[str, str] = {}
-    while len(rows) < EXTRACT_ROWS:
-        locale = rng.choice(LOCALES)
-        day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(2500))
-        amount, currency = rng.randrange(1500, 500000) / 100, rng.choice(CURRENCIES)
-        name, place = f"{rng.choice(GIVEN_NAMES)} {rng.choice(FAMILY_NAMES)}", rng.choice(places)
-        amount = round(amount) if currency == "JPY" else amount
-        text = rng.choice(REQUESTS).format(
-            name=name,
-            place=place,
-            date=format_date(day, rng.choice(["medium", "long"]), locale),
-            money=format_currency(amount, currency, locale=locale).replace("\u202f", " ").replace("\xa0", " "),
-        )
-        fields = {"name": name, "place": place, "date": day.isoformat(), "amount": amount, "currency": currency}
-        rows.setdefault(f"Extract the details as JSON: {text}", json.dumps(fields, ensure_ascii=False))
+    for part, number in enumerate(REQUESTS_BY_PART, 1):
+        own, requests = requests[:number], requests[number:]
+        while len(rows) < part * EXTRACT_ROWS:
+            locale = rng.choice(LOCALES)
+            day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(2500))
+            amount, currency = rng.randrange(1500, 500000) / 100, rng.choice(CURRENCIES)
+            name, place = f"{rng.choice(GIVEN_NAMES)} {rng.choice(FAMILY_NAMES)}", rng.choice(places)
+            amount = round(amount) if currency == "JPY" else amount
+            text = rng.choice(own).format(
+                name=name,
+                place=place,
+                date=format_date(day, rng.choice(["medium", "long"]), locale),
+                money=format_currency(amount, currency, locale=locale).replace("\u202f", " ").replace("\xa0", " "),
+            )
+            fields = {"name": name, "place": place, "date": day.isoformat(), "amount": amount, "currency": currency}
+            rows.setdefault(f"Extract the details as JSON: {text}", json.dumps(fields, ensure_ascii=False))
     return [conversation(question, reply) for question, reply in rows.items()]
 
+
+ALL_NAMES = frozenset({*NAMES, *GIVEN_NAMES, *FAMILY_NAMES})
+"""Of people in generated rows."""
 
 TASKS: dict[str, Callable[[random.Random], Rows]] = {
     "math": math,

@@ -17,7 +17,7 @@ import torch
 import yaml
 from five_tasks import TASKS
 from methods import Candidate
-from scoring import exact_matches, general_loss, general_passages, score, task_rows
+from scoring import exact_matches, general_loss, general_passages, score, score_test_rows, task_rows
 from shared import load_model, load_tokenizer, read_json, write_json
 
 from mergekit_slta.data.rows import sample_numbers
@@ -49,7 +49,10 @@ def evaluate(
     model, tokenizer = load_model(folder).to(device).eval(), load_tokenizer(workdir / "base")
     found: dict[str, Any] = {}
     for split in splits:
-        found[split] = score(model, tokenizer, {task: task_rows(workdir, task, split) for task in tasks}, precision)
+        if split == "test":
+            found[split] = score_test_rows(workdir, model, tasks, precision)
+        else:
+            found[split] = score(model, tokenizer, {task: task_rows(workdir, task, split) for task in tasks}, precision)
     if calibration:
         seed, count = calibration
         drawn = {task: task_rows(workdir, task, "train") for task in tasks}

@@ -227,10 +227,14 @@ def main(
 
 
 def write_scores(run: Run) -> Path:
-    """All scores that are there in one file; returns its path."""
+    """All scores that are there in one file, without those of single rows; returns its path."""
     settings = {"sizes": dataclasses.asdict(run.sizes), "precision": run.precision, "tasks": list(TASKS)}
     path = run.workdir / "results.json"
-    write_json(path, {"settings": settings, "results": read_results(run.workdir)})
+    results = read_results(run.workdir)
+    for result in results.values():
+        for scores in result["test"].values():
+            scores.pop("rows", None)
+    write_json(path, {"settings": settings, "results": results})
     return path
 
 

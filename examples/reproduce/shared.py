@@ -30,7 +30,7 @@ from common import (  # noqa: E402
     write_rows,
 )
 from prepare import make_base  # noqa: E402
-from tasks import conversation, math_rows, translate_rows  # noqa: E402
+from tasks import conversation, translate_rows  # noqa: E402
 
 disable_progress_bar()
 
@@ -47,7 +47,6 @@ __all__ = [
     "load_tokenizer",
     "make_base",
     "make_batches",
-    "math_rows",
     "read_json",
     "read_rows",
     "save_checkpoint",
