@@ -216,7 +216,6 @@ def test_the_end_counts_in_a_merge(tiny, write_recipe, tmp_path):
 
 def test_check_sees_an_end_token_without_an_embedding(tiny, write_recipe, tmp_path):
     """An end token beyond the embeddings is refused before a weight is read."""
-
     shutil.copytree(tiny.base, tmp_path / "base")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<extra{number}>" for number in range(40)])

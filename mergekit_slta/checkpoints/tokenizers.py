@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from mergekit_slta.checkpoints.hub import is_local
@@ -136,6 +136,46 @@ def differing_tokens(own: PreTrainedTokenizerBase, output: PreTrainedTokenizerBa
         for token, number in own.get_vocab().items()
         if numbers.get(token, number) != number or tokens.get(number, token) != token
     )
+
+
+class EndTokens(NamedTuple):
+    """The tokens behind which a model stops to generate.
+
+    Attributes:
+        acting: those of its generation config; without one, those of its config.
+        all: also those of its config and its tokenizer.
+    """
+
+    acting: frozenset[str]
+    all: frozenset[str]
+
+
+def end_tokens(
+    model: ModelReference, config: PretrainedConfig, own: PreTrainedTokenizerBase, output: PreTrainedTokenizerBase
+) -> EndTokens:
+    """Read which tokens end a model's answers.
+
+    Args:
+        model: the model.
+        config: its config.
+        own: the tokenizer that numbers its tokens.
+        output: the tokenizer that generates: its own, or the merged model's.
+    """
+    try:
+        generation = json.loads(_text_of(model.model, "generation_config.json") or "{}").get("eos_token_id")
+    except (ValueError, AttributeError):  # it is damaged
+        generation = None
+    tokens = {number: str(token) for token, number in own.get_vocab().items()}
+    in_config, in_generation = (
+        frozenset(
+            tokens.get(number, f"token {number}")
+            for number in (value if isinstance(value, list) else [value])
+            if isinstance(number, int) and number >= 0
+        )
+        for value in (getattr(config, "eos_token_id", None), generation)
+    )
+    of_tokenizer = {str(output.eos_token)} if output.eos_token is not None else set()
+    return EndTokens(in_generation or in_config, in_generation | in_config | of_tokenizer)
 
 
 def _load(place: ModelPath, options: MergeOptions) -> PreTrainedTokenizerBase:

@@ -87,7 +87,9 @@ def prepare(
     stated, recipe = recipe, _within_positions(recipe, skeleton.max_positions)
     templates = Templates(recipe, options, tokenizer, day or today())
     templates.warn_of_differing_tokens()
+    templates.warn_of_other_ends(configs)
     rows = _draw_all(recipe, templates, need_rows=need_rows)
+    templates.warn_of_lost_templates()
     if recipe is not stated:
         _warn_of_cut_rows(recipe, rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_slta.checkpoints.tokenizers import OwnTokenizer, differing_tokens, own_tokenizer
+from mergekit_slta.checkpoints.tokenizers import OwnTokenizer, differing_tokens, end_tokens, own_tokenizer
 from mergekit_slta.data.templates import (
     BASE,
     INLINE,
@@ -38,7 +39,7 @@ from mergekit_slta.libraries.mergekit import chat_template_names, chat_template_
 from mergekit_slta.recipe.recipe import Recipe, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {MODEL: "its own", OUTPUT: "the merged model's", BASE: "the base's", INLINE: "the recipe's"}
@@ -117,6 +118,36 @@ class Templates:
                     "the tokenizer of %s numbers %d tokens in another way than the base's (%s), and embeddings are "
                     "merged by number: a `tokenizer` section, as `tokenizer: {source: base}`, merges them by name",
                     show(self.recipe.names[task.model]), len(tokens), listing(tokens, 3),
+                )  # fmt: skip
+
+    def warn_of_other_ends(self, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+        """Warn of experts that end their answers with a token behind which the merged model does not stop.
+
+        Args:
+            configs: the models' configs. The merged model gets the base's, with its generation config.
+        """
+        base = self.own(self.recipe.base).tokenizer or self.tokenizer
+        merged = end_tokens(self.recipe.base, configs[self.recipe.base], base, self.tokenizer)
+        for task in self.recipe.tasks:
+            own = self.own(task.model).tokenizer or base
+            ends = end_tokens(task.model, configs[task.model], own, own)
+            if lost := sorted((ends.acting - merged.acting) | (ends.all - merged.all)):
+                LOG.warning(
+                    "%s ends its answers with %s, and the merged model stops at %s, as the base does: it may not stop "
+                    "where the expert does, unless `eos_token_id` of its generation_config.json gets that token, too",
+                    show(self.recipe.names[task.model]), listing(lost), listing(sorted(merged.acting)) or "no token",
+                )  # fmt: skip
+
+    def warn_of_lost_templates(self) -> None:
+        """Warn of experts whose own template the merged model does not get, where no rows of theirs are chats."""
+        if self.recipe.config.chat_template not in (None, "auto"):
+            return  # it has been chosen
+        for task in self.recipe.tasks:
+            name, own = self.recipe.names[task.model], self.own(task.model)
+            if name not in self._warned and self._differs(own, with_tools=False):
+                LOG.warning(
+                    "%s has a chat template of its own, and the merged model gets %s: the recipe's top-level "
+                    "`chat_template` chooses it", show(name), "another" if self.shipped else "none",
                 )  # fmt: skip
 
     def _choose(self, task: Task, with_tools: bool) -> Template:
@@ -203,13 +234,15 @@ class Templates:
         return tokenizer is not None and num_tokens(token, tokenizer) == 1
 
     def _warn_of_differing_templates(self, name: str, own: OwnTokenizer, template: Template, with_tools: bool) -> None:
-        shipped, trained = self._shipped(with_tools), own.template_for(with_tools)
-        if not trained or name in self._warned:
-            return
-        if not (shipped and render_alike(trained, shipped, self.tokenizer, with_tools)):
+        if name not in self._warned and self._differs(own, with_tools):
             self._warned.add(name)
             LOG.warning(
                 "%s has a chat template of its own, and the merged model gets %s: %s renders its rows; `chat_template` "
                 "under its `parameters` chooses another",
-                show(name), "another" if shipped else "none", describe_template(template.origin),
+                show(name), "another" if self._shipped(with_tools) else "none", describe_template(template.origin),
             )  # fmt: skip
+
+    def _differs(self, own: OwnTokenizer, with_tools: bool) -> bool:
+        """Whether a model has a template of its own that renders chats otherwise than the merged model's."""
+        shipped, trained = self._shipped(with_tools), own.template_for(with_tools)
+        return bool(trained) and not (shipped and render_alike(trained, shipped, self.tokenizer, with_tools))
