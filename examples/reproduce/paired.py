@@ -2,7 +2,8 @@
 
 Scope: arithmetic over the scores of single rows (`scoring.completion_scores`), with numpy. Every resample takes the
 same rows and the same draws for all methods, for the base and for the experts, so that what a row or a draw adds to all
-of them cancels out of a difference.
+of them cancels out of a difference. Rows are taken as independent: the generated tasks' test rows share 16 and 10
+wordings, and what is said of them holds for these wordings.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ class Estimate:
 
 
 def counts(generator: np.random.Generator, size: int, resamples: int) -> NDArray[np.float64]:
-    """How often each of `size` things is in each resample, [1 + resamples, size]; the first is everything once."""
-    drawn = generator.multinomial(size, np.full(size, 1 / size), resamples)
+    """How often each of `size` things is in each resample, [1 + resamples, size]; the first is everything once.
+
+    One less is drawn than there are, so that the variance of a mean is s² / size with the unbiased s²: with three draws
+    the usual bootstrap would give two thirds of it.
+    """
+    drawn = generator.multinomial(max(1, size - 1), np.full(size, 1 / size), resamples)
     return np.concatenate([np.ones((1, size)), drawn])
 
 
