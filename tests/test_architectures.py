@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, write_rows
+from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, slta, write_rows
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import GRANULARITIES, ZOO
 
+from mergekit_slta import Alphas
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_batches
@@ -32,12 +33,12 @@ def specimen(tmp_path_factory):
     """Checkpoints of a species: a base and two experts, every tensor moved, norms too."""
 
     @functools.cache
-    def make(name: str) -> Models:
+    def make(name: str, **changes: int) -> Models:
         folder = tmp_path_factory.mktemp(name)
         species = ZOO[name]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            base = AutoModelForCausalLM.from_config(species.kind(**species.settings))
+            base = AutoModelForCausalLM.from_config(species.kind(**{**species.settings, **changes}))
             for parameter in base.parameters():
                 if parameter.dim() == 1:
                     parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -184,20 +185,54 @@ def test_stream_equals_the_models_own_forward(specimen, name):
     models = specimen(name)
     model = AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32).eval()
     for granularity in ("layer", "attn_mlp", "linear"):
-        job = job_of(models, granularity=granularity)
-        tokens = [list(row.ids) for drawn in job.rows for row in drawn.rows]
-        batches = plan_batches(tokens, max_tokens=0) if granularity == "linear" else plan_batches(tokens)
-        checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
-        found = {}
-        with torch.inference_mode():
-            for evaluation in evaluate_submodules(ForwardState(job.skeleton, checkpoints, batches), job.submodules):
-                if evaluation.submodule.kind == "head":
-                    parts = evaluation.base.split(list(evaluation.lengths))
-                    found.update(zip(evaluation.rows, parts, strict=True))
-        for row, ids in enumerate(tokens):
-            with torch.no_grad():
-                expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+        assert_streams(job_of(models, granularity=granularity), model, 1e-4)
+
+
+def assert_streams(job, model: torch.nn.Module, tolerance: float) -> None:
+    """The base's logits of every row are those of the model's own forward."""
+    tokens = [list(row.ids) for drawn in job.rows for row in drawn.rows]
+    own_batches = job.recipe.settings.granularity == "linear"
+    batches = plan_batches(tokens, max_tokens=0) if own_batches else plan_batches(tokens)
+    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype)
+    found = {}
+    with torch.inference_mode():
+        for evaluation in evaluate_submodules(ForwardState(job.skeleton, checkpoints, batches), job.submodules):
+            if evaluation.submodule.kind == "head":
+                parts = evaluation.base.split(list(evaluation.lengths))
+                found.update(zip(evaluation.rows, parts, strict=True))
+    for row, ids in enumerate(tokens):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(found[row], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "changes", "tolerance"),
+    [
+        ("mixtral", "float64", {}, 1e-10),
+        ("qwen2_moe", "float64", {}, 1e-10),
+        ("qwen3_moe", "float64", {}, 1e-10),
+        ("mixtral", "float32", {"intermediate_size": 30}, 1e-4),
+        ("qwen3_moe", "bfloat16", {"moe_intermediate_size": 12}, 5e-2),
+    ],
+)
+def test_experts_in_any_precision_and_size(specimen, write_recipe, tmp_path, name, dtype, changes, tolerance):
+    """torch's grouped kernel knows no float64, and no rows that are no multiple of 16 bytes: the plain one does."""
+    models = specimen(name, **changes)
+    model = AutoModelForCausalLM.from_pretrained(
+        models.base, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
+    assert_streams(job_of(models, compute_dtype=dtype), model.eval(), tolerance)
+    recipe = models.recipe_with_answers(objective="joint", steps=0, num_samples=2, max_seq_length=12)
+    alphas = {}
+    for compute_dtype in ("float32", dtype):
+        recipe["parameters"]["compute_dtype"] = compute_dtype
+        result = slta("calibrate", write_recipe(recipe), "-o", tmp_path / f"{compute_dtype}.json")
+        assert result.exit_code == 0, result.output
+        alphas[compute_dtype] = Alphas.load(tmp_path / f"{compute_dtype}.json")
+    if dtype == "float64":
+        for one, other in zip(alphas["float32"].submodules, alphas["float64"].submodules, strict=True):
+            np.testing.assert_allclose(one.alpha, other.alpha, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

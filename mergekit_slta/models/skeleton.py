@@ -89,6 +89,8 @@ class Skeleton:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if not _can_group_experts(self.model, dtype):
+            self.model.set_experts_implementation("eager")
         self.model.eval()
         self.model.requires_grad_(False)
         self.device = torch.device(device)
@@ -256,6 +258,16 @@ class Skeleton:
         with record_calls({path: self.model.get_submodule(path)}) as seen:
             output = self.block(index, "attention", hidden, weights)
         return output, seen[path][-1].inputs[0]
+
+
+def _can_group_experts(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `grouped_mm`, which transformers uses for MoE experts unless told otherwise, has a kernel for a model.
+
+    It has none for float64, nor for matrices whose rows are no multiple of 16 bytes.
+    """
+    experts = [parameter.shape[1:] for parameter in model.parameters() if parameter.dim() == 3]
+    aligned = all(size * dtype.itemsize % 16 == 0 for shape in experts for size in shape)
+    return not experts or (dtype != torch.float64 and aligned)
 
 
 def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
