@@ -14,7 +14,7 @@ _PUBLIC = {
     "Solution": "mergekit_slta.maths.closed_form",
     "Statistics": "mergekit_slta.files.statistics_file",
     "calibrate": "mergekit_slta.calibration.calibrate",
-    "load_config": "mergekit_slta.recipe.read",
+    "load_config": "mergekit_slta.recipe.load",
     "non_linearity_score": "mergekit_slta.maths.linearity",
     "read_recipe": "mergekit_slta.recipe.read",
     "register": "mergekit_slta.host.method",

@@ -19,7 +19,8 @@ from mergekit_slta.data.local_files import COMPRESSED, LOADERS
 from mergekit_slta.data.rows import MAX_UNUSABLE
 from mergekit_slta.errors import SltaError
 from mergekit_slta.models.architectures import ARCHITECTURES
-from mergekit_slta.recipe.read import load_config, read_recipe
+from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent

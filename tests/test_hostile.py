@@ -24,7 +24,8 @@ from mergekit_slta.files import statistics_file as statistics_module
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.maths.gauss_newton import gauss_newton_step
-from mergekit_slta.recipe.read import load_config, read_recipe
+from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.read import read_recipe
 
 
 def bomb() -> str:

@@ -11,8 +11,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registered_methods
 
 from mergekit_slta.errors import RecipeError, SltaError
+from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.objectives import all_shared_keys
-from mergekit_slta.recipe.read import load_config, read_recipe
+from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
 BASE = {

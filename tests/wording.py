@@ -69,7 +69,7 @@ WORDING: dict[str, str] = {
     r"|.+ has no revision .+ on the Hub: choose one of those at"
     r"|mergekit reads `@` and `\+` in .+ as a revision and an adapter: rename the folder)",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
-    r"|fetch the model again, or set `tie_word_embeddings: true`)",
+    r"|fetch the model again, or (set `tie_word_embeddings: true`|correct its config\.json))",
     "missing-token": r"`tokenizer.tokens` takes .+ from .+ of .+, which has no such token: name another model or token",
     "missing-value": r"(`.+` in .+ has no value: give it one, or remove the line"
     r"|`tokenizer.tokens` has no `source` for .+: name one of .+)",
@@ -84,7 +84,8 @@ WORDING: dict[str, str] = {
     r"|.+ is no folder, and the merge has one there: move it away and merge again)",
     "not-a-plain-file": r"(is no plain file: (name another|choose another|put the model card)"
     r"|is a folder where the merge has a file: move it away and merge again)",
-    "not-a-recipe": r"(the recipe .+ is not a merge recipe \(.*\): correct it|: put each recipe into a file of its own"
+    "not-a-recipe": r"(the recipe.* is not a merge recipe \(.*\): correct it|the recipe is of type .+: give the path"
+    r" of a recipe|: put each recipe into a file of its own"
     r"|the recipe.* is (empty|not a mapping of keys to values): it starts with `merge_method:)",
     "not-expressible": r"(: where the checkpoints are .+ already, use `out_dtype` in place of `dtype`"
     r"|which a filter cannot express: export alphas of|this file cannot be exported, merge with `mergekit-slta merge`)",
@@ -129,7 +130,8 @@ WORDING: dict[str, str] = {
     "unknown-tensor": r"tensor .+ belongs to no submodule that is known here; please report the model",
     "unreadable-checkpoint": r"cannot open the checkpoint of .+ \(.*\): (a file is missing or corrupt, fetch it again"
     r"|check the path or Hub id|fetch (its weights|the index)|load it with transformers|name the folder)",
-    "unreadable-config": r"cannot read the config of .+: .+; check the path or Hub id",
+    "unreadable-config": r"(cannot read the config of .+: .+; check the path or Hub id"
+    r"|transformers makes no model from the config of .+ \(.*\): correct its config\.json)",
     "unreadable-dataset": r"(cannot load dataset .+ \(config .*, split .*\): .+; (mend the file, name another, or )?"
     r"(check `dataset`, `dataset_config` and|scripts are not run: name files|correct `split`|drop `dataset_config`)"
     r"|cannot read dataset .+; (save|mend) the file|cannot load dataset .+ has other columns than .+; name one of them"

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_slta.calibration.assemble import assemble, warn_of_losses
 from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
+from mergekit_slta.errors import RecipeError
 from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import hash_identity
 from mergekit_slta.files.layout import KEY, Layout
@@ -28,7 +28,8 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.objectives.registry import objective
-from mergekit_slta.recipe.read import load_config, read_recipe
+from mergekit_slta.recipe.load import as_config
+from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.distributed import ALONE, Ranks
@@ -53,13 +54,13 @@ def calibrate(
     Raises:
         SltaError: the recipe, the data or the models are wrong; the message is one line.
     """
-    if isinstance(recipe, (str, os.PathLike)):
-        recipe = load_config(recipe)[0]
-    if isinstance(recipe, dict):
-        recipe = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
-    if isinstance(recipe, MergeConfiguration):
-        recipe = read_recipe(recipe)
-    job = prepare(recipe, options or MergeOptions(quiet=True), for_merge=False)
+    if options is not None and not isinstance(options, MergeOptions):
+        raise RecipeError(
+            f"`options` is of type {type(options).__name__}: it must be a `MergeOptions` of mergekit",
+            code="invalid-value",
+        )
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(as_config(recipe))
+    job = prepare(read, options or MergeOptions(quiet=True), for_merge=False)
     alphas = solve_job(job, gather_statistics(job))
     warn_of_losses(alphas)
     return alphas

@@ -28,6 +28,7 @@ def reconcile(
     shapes: Mapping[str, tuple[int, ...]],
     configs: Mapping[ModelReference, Any],
     advice: Callable[[], str],
+    projection: str,
 ) -> list[str]:
     """Change the plan so that it holds exactly the parameters of the model class.
 
@@ -40,6 +41,7 @@ def reconcile(
         shapes: name in the plan -> shape of the model class's parameters.
         configs: the models' configs.
         advice: gives the remedy for vocabularies that differ.
+        projection: name of the output projection's weight, which a tied model does not store.
 
     Returns:
         Reasons why mergekit cannot merge these checkpoints as they are; empty if it can.
@@ -83,6 +85,12 @@ def reconcile(
         if len(having) == len(plan.models):
             weight, gather = gather_by_name(name, plan.models)
             plan.tensors[name] = PlannedTensor(weight, gather, dict.fromkeys(plan.models, weight))
+        if not having and name != projection:
+            raise ModelError(
+                f"{show(names[plan.models[0]])} lacks the tensor {show(name)}, which its config asks for, and so do "
+                "the others: fetch the model again, or correct its config.json",
+                code="missing-tensor",
+            )
         if having:
             problems.append(
                 f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "

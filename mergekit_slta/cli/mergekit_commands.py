@@ -73,7 +73,8 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
     from mergekit_slta.files.targets import check_alphas_target
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.objectives.registry import estimate
-    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_job
 
     merge_options.apply_global_options()
@@ -112,7 +113,8 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target, check_same_models
     from mergekit_slta.job.preflight import prepare
-    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas
     from mergekit_slta.runtime.distributed import joined, own_device
 
@@ -155,7 +157,8 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool, over
 
     from mergekit_slta.host.method import register
     from mergekit_slta.host.wrap import wrap_run_merge
-    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.runtime.distributed import refuse_several
 
     refuse_several("merge")
@@ -188,7 +191,8 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     from mergekit_slta.files.names import LINEARITY_NAME
     from mergekit_slta.files.targets import check_linearity_target
     from mergekit_slta.job.preflight import prepare
-    from mergekit_slta.recipe.read import load_config, read_recipe
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_linearity
     from mergekit_slta.runtime.distributed import refuse_several
 

@@ -185,7 +185,7 @@ class Alphas(BaseModel):
             if submodule["residual_measured"] is None:
                 del submodule["residual_measured"]
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(Path(path), text + "\n")
+        write_text_atomically(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Alphas:

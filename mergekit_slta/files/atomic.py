@@ -15,18 +15,18 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
     The file gets the permissions of a new file: `0o666` minus the process's umask.
 
     Raises:
-        OutputError: the folder cannot be written to, or the disk is full; `path` is then unchanged.
+        OutputError: it is no path, the folder cannot be written to, or the disk is full; `path` is then unchanged.
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        candidate = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        candidate = _candidate(path)
+        candidate.parent.mkdir(parents=True, exist_ok=True)
         # The kernel applies the umask. Reading the umask would need os.umask(), which sets it for all threads.
         handle = os.open(candidate, _NEW_FILE, 0o666)
         temporary = candidate
@@ -47,11 +47,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _candidate(path: str | os.PathLike[str]) -> Path:
+    """A new name beside `path`."""
+    try:
+        target = Path(path)
+        if "\0" in str(target):
+            raise ValueError("it has a NUL character")
+        return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    except (TypeError, ValueError) as error:
+        raise OutputError(
+            f"cannot write {show(path)}: {show(error)}; choose a folder that is writable and has room",
+            code="cannot-write",
+        ) from error
+
+
 def write_error_code(error: OSError) -> str:
     """The `code` of an OutputError for a write that failed."""
     return "disk-full" if error.errno in _FULL else "cannot-write"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path` (see `write_atomically`)."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

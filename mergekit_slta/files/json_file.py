@@ -41,6 +41,13 @@ class DocumentType:
     remedy: str
 
 
+def why_missing(path: object) -> str | None:
+    """Why there is no file with this path ("is a folder"); None if there is one."""
+    if not isinstance(path, (str, os.PathLike)):
+        return f"is of type {type(path).__name__}, not a path"
+    return None if os.path.isfile(path) else "is a folder" if os.path.isdir(path) else "does not exist"
+
+
 def read_document(path: str | os.PathLike[str], model: type[Model], document: DocumentType) -> Model:
     """Read and validate a file.
 
@@ -48,8 +55,7 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
         AlphasError: it is missing, unreadable, too large, not JSON, of another format or version, or inconsistent.
     """
     try:
-        if not os.path.isfile(path):
-            what = "is a folder" if os.path.isdir(path) else "does not exist"
+        if what := why_missing(path):
             raise AlphasError(
                 f"there is no {document.noun} {show(path)} (it {what}): {document.remedy}", code="missing-file"
             )

@@ -10,7 +10,6 @@ import math
 import os
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -177,7 +176,7 @@ class Linearity(BaseModel):
         # One line per submodule keeps a file of thousands of numbers readable and comparable.
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in content.pop("submodules"))
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(Path(path), text[:-2] + ',\n "submodules": [\n' + rows + "\n ]\n}\n")
+        write_text_atomically(path, text[:-2] + ',\n "submodules": [\n' + rows + "\n ]\n}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Linearity:

@@ -11,6 +11,7 @@ Scope: accumulate statistics, save and load them; `maths/` solves them. There ar
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.atomic import write_atomically
+from mergekit_slta.files.json_file import why_missing
 from mergekit_slta.maths.grams import row_grams
 
 FORMAT = "mergekit-slta/statistics"
@@ -116,7 +118,7 @@ class Statistics:
 
         return parts[-1]._with_rows(joined)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically.
 
         Raises:
@@ -131,14 +133,13 @@ class Statistics:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read what `save` wrote.
 
         Raises:
             AlphasError: the file is missing, corrupt, of another format or version, or inconsistent in itself.
         """
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
+        if what := why_missing(path):
             raise AlphasError(f"there is no statistics file {show(path)} (it {what}): {_REMEDY}", code="missing-file")
         try:
             with safe_open(path, framework="pt") as file:
@@ -171,7 +172,9 @@ class Statistics:
         return found
 
 
-def _check(path: Path, row_task: Tensor | None, grams: dict[str, Tensor], metadata: object, form: str) -> None:
+def _check(
+    path: str | os.PathLike[str], row_task: Tensor | None, grams: dict[str, Tensor], metadata: object, form: str
+) -> None:
     shapes = {tuple(gram.shape) for gram in grams.values()}
     sound = (
         row_task is not None
@@ -221,7 +224,7 @@ def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
     )
 
 
-def _unfit(path: Path) -> AlphasError:
+def _unfit(path: str | os.PathLike[str]) -> AlphasError:
     return AlphasError(f"the statistics in {show(path)} do not fit together; calibrate again", code="damaged-file")
 
 

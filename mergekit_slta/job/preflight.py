@@ -109,6 +109,7 @@ def prepare(
             skeleton.shapes,
             configs,
             advice=lambda: vocabulary_advice(recipe, config, options),
+            projection=skeleton.head_weight,
         )
         if problems and for_merge:
             raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")

@@ -22,6 +22,8 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from mergekit_slta.errors import DataError
+
 NUM_INTERVALS = 10
 """N of Eq. 19."""
 PAIR_GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -41,7 +43,21 @@ def non_linearity_score(features: Tensor) -> float:
 
     Returns:
         The score; NaN if the expert does not change the features.
+
+    Raises:
+        DataError: they are no such tensor, or not finite.
     """
+    usable = isinstance(features, Tensor) and features.is_floating_point() and features.layout == torch.strided
+    if not usable or features.is_meta or features.dim() < 2 or len(features) < 2:
+        found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise DataError(
+            f"`features` is of type {found}: it must be a dense floating tensor [N + 1, ...] of N + 1 >= 2 points",
+            code="invalid-value",
+        )
+    if not torch.isfinite(features).all():
+        raise DataError(
+            "`features` has NaN or infinite values: they must be a model's finite outputs", code="invalid-value"
+        )
     changes = (features[1:] - features[0]).flatten(1).to(torch.float64)
     return float(scores(distance_ratios(changes @ changes.T)))
 

@@ -87,8 +87,15 @@ class Skeleton:
     ) -> None:
         self.arch: Architecture = architecture(config.architectures, name)
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except Exception as error:  # assertions, missing keys and the like: configs are not validated before
+            raise ModelError(
+                f"transformers makes no model from the config of {show(name)} ({type(error).__name__}: "
+                f"{show(error)}): correct its config.json",
+                code="unreadable-config",
+            ) from error
         if not _can_group_experts(self.model, dtype):
             self.model.set_experts_implementation("eager")
         self.model.eval()

@@ -1,6 +1,6 @@
-"""Read a recipe in mergekit's YAML format, and validate every key for `submodule_linear`.
+"""Validate every key of a recipe for `submodule_linear`.
 
-Scope: checks that need only the recipe, not the models or the data.
+Scope: checks that need only the recipe, not the models or the data. `load.py` reads the file.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
@@ -26,47 +24,6 @@ from mergekit_slta.recipe.tokenizer_section import check_tokenizer_section
 _TOP_KEYS = (*MergeConfiguration.model_fields, "name")
 """Top-level keys of a recipe; `name` is used by mergekit-multi."""
 _MODEL_KEYS = tuple(InputModelDefinition.model_fields)
-
-
-def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
-    """Read a recipe file; returns mergekit's configuration and the file's text.
-
-    Raises:
-        RecipeError: the file is missing, is not YAML, or is not a recipe that mergekit accepts.
-    """
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        documents = list(yaml.safe_load_all(source))
-        content = documents[0] if len(documents) == 1 else documents or None
-        check_content(content, path)
-        config = MergeConfiguration.model_validate(content)
-    except OSError as error:
-        raise RecipeError(
-            f"cannot read the recipe {show(path)} ({error.strerror}): check its path", code="unreadable-recipe"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"the recipe {show(path)} is not a UTF-8 text file: save it as one", code="unreadable-recipe"
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"the recipe {show(path)} is not valid YAML ({show(error)}): correct that line", code="not-yaml"
-        ) from error
-    except ValidationError as error:
-        raise RecipeError(
-            f"the recipe {show(path)} is not a merge recipe ({_first(error)}): correct it", code="not-a-recipe"
-        ) from error
-    except RuntimeError as error:  # mergekit's own validators
-        name = str(error).removeprefix("Can't parse ")
-        if name != str(error) and os.path.isdir(name):
-            raise RecipeError(
-                f"mergekit reads `@` and `+` in {show(name)} as a revision and an adapter: rename the folder",
-                code="missing-model",
-            ) from error
-        raise RecipeError(
-            f"the recipe {show(path)} is not a merge recipe ({show(error)}): correct it", code="not-a-recipe"
-        ) from error
-    return config, source
 
 
 def check_content(content: object, path: str | os.PathLike[str] | None = None) -> None:
@@ -134,13 +91,24 @@ def _refuse_place(key: str, where: str, place: str) -> None:
     raise RecipeError(f"`{show(key)}` stands {where}, where it is ignored: move it {place}", code="misplaced-key")
 
 
+def no_recipe(given: object) -> RecipeError:
+    """The error for what is neither a recipe nor the path of one."""
+    return RecipeError(
+        f"the recipe is of type {type(given).__name__}: give the path of a recipe, its content as a mapping, "
+        "or mergekit's configuration",
+        code="not-a-recipe",
+    )
+
+
 def read_recipe(config: MergeConfiguration) -> Recipe:
     """Validate mergekit's configuration for this method.
 
     Raises:
         RecipeError: the recipe has another method, `slices` or `modules`, no base, no expert, an expert twice, an
-            unknown key or value, or a value that differs between tensors.
+            unknown key or value, or a value that differs between tensors; or it is no configuration.
     """
+    if not isinstance(config, MergeConfiguration):
+        raise no_recipe(config)
     if config.merge_method != METHOD:
         raise RecipeError(
             f"merge_method is {show(config.merge_method)!r}, and this command runs {METHOD!r} recipes only: "
@@ -315,12 +283,6 @@ def _validated(model: type[BaseModel], values: dict[str, Any], where: str) -> An
         raise RecipeError(
             f"`{key}` of {show(where)} is {show(problem['input'])!r}: {show(remedy)}", code="invalid-value"
         ) from error
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return show(f"{place}: {problem['msg']}" if place else problem["msg"])
 
 
 def _absolute(model: ModelReference) -> ModelReference:

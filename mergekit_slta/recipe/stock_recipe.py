@@ -22,7 +22,8 @@ from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.libraries.mergekit import evaluate_setting
-from mergekit_slta.recipe.read import constant, load_config, read_recipe
+from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.read import constant, read_recipe
 from mergekit_slta.recipe.recipe import map_models
 
 EXPRESSIBLE = ("model", "layer", "attn_mlp", "linear")

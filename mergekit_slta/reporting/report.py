@@ -21,7 +21,7 @@ from mergekit_slta.files.merge_record import has_record, hash_in, record, record
 from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_overwrite, check_writable
-from mergekit_slta.recipe.read import load_config
+from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.settings import METHOD
 from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
