@@ -102,9 +102,14 @@ def shared_end(shared: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _without_rest(text: str, special: Sequence[str], start: int) -> str:
     """Leave out white space behind a special token, if nothing but other special tokens follows it."""
-    marks = "|".join(map(re.escape, special))
-    found = re.compile(rf"(?:{marks})(\s(?:\s|{marks})*)\Z").search(text, start) if marks else None
-    return text[: found.start(1)] if found else text
+    kept = stop = len(text)
+    while True:  # from the end: a tokenizer may have thousands of special tokens, and a text may be long
+        bare = start + len(text[start:stop].rstrip())
+        token = next((token for token in special if text.endswith(token, start, bare)), None)
+        if token is None:
+            return text[:kept]
+        kept = bare if bare < stop else kept
+        stop = bare - len(token)
 
 
 def _with_end(
