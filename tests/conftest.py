@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -183,9 +183,36 @@ def make_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model
 
 
 @pytest.fixture(scope="session")
+def with_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
+    """The same checkpoints with `count` rows per task: 15 or more are enough to hold some out."""
+    made: dict[object, Models] = {}
+
+    def make(models: Models, count: int = 20) -> Models:
+        if (models, count) not in made:
+            folder = tmp_path_factory.mktemp("rows")
+            datasets = tuple(folder / f"task{number}.jsonl" for number in range(len(models.experts)))
+            for number, path in enumerate(datasets):
+                write_rows(path, 100 + number, count)
+            made[models, count] = replace(models, datasets=datasets)
+        return made[models, count]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny(make_models: Callable[..., Models]) -> Models:
     """An untied Llama with three experts."""
     return make_models("llama", num_experts=3)
+
+
+@pytest.fixture(scope="session")
+def plenty(tiny: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The same base and two of its experts, with 30 rows each: 6 can be held out."""
+    folder = tmp_path_factory.mktemp("plenty")
+    datasets = tuple(folder / f"task{number}.jsonl" for number in (1, 2))
+    for number, path in enumerate(datasets, start=1):
+        write_rows(path, number, count=30)
+    return Models(folder, tiny.base, tiny.experts[:2], datasets)
 
 
 FORMATS = {"own": "Question: {question}\nAnswer: ", "other": "{number} ??? "}
@@ -193,9 +220,11 @@ FORMATS = {"own": "Question: {question}\nAnswer: ", "other": "{number} ??? "}
 
 
 @pytest.fixture(scope="session")
-def trained(make_models: Callable[..., Models], tmp_path_factory: pytest.TempPathFactory) -> Models:
+def trained(
+    make_models: Callable[..., Models], with_rows: Callable[..., Models], tmp_path_factory: pytest.TempPathFactory
+) -> Models:
     """A base that has learnt rows in one format, and an expert that has learnt the same rows in another one since."""
-    models = make_models("llama")
+    models = with_rows(make_models("llama"))
     folder = tmp_path_factory.mktemp("trained")
     tokenizer = make_tokenizer()
     rows = [json.loads(line) for line in models.datasets[0].read_text().splitlines()]

@@ -14,7 +14,7 @@ from test_rows import write_jsonl
 from test_tokens import _Words
 
 from mergekit_slta import Alphas
-from mergekit_slta.data.rows import draw_rows
+from mergekit_slta.data.draw import RowSource, draw_rows
 from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.data.tokens import encode
 from mergekit_slta.errors import RecipeError
@@ -56,7 +56,8 @@ def ending(tokenizer):
 def draw(tokenizer, path, max_seq_length=99, **keys):
     task = Task(model=ModelReference.parse("org/a"), dataset=str(path), **keys)
     own = Settings(objective="joint", own=JointSettings(steps=0), num_samples=2, max_seq_length=max_seq_length)
-    return draw_rows(task, "org/a", own, ChatTemplate.of(tokenizer))
+    (drawn,) = draw_rows([RowSource(task, "org/a", own, ChatTemplate.of(tokenizer))])
+    return drawn
 
 
 def answer_of(tokenizer, drawn):

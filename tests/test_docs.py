@@ -14,12 +14,15 @@ from click.testing import CliRunner
 
 from mergekit_slta import __version__
 from mergekit_slta.cli import main as cli
+from mergekit_slta.data.draw import HELD_OUT_SHARE, MAX_HELD_OUT, MAX_UNUSABLE, MIN_HELD_OUT
 from mergekit_slta.data.formats import FORMATS, ROLES
 from mergekit_slta.data.local_files import COMPRESSED, LOADERS
-from mergekit_slta.data.rows import MAX_UNUSABLE
 from mergekit_slta.errors import SltaError
+from mergekit_slta.maths.divergence import WEAK_SHARE
 from mergekit_slta.models.architectures import ARCHITECTURES
+from mergekit_slta.objectives.joint_search import PATIENCE
 from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.objectives import MAX_STEPS
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import SHARED_KEYS, TASK_KEYS
 
@@ -192,3 +195,17 @@ def test_every_file_type_and_format_is_documented():
     for name in {*names, *LOADERS, *COMPRESSED, *ROLES} - {"system"}:
         assert f"`{name}`" in document, name
     assert str(MAX_UNUSABLE) in document
+
+
+def test_numbers_of_held_out_rows_and_steps_are_the_codes():
+    """The README and docs/data.md say how many rows are held out, and how many steps there may be."""
+    document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert HELD_OUT_SHARE == 5  # a fifth
+    for text in (README, document):
+        flat = " ".join(text.split())
+        assert "the last fifth of" in flat
+        assert f"at most {MAX_HELD_OUT}" in flat
+        assert f"fewer than {MIN_HELD_OUT * HELD_OUT_SHARE} rows" in flat
+    assert f"up to {MAX_STEPS} times `num_samples` rows" in " ".join(README.split())
+    assert PATIENCE == 2  # "two steps in turn"
+    assert WEAK_SHARE == 0.1  # "below a tenth"

@@ -84,7 +84,7 @@ def assert_no_half_model(out: Path, before: dict | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tiny, tmp_path_factory):
+def sound(plenty, tmp_path_factory):
     """(objective) -> (recipe, alphas, tensors) of a merge that nothing happens to."""
     known = {}
 
@@ -93,7 +93,8 @@ def sound(tiny, tmp_path_factory):
             import yaml
 
             folder = tmp_path_factory.mktemp(objective)
-            recipe = tiny.recipe(2, objective=objective, **({"steps": 1} if objective == "joint" else {}))
+            own = {"steps": 1} if objective == "joint" else {}
+            recipe = plenty.recipe(objective=objective, num_samples=3, **own)
             (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
             result = mergekit_yaml(folder / "recipe.yml", folder / "out", "--quiet")
             assert result.exit_code == 0, result.output

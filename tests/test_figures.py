@@ -18,10 +18,12 @@ from matplotlib.colors import to_rgb
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.errors import AlphasError, OutputError
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.evaluation import Evaluation, Measure, MeasuredPoint, TaskEvaluation, Trial
 from mergekit_slta.files.linearity_file import Combined, Level, Linearity, SubmoduleLinearity
 from mergekit_slta.maths.linearity import PAIR_GRID
 from mergekit_slta.reporting.figures import heatmaps, levels, style
 from mergekit_slta.reporting.figures.draw import draw, draw_alphas
+from mergekit_slta.reporting.figures.evaluation import divergence_figure
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
 
 NUM_LAYERS = 3
@@ -297,7 +299,11 @@ def test_ten_experts_share_no_panel_with_more_than_five():
 
 def test_missing_standard_errors_are_said():
     """With one row per task there are none."""
-    assert "No standard errors" in texts(alphas_figure(make_alphas(every={"stderr": None})))
+    assert "No standard errors: there was one calibration row" in texts(
+        alphas_figure(make_alphas(every={"stderr": None}))
+    )
+    after_steps = make_alphas(every={"stderr": None, "condition": None, "rank": None})
+    assert "No standard errors: the weights are those of the merge that was best" in texts(alphas_figure(after_steps))
     assert "jackknife" in texts(alphas_figure(make_alphas()))
 
 
@@ -313,6 +319,63 @@ def test_residuals_predicted_and_measured():
     assert "(predicted only)" in texts(figure)
 
 
+def measured_alphas(num_models=2, num_steps=3, names=None, steps=None) -> Alphas:
+    """Weights after steps: the base, two starting points, and a point for each step that was taken."""
+    rng = np.random.default_rng(1)
+    alphas = make_alphas(num_models=num_models, names=names, every={"stderr": None, "condition": None, "rank": None})
+    made = [("base", None), ("average", None), ("features", None)]
+    made += [(name, 1.0) for name in steps or (f"step {number + 1}" for number in range(num_steps))]
+
+    def measures(number: int) -> tuple[Measure, ...]:
+        return tuple(Measure(mean=3.0 / (number + 1), stderr=error) for error in rng.uniform(0.1, 0.3, num_models))
+
+    points = [
+        MeasuredPoint(name=name, ridge=ridge, divergence=measures(number), weighted=1 / (number + 1))
+        for number, (name, ridge) in enumerate(made)
+    ]
+    tasks = [
+        TaskEvaluation(
+            model=model, rows=(1, 2), divergence_base=points[0].divergence[place],
+            divergence=points[-1].divergence[place], share=Measure(mean=0.2, stderr=None),
+            **dict.fromkeys(("loss_base", "loss_expert", "loss"), Measure(mean=1.0, stderr=None)),
+        )
+        for place, model in enumerate(alphas.models)
+    ]  # fmt: skip
+    trials = (Trial(name="step 1", ridge=1.0, weighted=0.5),)
+    evaluation = Evaluation(points=points, merge=len(points) - 1, trials=trials, tasks=tasks)
+    return alphas.model_copy(update={"evaluation": evaluation})
+
+
+def test_divergence_is_drawn_from_the_best_start_over_the_steps():
+    """As a share of the base's, with standard errors, a line for each expert."""
+    alphas = measured_alphas()
+    points = alphas.evaluation.points
+    figure = divergence_figure(alphas)
+    (axis,) = figure.axes
+    for expert in range(2):
+        base = points[0].divergence[expert].mean
+        bars = axis.containers[expert]
+        assert bars.lines[0].get_ydata() == pytest.approx([1 / 3, 1 / 4, 1 / 5, 1 / 6])
+        errors = [np.diff(segment[:, 1])[0] / 2 for segment in bars.lines[2][0].get_segments()]
+        assert errors == pytest.approx([point.divergence[expert].stderr / base for point in points[2:]])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["start", "1", "2", "3"]
+    assert "the best of base, average, features" in texts(figure)
+    assert "expert-1" in texts(figure)
+
+
+def test_files_after_steps_have_a_figure_of_the_divergence_and_none_of_residuals(tmp_path):
+    """Its residual is one number for all. Where no step was taken there is no path to draw."""
+    assert residuals_figure(measured_alphas()) is None
+    found = {path.name for path in draw(measured_alphas(), tmp_path)}
+    assert found == {f"slta_{figure}.{form}" for figure in ("alphas", "divergence") for form in ("png", "svg")}
+    assert divergence_figure(measured_alphas(num_steps=0)) is None
+    assert divergence_figure(make_alphas()) is None
+    plain = measured_alphas()
+    same = plain.evaluation.points[0].model_copy(update={"divergence": (Measure(mean=0.0, stderr=0.0),) * 2})
+    changed = plain.evaluation.model_copy(update={"points": (same, *plain.evaluation.points[1:])})
+    assert divergence_figure(plain.model_copy(update={"evaluation": changed})) is None
+
+
 def test_names_are_only_names(tmp_path):
     """Neither formulas, control characters nor a leading underscore harm a figure; equal last parts are told apart."""
     names = ("run1/$\\frac{$", "run2/$\\frac{$", "a/_hidden\x1b[31m", "b/" + "long-" * 40 + "end")
@@ -320,6 +383,7 @@ def test_names_are_only_names(tmp_path):
         warnings.simplefilter("error")
         draw(make_alphas("attn_mlp", 4, names=names), tmp_path)
         draw_alphas(make_alphas("model", 4, names=names), tmp_path / "x.svg")
+        draw(measured_alphas(4, names=names, steps=["$\\frac{$", "_x"]), tmp_path, "steps")
         draw(make_linearity(2, 1, names=names[:2]), tmp_path, "$^$")
     labels = style.short_names(names, 30)
     assert labels[0] != labels[1]

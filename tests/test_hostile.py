@@ -23,7 +23,7 @@ from mergekit_slta.files import alphas_file as alphas_module
 from mergekit_slta.files import statistics_file as statistics_module
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.statistics_file import Statistics
-from mergekit_slta.maths.gauss_newton import gauss_newton_step
+from mergekit_slta.maths.gauss_newton import gauss_newton_steps
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.read import read_recipe
 
@@ -349,15 +349,27 @@ def damaged_layouts(layout: dict):
                 own[key] = value
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 0}], ids=["features", "joint"])
-def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe, settings):
+@pytest.fixture(scope="module")
+def measured(plenty, tmp_path_factory):
+    """The file of statistics after a step."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "recipe.yml").write_text(yaml.safe_dump(plenty.recipe(num_samples=2, objective="joint", steps=1)))
+    assert slta("calibrate", folder / "recipe.yml", "-o", folder / "slta_alphas.json", "--quiet").exit_code == 0
+    return folder / "slta_stats.safetensors"
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 0}, None], ids=["features", "joint", "steps"])
+def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe, settings, measured):
     """Found by fuzzing: whatever is missing, the statistics are solved, or refused in one line."""
-    recipe = write_recipe(tiny.recipe(2, num_samples=2, granularity="layer", **settings))
-    assert slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
-    statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
+    if settings is None:
+        statistics = Statistics.load(measured)
+    else:
+        recipe = write_recipe(tiny.recipe(2, num_samples=2, granularity="layer", **settings))
+        assert slta("calibrate", recipe, "-o", tmp_path / "slta_alphas.json", "--quiet").exit_code == 0
+        statistics = Statistics.load(tmp_path / "slta_stats.safetensors")
     refused = 0
     for layout in damaged_layouts(json.loads(statistics.metadata["layout"])):
-        statistics.metadata = {"layout": json.dumps(layout)}
+        statistics.metadata = statistics.metadata | {"layout": json.dumps(layout)}
         for rows in (None, 1):
             try:
                 solve_again(statistics, rows=rows)
@@ -367,16 +379,27 @@ def test_layouts_that_miss_a_key(tiny, tmp_path, write_recipe, settings):
     assert refused > 100
 
 
+@pytest.mark.parametrize("part", ["", "[]", "{}", "points", "trials", "unchanged"])
+def test_measured_models_that_are_damaged(measured, part):
+    """Statistics after steps whose list of models is not what was written: refused in one line."""
+    statistics = Statistics.load(measured)
+    record = json.loads(statistics.metadata["search"])
+    for value in (7, [7], [[]], {"a": 7}, record["points"][1:]):
+        statistics.metadata["search"] = json.dumps(record | {part: value}) if part.isalpha() else part
+        with refused(AlphasError, "damaged-file", "calibrate again"):
+            solve_again(statistics)
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e-160, 1e80, 1e150, 1e300])
 def test_slopes_that_no_features_have(size):
-    """Found by fuzzing: a step whose numbers have no squares is taken, or not solved; never another exception."""
+    """Found by fuzzing: a step whose numbers have no squares is made, or not solved; never another exception."""
     generator = torch.Generator().manual_seed(0)
     slopes = {"m": torch.randn(4, 3, 2, generator=generator, dtype=torch.float64) * size}
     try:
-        found = gauss_newton_step(
+        found = gauss_newton_steps(
             slopes, torch.tensor([0, 0, 1, 1]), {"m": torch.ones(2, dtype=torch.float64)},
-            torch.full((4, 2), 1.0, dtype=torch.float64),
+            torch.ones(2, dtype=torch.float64), ridges=(0.1, 1.0),
         )  # fmt: skip
-    except torch.linalg.LinAlgError:  # refused in one line by `solve_again`
+    except torch.linalg.LinAlgError:  # the command fails in one line
         return
-    assert found.alpha["m"].shape == (2,)
+    assert [step["m"].shape for step in found] == [(2,), (2,)]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mergekit_slta.calibration.calibrate import statistics_fingerprint
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
+from mergekit_slta.data.rows import sample_numbers
 from mergekit_slta.files.identity import differences, hash_identity
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
@@ -43,6 +44,7 @@ CHANGES = {
     "ridge": (lambda t: t.recipe(2, ridge=0.1), False),
     "balance": (lambda t: t.recipe(2, balance=False), False),
     "importance": (lambda t: with_task(t.recipe(2), importance=2.0), False),
+    "evaluate": (lambda t: t.recipe(2, evaluate=True), False),
 }
 
 
@@ -55,6 +57,34 @@ def test_changes_are_noticed(tiny, options, change):
     names = [after.recipe.label(model) for model in after.plan.models]
     assert differences(before.identity, after.identity, names)
     assert (statistics_fingerprint(before) != statistics_fingerprint(after)) == moves_statistics
+
+
+@pytest.mark.parametrize(
+    ("objective", "moves"), [({}, False), ({"objective": "joint"}, True)], ids=["features", "joint"]
+)
+def test_held_out_rows_are_noticed(plenty, options, tmp_path, objective, moves):
+    """A held-out row that changes makes other alphas; the statistics of `features` stay, since only the evaluation is
+    of these rows. Rows that are not held out, nor fitted, change nothing."""
+    keys = {"num_samples": 2, "evaluate": True, "fresh_rows": False, **objective}
+    keys = keys if objective else {key: value for key, value in keys.items() if key != "fresh_rows"}
+    recipe = plenty.recipe(**keys)
+    order = list(sample_numbers(30, 42))
+    before = prepared(recipe, options)
+    labels = [label for label in before.identity if "held-out" in label]
+    assert len(labels) == 2
+    for place, is_held_out in ((-1, True), (-6, True), (-7, False), (2, False), (0, None)):
+        lines = plenty.datasets[0].read_text().splitlines()
+        lines[order[place]] = json.dumps(json.loads(lines[order[place]]) | {"text": "the lazy dog"})
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        recipe["models"][0]["parameters"]["dataset"] = str(tmp_path / "rows.jsonl")
+        after = prepared(recipe, options)
+        assert (after.identity != before.identity) == (is_held_out is not False)
+        changed = [label for label, value in after.identity.items() if before.identity[label] != value]
+        assert changed == (
+            labels[:1] if is_held_out else [f"rows of {plenty.experts[0]}"] if is_held_out is None else []
+        )
+        statistics = statistics_fingerprint(after) != statistics_fingerprint(before)
+        assert statistics == (moves if is_held_out else is_held_out is None)
 
 
 def test_what_does_not_matter_changes_nothing(tiny, options):

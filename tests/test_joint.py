@@ -23,8 +23,9 @@ def make_slopes(seed: int, rows: int, samples: int, experts: int, submodules: in
     return slopes, torch.arange(experts).repeat_interleave(rows)
 
 
-def reference(slopes, row_task, importance, balance, ridge, prior=1.0, left_out=None, scales=None) -> np.ndarray:
-    """[M, T] by explicit sums over rows and samples; `scales` and d are those of all rows where one is left out."""
+def reference(slopes, row_task, importance, balance, ridge, prior=1.0, left_out=(), scales=None) -> np.ndarray:
+    """[M, T] by explicit sums over rows and samples; the scales and d are those of all rows where some are left out.
+    `scales` replaces the scales c_a."""
     u = np.stack([part.numpy() for part in slopes.values()])  # [M, R, S, T]
     num_submodules, num_rows, samples, experts = u.shape
     size = num_submodules * experts
@@ -33,14 +34,14 @@ def reference(slopes, row_task, importance, balance, ridge, prior=1.0, left_out=
     for task in range(experts):
         mine = [row for row in range(num_rows) if row_task[row] == task]
         total = u[:, mine].sum(0)  # [n, S, T]
-        scale = (total**2).mean() if balance else 1.0
+        scale = ((total**2).mean() if balance else 1.0) if scales is None else scales[task]
         for row in mine:
             for sample in range(samples):
                 vector = u[:, row, sample].reshape(-1)
                 weight = importance[task] / (scale * len(mine) * samples)
                 outer = weight * np.outer(vector, vector)
                 whole += outer
-                if row != left_out:
+                if row not in left_out:
                     matrix += outer
                     target += weight * vector * u[:, row, sample, task].sum()
     strength = ridge * np.trace(whole) / size
@@ -72,30 +73,93 @@ def test_equals_the_normal_equations(seed, rows, samples, experts, submodules, b
     assert found.ridge == ridge
 
 
+def without(slopes, row_task, groups) -> tuple[float, np.ndarray]:
+    """(residual, standard errors [M, T]) from really solving without each group of rows, for ridge 0.3."""
+    u = np.stack([part.numpy() for part in slopes.values()])
+    experts, samples = u.shape[3], u.shape[2]
+    full = reference(slopes, row_task, [1.0] * experts, True, 0.3)
+    remaining, whole = 0.0, 0.0
+    changes: dict[int, list[np.ndarray]] = {}  # by task; -1 is for several tasks
+    for group in groups:
+        alpha = reference(slopes, row_task, [1.0] * experts, True, 0.3, left_out=group)
+        tasks = {int(row_task[row]) for row in group}
+        changes.setdefault(tasks.pop() if len(tasks) == 1 else -1, []).append(alpha - full)
+        for row in group:
+            task = int(row_task[row])
+            mine = [other for other in range(len(row_task)) if row_task[other] == task]
+            scale = (u[:, mine].sum(0) ** 2).mean()
+            for sample in range(samples):
+                target = u[:, row, sample, task].sum()
+                remaining += ((alpha * u[:, row, sample]).sum() - target) ** 2 / scale / len(mine)
+                whole += target**2 / scale / len(mine)
+    variance = np.zeros_like(full)
+    for own in map(np.stack, changes.values()):
+        variance += (len(own) - 1) / len(own) * ((own - own.mean(0)) ** 2).sum(0)
+    return remaining / whole, np.sqrt(variance)
+
+
 def test_left_out_rows_are_predicted_by_the_others():
     """Residual and standard errors equal those of really solving without each row."""
     slopes, row_task = make_slopes(5, 4, 2, 3, 4)
     found = solve_joint(slopes, row_task, ridge=0.3)
-    u = np.stack([part.numpy() for part in slopes.values()])
-    full = reference(slopes, row_task, [1.0] * 3, True, 0.3)
-    remaining, whole = 0.0, 0.0
-    left = []
-    for row in range(len(row_task)):
-        task = int(row_task[row])
-        mine = [other for other in range(len(row_task)) if row_task[other] == task]
-        scale = (u[:, mine].sum(0) ** 2).mean()
-        alpha = reference(slopes, row_task, [1.0] * 3, True, 0.3, left_out=row)
-        left.append(alpha - full)
-        for sample in range(2):
-            target = u[:, row, sample, task].sum()
-            remaining += ((alpha * u[:, row, sample]).sum() - target) ** 2 / scale / len(mine)
-            whole += target**2 / scale / len(mine)
-    assert found.residual == pytest.approx(remaining / whole, rel=1e-8)
-    variance = np.zeros_like(full)
-    for task in range(3):
-        own = np.stack([change for change, other in zip(left, row_task, strict=True) if other == task])
-        variance += (len(own) - 1) / len(own) * ((own - own.mean(0)) ** 2).sum(0)
-    np.testing.assert_allclose(as_array(found.stderr), np.sqrt(variance), rtol=1e-8)
+    residual, error = without(slopes, row_task, [(row,) for row in range(12)])
+    assert found.residual == pytest.approx(residual, rel=1e-8)
+    np.testing.assert_allclose(as_array(found.stderr), error, rtol=1e-8)
+
+
+def test_equal_rows_are_left_out_together():
+    """Rows 0, 5 and 9 are one text under three names, as are rows 1 and 2 within a task: nothing predicts itself.
+    Rows of several tasks are a stratum of their own."""
+    slopes, row_task = make_slopes(6, 4, 2, 3, 4)
+    groups = [(0, 5, 9), (1, 2), (6, 11), *((row,) for row in (3, 4, 7, 8, 10))]
+    row_group = torch.zeros(12, dtype=torch.int64)
+    for number, group in enumerate(groups):
+        row_group[list(group)] = 7 * number  # numbers may have gaps
+    found = solve_joint(slopes, row_task, ridge=0.3, row_group=row_group)
+    apart = solve_joint(slopes, row_task, ridge=0.3)
+    assert all(torch.equal(part, apart.alpha[name]) for name, part in found.alpha.items())
+    residual, error = without(slopes, row_task, groups)
+    assert found.residual == pytest.approx(residual, rel=1e-8)
+    assert apart.residual != pytest.approx(residual, rel=1e-3)
+    np.testing.assert_allclose(as_array(found.stderr), error, rtol=1e-8)
+
+
+def test_rows_that_are_there_twice_do_not_choose_the_smallest_ridge():
+    """Two tasks with the same rows and labels: each row's twin predicts it exactly, unless both are left out."""
+    generator = torch.Generator().manual_seed(0)
+    slopes, row_task = {}, torch.arange(2).repeat_interleave(6)
+    for number in range(8):
+        own = torch.randn((6, 1, 1), generator=generator, dtype=torch.float64).repeat(2, 1, 2)
+        slopes[f"part{number}"] = own + 0.02 * torch.randn((12, 1, 2), generator=generator, dtype=torch.float64)
+    apart = solve_joint(slopes, row_task)
+    together = solve_joint(slopes, row_task, row_group=torch.arange(6).repeat(2))
+    assert apart.residual < 0.1 < together.residual
+    assert together.ridge > apart.ridge
+
+
+@pytest.mark.parametrize("same", [[0, 0], [0, 1]])
+def test_equal_rows_alone_have_no_standard_error(same):
+    """They are one row: nothing shows how much others would differ."""
+    slopes, row_task = make_slopes(5, 2, 1, 2, 2)
+    found = solve_joint(slopes, row_task, ridge=0.3, row_group=torch.tensor([*same, 2, 3]))
+    assert (found.stderr is None) == (same == [0, 0])
+
+
+def test_a_weak_task_does_not_decide():
+    """An expert that changes nothing much has derivatives of 1%: its c_a is the mean of the others'."""
+    slopes, row_task = make_slopes(7, 4, 2, 3, 3)
+    for part in slopes.values():
+        part[row_task == 1] *= 0.01
+    u = np.stack([part.numpy() for part in slopes.values()]).sum(0)  # [R, S, T]
+    scales = [(u[row_task.numpy() == task] ** 2).mean() for task in range(3)]
+    assert scales[1] < 0.01 * (scales[0] + scales[2]) / 2
+    scales[1] = (scales[0] + scales[2]) / 2
+    expected = reference(slopes, row_task, [1.0] * 3, True, 0.1, scales=scales)
+    np.testing.assert_allclose(as_array(solve_joint(slopes, row_task, ridge=0.1).alpha), expected, rtol=1e-8)
+    for part in slopes.values():
+        part[row_task == 1] *= 20  # a fifth is an expert like the others
+    expected = reference(slopes, row_task, [1.0] * 3, True, 0.1)
+    np.testing.assert_allclose(as_array(solve_joint(slopes, row_task, ridge=0.1).alpha), expected, rtol=1e-8)
 
 
 def test_the_ridge_that_predicts_best_is_taken():

@@ -44,7 +44,7 @@ def test_a_recipe_as_a_mapping_is_checked_as_a_file_is(tiny, changes, code, valu
         mergekit_slta.calibrate(recipe)
 
 
-@pytest.mark.parametrize("recipe", [None, 3, [], b"recipe.yml", object()], ids=repr)
+@pytest.mark.parametrize("recipe", [None, 3, [], b"recipe.yml", object()], ids=lambda each: type(each).__name__)
 def test_what_is_no_recipe(recipe):
     kind = type(recipe).__name__
     for call in (mergekit_slta.calibrate, mergekit_slta.load_config, mergekit_slta.read_recipe):

@@ -31,15 +31,15 @@ def test_defaults_are_the_tables():
     """A recipe without shared keys has the documented defaults."""
     shared = {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "objective": "features", "ridge": 0.0, "compute_dtype": "float32", "alphas": None,
+        "objective": "features", "ridge": 0.0, "evaluate": False, "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
     features = read().settings
     assert features.model_dump(exclude={"own", "stated"}) == shared
     assert features.own.model_dump() == {"inputs": "base"}
     joint = read(objective="joint").settings
-    changed = {"objective": "joint", "granularity": "linear", "ridge": None}
+    changed = {"objective": "joint", "granularity": "linear", "ridge": None, "evaluate": True}
     assert joint.model_dump(exclude={"own", "stated"}) == {**shared, **changed}
-    assert joint.own.model_dump() == {"label_samples": 2, "steps": 6, "fresh_rows": True}
+    assert joint.own.model_dump() == {"label_samples": 2, "steps": "auto", "fresh_rows": True}
     assert "granularity" not in joint.stated  # an alphas file of another granularity may be used
     assert read(objective="joint", granularity="layer").settings.granularity == "layer"
     recipe = read()
@@ -126,10 +126,16 @@ REFUSALS = [
     ({}, {"objective": "loss"}, "invalid-value", ["`objective`", "'loss'"]),
     ({}, {**JOINT, "inputs": "merged"}, "key-of-another-objective", ["`inputs`", "`objective: features`"]),
     ({}, {**JOINT, "label_samples": -1}, "invalid-value", ["`label_samples`", "-1"]),
-    ({}, {**JOINT, "label_samples": 0}, "conflicting-keys", ["`label_samples` is 0", "`steps` is 6", "`steps: 0`"]),
-    ({}, {**JOINT, "ridge": 0}, "conflicting-keys", ["`ridge` is 0", "`steps` is 6", "0.001 or more"]),
-    ({}, {**JOINT, "steps": -1}, "invalid-value", ["`steps`", "-1"]),
-    ({}, {**JOINT, "steps": 1.5}, "invalid-value", ["`steps`", "valid integer"]),
+    ({}, {**JOINT, "label_samples": 0}, "conflicting-keys", ["`label_samples` is 0", "`steps` is auto", "`steps: 0`"]),
+    ({}, {**JOINT, "ridge": 0}, "conflicting-keys", ["`ridge` is 0", "`steps` is auto", "0.001 or more"]),
+    ({}, {**JOINT, "ridge": 1e-4, "steps": 2}, "conflicting-keys", ["`ridge` is 0.0001", "`steps` is 2"]),
+    ({}, {**JOINT, "evaluate": False}, "conflicting-keys", ["`evaluate` is false", "`steps` is auto", "`steps: 0`"]),
+    ({}, {**JOINT, "evaluate": "yes"}, "invalid-value", ["`evaluate`", "'yes'", "valid boolean"]),
+    ({}, {"evaluate": 1}, "invalid-value", ["`evaluate`", "'1'", "valid boolean"]),
+    ({}, {**JOINT, "steps": -1}, "invalid-value", ["`steps`", "-1", "should be 'auto' or greater than or equal to 0"]),
+    ({}, {**JOINT, "steps": 1.5}, "invalid-value", ["`steps`", "'1.5'", "should be 'auto' or a valid integer"]),
+    ({}, {**JOINT, "steps": "many"}, "invalid-value", ["`steps`", "'many'", "should be 'auto' or a valid integer"]),
+    ({}, {**JOINT, "steps": True}, "invalid-value", ["`steps`", "'True'", "should be 'auto' or a valid integer"]),
     ({}, {**JOINT, "fresh_rows": "often"}, "invalid-value", ["`fresh_rows`", "valid boolean"]),
     ({}, {"steps": 2}, "key-of-another-objective", ["`steps`", "`objective: joint`"]),
     ({}, {"label_samples": 2}, "key-of-another-objective", ["`label_samples`", "`objective: joint`"]),
@@ -271,9 +277,29 @@ def test_mergekits_own_keys_may_stand_at_the_top(tmp_path):
         ({}, None),
         ({"inputs": "merged"}, "inputs"),
         ({"objective": "joint", "steps": 0}, None),
+        ({"objective": "joint", "steps": 0, "evaluate": False}, None),
         ({"objective": "joint", "steps": 1}, "steps"),
+        ({"objective": "joint"}, "steps"),
+        ({"evaluate": True}, None),
     ],
 )
 def test_what_makes_another_solve_need_another_calibration(parameters, key):
     """Statistics that were gathered at weights solved before."""
     assert read(**parameters).settings.own.solve_dependence == key
+
+
+@pytest.mark.parametrize(
+    ("parameters", "most", "groups"),
+    [
+        ({}, 12, 12),
+        ({"steps": "auto", "fresh_rows": False}, 12, 1),
+        ({"steps": "3"}, 3, 3),
+        ({"steps": 20}, 20, 20),
+        ({"steps": 0}, 0, 1),
+    ],
+)
+def test_steps_and_their_rows(parameters, most, groups):
+    """`auto` is at most 12; every step has rows of its own, unless the recipe says otherwise."""
+    own = read(objective="joint", **parameters).settings.own
+    assert (own.max_steps, own.row_groups) == (most, groups)
+    assert ("fresh_rows" in own.effective()) == (groups > 1)  # it makes no difference to a single group

@@ -13,10 +13,12 @@ from conftest import assert_refused, mergekit_yaml, slta
 from huggingface_hub import ModelCard
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.evaluation import Evaluation, Measure, MeasuredPoint, TaskEvaluation
 from mergekit_slta.files.merge_record import hash_in, recorded
 from mergekit_slta.reporting import report as module
 from mergekit_slta.reporting.card import END, START, code, replace_section, section
 from mergekit_slta.reporting.report import add_section
+from mergekit_slta.reporting.terminal import describe_alphas
 
 
 def alphas_of(num_layers: int = 7, models: tuple[str, ...] = ("org/math", "org/code"), **changes) -> Alphas:
@@ -263,6 +265,55 @@ def test_flags_are_listed_with_their_meaning():
     assert "`ill_conditioned` (experts are hard to tell apart" in text
     assert "and 10 more" in text
     assert "### Flagged\n\nNothing." in section(alphas_of(), [])
+
+
+def evaluation_of(*models: str) -> Evaluation:
+    """The first task is worse than the base, the second one's expert hardly differs from it."""
+    measures = {
+        key: Measure(mean=mean, stderr=error)
+        for key, mean, error in (
+            ("divergence_base", 2.0, 0.5), ("divergence", 3.0, 0.25), ("share", 1.5, 0.125), ("loss_base", 4.0, 1.0),
+            ("loss_expert", 0.5, 0.0625), ("loss", 5.0, None),
+        )
+    }  # fmt: skip
+    flags = (("worse_than_base",), ("weak_expert",))
+    tasks = [
+        TaskEvaluation(model=model, rows=(7, 8), flags=own, **measures)
+        for model, own in zip(models, flags, strict=True)
+    ]
+    points = [
+        MeasuredPoint(name=name, ridge=ridge, divergence=(measures["divergence"],) * 2, weighted=1.0)
+        for name, ridge in (("base", None), ("step 2", 0.3))
+    ]
+    return Evaluation(points=points, merge=1, tasks=tasks)
+
+
+def test_the_evaluation_is_a_table_with_its_warnings():
+    """In the card and in the terminal: the same cells, and the flagged tasks by name."""
+    evil = "a|b`c<script>\n| x |"
+    alphas = alphas_of(models=(evil, "other"), evaluation=evaluation_of(evil, "other"))
+    text = section(alphas, [])
+    cells = ["2", "3 ± 0.25", "2 ± 0.5", "150 ± 12%", "5", "4 ± 1", "0.5 ± 0.062"]
+    (table,) = [table for table in tables(text) if "share left" in table[0]]
+    assert [row[1:] for row in table[2:]] == [cells, cells]
+    assert table[3][0] == "`other`"
+    assert f"**Warning.** {code(evil)}: the merge is worse than the base at this task: 150% of the base's" in text
+    assert "**Warning.** `other` hardly differs from the base (divergence 2 nats per row)" in text
+    assert "in 1 Gauss-Newton step, without" in text
+    printed = describe_alphas(alphas)
+    assert all(cell in printed for cell in cells)
+    assert "at lambda 1" in printed
+    assert "How good it is" not in section(alphas_of(), [])
+
+
+@pytest.mark.parametrize(("steps", "told"), [({"steps": "auto"}, True), ({"steps": 0}, False), ({}, False)])
+def test_what_was_not_measured_is_told(steps, told):
+    """Too few rows to hold any out; where steps were wanted, what the weights are instead."""
+    calibration = alphas_of().calibration | steps
+    calibration["tasks"] = [calibration["tasks"][0] | {"flags": ["too_few_rows"]}]
+    text = section(alphas_of(calibration=calibration), [])
+    assert "### How good it is\n\nNot measured: too few rows to hold any out of `org/math`." in text
+    assert ("the weights are those of `features`" in text) == told
 
 
 def test_lambda_is_told(merged, tmp_path):

@@ -41,18 +41,18 @@ def own_loss(model, row) -> float:
     return float(model(ids, labels=labels).loss)
 
 
-def expected_losses(models: Models, job) -> torch.Tensor:
-    """[rows, 2], of whole models in memory; NaN for rows without an answer."""
+def expected_losses(models: Models, examples) -> torch.Tensor:
+    """[rows, 2] of base and expert, of whole models in memory; NaN for rows without an answer."""
     base, *experts = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (models.base, *models.experts))
     return torch.tensor(
-        [[own_loss(model, each.row) for model in (base, experts[each.task])] for each in job.examples()],
+        [[own_loss(model, each.row) for model in (base, experts[each.task])] for each in examples],
         dtype=torch.float64,
     )
 
 
 FEATURES = [{"granularity": name} for name in ("model", "layer", "attn_mlp", "head_mlp", "linear")]
 FEATURES += [{"granularity": name, "inputs": "merged"} for name in ("model", "attn_mlp", "linear")]
-JOINT = [{"steps": 0}, {"steps": 0, "label_samples": 0}, {"steps": 2, "fresh_rows": False}, {"steps": 2}]
+JOINT = [{"steps": 0}, {"steps": 0, "label_samples": 0}]
 SETTINGS = [*FEATURES, *({"objective": "joint", **settings} for settings in JOINT)]
 
 
@@ -62,9 +62,25 @@ def test_losses_are_those_of_transformers(make_models, settings, tied):
     """Of answers, in packed batches, at every granularity of both objectives."""
     models = make_models("llama", tied=tied)
     job = with_answers(models, **settings)
-    assert len({example.row.completion for example in job.examples()}) > 1
+    examples = job.examples()
+    assert len({example.row.completion for example in examples}) > 1
     losses = gather_statistics(job).losses
-    torch.testing.assert_close(losses, expected_losses(models, job), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, expected_losses(models, examples), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, tied):
+    """Of base and expert, as of every model on the way."""
+    models = with_rows(make_models("llama", tied=tied))
+    job = with_answers(models, objective="joint", steps=1, num_samples=3)
+    found = gather_statistics(job)
+    expected = expected_losses(models, job.held_out_examples())
+    assert found.losses.shape == (4, len(found.by_submodule["embed"]) + 1)
+    torch.testing.assert_close(found.losses_of_base_and_expert, expected, rtol=1e-5, atol=1e-5)
+    for task in solve_job(job, found).calibration["tasks"]:
+        place = job.expert_names.index(task["model"])
+        means = expected[found.row_task == place].mean(0).tolist()
+        assert [task["loss_base"], task["loss_expert"]] == pytest.approx(means, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["features", "joint"])
@@ -76,10 +92,10 @@ def test_losses_are_those_of_transformers(make_models, settings, tied):
 def test_losses_of_other_architectures(specimen, objective, name, granularity):  # noqa: F811
     """Parallel blocks, shared norms, mixtures of experts, a scaled head; whole rows where no answer is known."""
     models = specimen(name)
-    steps = {"steps": 1} if objective == "joint" else {}
+    steps = {"steps": 0} if objective == "joint" else {}
     job = job_of(models, granularity=granularity, objective=objective, **steps)
     losses = gather_statistics(job).losses
-    torch.testing.assert_close(losses, expected_losses(models, job), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, expected_losses(models, job.examples()), rtol=1e-5, atol=1e-5)
 
 
 def test_parts_of_the_vocabulary_add_up():

@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 
+from mergekit_slta.data.draw import RowSource, draw_rows
 from mergekit_slta.data.loading import load_rows
 from mergekit_slta.data.rendering import renderer
-from mergekit_slta.data.rows import draw_rows, sample_numbers
+from mergekit_slta.data.rows import sample_numbers
 from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.errors import DataError
 from mergekit_slta.recipe.objectives import FeaturesSettings, JointSettings
@@ -52,12 +53,17 @@ def write_jsonl(path, rows):
     return path
 
 
-def draw(tokenizer, dataset, text=None, split="train", completion=None, **settings):
+def source(tokenizer, dataset, text=None, split="train", completion=None, **settings):
     task = Task(
         model=ModelReference.parse("org/a"), dataset=str(dataset), text=text, split=split, completion=completion
     )
     own = JointSettings(steps=0) if settings.get("objective") == "joint" else FeaturesSettings()
-    return draw_rows(task, "org/a", Settings(own=own, **settings), ChatTemplate.of(tokenizer))
+    return RowSource(task, "org/a", Settings(**{"own": own, **settings}), ChatTemplate.of(tokenizer))
+
+
+def draw(tokenizer, dataset, *args, **settings):
+    (drawn,) = draw_rows([source(tokenizer, dataset, *args, **settings)])
+    return drawn
 
 
 @pytest.mark.parametrize(
@@ -365,15 +371,12 @@ def test_a_bad_row_is_replaced_by_the_next(tmp_path, tokenizer, caplog):
 
 
 def test_too_few_good_rows(tmp_path, tokenizer, caplog):
-    """None, or fewer than steps, are an error with the first reason; fewer than `num_samples` a warning."""
+    """None is an error with the first reason; fewer than `num_samples` a warning."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": None}, {"text": ""}, {"text": "the fox"}])
     drawn = draw(tokenizer, path, num_samples=3)
     assert [row.number for row in drawn.rows] == [2]
     assert "has 1 rows, fewer than num_samples = 3" in caplog.text
     assert "2 of the 3 rows that were drawn" in caplog.text
-    task = Task(model=ModelReference.parse("org/a"), dataset=str(path))
-    with refused(DataError, "too-few-rows", "1 rows for 6 steps", "2 more cannot be used", f"of {path}"):
-        draw_rows(task, "org/a", Settings(own=JointSettings()), ChatTemplate.of(tokenizer))
     write_jsonl(path, [{"text": None}, {"text": None}])
     with refused(DataError, "unusable-row", "all 2 rows", "the first: row", "is missing"):
         draw(tokenizer, path)
@@ -381,7 +384,7 @@ def test_too_few_good_rows(tmp_path, tokenizer, caplog):
 
 def test_many_bad_rows_end_the_search(tmp_path, tokenizer, monkeypatch):
     """A large dataset is not searched to its end for a good row."""
-    monkeypatch.setattr("mergekit_slta.data.rows.MAX_UNUSABLE", 20)
+    monkeypatch.setattr("mergekit_slta.data.draw.MAX_UNUSABLE", 20)
     rows = [{"text": "fox" if number == 990 else None} for number in range(1000)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with refused(DataError, "unusable-row", "20 rows in a row", "the first: row"):
@@ -516,3 +519,113 @@ def test_values_that_are_no_text(tmp_path, tokenizer):
     assert {row.text for row in draw(tokenizer, tmp_path / "rows.parquet", "of {part}").rows} == {"of 1.5", "of 2.0"}
     with refused(DataError, "unusable-row", "'time'", "is datetime"):
         draw(tokenizer, tmp_path / "rows.parquet", "{number} {time}")
+
+
+# --- rows that are held out -------------------------------------------------------------------------------------------
+
+
+def texts(path, words):
+    """A row for each word, in a file; returns its path."""
+    return write_jsonl(path, [{"text": f"the {word}"} for word in words])
+
+
+def numbers(rows) -> list[int]:
+    return [row.number for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(1, 0), (14, 0), (15, 3), (19, 3), (20, 4), (149, 29), (150, 30), (400, 30)]
+)
+def test_the_last_fifth_of_the_permutation_is_held_out(tmp_path, tokenizer, count, held_out):
+    """At most 30 rows, none if these are fewer than 3; the rest is there to be drawn, in the permutation's order."""
+    path = texts(tmp_path / "rows.jsonl", range(count))
+    drawn = draw(tokenizer, path, evaluate=True, num_samples=1000, seed=3)
+    order = list(sample_numbers(count, 3))
+    assert numbers(drawn.held_out) == (order[-held_out:] if held_out else [])
+    assert numbers(drawn.rows) == order[: count - held_out]
+    assert numbers(drawn.acceptance) == numbers(drawn.held_out)[: (held_out + 1) // 2]
+    assert numbers(draw(tokenizer, path, num_samples=1000, seed=3).rows) == order  # nothing is held out
+
+
+def test_the_first_rows_do_not_depend_on_their_number(tmp_path, tokenizer):
+    """The same rows are held out, and the same come first, for every number of rows and groups of rows."""
+    path = texts(tmp_path / "rows.jsonl", range(40))
+    whole = draw(tokenizer, path, evaluate=True, num_samples=1000)
+    assert (len(whole.rows), len(whole.held_out)) == (32, 8)
+    for keys in ({"num_samples": 1}, {"num_samples": 5}, {"num_samples": 5, "own": JointSettings(steps=3)}):
+        drawn = draw(tokenizer, path, evaluate=True, **keys)
+        assert len(drawn.rows) == keys["num_samples"] * (3 if "own" in keys else 1)
+        assert drawn.rows == whole.rows[: len(drawn.rows)]
+        assert drawn.held_out == whole.held_out
+
+
+def test_rows_with_the_tokens_of_a_held_out_row_are_not_drawn(tmp_path, tokenizer, caplog):
+    """In any task, whatever their text beyond the cut; what remains is counted in the warning."""
+    one = texts(tmp_path / "one.jsonl", [f"fox {number}" for number in range(10, 30)])
+    order = list(sample_numbers(20, 42))
+    held = order[-4:]
+    ends = [10 + number for number in held]  # two also in the second task, one twice, one with another end
+    others = [f"fox {ends[0]}", f"fox {ends[0]}", f"fox {ends[1]} {'and so on ' * 9}", *(f"dog {n}" for n in range(7))]
+    two = texts(tmp_path / "two.jsonl", others)
+    keys = {"evaluate": True, "num_samples": 30}
+    short = {"max_seq_length": len(tokenizer("the fox 10").input_ids)}
+    first, second = draw_rows([source(tokenizer, path, **keys, **short) for path in (one, two)])
+    assert sorted(numbers(first.held_out)) == sorted(held)
+    assert not second.held_out  # a fifth of ten rows is fewer than 3
+    tokens = {row.ids for row in first.held_out}
+    assert not tokens & {row.ids for row in (*first.rows, *second.rows)}
+    assert sorted(numbers(second.rows)) == [3, 4, 5, 6, 7, 8, 9]
+    assert (
+        f"{two} has 7 rows, fewer than num_samples = 30: using all; 3 more have the tokens of held-out" in caplog.text
+    )
+    assert f"{one} has 20 rows, fewer than num_samples = 30: using all; 4 of them are held out" in caplog.text
+
+
+def test_tasks_that_share_a_file_hold_out_the_same_rows(tmp_path, tokenizer):
+    path = texts(tmp_path / "rows.jsonl", range(25))
+    one, other = draw_rows([source(tokenizer, path, evaluate=True) for _ in range(2)])
+    assert one == other
+    assert len(one.held_out) == 5
+    assert not {row.ids for row in one.held_out} & {row.ids for row in one.rows}
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_without_other_rows_nothing_is_held_out(tmp_path, tokenizer, other):
+    """A task whose rows all hold the same tokens, and one whose rows are all held out of another task."""
+    same = texts(tmp_path / "same.jsonl", ["fox"] * 20)
+    many = texts(tmp_path / "many.jsonl", range(20))
+    held = list(sample_numbers(20, 42))[-4:]
+    few = texts(tmp_path / "few.jsonl", held)
+    sources = [source(tokenizer, path, evaluate=True) for path in ([many, few] if other else [same])]
+    drawn = draw_rows(sources)
+    assert [rows.held_out for rows in drawn] == [()] * len(drawn)
+    assert [len(rows.rows) for rows in drawn] == [20, 4][: len(drawn)]
+
+
+def test_rows_that_cannot_be_used_are_not_held_out(tmp_path, tokenizer):
+    """Nor rows without an answer; and if the usable ones are all held out, they are fitted instead."""
+    order = list(sample_numbers(30, 42))
+    rows = [{"q": "the fox", "a": f"dog {number}"} for number in range(30)]
+    rows[order[-1]] = {"q": "the fox", "a": " "}
+    rows[order[-3]] = {"q": "the quick fox " * 9, "a": "dog"}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    drawn = draw(tokenizer, path, "{q} ", completion="{a}", evaluate=True, max_seq_length=20)
+    assert numbers(drawn.held_out) == [*order[-6:-3], order[-2]]
+    for number in (*order[:-6], order[-3]):
+        rows[number] = {"q": None, "a": None}
+    drawn = draw(tokenizer, write_jsonl(path, rows), "{q} ", completion="{a}", evaluate=True, max_seq_length=20)
+    assert not drawn.held_out
+    assert set(order[-6:-3]) < set(numbers(drawn.rows))
+
+
+def test_bad_rows_at_the_end_are_not_searched_for_ever(tmp_path, tokenizer, monkeypatch):
+    """A large dataset without a usable row is refused after some rows at either end."""
+    monkeypatch.setattr("mergekit_slta.data.draw.MAX_UNUSABLE", 20)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": None}] * 1000)
+    opened = source(tokenizer, path, "text", evaluate=True)
+    seen = []
+    real = opened._tokenized
+    monkeypatch.setattr(opened, "_tokenized", lambda number: (seen.append(number), real(number))[1])
+    with refused(DataError, "unusable-row", "20 rows in a row"):
+        draw_rows([opened])
+    assert len(seen) < 80

@@ -15,7 +15,7 @@ WORDING: dict[str, str] = {
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text`, .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
-    r"|; drop `ridge`|: choose one of .+, or another objective))",
+    r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
     r"|holds .+, (which its index does not list|and so does .+)); fetch it again",
@@ -115,8 +115,7 @@ WORDING: dict[str, str] = {
     "stale-copy": r"the merged copy .+ of .+ (is not whole|is older than .+): remove it, and it is made again",
     "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
     r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
-    "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
-    r"|has \d+ rows for \d+ steps .+: add rows, lower `steps`, or set `fresh_rows: false`)",
+    "too-few-rows": r"has no rows: choose another `dataset` or `split`",
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
     "unexpected-error": r"\w+: .*",
     "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",

@@ -16,7 +16,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_slta.calibration.assemble import assemble, warn_of_losses
+from mergekit_slta.calibration.assemble import assemble, warn_of_quality
+from mergekit_slta.calibration.evaluate import evaluate
 from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
 from mergekit_slta.errors import RecipeError
 from mergekit_slta.files.alphas_file import Alphas, describe_far
@@ -61,8 +62,8 @@ def calibrate(
         )
     read = recipe if isinstance(recipe, Recipe) else read_recipe(as_config(recipe))
     job = prepare(read, options or MergeOptions(quiet=True), for_merge=False)
-    alphas = solve_job(job, gather_statistics(job))
-    warn_of_losses(alphas)
+    alphas = evaluate(job, solve_job(job, gather_statistics(job)))
+    warn_of_quality(alphas)
     return alphas
 
 
@@ -89,14 +90,14 @@ def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks 
         LOG.warning("%s", line)
     statistics = objective(job.recipe.settings.objective).gather(job, resume, ranks)
     layout = layout_of(job).model_copy(update={"far_from_base": far})
-    statistics.metadata = {"fingerprint": statistics_fingerprint(job), KEY: layout.to_metadata()}
+    statistics.metadata |= {"fingerprint": statistics_fingerprint(job), KEY: layout.to_metadata()}
     return statistics
 
 
 def with_settings_of(job: Job, statistics: Statistics) -> Statistics:
     """Saved statistics of a job with the settings of its solve in place of those that they were gathered with."""
     metadata = {"fingerprint": statistics_fingerprint(job), KEY: _layout(job, statistics).to_metadata()}
-    return replace(statistics, metadata=metadata)
+    return replace(statistics, metadata=statistics.metadata | metadata)
 
 
 def _layout(job: Job, statistics: Statistics) -> Layout:

@@ -15,10 +15,10 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from mergekit_slta.calibration.assemble import assemble, warn_of_losses
+from mergekit_slta.calibration.assemble import assemble, warn_of_quality
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
-from mergekit_slta.files.identity import importance_label, rows_label, weights_label
+from mergekit_slta.files.identity import held_out_label, importance_label, rows_label, weights_label
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.statistics_file import Statistics
@@ -73,7 +73,7 @@ def solve_again(
     changed += [key for key, value in chosen.items() if value != getattr(layout.solve, key)]
     if rows is not None and rows != layout.settings.get("num_samples"):
         fewer = first_rows_layout(layout, rows)
-        changed.append("num_samples")
+        _refuse_dependent(layout, [*changed, "num_samples"])
         layout, statistics = fewer, first_rows(statistics, rows)
     _refuse_dependent(layout, changed)
     layout = layout.model_copy(update={"solve": layout.solve.model_copy(update=chosen)})
@@ -85,7 +85,7 @@ def solve_again(
         raise AlphasError(
             f"the statistics cannot be solved ({show(error)}): calibrate again", code="unsolvable-statistics"
         ) from error
-    warn_of_losses(alphas)
+    warn_of_quality(alphas)
     if source is None:
         return alphas
     return alphas.model_copy(update={"provenance": {**alphas.provenance, SOLVED_FROM: source}})
@@ -155,7 +155,7 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
     matrices = {name: matrix[..., kept] for name, matrix in own.by_submodule.items()}
     if statistics.form == "gram":
         matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
-    lost = {label(name) for label in (rows_label, importance_label, weights_label) for name in dropped}
+    lost = {label(name) for label in (rows_label, held_out_label, importance_label, weights_label) for name in dropped}
     fewer = layout.model_copy(
         update={
             "models": tuple(name for name in layout.models if name not in dropped),

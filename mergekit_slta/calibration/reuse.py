@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergekit_slta.calibration.assemble import warn_of_losses
+from mergekit_slta.calibration.assemble import warn_of_quality
 from mergekit_slta.calibration.calibrate import (
     gather_statistics,
     solve_job,
@@ -19,6 +19,7 @@ from mergekit_slta.calibration.calibrate import (
     with_settings_of,
     work_fingerprint,
 )
+from mergekit_slta.calibration.evaluate import evaluate
 from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
@@ -108,7 +109,8 @@ def reuse_or_calibrate(
     ranks.broadcast(False)
     if wanted and statistics is not None:
         alphas = verify(job, alphas, statistics)
-    warn_of_losses(alphas)
+    alphas = evaluate(job, alphas)
+    warn_of_quality(alphas)
     return alphas, statistics
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.atomic import write_text_atomically
+from mergekit_slta.files.evaluation import Evaluation, Finite
 from mergekit_slta.files.json_file import DocumentType, read_document
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ SOLVED_FROM = "solved_from"
 """Key in `provenance`."""
 NO_BETTER = "no_better_than_base"
 """Flag of a task: the loss of its expert on its rows is not below the base's."""
+SHARED_ROWS = "shared_rows"
+"""Flag of a task: another task has rows with the same tokens."""
+TOO_FEW_ROWS = "too_few_rows"
+"""Flag of a task: it has too few rows to hold any out, so that no merge is measured."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 """[axis, start, stop)"""
 
@@ -53,10 +57,12 @@ class SubmoduleAlphas(BaseModel):
     Attributes:
         name, kind, layer, tensors: see `submodules.Submodule`; tensor names are those of the merged model.
         alpha: one weight per model of the file.
-        stderr: jackknife standard errors of `alpha` over the calibration rows; None if a task has a single row.
+        stderr: jackknife standard errors of `alpha` over the calibration rows; None if a task has a single row, and
+            after steps of `objective: joint`.
         condition: condition number of the linear system; None if it is rank-deficient.
-        rank: rank of that system.
-        residual: predicted share of the experts' changes that the merge loses.
+        rank: rank of that system; None if no system was solved.
+        residual: predicted share of the experts' changes that the merge loses; under `objective: joint` see its
+            documentation. None if it is not known.
         residual_measured: the same share, measured on the merged submodule's features; None if it was not measured.
         slices: for tensors of which the submodule owns a part: [axis, start, stop], or a list of such parts.
         flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme": a weight is
@@ -74,8 +80,8 @@ class SubmoduleAlphas(BaseModel):
     alpha: tuple[Finite, ...]
     stderr: tuple[Finite, ...] | None
     condition: Finite | None
-    rank: int
-    residual: Finite
+    rank: int | None
+    residual: Finite | None
     residual_measured: Finite | None = None
     flags: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
@@ -92,8 +98,9 @@ class Alphas(BaseModel):
     Attributes:
         copied: tensors that are not parameters and are copied from the base.
         calibration: the settings and rows from which the weights were computed. Each of its `tasks` has `loss_base` and
-            `loss_expert`, mean losses over the answers of its measured rows in nats per token (None: not measured), and
-            `flags`.
+            `loss_expert`, mean losses over the answers of its measured rows in nats per token (None: not measured),
+            `held_out`, the numbers of the rows that were not fitted, and `flags`.
+        evaluation: how good the merge is on held-out rows; None if it was not measured.
         provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`; of a file that `solve`
             wrote, `solved_from`, too.
     """
@@ -108,12 +115,15 @@ class Alphas(BaseModel):
     submodules: tuple[SubmoduleAlphas, ...]
     copied: tuple[str, ...] = ()
     calibration: dict[str, Any]
+    evaluation: Evaluation | None = None
     provenance: dict[str, Any]
 
     @model_validator(mode="after")
     def _check(self) -> Alphas:
         if len(set(self.models)) != len(self.models) or not self.models:
             raise ValueError("models are missing or listed twice")
+        if self.evaluation is not None and [task.model for task in self.evaluation.tasks] != list(self.models):
+            raise ValueError("the evaluation's tasks are not the models")
         tasks = self.calibration.get("tasks", [])
         if not isinstance(tasks, list) or not all(
             isinstance(task, dict) and "model" in task and isinstance(task.get("flags", []), list) for task in tasks
@@ -176,9 +186,10 @@ class Alphas(BaseModel):
         Raises:
             OutputError: it cannot be written.
         """
-        content = self.model_dump(mode="json")
-        if not content["copied"]:
-            del content["copied"]
+        content = self.model_dump(mode="json", by_alias=True)
+        for key in ("copied", "evaluation"):
+            if not content[key]:
+                del content[key]
         for submodule in content["submodules"]:
             if not submodule["slices"]:
                 del submodule["slices"]

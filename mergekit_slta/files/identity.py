@@ -17,6 +17,11 @@ def rows_label(model: str) -> str:
     return f"rows of {model}"
 
 
+def held_out_label(model: str) -> str:
+    """Label of the hash of a task's held-out rows."""
+    return f"held-out rows of {model}"
+
+
 def importance_label(model: str) -> str:
     """Label of a task's importance in the objective."""
     return f"importance of {model}"

@@ -42,6 +42,9 @@ class LayoutTask(BaseModel):
         completion_eos: whether the tokenizer's end token follows a completion.
         chat_template: the template that rendered them: a value of the recipe's key; None if the rows are no chats.
         tokens, sha256: None if only some of the rows were solved.
+        held_out: numbers of the rows that were not fitted. The first half of them (`acceptance`) chooses among merges
+            and gives the evaluation; the second half is for comparisons between methods.
+        flags: `shared_rows`, `too_few_rows`; see `alphas_file`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +60,13 @@ class LayoutTask(BaseModel):
     rows: tuple[int, ...]
     tokens: int | None
     sha256: str | None
+    held_out: tuple[int, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    @property
+    def acceptance(self) -> tuple[int, ...]:
+        """The first half of `held_out`."""
+        return self.held_out[: (len(self.held_out) + 1) // 2]
 
 
 class SolveSettings(BaseModel):
@@ -148,9 +158,14 @@ class Layout(BaseModel):
                 f"it names {len(layout.models)} models, the statistics are for {statistics.num_models}"
             )
         counts = torch.bincount(statistics.row_task, minlength=statistics.num_models).tolist()
+        is_point = statistics.form == "point"
+        if is_point and layout.solve_dependence is None:
+            raise damaged_layout("it does not say on what measured models depend")
+        has_all = all(task.held_out for task in layout.tasks)
         for task in layout.tasks:
-            if len(task.rows) != counts[layout.canonical.index(task.model)]:
-                raise damaged_layout(f"it lists {len(task.rows)} rows of {task.model}")
+            rows = (task.acceptance if has_all else ()) if is_point else task.rows
+            if len(rows) != counts[layout.canonical.index(task.model)]:
+                raise damaged_layout(f"it lists {len(rows)} rows of {task.model}")
         return layout
 
 

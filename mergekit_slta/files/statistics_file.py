@@ -4,17 +4,15 @@ Scope: accumulate statistics, save and load them; `maths/` solves them. There ar
 
     gram   G_x[j, k] = <df_j(x), df_k(x)>, the sum over the tokens and features of row x      (the terms of Eq. 14)
     slope  u_x[s, t] = <d loss / d theta^m at theta_a, tau_t^m> of row x of task a, for its s-th label sample
-    step   [0, t]: derivative of row x's divergence from its expert; [s, t], s >= 1: u_x as for slope. Both at a merged
-           model; rows of earlier steps are rebased to that model (see `gauss_newton.rebase_quadratics`)
+    point  [p, t]: alpha_t of the p-th merged model that was measured on held-out rows
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -28,13 +26,12 @@ from mergekit_slta.files.json_file import why_missing
 from mergekit_slta.maths.grams import row_grams
 
 FORMAT = "mergekit-slta/statistics"
-VERSION = 2
+VERSION = 3
 _REMEDY = "name the file that `mergekit-slta calibrate` wrote beside its alphas (slta_stats.safetensors)"
 _ROW_TASK = "row_task"
-_POINT = "point"
-_PER_ROW = ("divergences", "row_step", "losses")
+_PER_ROW = ("divergences", "row_group", "losses")
 """Optional tensors with an entry per row, by the names of their fields."""
-_FORMS = ("gram", "slope", "step")
+_FORMS = ("gram", "slope", "point")
 
 
 @dataclass
@@ -42,17 +39,19 @@ class Statistics:
     """Gram matrices, or derivatives of losses, for every submodule and calibration row.
 
     Attributes:
-        row_task: [rows] int64, each row's task, as an index into the experts in canonical order.
+        row_task: [rows] int64, each row's task, as an index into the experts in canonical order. Form "point": the
+            held-out rows; there may be none.
         num_models: T.
-        by_submodule: submodule -> [rows, T, T] float64 Gram matrices, or [rows, S, T] derivatives. A tied embedding
-            table has two Gram matrices, `embed` and `head`.
-        metadata: fingerprint and layout, as strings.
-        form: "gram", "slope" or "step".
-        point: form "step": submodule -> [T] float64, the alphas of the model at which the derivatives were taken.
-        divergences: form "step": [rows, 2] float64, KL(expert || model) in nats, for the base and for that model.
-        row_step: if every step has its own rows: [rows] int64, the step that added each row; else None.
+        by_submodule: submodule -> [rows, T, T] float64 Gram matrices, [rows, S, T] derivatives, or [P, T] alphas of
+            measured models. A tied embedding table has two Gram matrices, `embed` and `head`.
+        metadata: fingerprint and layout, as strings; form "point": what each model is, too (`evaluation.SearchRecord`).
+        form: "gram", "slope" or "point".
+        divergences: form "point": [rows, P] float64, KL(expert || model) in nats, summed over the row's answer. The
+            first model is the base.
+        row_group: form "slope": [rows] int64, equal for rows with equal tokens.
         losses: [rows, 2] float64, the mean loss over a row's answer in nats per token, of the base and of the expert of
-            the row's task; NaN where it was not measured. None if no row was measured.
+            the row's task; NaN where it was not measured. None if no row was measured. Form "point": [rows, P + 1], of
+            every model and of the expert.
     """
 
     row_task: Tensor
@@ -60,10 +59,14 @@ class Statistics:
     by_submodule: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     form: str = "gram"
-    point: dict[str, Tensor] = field(default_factory=dict)
     divergences: Tensor | None = None
-    row_step: Tensor | None = None
+    row_group: Tensor | None = None
     losses: Tensor | None = None
+
+    @property
+    def losses_of_base_and_expert(self) -> Tensor | None:
+        """[rows, 2] float64, the first and the last column of `losses`; None if no row was measured."""
+        return None if self.losses is None else self.losses[:, [0, -1]]
 
     def add(
         self, name: str, rows: Iterable[int], outputs: Sequence[Tensor], lengths: Sequence[int],
@@ -89,34 +92,19 @@ class Statistics:
             self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     def select(self, rows: Tensor) -> Statistics:
-        """The statistics of some rows, without the metadata, which describes all rows.
+        """The statistics of some rows, without the metadata, which describes all rows. Not for form "point".
 
         Args:
             rows: [n] int64 indices, or [rows] bool.
         """
-        return self._with_rows(lambda each: None if (tensor := each(self)) is None else tensor[rows])
-
-    def _with_rows(self, rows_of: Callable[[Callable[[Statistics], Tensor | None]], Tensor | None]) -> Statistics:
-        """These statistics with other rows: `rows_of` gets a function (statistics -> one of their tensors)."""
+        given = {name: getattr(self, name) for name in _PER_ROW}
         return replace(
             self,
-            row_task=rows_of(lambda part: part.row_task),
-            by_submodule={name: rows_of(lambda part, name=name: part.by_submodule[name]) for name in self.by_submodule},
+            row_task=self.row_task[rows],
+            by_submodule={name: tensor[rows] for name, tensor in self.by_submodule.items()},
             metadata={},
-            **{name: rows_of(attrgetter(name)) for name in _PER_ROW},
+            **{name: None if tensor is None else tensor[rows] for name, tensor in given.items()},
         )
-
-    @classmethod
-    def join(cls, parts: Sequence[Statistics]) -> Statistics:
-        """Concatenate statistics of different rows of the same tasks: sorted by task, then in the order of `parts`."""
-        order = torch.argsort(torch.cat([part.row_task for part in parts]), stable=True)
-
-        def joined(each: Callable[[Statistics], Tensor | None]) -> Tensor | None:
-            found = [each(part) for part in parts]
-            whole = [tensor for tensor in found if tensor is not None]
-            return torch.cat(whole)[order] if len(whole) == len(found) else None
-
-        return parts[-1]._with_rows(joined)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one float64 tensor per name, the row-to-task map and the metadata, atomically.
@@ -126,7 +114,6 @@ class Statistics:
         """
         tensors = {f"{self.form}.{name}": gram.contiguous() for name, gram in sorted(self.by_submodule.items())}
         tensors[_ROW_TASK] = self.row_task.to(torch.int64)
-        tensors |= {f"{_POINT}.{name}": alpha.contiguous() for name, alpha in sorted(self.point.items())}
         given = {name: getattr(self, name) for name in _PER_ROW}
         tensors |= {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
@@ -160,13 +147,11 @@ class Statistics:
             ) from error
         row_task = tensors.pop(_ROW_TASK, None)
         given = {name: tensors.pop(name, None) for name in _PER_ROW}
-        start = f"{_POINT}."
-        point = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
         form = next(iter(tensors), "").partition(".")[0]
         grams = {name.removeprefix(f"{form}."): gram for name, gram in tensors.items()}
         _check(path, row_task, grams, metadata, form)
         num_models = next(iter(grams.values())).shape[-1]
-        found = cls(row_task, num_models, grams, metadata, form, point, **given)
+        found = cls(row_task, num_models, grams, metadata, form, **given)
         if not _fits(found):
             raise _unfit(path)
         return found
@@ -182,45 +167,35 @@ def _check(
         and row_task.dtype == torch.int64
         and row_task.dim() == 1
         and len(shapes) == 1
-        and all(len(shape) == 3 and shape[0] == len(row_task) for shape in shapes)
+        and all(len(shape) == (2 if form == "point" else 3) for shape in shapes)
+        and all(form == "point" or shape[0] == len(row_task) for shape in shapes)
         and all(form != "gram" or shape[1] == shape[2] for shape in shapes)
         and all(gram.dtype == torch.float64 and bool(torch.isfinite(gram).all()) for gram in grams.values())
         and isinstance(metadata, dict)
         and all(isinstance(value, str) for value in metadata.values())
-        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[2])).all())
+        and bool(((row_task >= 0) & (row_task < next(iter(shapes))[-1])).all())
     )
     if not sound:
         raise _unfit(path)
 
 
 def _fits(statistics: Statistics) -> bool:
-    """Whether `point`, `divergences`, `row_step` and `losses` fit the form of the statistics."""
-    point, divergences = statistics.point, statistics.divergences
-    row_step, losses = statistics.row_step, statistics.losses
-    if losses is not None and (losses.dtype != torch.float64 or losses.shape != (len(statistics.row_task), 2)):
+    """Whether `divergences`, `row_group` and `losses` fit the form of the statistics."""
+    rows, divergences, losses = len(statistics.row_task), statistics.divergences, statistics.losses
+    is_point = statistics.form == "point"
+    points = len(next(iter(statistics.by_submodule.values()))) if is_point else 1
+    if losses is not None and (losses.dtype != torch.float64 or losses.shape != (rows, points + 1)):
         return False
-    if statistics.form != "step":
-        return not point and divergences is None and row_step is None
-    if row_step is not None and not _is_row_step(row_step, statistics.row_task):
+    group = statistics.row_group
+    if group is not None and (group.dtype != torch.int64 or group.shape != (rows,) or statistics.form != "slope"):
         return False
-    parts = [*point.values(), *([] if divergences is None else [divergences])]
+    if not is_point:
+        return divergences is None
     return (
         divergences is not None
-        and point.keys() == statistics.by_submodule.keys()
-        and all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts)
-        and all(part.shape == (statistics.num_models,) for part in point.values())
-        and divergences.shape == (len(statistics.row_task), 2)
-        and all(gram.shape[1] > 1 for gram in statistics.by_submodule.values())
-    )
-
-
-def _is_row_step(row_step: Tensor, row_task: Tensor) -> bool:
-    """Whether `row_step` is plausible: [rows] int64, steps from 1, at most one step per row."""
-    return (
-        row_step.dtype == torch.int64
-        and row_step.shape == row_task.shape
-        and bool(((row_step >= 1) & (row_step <= len(row_task))).all())
-        and len(row_step) > 0
+        and divergences.dtype == torch.float64
+        and divergences.shape == (rows, points)
+        and bool(torch.isfinite(divergences).all())
     )
 
 

@@ -44,6 +44,7 @@ from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
+from mergekit_slta.reporting.terminal import describe_evaluation
 
 LOG = logging.getLogger(__name__)
 _MERGES = itertools.count(1)
@@ -147,6 +148,8 @@ def _run(
             finish_output(job, folder)
             if options.write_model_card:
                 add_section(folder)
+        if alphas.evaluation is not None:
+            job.say(describe_evaluation(alphas.evaluation))
         forget_calibration(out)
         if replaced:
             job.say(f"Replaced weights of another origin in {show(out)}: {listing(replaced)}")

@@ -10,8 +10,8 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit_slta.checkpoints.configs import stored_settings
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.checkpoints.plan import Plan
-from mergekit_slta.data.rows import TaskRows
-from mergekit_slta.files.identity import hash_text, importance_label, rows_label, weights_label
+from mergekit_slta.data.rows import TaskRows, hash_rows
+from mergekit_slta.files.identity import hash_text, held_out_label, importance_label, rows_label, weights_label
 from mergekit_slta.recipe.recipe import Recipe, map_models
 from mergekit_slta.recipe.settings import Settings
 
@@ -45,6 +45,8 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
         name = recipe.label(task.model)
         if drawn is not None:
             record[rows_label(name)] = drawn.sha256
+            if drawn.held_out:
+                record[held_out_label(name)] = hash_rows(drawn.held_out)
         if drawn is not None or "importance" in task.model_fields_set:
             record[importance_label(name)] = str(task.importance)
     for model in plan.models:
@@ -65,9 +67,12 @@ def _settings(settings: Settings) -> dict[str, object]:
 def statistics_identity(recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:
     """The part of a job's identity that its statistics depend on.
 
-    All of it if the statistics depend on earlier solves; else all but the settings of the solve.
+    All of it if the statistics depend on earlier solves; else all but the settings of the solve, and what only the
+    evaluation depends on.
     """
     if recipe.settings.own.solve_dependence is not None:
         return identity
-    solve_only = {"balance", "ridge", *(importance_label(recipe.label(task.model)) for task in recipe.tasks)}
+    names = [recipe.label(task.model) for task in recipe.tasks]
+    solve_only = {"balance", "ridge", "evaluate"}
+    solve_only |= {label(name) for name in names for label in (importance_label, held_out_label)}
     return {label: value for label, value in identity.items() if label not in solve_only}

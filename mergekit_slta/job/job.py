@@ -6,6 +6,7 @@ change the results.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
@@ -18,7 +19,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
-from mergekit_slta.data.rows import Example, TaskRows, missing_dataset
+from mergekit_slta.data.draw import missing_dataset
+from mergekit_slta.data.rows import Example, TaskRows
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
@@ -105,21 +107,31 @@ class Job:
         by_model = {task.model: drawn for task, drawn in zip(self.recipe.tasks, self.rows, strict=True)}
         return [drawn for model in self.experts if (drawn := by_model[model]) is not None]
 
-    def examples(self, group: int | None = None) -> list[Example]:
-        """All calibration rows in canonical order.
+    def examples(self, step: int | None = None) -> list[Example]:
+        """Calibration rows in canonical order.
 
         Args:
-            group: index of one of the `row_groups` parts of each task's rows; all parts by default.
+            step: number of a step, from 0. Every step takes the next `num_samples` rows of each task. If there are
+                fewer in all, later steps use the rows again, in groups of at least `num_samples`. None: all rows.
 
         Raises:
             DataError: an expert without a `dataset`.
         """
-        groups = self.recipe.settings.own.row_groups
-        return [
-            Example(row, task)
-            for task, drawn in enumerate(self.task_rows())
-            for row in (drawn.rows if group is None else drawn.part(group, groups))
-        ]
+        settings = self.recipe.settings
+        found = []
+        seen: Counter[tuple[int, ...]] = Counter()
+        for task, drawn in enumerate(self.task_rows()):
+            groups = max(1, min(settings.own.row_groups, len(drawn.rows) // settings.num_samples))
+            rows = drawn.rows if step is None else drawn.part(step % groups, groups)
+            for row in rows:
+                found.append(Example(row, task, seen[row.ids]))
+                seen[row.ids] += 1
+        return found
+
+    def held_out_examples(self) -> list[Example]:
+        """The held-out rows that choose among merges, in canonical order; empty if a task has none."""
+        rows = [drawn.acceptance for drawn in self.task_rows()]
+        return [Example(row, task) for task, own in enumerate(rows) for row in own] if all(rows) else []
 
     def checkpoints(self) -> Checkpoints:
         """The models' tensors, base first, in the precision of the forward passes."""

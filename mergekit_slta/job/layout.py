@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from mergekit_slta.data.rows import TaskRows
+from mergekit_slta.files.alphas_file import SHARED_ROWS, TOO_FEW_ROWS
 from mergekit_slta.files.layout import Layout, LayoutSubmodule, LayoutTask, SolveSettings
 from mergekit_slta.job.job import Job
 from mergekit_slta.models.submodules import Submodule
 
-_SETTINGS = ("seed", "objective", "compute_dtype", "max_seq_length", "num_samples")
+_SETTINGS = ("seed", "objective", "compute_dtype", "max_seq_length", "num_samples", "evaluate")
 
 
 def layout_of(job: Job) -> Layout:
@@ -66,6 +68,13 @@ def _slices(submodule: Submodule) -> dict[str, Any]:
 
 
 def _tasks(job: Job) -> tuple[LayoutTask, ...]:
+    tokens = [{row.ids for row in drawn.rows} if drawn is not None else set() for drawn in job.rows]
+
+    def flags(place: int, drawn: TaskRows) -> tuple[str, ...]:
+        is_shared = any(tokens[place] & other for number, other in enumerate(tokens) if number != place)
+        has_too_few = job.recipe.settings.evaluate and not drawn.held_out
+        return (*[SHARED_ROWS] * is_shared, *[TOO_FEW_ROWS] * has_too_few)
+
     return tuple(
         LayoutTask(
             model=job.recipe.label(task.model),
@@ -79,7 +88,9 @@ def _tasks(job: Job) -> tuple[LayoutTask, ...]:
             rows=tuple(row.number for row in drawn.rows),
             tokens=drawn.num_tokens,
             sha256=drawn.sha256,
+            held_out=tuple(row.number for row in drawn.held_out),
+            flags=flags(place, drawn),
         )
-        for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
+        for place, (task, drawn) in enumerate(zip(job.recipe.tasks, job.rows, strict=True))
         if drawn is not None
     )

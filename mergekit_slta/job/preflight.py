@@ -21,7 +21,8 @@ from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
 from mergekit_slta.checkpoints.tensors import token_out_of_range
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
 from mergekit_slta.checkpoints.vocabulary import check_vocabulary, vocabulary_advice
-from mergekit_slta.data.rows import TaskRows, draw_rows
+from mergekit_slta.data.draw import RowSource, draw_rows
+from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.data.templates import today
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.files.identity import weights_label
@@ -162,17 +163,16 @@ def _within_positions(recipe: Recipe, most: int | None) -> Recipe:
 
 def _draw_all(recipe: Recipe, templates: Templates, *, need_rows: bool) -> tuple[TaskRows | None, ...]:
     """Draw the rows of every task; None for a task without a dataset, if it needs none."""
-    rows: list[TaskRows | None] = []
-    for task in recipe.tasks:
-        name = recipe.names[task.model]
-        if not (need_rows or task.dataset):
-            rows.append(None)
-            continue
-        drawn = draw_rows(task, name, recipe.settings, templates.of(task))
-        rows.append(drawn)
-        if task.chat_template and drawn.chat_template is None:
-            LOG.warning("`chat_template` of %s has no effect: its rows are no chats", show(name))
-    return tuple(rows)
+    sources = {
+        place: RowSource(task, recipe.names[task.model], recipe.settings, templates.of(task))
+        for place, task in enumerate(recipe.tasks)
+        if need_rows or task.dataset
+    }
+    drawn = dict(zip(sources, draw_rows(list(sources.values())), strict=True))
+    for place, rows in drawn.items():
+        if recipe.tasks[place].chat_template and rows.chat_template is None:
+            LOG.warning("`chat_template` of %s has no effect: its rows are no chats", show(rows.name))
+    return tuple(drawn.get(place) for place in range(len(recipe.tasks)))
 
 
 def _warn_of_cut_rows(recipe: Recipe, rows: Sequence[TaskRows | None]) -> None:
@@ -212,7 +212,9 @@ def _check_tokens(rows: Sequence[TaskRows | None], sizes: Sequence[int], table: 
     Raises:
         ModelError: the shortest table has too few rows.
     """
-    largest = max((max(row.ids) for drawn in rows if drawn is not None for row in drawn.rows), default=-1)
+    largest = max(
+        (max(row.ids) for drawn in rows if drawn is not None for row in (*drawn.rows, *drawn.held_out)), default=-1
+    )
     if sizes and largest >= min(sizes):
         raise token_out_of_range(largest, min(sizes), table)
 

@@ -5,7 +5,7 @@ and the joint optimisation of all weights as future work (A.5.3); this uses both
 
     u_x[t, m]   = <d loss_x / d theta^m at theta_a, tau_t^m>      row x of task a, expert t, submodule m
     r_x(alpha)  = sum_{t, m} (alpha_{t, m} - [t = a]) u_x[t, m]   the merge's change of the row's loss, to first order
-    c_a         = mean over rows and experts of (sum_m u_x[t, m])^2  if balance else 1
+    c_a         = mean over rows and experts of (sum_m u_x[t, m])^2  if balance else 1; bounded, see `_system`
     alpha       = argmin  sum_a (w_a / c_a) mean_x r_x(alpha)^2  +  rho d ||alpha - prior||^2
 
 If labels are sampled from expert a, the mean of r^2 is the quadratic form of its Fisher information: the increase of
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.maths.closed_form import RANK_TOLERANCE, task_weights
+from mergekit_slta.maths.divergence import WEAK_SHARE, replace_weak, weak_tasks
 from mergekit_slta.maths.ridges import RIDGES, Spectrum, smallest_error
 
 PRIOR = 1.0
@@ -37,14 +38,13 @@ class JointSolution:
 
     Attributes:
         alpha: submodule -> [T].
-        stderr: submodule -> [T] delete-one-row jackknife standard errors; None if a task has fewer than two rows.
+        stderr: submodule -> [T] delete-one-row jackknife standard errors; None if a task has fewer than two different
+            rows.
         unchanged: submodule -> [T] bool, whether the expert equals the base there.
         ridge: the rho that was used.
         condition: condition number of the dual system, with its ridge.
         rank: rank of the dual system, without the ridge.
         residual: share of sum_a mean_x y_x^2 / c_a that remains, predicted for each row without it.
-
-    If `with_evidence` is false, `stderr` is None, `condition` inf, and `rank` and `residual` are 0.
     """
 
     alpha: dict[str, Tensor]
@@ -63,14 +63,14 @@ class _System:
     Attributes:
         z: [N, K] scaled u; K unknowns (the changed submodules of each expert), N = rows x samples.
         y: [N] scaled sums over m of u_x[a, m], a the row's own task.
-        groups: [R, S] int64, indices in z of each row's samples.
-        task: [R], the task of each row.
+        groups: for each group of rows with equal tokens: [n] int64, indices in z of these rows' samples.
+        task: the task of each group, as an index; -1 if its rows belong to several tasks.
         unit: d.
     """
 
     z: Tensor
     y: Tensor
-    groups: Tensor
+    groups: list[Tensor]
     task: Tensor
     unit: float
 
@@ -87,7 +87,7 @@ def solve_joint(
     balance: bool = True,
     ridge: float | None = None,
     prior: float = PRIOR,
-    with_evidence: bool = True,
+    row_group: Tensor | None = None,
 ) -> JointSolution:
     """Minimise the objective in the module's docstring.
 
@@ -98,52 +98,36 @@ def solve_joint(
         balance: divide each task by its c_a, so that a task with large derivatives does not dominate.
         ridge: rho >= 0; None chooses the one of `RIDGES` that predicts left-out rows best.
         prior: the value towards which the ridge pulls the weights.
-        with_evidence: also compute standard errors, condition, rank and residual.
+        row_group: [rows] int64, equal for rows with equal tokens, which are left out together; by default all rows
+            differ.
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, S, T, M]
     num_models = whole.shape[2]
     changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
     weights = task_weights(importance, num_models)
-    system = _system(whole, row_task, weights, balance, changed)
-    size = int(changed.sum())
+    if row_group is None:
+        row_group = torch.arange(len(row_task))
+    system = _system(whole, row_task, row_group, weights, balance, changed)
     solution = torch.zeros((num_models, len(names)), dtype=torch.float64)
-    error = torch.zeros_like(solution) if with_evidence else None
-    condition, rank, residual = (1.0, 0, 0.0) if with_evidence else (float("inf"), 0, 0.0)
-    if size and len(system.y):
+    error = torch.zeros_like(solution)
+    condition, rank, residual = 1.0, 0, 0.0
+    if changed.any() and len(system.y):
         kernel = system.z @ system.z.T
         if ridge is None:
             ridge = smallest_error(_scores(kernel, system, prior))
         coefficients, inverse = _fit(kernel, system, ridge, prior)
         solution[changed] = prior + system.z.T @ coefficients
-        if error is not None:
-            residual = _residual(system, coefficients, inverse)
-            error[changed] = _jackknife(system, coefficients, inverse, num_models)
-            condition, rank = condition_and_rank(kernel, ridge * system.unit)
-    ridge = 0.0 if ridge is None else ridge
-    return named_solution(names, row_task, changed, solution, error, ridge, condition, rank, residual)
-
-
-def named_solution(
-    names: Sequence[str], row_task: Tensor, changed: Tensor, solution: Tensor, error: Tensor | None, ridge: float,
-    condition: float, rank: int, residual: float,
-) -> JointSolution:  # fmt: skip
-    """Split a [T, M] solution by submodule. `stderr` is None if a task has fewer than two rows.
-
-    Args:
-        names: M names of submodules.
-        row_task: [rows] int64, the task of each row.
-        changed: [T, M] bool, whether the expert changes the submodule.
-        solution, error: [T, M] alphas and their standard errors.
-        ridge, condition, rank, residual: see `JointSolution`.
-    """
+        residual = _residual(system, coefficients, inverse)
+        error[changed] = _jackknife(system, coefficients, inverse)
+        condition, rank = condition_and_rank(kernel, ridge * system.unit)
     columns = dict(zip(names, range(len(names)), strict=True))
-    few = torch.bincount(row_task, minlength=len(solution)).min() < 2
+    few = any(len(torch.unique(row_group[row_task == task])) < 2 for task in range(num_models))
     return JointSolution(
         alpha={name: solution[:, place] for name, place in columns.items()},
-        stderr=None if few or error is None else {name: error[:, place] for name, place in columns.items()},
+        stderr=None if few else {name: error[:, place] for name, place in columns.items()},
         unchanged={name: ~changed[:, place] for name, place in columns.items()},
-        ridge=ridge,
+        ridge=0.0 if ridge is None else ridge,
         condition=condition,
         rank=rank,
         residual=residual,
@@ -158,25 +142,34 @@ def condition_and_rank(kernel: Tensor, shift: float) -> tuple[float, int]:
     return condition, int((values > RANK_TOLERANCE * values.max()).sum())
 
 
-def _system(whole: Tensor, row_task: Tensor, weights: Tensor, balance: bool, changed: Tensor) -> _System:
-    """Scale the rows; rows with zero derivatives (no completion, or no change) are left out."""
+def _system(
+    whole: Tensor, row_task: Tensor, row_group: Tensor, weights: Tensor, balance: bool, changed: Tensor
+) -> _System:
+    """Scale the rows; rows with zero derivatives (no completion, or no change) are left out.
+
+    A task with a c_a below `WEAK_SHARE`^2 of the mean of the others gets that mean: it would decide the merge.
+    """
     num_rows, samples, num_models, _ = whole.shape
-    own = torch.arange(num_models)
     total = whole.sum(-1)  # [R, S, T], derivatives along the whole task vectors
     used = (whole != 0).flatten(1).any(1)  # [R]
     target = total[torch.arange(num_rows)[:, None], torch.arange(samples)[None], row_task[:, None]]  # [R, S]
-    scale = torch.zeros(num_rows, dtype=torch.float64)
-    for task in own.tolist():
-        mine = (row_task == task) & used
-        if mine.any():
-            mean = total[mine].square().mean() if balance else torch.tensor(1.0, dtype=torch.float64)
-            scale[mine] = weights[task] / (mean.clamp(min=torch.finfo(torch.float64).tiny) * mine.sum() * samples)
-    root = scale.sqrt()
+    counts = torch.bincount(row_task[used], minlength=num_models)
+    squares = total.square().mean((1, 2)) * used
+    means = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, squares) / counts.clamp(min=1)
+    scales = replace_weak(means, weak_tasks(means, WEAK_SHARE**2)) if balance else torch.ones_like(means)
+    root = (weights / scales / (counts * samples).clamp(min=1))[row_task].sqrt()
     z = (whole[:, :, changed] * root[:, None, None])[used].flatten(0, 1)
     y = (target * root[:, None])[used].flatten()
-    groups = torch.arange(len(y)).view(-1, samples)
+    places = torch.arange(len(y)).view(-1, samples)
+    row_task, row_group = row_task[used], row_group[used]
+    groups, tasks = [], []
+    for number in torch.unique(row_group).tolist():
+        own = row_group == number
+        groups.append(places[own].flatten())
+        several = torch.unique(row_task[own])
+        tasks.append(int(several[0]) if len(several) == 1 else -1)
     unit = float(z.square().sum() / max(1, z.shape[1]))
-    return _System(z, y, groups, row_task[used], unit)
+    return _System(z, y, groups, torch.tensor(tasks, dtype=torch.int64), unit)
 
 
 def _scores(kernel: Tensor, system: _System, prior: float) -> list[float]:
@@ -186,7 +179,7 @@ def _scores(kernel: Tensor, system: _System, prior: float) -> list[float]:
     remaining = []
     for ridge in RIDGES:
         inverse = spectrum.inverse(system.shift(kernel, ridge))
-        remaining.append(float(spectrum.solve_own(inverse, spectrum.own @ (inverse * target)).square().sum()))
+        remaining.append(spectrum.left_out_error(inverse, target))
     return [value / _total(system) for value in remaining]
 
 
@@ -213,15 +206,15 @@ def _total(system: _System) -> float:
     return max(float(system.y.square().sum()), torch.finfo(torch.float64).tiny)
 
 
-def _jackknife(system: _System, coefficients: Tensor, inverse: Tensor, num_models: int) -> Tensor:
-    """[K] delete-one jackknife standard errors, rows stratified by task as in `closed_form.py`; d and c_a are fixed."""
+def _jackknife(system: _System, coefficients: Tensor, inverse: Tensor) -> Tensor:
+    """[K] delete-one-group jackknife standard errors, stratified by task as in `closed_form.py`; d, c_a are fixed."""
     changes = []
     for group in system.groups:
         part = inverse[:, group] @ torch.linalg.solve(inverse[group][:, group], coefficients[group])
         changes.append(-(system.z.T @ part))
     left = torch.stack(changes)  # [R, K]: alpha fitted without the row, minus alpha
     variance = torch.zeros(left.shape[1], dtype=torch.float64)
-    for number in range(num_models):
+    for number in torch.unique(system.task).tolist():
         mine = left[system.task == number]
         if len(mine) > 1:
             variance += (len(mine) - 1) / len(mine) * (mine - mine.mean(0)).square().sum(0)

@@ -15,6 +15,8 @@ from mergekit_slta.checkpoints.headers import DTYPE_NAMES
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS
 from mergekit_slta.job.job import Job
+from mergekit_slta.maths.gauss_newton import STEPS_KEPT
+from mergekit_slta.maths.ridges import FIRST_RIDGES, RIDGE_FACTORS
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.head_loss import LOGIT_GRADIENTS
@@ -74,6 +76,8 @@ class _Sizes:
         self.row_lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
         examples = job.examples() if None not in job.rows else []
         self.measured_tokens = sum(len(examples[row].row.ids) for row in measured_rows(examples))
+        held_out = job.held_out_examples() if examples else []
+        self.held_out_tokens = sum(len(example.row.ids) for example in held_out)
         self.longest = max(self.row_lengths, default=job.recipe.settings.max_seq_length)
 
     @cached_property
@@ -123,6 +127,7 @@ def estimate_features(job: Job) -> Costs:
     """Estimate `objective: features`: (T + 1) x tokens x 2 x parameters operations; every byte is read once.
 
     The first rows of each task also run through their expert, for the losses; with merged inputs through the base, too.
+    With `evaluate`, the held-out rows run through base, merge and their expert.
 
     Memory peaks in a layer (weights of a forward group of every model, and features of a pack), in the head (a part of
     the vocabulary, and its logits) or in the embeddings.
@@ -159,8 +164,8 @@ def estimate_features(job: Job) -> Costs:
     peak = max(moments, key=lambda parts: sum(parts.values()))
     beside = 0 if granularity == "model" else sizes.measured_tokens * (1 + job.recipe.settings.own.inputs_are_merged)
     return Costs(
-        flops=(models * job.num_tokens + beside) * 2.0 * (in_layers + head_size),
-        read_bytes=total_bytes(job.plan),
+        flops=(models * job.num_tokens + beside + 3 * sizes.held_out_tokens) * 2.0 * (in_layers + head_size),
+        read_bytes=(1 + (sizes.held_out_tokens > 0)) * total_bytes(job.plan),
         memory={"hidden states of all rows": (job.num_tokens + beside) * width * item, **peak},
         largest_bytes=max(sizes.largest_weight, tokens * sizes.inner_width * item, tokens * part * item),
         written_bytes=sizes.written_bytes(),
@@ -168,31 +173,33 @@ def estimate_features(job: Job) -> Costs:
 
 
 def estimate_gradients(job: Job) -> Costs:
-    """Estimate `objective: joint`.
+    """Estimate `objective: joint`: at most this, since `steps: auto` may stop early.
 
-    A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. The first group of
-    rows makes a full pass through its experts. With steps, every row also makes a forward pass through the base, and in
-    each of its steps a full pass through the merged model, with one more derivative. If every step has its own rows, a
-    row takes part in one step only, and rows of later steps make only a forward pass through their experts. Without
-    steps, only the first rows of each task go through the base. The activations of all layers are on disk, for one pass
-    at a time.
+    A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. With steps, the
+    rows of the first step make a pass of `features`, and the held-out rows run through their experts and the starting
+    points. In each step its rows run through their experts, and make a full pass through the merged model; the held-out
+    rows run through each trial. Without steps, all rows make a full pass through their experts, and the first rows of
+    each task go through the base. The activations of all layers are on disk, for one pass at a time.
     """
     settings, sizes = job.recipe.settings.own, _Sizes(job)
     assert isinstance(settings, JointSettings)
     models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
-    steps, draws = settings.steps, max(1, settings.label_samples)
+    steps, draws = settings.max_steps, max(1, settings.label_samples)
     derivatives = draws + (steps > 0)
-    drawn = [rows for rows in job.rows if rows is not None]
-    parts = [
-        sum(len(row.ids) for rows in drawn for row in rows.part(number, settings.row_groups))
-        for number in range(settings.row_groups)
-    ]
-    through_base = job.num_tokens if steps else sizes.measured_tokens
-    tokens = parts[0] * (2 + 2 * draws) + sum(parts[1:]) + through_base
-    tokens += job.num_tokens * (steps // len(parts)) * (2 + 2 * (draws + 1))
+    has_rows = None not in job.rows
+    examples = [job.examples(step) if has_rows else [] for step in range(steps or 1)]
+    parts = [sum(len(example.row.ids) for example in own) for own in examples]  # tokens
+    num_rows = [len(own) for own in examples]
+    if steps:
+        trials = len(FIRST_RIDGES) + (steps - 1) * len(RIDGE_FACTORS) if job.recipe.settings.ridge is None else steps
+        tokens = models * parts[0] + sum(parts) * (3 + 2 * derivatives) + sizes.held_out_tokens * (4 + trials)
+        read_bytes = (2 + 3 * steps) * total_bytes(job.plan)
+    else:
+        tokens = job.num_tokens * (2 + 2 * draws) + 2 * sizes.measured_tokens + 3 * sizes.held_out_tokens
+        read_bytes = (3 + (sizes.held_out_tokens > 0)) * total_bytes(job.plan)
+        read_bytes += total_bytes(job.plan, job.experts)  # layer by layer, for the repeated forward pass
     head_size = sizes.parameters[sizes.head]
     logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of some of its positions
-    num_rows = sum(len(rows.rows) for rows in drawn)
     moments = (
         {
             "weights of a layer of every model": (models + 1 + (steps > 0)) * max(sizes.layers, default=0) * item,
@@ -204,17 +211,21 @@ def estimate_gradients(job: Job) -> Costs:
             "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
         },
         {
-            "matrices of the solve": SOLVE_MATRICES * (draws * num_rows) ** 2 * 8,
-            "derivatives": _DERIVATIVE_COPIES * num_rows * derivatives * (models - 1) * len(job.submodules) * 8,
+            "matrices of the solve": SOLVE_MATRICES * (draws * sum(sorted(num_rows)[-STEPS_KEPT:])) ** 2 * 8,
+            "derivatives": _DERIVATIVE_COPIES * sum(num_rows) * derivatives * (models - 1) * len(job.submodules) * 8,
         },
     )
-    total, base = total_bytes(job.plan), total_bytes(job.plan, [job.recipe.base])
-    read = 2 * total * (1 + steps) + len(parts) * base + (len(parts) - 1) * (total - base)
+    depth, dtype = job.skeleton.num_layers + 1, job.dtype
+    lanes = max(3, len(FIRST_RIDGES)) if steps else 2
+    measuring = activation_bytes(sizes.held_out_tokens, 2 * (1 + lanes), 0, width, dtype)
+    teachers = 2 * (steps > 0)
+    stepping = activation_bytes(max(parts), depth + teachers, derivatives, width, dtype)
+    stepping += activation_bytes(sizes.held_out_tokens, teachers, 0, width, dtype)
     return Costs(
         flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
-        read_bytes=read,
+        read_bytes=read_bytes,
         memory=max(moments, key=lambda parts: sum(parts.values())),
         largest_bytes=max(sizes.largest_weight, logits * derivatives),
         written_bytes=sizes.written_bytes(),
-        scratch_bytes=activation_bytes(max(parts), job.skeleton.num_layers + 1, draws + (steps > 0), width, job.dtype),
+        scratch_bytes=max(stepping, measuring),
     )

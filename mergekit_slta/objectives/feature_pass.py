@@ -32,13 +32,14 @@ _LOSSES = "losses"
 
 
 @torch.inference_mode()
-def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
+def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_losses: bool = True) -> Statistics:
     """Run all rows through the base (or merged submodules), and evaluate every expert's submodules on these inputs.
 
     Args:
         job: the recipe, prepared.
         resume: the finished forward groups of an earlier run; this run adds to them. None stores nothing.
         ranks: the processes that share the rows; each process gets all matrices.
+        with_losses: also measure the losses of base and expert on the first rows of each task.
 
     Returns:
         Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order; and the losses of the first rows.
@@ -53,7 +54,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks) -> Stati
     by_group: dict[str, list[str]] = {}
     for submodule in job.submodules:
         by_group.setdefault(submodule.forward_group, []).append(submodule.name)
-    measured = measured_rows(examples)
+    measured = measured_rows(examples) if with_losses else []
     losses = RowLosses(examples, measured)
     finished = _load_finished(statistics, by_group, resume, ranks)
     last = list(by_group)[-1]

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.files.alphas_file import SubmoduleAlphas, weights_by_tensor
+from mergekit_slta.files.layout import Layout
 from mergekit_slta.job.job import Job
 from mergekit_slta.maths.task_arithmetic import WeightedSlice, merge_tensor
 from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.runner.row_weights import MergeWeights
 from mergekit_slta.runner.state import MergeGroup
+
+Point = Mapping[str, Tensor]
+"""Alphas of a merged model: submodule -> [T] float64, experts in canonical order."""
+
+
+def merge_at(job: Job, layout: Layout, point: Point) -> MergeWeights:
+    """Make the function that merges tensors of every model, given in canonical order, at a point.
+
+    Args:
+        job: the job.
+        layout: its layout.
+        point: alphas of every submodule.
+    """
+    entries = [
+        SubmoduleAlphas.model_construct(
+            tensors=submodule.tensors,
+            slices=submodule.slices,
+            alpha=tuple(point[submodule.name][layout.order].tolist()),
+        )
+        for submodule in layout.submodules
+    ]
+    slices = weights_by_tensor(entries)
+    merge_group = merge_with(job, layout.models, lambda _: slices)
+    return lambda weights: merge_group([], weights)
 
 
 def merge_with(

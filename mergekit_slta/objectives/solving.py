@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.alphas_file import SubmoduleAlphas, finite_or_none
+from mergekit_slta.files.evaluation import SearchRecord
 from mergekit_slta.files.layout import Layout, LayoutSubmodule
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.maths.closed_form import Solution, solve_closed_form
-from mergekit_slta.maths.gauss_newton import gauss_newton_step
+from mergekit_slta.maths.divergence import task_scales, weighted_divergence
 from mergekit_slta.maths.joint import solve_joint
 from mergekit_slta.objectives.registry import Solved
 
@@ -20,19 +20,22 @@ EXPECTED_ALPHA = (-0.5, 1.5)
 """A weight outside this range is flagged `extreme`: linearity was hardly measured beyond base and expert."""
 
 
-def make_entry(
-    layout: Layout, submodule: LayoutSubmodule, solution: Solution, *, flag_extreme: bool = True
-) -> SubmoduleAlphas:
+def make_entry(layout: Layout, submodule: LayoutSubmodule, solution: Solution) -> SubmoduleAlphas:
     """Make the entry of a solved submodule, in the order of the recipe's models.
 
     Args:
         layout: the layout.
         submodule: the solved submodule.
         solution: its weights, in canonical order.
-        flag_extreme: flag weights outside `EXPECTED_ALPHA`. False if the statistics are from a merged model.
     """
     alpha = tuple(solution.alpha[place] for place in layout.order)
-    extreme = flag_extreme and any(not EXPECTED_ALPHA[0] <= value <= EXPECTED_ALPHA[1] for value in alpha)
+    extreme = any(not EXPECTED_ALPHA[0] <= value <= EXPECTED_ALPHA[1] for value in alpha)
+    unchanged = tuple(
+        name
+        for place, name in zip(layout.order, layout.models, strict=True)
+        if solution.unchanged[place] and submodule.tensors  # the head of a tied model may have none
+    )
+    flags = [flag for flag in solution.flags if unchanged or flag != "unchanged"]
     return SubmoduleAlphas(
         name=submodule.name,
         kind=submodule.kind,
@@ -44,10 +47,8 @@ def make_entry(
         condition=finite_or_none(solution.condition),
         rank=solution.rank,
         residual=solution.residual,
-        flags=(*solution.flags, *["extreme"] * extreme),
-        unchanged=tuple(
-            name for place, name in zip(layout.order, layout.models, strict=True) if solution.unchanged[place]
-        ),
+        flags=(*flags, *["extreme"] * extreme),
+        unchanged=unchanged,
     )
 
 
@@ -87,32 +88,27 @@ def solve_submodule(
     return make_entry(layout, submodule, solution)
 
 
-def solve_together(statistics: Statistics, layout: Layout, *, with_evidence: bool = True) -> Solved:
+def solve_together(statistics: Statistics, layout: Layout) -> Solved:
     """Solve the weights of all submodules in one system. Its rank, condition and residual are written to every entry.
 
     No submodule has two objectives here: the derivatives of a tied table at both ends of the model are summed.
 
     Args:
-        statistics: derivatives at the experts, or at a merged model.
+        statistics: derivatives at the experts.
         layout: the layout; its solve settings are used.
-        with_evidence: also compute standard errors, condition, rank and residual.
 
     Raises:
         AlphasError: the statistics lack a submodule.
     """
     slopes = {submodule.name: select(statistics, [submodule.name])[0] for submodule in layout.submodules}
-    how: dict[str, Any] = {
-        "importance": layout.importance,
-        "balance": layout.solve.balance,
-        "ridge": layout.solve.ridge,
-        "with_evidence": with_evidence,
-    }
-    at_merged_model = statistics.divergences is not None
-    if at_merged_model:
-        how |= {"divergences": statistics.divergences, "row_step": statistics.row_step}
-        found = gauss_newton_step(slopes, statistics.row_task, statistics.point, **how)
-    else:
-        found = solve_joint(slopes, statistics.row_task, **how)
+    found = solve_joint(
+        slopes,
+        statistics.row_task,
+        importance=layout.importance,
+        balance=layout.solve.balance,
+        ridge=layout.solve.ridge,
+        row_group=statistics.row_group,
+    )
     entries = []
     for submodule in layout.submodules:
         name = submodule.name
@@ -125,5 +121,50 @@ def solve_together(statistics: Statistics, layout: Layout, *, with_evidence: boo
             unchanged=tuple(found.unchanged[name].tolist()),
             flags=("unchanged",) * bool(found.unchanged[name].any()),
         )
-        entries.append(make_entry(layout, submodule, solution, flag_extreme=not at_merged_model))
+        entries.append(make_entry(layout, submodule, solution))
     return Solved(tuple(entries), found.ridge)
+
+
+def choose_point(statistics: Statistics, layout: Layout) -> Solved:
+    """Take the measured model with the smallest weighted divergence; without held-out rows the last one.
+
+    The residual of every entry is that model's weighted divergence, as a share of the base's. There are no standard
+    errors, conditions and ranks: the steps that led to the model are not repeated.
+
+    Raises:
+        AlphasError: the statistics lack a submodule.
+    """
+    values = weighted_divergences(statistics, layout)
+    measured = len(statistics.row_task) > 0
+    best = int(values.argmin()) if measured else len(values) - 1
+    unchanged = SearchRecord.of(statistics).unchanged
+    entries = []
+    for submodule in layout.submodules:
+        alpha = select(statistics, [submodule.name])[0][best].tolist()
+        equal = unchanged.get(submodule.name, ()) if submodule.tensors else ()
+        entries.append(
+            SubmoduleAlphas(
+                **submodule.model_dump(exclude={"objectives"}),
+                alpha=tuple(alpha[place] for place in layout.order),
+                stderr=None,
+                condition=None,
+                rank=None,
+                residual=float(values[best] / values[0]) if measured and values[0] > 0 else None,
+                flags=("unchanged",) * bool(equal),
+                unchanged=tuple(name for name in layout.models if layout.canonical.index(name) in equal),
+            )
+        )
+    return Solved(tuple(entries))
+
+
+def weighted_divergences(statistics: Statistics, layout: Layout) -> Tensor:
+    """[P] float64, the weighted divergence of every measured model, see `maths.divergence`.
+
+    Raises:
+        AlphasError: the statistics lack the divergences.
+    """
+    divergences = statistics.divergences
+    if divergences is None:
+        raise AlphasError("the statistics lack the divergences: calibrate again", code="incomplete-statistics")
+    scales, _ = task_scales(divergences[:, 0], statistics.row_task, statistics.num_models, balance=layout.solve.balance)
+    return weighted_divergence(divergences.T, statistics.row_task, scales, layout.importance)

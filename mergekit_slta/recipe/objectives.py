@@ -7,7 +7,7 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,6 +16,9 @@ from pydantic import Field
 from mergekit_slta.errors import RecipeError
 from mergekit_slta.maths.ridges import SMALLEST_RIDGE
 from mergekit_slta.recipe.settings import SHARED_KEYS, Count, Granularity, ObjectiveSettings, Settings
+
+MAX_STEPS = 12
+"""Largest number of steps with `steps: auto`."""
 
 
 class FeaturesSettings(ObjectiveSettings):
@@ -44,24 +47,30 @@ class JointSettings(ObjectiveSettings):
 
     Attributes:
         label_samples: labels sampled per position; 0 uses the row's own tokens.
-        steps: number of Gauss-Newton steps.
-        fresh_rows: whether every step has its own rows.
+        steps: number of Gauss-Newton steps; "auto" stops when two steps together gain less than the standard error of
+            their gain, after at most `MAX_STEPS`.
+        fresh_rows: whether every step has its own rows, as far as there are enough.
     """
 
     needs_answers = True
     uses_seed = True
 
     label_samples: Annotated[Count, Field(ge=0)] = 2
-    steps: Annotated[Count, Field(ge=0)] = 6
+    steps: Literal["auto"] | Annotated[Count, Field(ge=0)] = "auto"
     fresh_rows: Annotated[bool, Field(strict=True)] = True
 
     @property
+    def max_steps(self) -> int:
+        """Largest number of steps."""
+        return MAX_STEPS if self.steps == "auto" else self.steps
+
+    @property
     def row_groups(self) -> int:
-        return self.steps if self.fresh_rows and self.steps else 1
+        return self.max_steps if self.fresh_rows and self.max_steps else 1
 
     @property
     def solve_dependence(self) -> str | None:
-        return "steps" if self.steps else None
+        return "steps" if self.max_steps else None
 
     def effective(self) -> dict[str, object]:
         """Without `fresh_rows` if it has no effect: there is only one group of rows."""
@@ -71,13 +80,19 @@ class JointSettings(ObjectiveSettings):
         return values
 
     def check_shared(self, shared: Settings) -> None:
-        if self.steps and not self.label_samples:
+        if self.max_steps and not self.label_samples:
             raise RecipeError(
                 f"`label_samples` is 0 and `steps` is {self.steps}: steps learn from the experts, not from the rows' "
                 "own tokens; set `steps: 0`, or draw labels",
                 code="conflicting-keys",
             )
-        if self.steps and shared.ridge is not None and shared.ridge < SMALLEST_RIDGE:
+        if self.max_steps and not shared.evaluate:
+            raise RecipeError(
+                f"`evaluate` is false and `steps` is {self.steps}: each step is measured on rows that are held out; "
+                "drop `evaluate`, or set `steps: 0`",
+                code="conflicting-keys",
+            )
+        if self.max_steps and shared.ridge is not None and shared.ridge < SMALLEST_RIDGE:
             raise RecipeError(
                 f"`ridge` is {shared.ridge:g} and `steps` is {self.steps}: a step needs {SMALLEST_RIDGE:g} or more; "
                 "drop `ridge` to have it chosen, or set `steps: 0`",
@@ -95,7 +110,6 @@ class ObjectiveRow:
         settings: its own keys.
         granularities: the granularities that it supports.
         defaults: shared key -> default, if it differs from that in `Settings`.
-        num_solves: calibration settings of an alphas file -> number of solves.
         residual: explanation of the residuals in a model card.
     """
 
@@ -104,7 +118,6 @@ class ObjectiveRow:
     settings: type[ObjectiveSettings] = ObjectiveSettings
     granularities: tuple[Granularity, ...] = get_args(Granularity)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    num_solves: Callable[[Mapping[str, Any]], int] = lambda calibration: 1
     residual: str = "The residual is the share of the objective that remains."
 
 
@@ -143,9 +156,8 @@ register_objective(
         module="mergekit_slta.objectives.joint",
         settings=JointSettings,
         # A joint solve is better with smaller submodules: see examples/reproduce. The solve chooses the ridge.
-        defaults={"granularity": "linear", "ridge": None},
-        num_solves=lambda calibration: 1 + int(calibration.get("steps") or 0),
-        residual="All were solved together. The residual is the share of the base's loss against the experts that "
-        "remains, each row predicted by the others.",
+        defaults={"granularity": "linear", "ridge": None, "evaluate": True},
+        residual="All were solved together. The residual is the share of the base's divergence from the experts that "
+        "remains: measured on held-out rows, or with `steps: 0` predicted for each row by the others.",
     )
 )

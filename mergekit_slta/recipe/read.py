@@ -278,8 +278,11 @@ def _validated(model: type[BaseModel], values: dict[str, Any], where: str) -> An
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0]) if problem["loc"] else "?"
+        messages = [other["msg"] for other in error.errors() if other["loc"][:1] == problem["loc"][:1]]  # of a union
         allowed = get_args(model.model_fields[key].annotation) if problem["type"] == "literal_error" else ()
-        remedy = f"choose one of {listing(allowed)}" if allowed else problem["msg"].removeprefix("Value error, ")
+        is_choice = allowed and len(messages) == 1
+        remedy = f"choose one of {listing(allowed)}" if is_choice else messages[0].removeprefix("Value error, ")
+        remedy += "".join(f" or {message.removeprefix('Input should be ')}" for message in messages[1:])
         raise RecipeError(
             f"`{key}` of {show(where)} is {show(problem['input'])!r}: {show(remedy)}", code="invalid-value"
         ) from error

@@ -103,6 +103,7 @@ class Settings(BaseModel):
 
     Attributes:
         ridge: relative ridge; None if the solve chooses it.
+        evaluate: whether rows are held out, and the merge is measured on them.
         own: the objective's own keys.
         stated: the keys that the recipe states; all others have their defaults.
     """
@@ -116,6 +117,7 @@ class Settings(BaseModel):
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     balance: Annotated[bool, Field(strict=True)] = True
     ridge: Annotated[Number, Field(ge=0)] | None = 0.0
+    evaluate: Annotated[bool, Field(strict=True)] = False
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
     own: SerializeAsAny[ObjectiveSettings] = ObjectiveSettings()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import (
+    TOO_FEW_ROWS,
     Alphas,
     SubmoduleAlphas,
     describe_far,
@@ -17,6 +18,7 @@ from mergekit_slta.files.alphas_file import (
     describe_no_better,
     describe_ridge,
 )
+from mergekit_slta.files.evaluation import EVALUATION_HEADER, describe_flags, evaluation_cells, evaluation_note
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
 
@@ -71,6 +73,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         *([_scaled(scale)] if scale != 1.0 else []),
         "### Calibration",
         _calibration(alphas),
+        *_evaluation(alphas),
         "### Weights",
         _weights(alphas, measured),
         *(f"![{description}]({name})" for description, name in figures),
@@ -134,19 +137,40 @@ def _calibration(alphas: Alphas) -> str:
     return "\n\n".join(parts)
 
 
+def _evaluation(alphas: Alphas) -> list[str]:
+    """How far the merge is from the experts on held-out rows."""
+    found = alphas.evaluation
+    if found is None:
+        tasks = alphas.calibration.get("tasks", ())
+        few = ", ".join(code(task["model"]) for task in tasks if TOO_FEW_ROWS in task.get("flags", ()))
+        start = " So no step could be measured: the weights are those of `features`." * bool(
+            alphas.calibration.get("steps")
+        )
+        return ["### How good it is", f"Not measured: too few rows to hold any out of {few}.{start}"] if few else []
+    table = _table(
+        [["expert", *EVALUATION_HEADER], *([code(task.model), *evaluation_cells(task)] for task in found.tasks)]
+    )
+    warnings = [f"**Warning.** {line}." for line in describe_flags(found, code)]
+    note = (
+        "On rows that were not fitted. The divergence is KL(expert ‖ model) in nats, summed over a row's answer; the "
+        f"share is what is left of the base's. Losses are in nats per token; {evaluation_note(found)}."
+    )
+    return ["### How good it is", table, *warnings, note]
+
+
 def _objective(alphas: Alphas) -> ObjectiveRow | None:
     """The row of the objective that the weights minimise; None if this installation does not know it."""
     return OBJECTIVES.get(str(alphas.calibration.get("objective")))
 
 
 def _solves(alphas: Alphas) -> str:
-    row = _objective(alphas)
-    count = 1 if row is None else row.num_solves(alphas.calibration)
-    return f", in {count} solves in turn" if count > 1 else ""
+    """How many steps were taken, as part of a sentence."""
+    count = sum(point.ridge is not None for point in alphas.evaluation.points) if alphas.evaluation else 0
+    return f", in {count} Gauss-Newton step{'s' * (count > 1)}" if count else ""
 
 
 def _weights(alphas: Alphas, measured: bool) -> str:
-    header = ["submodules", "number", *(code(model) for model in alphas.models), "residual, predicted"]
+    header = ["submodules", "number", *(code(model) for model in alphas.models), "residual"]
     rows = [header + ["measured"] * measured]
     for label, members in _groups(alphas):
         cells = [label, str(len(members))]
@@ -155,7 +179,8 @@ def _weights(alphas: Alphas, measured: bool) -> str:
             low, high = min(values), max(values)
             mean_std = f" ({low:.2f} to {high:.2f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.3f}{mean_std}")
-        cells.append(f"{sum(entry.residual for entry in members) / len(members):.3f}")
+        residuals = [entry.residual for entry in members if entry.residual is not None]
+        cells.append(f"{sum(residuals) / len(residuals):.3f}" if residuals else "-")
         if measured:
             found = [entry.residual_measured for entry in members if entry.residual_measured is not None]
             cells.append(f"{sum(found) / len(found):.3f}" if found else "")

@@ -30,6 +30,7 @@ LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {
     figure_name("alphas"): "Merging weights of every expert over the depth of the model",
     figure_name("residuals"): "Share of the experts' change that is lost, predicted and measured, over depth",
+    figure_name("divergence"): "Divergence of the merge from every expert over the steps, on held-out rows",
     figure_name("levels"): "Linearity of the whole model and of its submodules",
 }
 """Figures of the card, by file name."""

@@ -11,15 +11,17 @@ import torch
 
 from mergekit_slta.errors import listing, show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_loss
+from mergekit_slta.files.evaluation import EVALUATION_HEADER, Evaluation, evaluation_cells, evaluation_note
 from mergekit_slta.files.output_folder import free_bytes
 from mergekit_slta.runtime.devices import is_here
 
 if TYPE_CHECKING:
+    from mergekit_slta.data.rows import TaskRows
     from mergekit_slta.files.linearity_file import Linearity, MeanStd
     from mergekit_slta.job.job import Job
     from mergekit_slta.objectives.costs import Costs
 
-_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "compute_dtype")
+_SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "ridge", "evaluate", "compute_dtype")
 """Shared keys that `check` shows, besides the objective's own keys."""
 _MOST_NAMES = 12
 """At most this many submodules are named per flag; the others are counted."""
@@ -41,6 +43,8 @@ def describe_job(job: Job, costs: Costs) -> str:
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
         if drawn is not None and drawn.chat_template:
             lines.append(f"            {describe_template(drawn.chat_template)} chat template renders its rows")
+        if drawn is not None and settings.evaluate:
+            lines.append(f"            {_held_out(drawn)}")
     shown = {**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()}
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
@@ -57,6 +61,7 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"device      {_device(job)}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
         f"computes    {costs.flops / 1e12:.3g} TFLOP",
+        *_measuring(job),
         f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
         f"allocation is {_bytes(costs.largest_bytes)}",
         *(f"            {_bytes(size):>8} {part}" for part, size in costs.memory.items()),
@@ -66,6 +71,32 @@ def describe_job(job: Job, costs: Costs) -> str:
     if costs.scratch_bytes:
         lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features on disk until the calibration is done")
     return "\n".join(lines)
+
+
+def _held_out(drawn: TaskRows) -> str:
+    """The rows of a task that `evaluate` holds out."""
+    if not drawn.held_out:
+        return "too few rows to hold any out: the merge is not measured"
+    return f"{len(drawn.held_out)} more rows are held out; the first {len(drawn.acceptance)} of them measure the merge"
+
+
+def _measuring(job: Job) -> list[str]:
+    """How far the costs depend on the held-out rows, and what is measured on these."""
+    settings = job.recipe.settings
+    if not settings.evaluate or None in job.rows:
+        return []
+    held_out = job.held_out_examples()
+    steps = settings.own.model_dump().get("steps", 0)
+    if not held_out:
+        return ["            much less: without held-out rows there are no steps"] if steps else []
+    num_tokens = sum(len(example.row.ids) for example in held_out)
+    how = "their expert, and every model that is tried" if steps else (
+        "the base, the merge and their expert; this reads the checkpoints once more"
+    )  # fmt: skip
+    return [
+        *["            at most: `steps: auto` ends when a step gains nothing"] * (steps == "auto"),
+        f"measures    {len(held_out)} held-out rows, {num_tokens} tokens: a forward pass through {how}",
+    ]
 
 
 def _downloads(job: Job) -> list[str]:
@@ -115,6 +146,8 @@ def describe_alphas(alphas: Alphas) -> str:
     ]
     if losses:
         lines += "\n\n" + table([["loss per token on its own rows", "base", "expert"], *losses])
+    if alphas.evaluation is not None:
+        lines += "\n\n" + describe_evaluation(alphas.evaluation)
     flagged: dict[str, list[str]] = {}
     for submodule in alphas.submodules:
         if submodule.flags:
@@ -130,8 +163,16 @@ def describe_alphas(alphas: Alphas) -> str:
 def _kind_row(kind: str, members: Sequence[SubmoduleAlphas]) -> list[str]:
     count = len(members)
     means = [sum(column) / count for column in zip(*(member.alpha for member in members), strict=True)]
-    residual = sum(member.residual for member in members) / count
-    return [kind, str(count), *(f"{mean:.3f}" for mean in means), f"{residual:.3f}"]
+    residuals = [member.residual for member in members if member.residual is not None]
+    residual = f"{sum(residuals) / len(residuals):.3f}" if residuals else "-"
+    return [kind, str(count), *(f"{mean:.3f}" for mean in means), residual]
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """Describe how far the merge is from each expert on held-out rows."""
+    header = ["on rows that were not fitted", *EVALUATION_HEADER]
+    lines = table([header, *([task.model, *evaluation_cells(task)] for task in evaluation.tasks)])
+    return f"{lines}\nDivergence in nats per row, loss in nats per token; {evaluation_note(evaluation)}."
 
 
 def describe_linearity(linearity: Linearity) -> str:

@@ -1,114 +1,87 @@
 """Compute every row's losses at the output head, and their gradients with respect to the last layer's output.
 
-Scope: final norm and output projection, for a backward pass or for divergences alone. A loss is the next-token
-cross-entropy, summed over the row's completion. The labels are sampled S times from the model's own distribution, so
-that the second moment of the gradients is the true Fisher information. With S = 0 the labels are the row's own tokens.
-With teachers there is an additional loss, the first: KL(expert of the row's task || model), summed over the completion.
+Scope: final norm and output projection, for a backward pass. A loss is the next-token cross-entropy, summed over the
+row's completion. The labels are sampled S times from the model's own distribution, so that the second moment of the
+gradients is the true Fisher information. With S = 0 the labels are the row's own tokens. With teachers there is an
+additional loss, the first: KL(expert of the row's task || model), summed over the completion.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Weights
-from mergekit_slta.data.rows import Row
+from mergekit_slta.data.rows import Example
 from mergekit_slta.models.hooks import record_calls
 from mergekit_slta.models.skeleton import check_finite
 from mergekit_slta.runner.directional import DirectionalDerivatives, block_rows, task_vectors
-from mergekit_slta.runner.row_weights import RowWeights
-from mergekit_slta.runtime.activations import ActivationStore
+from mergekit_slta.runner.lanes import Head, Lane
 
 LOGIT_GRADIENTS = 2**24
 """Maximum number of logit gradients in memory, over rows, losses, positions and vocabulary."""
 
 
 class HeadLoss:
-    """The losses of all rows.
+    """The losses of all rows of a lane.
 
     Args:
-        weights: the weights used for each row.
-        store: holds the last layer's outputs; the gradients with respect to them are stored there.
+        lane: the rows, their weights and their features; the gradients with respect to the features are stored there.
+        experts: the lane of the teachers; None for no teachers.
+        examples: the rows with their tasks.
         label_samples: S, labels sampled per position; 0 uses the row's own tokens.
         seed: seed of the sampled labels.
-        teachers: per row, the last layer's outputs [completion, d] of the expert of its task.
 
     Attributes:
         num_losses: losses per row: max(1, S), and one more with teachers.
-        divergences: [rows] float64, KL(expert || model) of every row in nats, summed over its completion; zeros without
-            teachers.
-        losses: [rows, 2] float64, the mean cross-entropy of a row's own completion in nats per token, for the model and
-            the teacher; the teacher's is 0 without teachers. NaN without a completion.
     """
 
     def __init__(
-        self,
-        weights: RowWeights,
-        store: ActivationStore,
-        *,
-        label_samples: int,
-        seed: int,
-        teachers: Sequence[Tensor] | None,
+        self, lane: Lane, experts: Lane | None, examples: Sequence[Example], *, label_samples: int, seed: int
     ) -> None:
-        self._weights, self._store, self._teachers = weights, store, teachers
-        self._skeleton, self._checkpoints = weights.skeleton, weights.checkpoints
+        self._weights, self._store, self._experts, self._examples = lane.weights, lane.store, experts, examples
+        self._skeleton, self._checkpoints = lane.weights.skeleton, lane.weights.checkpoints
         self._label_samples, self._seed = label_samples, seed
-        self.num_losses = max(1, label_samples) + (teachers is not None)
-        self.divergences = torch.zeros(len(weights.rows), dtype=torch.float64)
-        self.losses = torch.zeros((len(weights.rows), 2), dtype=torch.float64)
-        for row, own in enumerate(weights.rows):
-            if own.completion >= len(own.ids):
-                self.losses[row] = torch.nan
+        self.num_losses = max(1, label_samples) + (experts is not None)
 
-    def run(self, derivatives: DirectionalDerivatives | None) -> None:
+    def run(self, derivatives: DirectionalDerivatives) -> None:
         """Compute all rows' losses and gradients.
 
         Args:
-            derivatives: the derivatives of all tensors after the layers are added to it; None computes only
-                divergences.
+            derivatives: the derivatives of all tensors after the layers are added to it.
 
         Raises:
             ModelError: a weight holds NaN or Inf.
             RunError: a gradient holds NaN or Inf.
         """
-        skeleton, checkpoints = self._skeleton, self._checkpoints
-        names = self._weights.outer_tensors()[1]
-        tied = checkpoints.plan.is_tied or skeleton.head_weight not in checkpoints.plan.tensors
-        source = skeleton.embedding_weight if tied else skeleton.head_weight
-        raw = checkpoints.raw(source)
-        vocabulary = min(tensor.shape[0] for tensor in raw)
-        loaded = checkpoints.load(names)
-        vectors = {}
-        if derivatives is not None:
-            vectors = {name: task_vectors([weights[name] for weights in loaded]) for name in names}
-        shared = self._weights.shared(loaded)
-        if shared is not None:
-            shared[skeleton.head_weight] = self._weights.shared_projection(raw, source)
-        max_positions = max(1, LOGIT_GRADIENTS // vocabulary)
+        head = Head(self._weights)
+        vectors = {name: task_vectors([weights[name] for weights in head.loaded]) for name in head.names}
+        shared = head.shared(self._weights)
+        max_positions = max(1, LOGIT_GRADIENTS // head.vocabulary)
         for task, rows in self._weights.by_task.items():
-            projection = checkpoints.place(raw[task + 1][:vocabulary], source, task + 1)
-            expert = {**loaded[task + 1], skeleton.head_weight: projection}
+            expert = head.of_expert(task)
             waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [losses, n, V])
             for row in rows:
-                for inputs, gradients in self._row_loss(
-                    row, shared or expert, expert, vectors, max_positions, derivatives
-                ):
+                parts = self._row_loss(row, head, shared or expert, expert, vectors, max_positions, derivatives)
+                for inputs, gradients in parts:
                     waiting.append((row, inputs, gradients))
                     if sum(kept.numel() for *_, kept in waiting) >= LOGIT_GRADIENTS:
-                        self._add_projection(waiting, raw, source, vocabulary, derivatives)
+                        self._add_projection(waiting, head, derivatives)
                         waiting = []
-            self._add_projection(waiting, raw, source, vocabulary, derivatives)
+            self._add_projection(waiting, head, derivatives)
 
     def _row_loss(
         self,
         row: int,
+        head: Head,
         weights: Weights,
         expert: Weights,
         vectors: Mapping[str, Tensor],
         max_positions: int,
-        derivatives: DirectionalDerivatives | None,
+        derivatives: DirectionalDerivatives,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Compute a row's losses, at most `max_positions` positions at a time.
 
@@ -117,11 +90,11 @@ class HeadLoss:
 
         Yields:
             The inputs [n, d] of the output projection at n positions, and the gradients [losses, n, V] with respect to
-            its outputs. Nothing without `derivatives`.
+            its outputs.
         """
         skeleton, num_tokens = self._skeleton, len(self._weights.rows[row].ids)
         features = self._store.features(skeleton.num_layers, row).to(skeleton.device)
-        grad_in = features.new_zeros((self.num_losses, *features.shape)) if derivatives is not None else None
+        grad_in = features.new_zeros((self.num_losses, *features.shape))
         for start in range(self._weights.rows[row].completion - 1, num_tokens - 1, max_positions):
             positions = slice(start, min(start + max_positions, num_tokens - 1))
             hidden = features[positions].detach().requires_grad_()
@@ -129,12 +102,8 @@ class HeadLoss:
             with torch.enable_grad(), record_calls({"head": skeleton.model.get_output_embeddings()}) as calls:
                 logits = skeleton.head(hidden[None], {**weights, **own})[0]
             log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
-            logit_gradients = self._logit_gradients(row, positions, log_probs, expert)
-            if derivatives is None or grad_in is None:
-                next(logit_gradients)
-                continue
             call, collected = calls["head"][0], []
-            for loss, grad_out in enumerate(logit_gradients):
+            for loss, grad_out in enumerate(self._logit_gradients(row, positions, log_probs, head, expert)):
                 gradients = torch.autograd.grad(
                     logits, [hidden, *own.values()], grad_out.to(logits.dtype),
                     retain_graph=loss < self.num_losses - 1, allow_unused=True,
@@ -143,71 +112,58 @@ class HeadLoss:
                 derivatives.add_each(own, row, loss, gradients[1:], vectors)
                 collected.append(call.gradient.flatten(0, -2))
             yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
-        if grad_in is not None:
-            self._store.put_gradients(row, grad_in)
+        self._store.put_gradients(row, grad_in)
 
-    def _logit_gradients(self, row: int, positions: slice, log_probs: Tensor, expert: Weights) -> Iterator[Tensor]:
+    def _logit_gradients(
+        self, row: int, positions: slice, log_probs: Tensor, head: Head, expert: Weights
+    ) -> Iterator[Tensor]:
         """Yield, for every loss, the gradients [n, V] with respect to the logits at `positions`.
 
-        `log_probs` [n, V] are the model's. The positions' divergence and losses are added to `divergences` and `losses`
-        before the first yield.
+        `log_probs` [n, V] are the model's.
         """
         own, probs = self._weights.rows[row], log_probs.exp()
-        tokens = torch.tensor(own.ids[positions.start + 1 : positions.stop + 1], device=probs.device)
-        self._add_loss(row, 0, log_probs, tokens)
         first = positions.start - own.completion + 1  # position within the completion
-        if self._teachers is not None:
-            taught = self._teachers[row][first : first + len(log_probs)].to(log_probs.device)
-            teacher_log_probs = torch.log_softmax(self._skeleton.head(taught[None], expert)[0].float(), dim=-1)
-            self._add_loss(row, 1, teacher_log_probs, tokens)
-            self.divergences[row] += float(
-                (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(dtype=torch.float64)
-            )
-            yield probs - teacher_log_probs.exp()
-        uniforms = label_uniforms(own, self._label_samples, self._seed)
+        if self._experts is not None:
+            taught = self._experts.store.features(self._skeleton.num_layers, row)[positions]
+            yield probs - head.log_probs(taught, expert).exp()
+        uniforms = label_uniforms(self._examples[row], self._label_samples, self._seed)
         for sample in range(max(1, self._label_samples)):
-            drawn = None if uniforms is None else uniforms[sample, first : first + len(probs)]
-            labels = tokens if drawn is None else sample_labels(probs, drawn)
+            if uniforms is None:
+                labels = torch.as_tensor(list(own.ids[positions.start + 1 : positions.stop + 1]), device=probs.device)
+            else:
+                labels = sample_labels(probs, uniforms[sample, first : first + len(probs)])
             gradient = probs.clone()
             gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
             yield gradient
 
-    def _add_loss(self, row: int, which: int, log_probs: Tensor, tokens: Tensor) -> None:
-        """Add the cross-entropy of n `tokens` under `log_probs` [n, V] to `losses`."""
-        own = self._weights.rows[row]
-        total = log_probs.gather(1, tokens[:, None]).sum(dtype=torch.float64)
-        self.losses[row, which] -= float(total) / (len(own.ids) - own.completion)
-
     def _add_projection(
-        self,
-        waiting: Sequence[tuple[int, Tensor, Tensor]],
-        raw: Sequence[Tensor],
-        source: str,
-        vocabulary: int,
-        derivatives: DirectionalDerivatives | None,
+        self, waiting: Sequence[tuple[int, Tensor, Tensor]], head: Head, derivatives: DirectionalDerivatives
     ) -> None:
         """Add the output projection's derivatives, in parts of the vocabulary."""
-        if derivatives is None or not waiting:
+        if not waiting:
             return
-        block = block_rows(raw[0])
-        for start in range(0, vocabulary, block):
-            part = slice(start, min(start + block, vocabulary))
+        block = block_rows(head.raw[0])
+        for start in range(0, head.vocabulary, block):
+            part = slice(start, min(start + block, head.vocabulary))
             vectors = task_vectors(
-                [self._checkpoints.place(tensor[part], source, model) for model, tensor in enumerate(raw)]
+                [self._checkpoints.place(tensor[part], head.source, model) for model, tensor in enumerate(head.raw)]
             )
             for row, inputs, gradients in waiting:
                 for loss in range(self.num_losses):
-                    derivatives.add(source, row, loss, gradients[loss][:, part].T @ inputs, vectors, start)
+                    derivatives.add(head.source, row, loss, gradients[loss][:, part].T @ inputs, vectors, start)
 
 
-def label_uniforms(row: Row, samples: int, seed: int) -> Tensor | None:
+def label_uniforms(example: Example, samples: int, seed: int) -> Tensor | None:
     """Draw uniform numbers for sampling a row's labels, [S, positions] float64; None if `samples` is 0.
 
-    They depend only on the seed and the row's number in its dataset, not on the process or the order of rows.
+    They depend only on the seed, the row's tokens, and how many equal rows are before it: not on the process, the order
+    of rows, the row's number in its dataset, or the other experts.
     """
     if not samples:
         return None
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + row.number) % 2**63)
+    row = example.row
+    content = hashlib.sha256(repr((seed, example.repeat, row.ids)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(content[:8], "little") >> 1)
     return torch.rand((samples, len(row.ids) - row.completion), generator=generator, dtype=torch.float64)
 
 

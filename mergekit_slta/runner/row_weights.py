@@ -80,16 +80,25 @@ class RowWeights:
             names: names of the tensors.
             shared: result of the method `shared` for these tensors, if known; nothing is read then.
         """
-        every = range(len(self.rows))
         if shared is not None:
-            yield shared, every
-        elif self.at == "experts":
+            yield shared, range(len(self.rows))
+        elif self.at == "experts":  # one model at a time
             for task, rows in self.by_task.items():
                 yield self.checkpoints.load(names, [task + 1])[0], rows
-        elif self.at == "base":
-            yield self.checkpoints.load(names, [0])[0], every
         else:
-            yield self.at(self.checkpoints.load(names)), every
+            yield from self.groups(self.checkpoints.load(names))
+
+    def groups(self, loaded: Sequence[Weights]) -> Iterator[tuple[Weights, Sequence[int]]]:
+        """Yield some tensors, each time with the indices of the rows that use them.
+
+        Args:
+            loaded: the tensors of every model, the base first.
+        """
+        if self.at == "experts":
+            for task, rows in self.by_task.items():
+                yield loaded[task + 1], rows
+        else:
+            yield (loaded[0] if self.at == "base" else self.at(loaded)), range(len(self.rows))
 
     def shared_projection(self, raw: Sequence[Tensor], source: str) -> Tensor | None:
         """The output projection [V, d] used for all rows; None if each row uses its own expert's.
@@ -116,7 +125,7 @@ class RowEmbeddings:
     """The tensors before the layers of every model, but only those rows of the embedding table that occur.
 
     Args:
-        weights: the weights used for each row.
+        weights: of any lane over these rows.
     """
 
     def __init__(self, weights: RowWeights) -> None:
@@ -134,9 +143,8 @@ class RowEmbeddings:
         used = torch.searchsorted(self._used, own).to(device)
         return {**self._others[model], self._table: self._table_rows[model][used]}, ids[None].to(device)
 
-    def of_row(self, row: int) -> tuple[Weights, Tensor]:
-        """As `of_model`, but with the weights used for the row."""
-        weights = self._weights
+    def of_row(self, row: int, weights: RowWeights) -> tuple[Weights, Tensor]:
+        """As `of_model`, but with the weights used for the row; `weights` may be those of another lane."""
         if weights.at == "experts":
             return self.of_model(row, weights.row_task[row] + 1)
         if weights.at == "base":

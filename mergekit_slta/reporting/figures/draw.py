@@ -14,6 +14,7 @@ from mergekit_slta.errors import AlphasError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.names import FIGURE_PREFIX, figure_name
+from mergekit_slta.reporting.figures.evaluation import divergence_figure
 from mergekit_slta.reporting.figures.heatmaps import disentanglement_figure, distances_figure
 from mergekit_slta.reporting.figures.levels import levels_figure
 from mergekit_slta.reporting.figures.over_depth import alphas_figure, residuals_figure
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 def draw(source: Alphas | Linearity, folder: Path, prefix: str = FIGURE_PREFIX) -> list[Path]:
     """Draw all figures of a file, each as PNG and SVG.
 
-    An alphas file gives `alphas` (the paper's Fig. 5) and `residuals`. A linearity file gives `levels` (Fig. 1-4),
+    An alphas file gives `alphas` (the paper's Fig. 5), and `residuals` if submodules were solved. After steps of
+    `objective: joint` it gives `divergence` in its place, if one was taken. A linearity file gives `levels` (Fig. 1-4),
     `distances` (Fig. 6) and, for two experts or more, `disentanglement`.
 
     Args:
@@ -44,7 +46,11 @@ def draw(source: Alphas | Linearity, folder: Path, prefix: str = FIGURE_PREFIX) 
     figures: dict[str, Callable[[], Figure | None]]
     if isinstance(source, Alphas):
         _check_alphas(source)
-        figures = {"alphas": lambda: alphas_figure(source), "residuals": lambda: residuals_figure(source)}
+        figures = {
+            "alphas": lambda: alphas_figure(source),
+            "residuals": lambda: residuals_figure(source),
+            "divergence": lambda: divergence_figure(source),
+        }
     else:
         _check_linearity(source)
         figures = {

@@ -47,7 +47,10 @@ def alphas_figure(alphas: Alphas) -> Figure:
     ]
     bars = "Bars: jackknife standard errors where a point is one submodule, often smaller than its marker."
     if all(entry.stderr is None for entry in alphas.submodules):
-        bars = "No standard errors: there was one calibration row per task."
+        reason = "there was one calibration row per task"
+        if all(entry.rank is None for entry in alphas.submodules):
+            reason = "the weights are those of the merge that was best on held-out rows"
+        bars = f"No standard errors: {reason}."
     return _draw(
         alphas,
         f"Merging weight α of {'the expert' if count == 1 else f'each of {count} experts'}",
@@ -59,8 +62,13 @@ def alphas_figure(alphas: Alphas) -> Figure:
     )
 
 
-def residuals_figure(alphas: Alphas) -> Figure:
-    """Draw the residual of every submodule: predicted from linearity and, if available, measured."""
+def residuals_figure(alphas: Alphas) -> Figure | None:
+    """Draw the residual of every submodule: predicted from linearity and, if available, measured.
+
+    None if the submodules were solved together and measured: they have one residual.
+    """
+    if all(entry.rank is None for entry in alphas.submodules):
+        return None
     series = [Series("predicted by linearity", Look.of(0), lambda entry: entry.residual)]
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     if measured:

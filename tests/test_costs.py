@@ -1,0 +1,168 @@
+"""Estimated costs against counted ones: passes, readings of the checkpoints, and activations on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+
+from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
+from mergekit_slta.calibration.evaluate import evaluate
+from mergekit_slta.checkpoints.plan import total_bytes
+from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.job.job import Job
+from mergekit_slta.objectives import costs, joint_search
+from mergekit_slta.objectives.costs import estimate_features, estimate_gradients
+from mergekit_slta.reporting.terminal import describe_job
+from mergekit_slta.runner.backward import BackwardPass
+from mergekit_slta.runtime.resume import ResumeStore
+
+
+class Counted:
+    """What a calibration and its evaluation do with the first layer's last matrix.
+
+    Attributes:
+        passes: tokens that pass it; a backward pass counts twice, once for its inputs' gradients and once for its own.
+        readings: how often it is read, all models together counting as one.
+        scratch: largest number of bytes of activations on disk.
+    """
+
+    def __init__(self, job, monkeypatch, folder, evaluated=True) -> None:
+        self.passes, self.readings, self.scratch = 0, 0.0, 0
+        module, name = job.skeleton.layers[0].mlp.down_proj, f"{job.skeleton.layers_path}.0.mlp.down_proj.weight"
+        counts = {"forward": True, "backward": False, "read": True}
+
+        def forward(_, inputs) -> None:
+            if counts["forward"]:
+                self.passes += inputs[0].shape[:-1].numel()
+
+        @contextlib.contextmanager
+        def during(what: str, value: bool):
+            before, counts[what] = counts[what], value
+            yield
+            counts[what] = before
+
+        linear_maps, layer_backward, grad = BackwardPass._linear_maps, BackwardPass._layer_backward, torch.autograd.grad
+
+        def uncounted(own, *arguments):
+            with during("forward", False):  # one row, to see which modules a layer calls
+                return linear_maps(own, *arguments)
+
+        def backward(own, layer):
+            with during("backward", layer == 0):
+                return layer_backward(own, layer)
+
+        def counted_grad(outputs, *arguments, **settings):
+            self.passes += 2 * len(outputs) * counts["backward"]
+            return grad(outputs, *arguments, **settings)
+
+        features = joint_search._features_point
+
+        def features_point(job, *arguments):
+            self.passes += len(job.plan.models) * sum(len(example.row.ids) for example in job.examples(0))
+            self.readings += 1
+            with during("forward", False), during("read", False):  # `features` has an estimate of its own
+                return features(job, *arguments)
+
+        raw = Checkpoints.raw
+
+        def counted_raw(own, tensor, models=None):
+            found = raw(own, tensor, models)
+            self.readings += counts["read"] * (tensor == name) * len(found) / len(job.plan.models)
+            return found
+
+        put = ResumeStore.put
+
+        def watched(own, key, tensors):
+            put(own, key, tensors)
+            stores = own.folder.glob("*activations/activations.bin")
+            self.scratch = max(self.scratch, sum(path.stat().st_size for path in stores))
+
+        with monkeypatch.context() as patch, ResumeStore(folder, "same") as store:
+            patch.setattr(BackwardPass, "_linear_maps", uncounted)
+            patch.setattr(BackwardPass, "_layer_backward", backward)
+            patch.setattr(torch.autograd, "grad", counted_grad)
+            patch.setattr(Checkpoints, "raw", counted_raw)
+            patch.setattr(ResumeStore, "put", watched)
+            patch.setattr(joint_search, "_features_point", features_point)
+            hook = module.register_forward_pre_hook(forward)
+            store.open()
+            alphas = solve_job(job, gather_statistics(job, store))
+            if evaluated:
+                evaluate(job, alphas)
+            hook.remove()
+
+
+JOINT = {"objective": "joint", "num_samples": 3}
+SETTINGS = [
+    {**JOINT, "steps": 0, "label_samples": 0},
+    {**JOINT, "steps": 0, "label_samples": 3, "evaluate": False},
+    {**JOINT, "steps": 2},
+    {**JOINT, "steps": 3, "label_samples": 3, "num_samples": 7},
+    {**JOINT, "steps": 2, "ridge": 1.0, "fresh_rows": False},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_path, settings):  # noqa: F811
+    """Where all steps are made, an estimate is what happens: to the token, the reading and the byte."""
+    job = job_of(with_rows(specimen("qwen3")), **{"granularity": "attn_mlp", **settings})
+    told = estimate_gradients(job)
+    counted = Counted(job, monkeypatch, tmp_path / ".partial")
+    sizes = {name: math.prod(shape) for name, shape in job.skeleton.shapes.items()}
+    inner = sum(size for name, size in sizes.items() if name.startswith(job.skeleton.layers_path + "."))
+    assert told.flops == 2 * (inner + sizes[job.skeleton.head_weight]) * counted.passes
+    assert told.read_bytes == pytest.approx(total_bytes(job.plan) * counted.readings)
+    assert told.scratch_bytes == counted.scratch
+    lines = describe_job(job, told)
+    assert f"keeps       {told.scratch_bytes / 2**10:.3g} KiB of features" in lines
+    assert "None" not in lines
+
+
+@pytest.mark.parametrize("inputs", ["base", "merged"])
+def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tmp_path, inputs):  # noqa: F811
+    """Beside those of `features`: the held-out rows run through base, merge and their expert, in one more reading."""
+    job = job_of(with_rows(specimen("qwen3")), granularity="attn_mlp", inputs=inputs, evaluate=True)
+    tokens = sum(len(example.row.ids) for example in job.held_out_examples())
+    told = estimate_features(job)
+    whole, alone = Counted(job, monkeypatch, tmp_path / "whole"), Counted(job, monkeypatch, tmp_path / "alone", False)
+    assert whole.passes - alone.passes == 3 * tokens
+    assert whole.readings - alone.readings == pytest.approx(1)
+    monkeypatch.setattr(Job, "held_out_examples", lambda _: [])
+    without = estimate_features(job)
+    sizes = {name: math.prod(shape) for name, shape in job.skeleton.shapes.items()}
+    inner = sum(size for name, size in sizes.items() if name.startswith(job.skeleton.layers_path + "."))
+    assert told.flops - without.flops == 3 * tokens * 2 * (inner + sizes[job.skeleton.head_weight])
+    assert told.read_bytes - without.read_bytes == total_bytes(job.plan)
+
+
+def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # noqa: F811
+    """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
+    models = specimen("qwen3")
+    jobs = [
+        job_of(models, objective="joint", granularity="attn_mlp", steps=0, label_samples=count) for count in (100, 300)
+    ]
+    head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
+    longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
+    monkeypatch.setattr(costs, "SOLVE_MATRICES", 0)
+    few, many = (estimate_gradients(job).peak_bytes for job in jobs)
+    assert many - few == pytest.approx(200 * 2 * longest * head[0] * 4 * costs.MEMORY_MARGIN, abs=2)
+    monkeypatch.setattr(costs, "SOLVE_MATRICES", 1000)
+    draws = 300 * sum(len(rows.rows) for rows in jobs[1].rows)
+    slopes = 6 * draws * 2 * len(jobs[1].submodules) * 8
+    assert estimate_gradients(jobs[1]).peak_bytes == int(costs.MEMORY_MARGIN * (1000 * draws**2 * 8 + slopes))
+
+
+def test_memory_of_a_solve_is_that_of_the_rows_of_all_steps(specimen, with_rows, monkeypatch):  # noqa: F811
+    """Also where steps take the same rows again."""
+    models = with_rows(specimen("qwen3"))
+    monkeypatch.setattr(costs, "SOLVE_MATRICES", 10**9)
+    peaks = []
+    for settings in ({"num_samples": 4, "steps": 4}, {"num_samples": 16, "fresh_rows": False, "steps": 1}):
+        job = job_of(models, objective="joint", granularity="attn_mlp", **settings)
+        peaks.append(estimate_gradients(job).peak_bytes)
+    again = job_of(models, objective="joint", granularity="attn_mlp", num_samples=4, fresh_rows=False, steps=4)
+    assert estimate_gradients(again).peak_bytes == peaks[0] == peaks[1]
