@@ -122,6 +122,18 @@ def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_
     assert "None" not in lines
 
 
+def test_costs_without_held_out_rows_are_those_of_features(specimen, monkeypatch, tmp_path):  # noqa: F811
+    job = job_of(specimen("qwen3"), granularity="attn_mlp", **JOINT)
+    assert not job.held_out_examples()
+    told, counted = estimate_gradients(job), Counted(job, monkeypatch, tmp_path / ".partial")
+    sizes = {name: math.prod(shape) for name, shape in job.skeleton.shapes.items()}
+    inner = sum(size for name, size in sizes.items() if name.startswith(job.skeleton.layers_path + "."))
+    assert told.flops == 2 * (inner + sizes[job.skeleton.head_weight]) * counted.passes
+    assert told.read_bytes == total_bytes(job.plan)
+    assert told.scratch_bytes == counted.scratch == 0
+    assert "no steps: there are too few rows" in describe_job(job, told)
+
+
 @pytest.mark.parametrize("inputs", ["base", "merged"])
 def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tmp_path, inputs):  # noqa: F811
     """Beside those of `features`: the held-out rows run through base, merge and their expert, in one more reading."""

@@ -69,6 +69,12 @@ def test_rows_without_an_answer_have_no_part_in_the_scale():
     assert scales.tolist() == [3.0, 6.0]
 
 
+def test_a_task_without_rows_does_not_count():
+    task, scales = torch.tensor([0, 2, 2]), torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+    found = weighted_divergence(torch.tensor([3.0, 1.0, 5.0], dtype=torch.float64), task, scales, [1.0, 9.0, 3.0])
+    assert float(found) == pytest.approx((3.0 + 3 * 3.0 / 2) / 4)
+
+
 @pytest.mark.parametrize(
     ("scales", "weak", "replaced"),
     [
@@ -79,6 +85,7 @@ def test_rows_without_an_answer_have_no_part_in_the_scale():
         ([1.0, 9.0], [False, False], [1.0, 9.0]),
         ([1e-9], [False], [1e-9]),  # nothing to be weak beside
         ([0.0], [False], [1.0]),
+        ([-1e-9], [False], [1.0]),
         ([0.0, 0.0], [False, False], [1.0, 1.0]),
         ([0.0, 5.0], [True, False], [5.0, 5.0]),
         ([-1e-9, 5.0], [True, False], [5.0, 5.0]),  # the divergence of equal models, rounded

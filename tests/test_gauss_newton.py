@@ -116,7 +116,7 @@ def test_a_quadratic_is_minimised_in_one_step():
 def test_rows_of_earlier_steps_fade(seed, steps):
     """A row's weight falls by `ROW_DECAY` with every step since; a step without rows counts, too."""
     case = make(seed, len(steps), 2, 2, 3)
-    case["row_step"] = torch.tensor(steps).repeat(2)
+    case["row_step"] = torch.tensor([*steps, *(5 - step for step in steps)])
     for ridge, point in zip(RIDGES, gauss_newton_steps(**case, ridges=RIDGES), strict=True):
         np.testing.assert_allclose(as_array(point), reference(case, ridge, [1.0, 1.0]), rtol=1e-6, atol=1e-8)
 

@@ -137,6 +137,20 @@ def test_a_trial_may_explode(specimen):  # noqa: F811
             passes.derivatives("", examples, wild, label_samples=1, seed=0)
 
 
+@torch.no_grad()
+def test_experts_run_once(specimen, monkeypatch):  # noqa: F811
+    """A second measurement of the same rows has their outputs."""
+    job = stepping(specimen("llama"))
+    examples, layer, calls = job.examples(), Skeleton.layer, []
+    monkeypatch.setattr(Skeleton, "layer", lambda *arguments: calls.append(0) or layer(*arguments))
+    with passes_of(job) as passes:
+        for models in (2, 1):
+            calls.clear()
+            measured = passes.measure("", examples, [None])
+            assert len(calls) == models * len(examples) * job.skeleton.num_layers
+            assert (measured.divergences > 0).all()
+
+
 @pytest.mark.parametrize("pad", ["first token", "token of a row", "last in the vocabulary"])
 @pytest.mark.parametrize("objective", ["features", "joint"])
 def test_the_padding_token_is_a_token_like_others(tiny, with_rows, tmp_path, objective, pad):

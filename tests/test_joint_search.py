@@ -10,6 +10,8 @@ import torch
 from conftest import assert_applied, assert_refused, mergekit_yaml, read, slta
 from mergekit.options import MergeOptions
 from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_gauss_newton import as_array
+from test_gauss_newton import reference as normal_equations
 
 from mergekit_slta.calibration.calibrate import calibrate, gather_statistics, solve_job
 from mergekit_slta.files.alphas_file import Alphas
@@ -41,17 +43,20 @@ class Landscape:
         optimum: (task, submodule) -> the optimum's weights, on average over rows.
         noise: standard deviation of a row's optimum.
         distort: changes what is measured: (divergences [rows, P], alphas [P, K]) -> divergences.
+        size: task -> factor of its divergences.
+        idle: (submodule, expert) without effect.
 
     Attributes:
         fitted: (label, examples, point, seed) of every pass with derivatives.
         measured: (label, examples, points) of every measurement.
     """
 
-    def __init__(self, job, optimum, noise=0.0, distort=None, size=lambda task: 1.0) -> None:
+    def __init__(self, job, optimum, noise=0.0, distort=None, size=lambda task: 1.0, idle=None) -> None:
         self.names, self.experts = [part.name for part in job.submodules], len(job.experts)
         self.fitted, self.measured = [], []
         self._optimum, self._noise, self._size = optimum, noise, size
         self._distort = distort or (lambda divergences, _: divergences)
+        self._idle = [] if idle is None else [self.names.index(idle[0]) * self.experts + idle[1]]
 
     def __call__(self, job, resume, ranks, progress):
         return self
@@ -73,6 +78,7 @@ class Landscape:
         generator = torch.Generator().manual_seed(hash((example.task, *example.row.ids)) % 2**31)
         count = len(self.names) * self.experts
         u = torch.randn((3, count), generator=generator, dtype=torch.float64) * self._size(example.task) ** 0.5
+        u[:, self._idle] = 0
         wish = torch.cat([torch.as_tensor(self._optimum(name), dtype=torch.float64) for name in self.names])
         return u, wish + self._noise * torch.randn(count, generator=generator, dtype=torch.float64)
 
@@ -280,16 +286,16 @@ def land_divergences(land: Landscape, number: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3, 0.6])
-def test_a_step_that_makes_things_worse_is_not_taken(searching, search, noise):
+@pytest.mark.parametrize(
+    ("optimum", "noise", "is_kept", "are_all_taken"),
+    [(0.8, 0.0, True, True), (0.8, 0.3, True, False), (0.8, 0.6, False, False), (0.3, 0.4, False, False)],
+)
+def test_a_step_that_makes_things_worse_is_not_taken(searching, search, optimum, noise, is_kept, are_all_taken):
     """Ridges follow the best trial of a step that is taken, and grow after others. Steps that together gain less than
     their standard error are forgotten."""
-    land, alphas = search(searching(steps=6, seed=3), noise=noise)
+    land, alphas = search(searching(steps=6, seed=3), constant(optimum), noise=noise)
     taken, path = replay(land)
-    is_kept = gains(path[0], path[-1], land)
-    assert any(taken)
-    assert is_kept == (noise < 0.6)
-    assert all(taken) == (noise == 0.0)
+    assert (gains(path[0], path[-1], land), all(taken)) == (is_kept, are_all_taken)
     expected = [f"step {number}" for number, was_taken in enumerate(taken, 1) if was_taken] if is_kept else []
     assert names_of(alphas) == ["base", "average", "features", *expected]
     ridges = list(FIRST_RIDGES)
@@ -307,6 +313,48 @@ def test_a_step_that_makes_things_worse_is_not_taken(searching, search, noise):
     for task, own, chosen in zip(alphas.evaluation.tasks, merge.divergence, bias, strict=True):
         assert task.divergence.stderr == pytest.approx(np.hypot(own.stderr, chosen))
         assert task.share.stderr >= chosen / task.divergence_base.mean
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_every_step_solves_with_the_rows_so_far(searching, search, balance):
+    """Those of earlier steps fade, and their forms are those of the new point."""
+    job = searching(steps=3, balance=balance)
+    land, alphas = search(job, noise=0.2, size=lambda task: 1.0 + task)
+    base = land_divergences(land, 0)[:, 0].reshape(2, 2).mean(1)
+    slopes, tasks, numbers, before = {}, [], [], None
+    for number, (label, examples, point, seed) in enumerate(list(land.fitted)):
+        own = land.derivatives(label, examples, point, label_samples=2, seed=seed)
+        for name, part in own.items():
+            along = sum(slopes[other][:, 1:] @ (point[other] - before[other]) for other in slopes)
+            old = [slopes[name].clone()] if slopes else []
+            for moved in old:
+                moved[:, 0] += (moved[:, 1:] * along[..., None]).mean(1)
+            own[name] = torch.cat([*old, part])
+        slopes, before = own, point
+        tasks += [example.task for example in examples]
+        numbers += [number] * len(examples)
+        case = {
+            "slopes": slopes, "point": point, "row_task": torch.tensor(tasks), "row_step": torch.tensor(numbers),
+            "scales": torch.from_numpy(base if balance else np.ones(2)),
+        }  # fmt: skip
+        trials = land.measured[1 + number][2]
+        for tried, trial in zip(steps_of(alphas)[number], trials, strict=True):
+            expected = normal_equations(case, tried.ridge, [1.0, 1.0])
+            np.testing.assert_allclose(as_array(trial), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("distort", [None, lambda divergences, alphas: divergences + 100 * (alphas.std(1) > 1e-9)])
+def test_an_expert_without_effect_gets_nothing(searching, search, distort):
+    """In the file, whether the merge is a step's or a starting point; it is marked."""
+    job = searching(steps=2)
+    name = job.submodules[2].name
+    _, alphas = search(job, idle=(name, 1), distort=distort)
+    merge = alphas.evaluation.points[alphas.evaluation.merge].name
+    assert merge == ("step 2" if distort is None else "average")
+    idle = job.recipe.label(job.experts[1])
+    for entry in alphas.submodules:
+        assert entry.unchanged == ((idle,) if entry.name == name else ())
+        assert (entry.alpha[alphas.models.index(idle)] == 0) == (entry.name == name)
 
 
 def away(divergences, alphas):
@@ -359,6 +407,13 @@ def test_nothing_is_left_to_gain_at_an_expert(specimen, with_rows):  # noqa: F81
     assert all(entry.alpha == (1.0,) for entry in alphas.submodules)
 
 
+def test_nothing_is_left_to_gain_near_the_optimum(searching, search):
+    """Below a ten-thousandth of the base's divergence no step is made."""
+    for optimum, steps in ((0.501, 0), (0.51, 1)):
+        land, alphas = search(searching(steps=1), constant(optimum))
+        assert len(land.fitted) == len(steps_of(alphas)) == steps
+
+
 def test_a_given_ridge_is_the_only_one(searching, search):
     """After steps that are taken, and after others."""
     for distort in (None, away):
@@ -376,6 +431,8 @@ def test_trials_that_explode_are_not_taken(searching, search, tmp_path):
     _, alphas = search(searching(steps=4), constant(1.5), distort=explode)
     trials = alphas.evaluation.trials
     assert any(trial.weighted is None for trial in trials)
+    partly = [own[0].name for own in steps_of(alphas) if len({trial.weighted is None for trial in own}) == 2]
+    assert set(partly) & set(names_of(alphas))
     assert max(alpha for entry in alphas.submodules for alpha in entry.alpha) < 0.9
     alphas.save(tmp_path / "alphas.json")
     assert Alphas.load(tmp_path / "alphas.json").evaluation == alphas.evaluation

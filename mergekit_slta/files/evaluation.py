@@ -206,7 +206,7 @@ def describe_flags(evaluation: Evaluation | None, name: Callable[[str], str] = s
     """One line for each flagged task, for a warning or a card; `name` formats the name of its model."""
     lines = []
     for task in evaluation.tasks if evaluation is not None else ():
-        if WORSE_THAN_BASE in task.flags and task.share is not None:
+        if WORSE_THAN_BASE in task.flags and WEAK_EXPERT not in task.flags and task.share is not None:
             lines.append(
                 f"{name(task.model)}: the merge is worse than the base at this task: {100 * task.share.mean:.0f}% of "
                 "the base's divergence from the expert is left on held-out rows; raise its `importance`, give more "

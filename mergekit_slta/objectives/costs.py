@@ -178,8 +178,9 @@ def estimate_gradients(job: Job) -> Costs:
     A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. With steps, the
     rows of the first step make a pass of `features`, and the held-out rows run through their experts and the starting
     points. In each step its rows run through their experts, and make a full pass through the merged model; the held-out
-    rows run through each trial. Without steps, all rows make a full pass through their experts, and the first rows of
-    each task go through the base. The activations of all layers are on disk, for one pass at a time.
+    rows run through each trial. Without held-out rows there is only the pass of `features`. Without steps, all rows
+    make a full pass through their experts, and the first rows of each task go through the base. The activations of all
+    layers are on disk, for one pass at a time.
     """
     settings, sizes = job.recipe.settings.own, _Sizes(job)
     assert isinstance(settings, JointSettings)
@@ -190,7 +191,10 @@ def estimate_gradients(job: Job) -> Costs:
     examples = [job.examples(step) if has_rows else [] for step in range(steps or 1)]
     parts = [sum(len(example.row.ids) for example in own) for own in examples]  # tokens
     num_rows = [len(own) for own in examples]
-    if steps:
+    is_unmeasured = steps > 0 and has_rows and not sizes.held_out_tokens  # the result is that of `features`
+    if is_unmeasured:
+        tokens, read_bytes = models * parts[0], total_bytes(job.plan)
+    elif steps:
         trials = len(FIRST_RIDGES) + (steps - 1) * len(RIDGE_FACTORS) if job.recipe.settings.ridge is None else steps
         tokens = models * parts[0] + sum(parts) * (3 + 2 * derivatives) + sizes.held_out_tokens * (4 + trials)
         read_bytes = (2 + 3 * steps) * total_bytes(job.plan)
@@ -227,5 +231,5 @@ def estimate_gradients(job: Job) -> Costs:
         memory=max(moments, key=lambda parts: sum(parts.values())),
         largest_bytes=max(sizes.largest_weight, logits * derivatives),
         written_bytes=sizes.written_bytes(),
-        scratch_bytes=max(stepping, measuring),
+        scratch_bytes=0 if is_unmeasured else max(stepping, measuring),
     )

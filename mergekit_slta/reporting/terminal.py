@@ -88,7 +88,11 @@ def _measuring(job: Job) -> list[str]:
     held_out = job.held_out_examples()
     steps = settings.own.model_dump().get("steps", 0)
     if not held_out:
-        return ["            much less: without held-out rows there are no steps"] if steps else []
+        return (
+            ["            no steps: there are too few rows to hold any out, and the weights are those of `features`"]
+            if steps
+            else []
+        )
     num_tokens = sum(len(example.row.ids) for example in held_out)
     how = "their expert, and every model that is tried" if steps else (
         "the base, the merge and their expert; this reads the checkpoints once more"
