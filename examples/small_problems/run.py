@@ -26,7 +26,7 @@ from mergekit_slta.errors import SltaError
 METHODS: dict[str, dict[str, object]] = {
     "features": {"objective": "features"},
     "joint": {"objective": "joint"},
-    "joint, 5 rows a step": {"objective": "joint", "num_samples": 5},
+    "joint-5-rows": {"objective": "joint", "num_samples": 5},
 }
 REFERENCE = "features"
 
@@ -122,9 +122,10 @@ def summary(results: Sequence[dict[str, Any]], name: str) -> str:
         for (value, error), truth in zip(part.get("promised", ()), part["divergence"], strict=False)
     ]
     refused = len(results) - len(parts)
+    which = f" {above}" if above else ""
     return (
         f"{name}: {len(parts)} problems, {refused} refused; mean difference to {REFERENCE} {mean:+.4f}; below it by "
-        f"more than two standard errors in {below}, above it in {len(above)} {above or ''}. The search ended "
+        f"more than two standard errors in {below}, above it in {len(above)}{which}. The search ended "
         f"at a starting point in {starts} of {len(ends)} problems. The divergence in the file is within two of its "
         f"standard errors of that on the fresh rows in {sum(promised)} of {len(promised)} tasks."
     )
