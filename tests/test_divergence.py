@@ -56,17 +56,28 @@ def test_the_objective_is_the_weighted_mean_over_tasks(rows, seed):
 
 def test_without_balance_long_tasks_decide():
     """All scales are 1: the mean divergences themselves are averaged."""
-    task, base = torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 50.0], dtype=torch.float64)
+    task, base = torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 100.0], dtype=torch.float64)
     scales, weak = task_scales(base, task, 2, balance=False)
     assert scales.tolist() == [1.0, 1.0]
     assert weak.tolist() == [True, False]  # it is said all the same
-    assert float(weighted_divergence(base, task, scales)) == pytest.approx((2 + 50) / 2)
+    assert float(weighted_divergence(base, task, scales)) == pytest.approx((2 + 100) / 2)
 
 
 def test_rows_without_an_answer_have_no_part_in_the_scale():
     base = torch.tensor([0.0, 2.0, 4.0, 6.0], dtype=torch.float64)
     scales, _ = task_scales(base, torch.tensor([0, 0, 0, 1]), 2)
     assert scales.tolist() == [3.0, 6.0]
+
+
+def test_short_answers_are_not_weak():
+    """One token of 0.9 nats beside 40 tokens of 0.6: as far from the base per token, a fortieth per row."""
+    task = torch.tensor([0, 0, 1, 1])
+    base = torch.tensor([0.9, 0.9, 24.0, 24.0], dtype=torch.float64) / torch.tensor([2.0, 2.0, 1.0, 1.0])
+    tokens = torch.tensor([1, 1, 40, 40])
+    scales, weak = task_scales(base, task, 2, tokens=tokens)
+    assert not weak.any()
+    assert scales.tolist() == [0.45, 24.0]
+    assert task_scales(base, task, 2)[1].tolist() == [True, False]
 
 
 def test_a_task_without_rows_does_not_count():
@@ -81,8 +92,8 @@ def test_a_task_without_rows_does_not_count():
         ([1.0, 1.0], [False, False], [1.0, 1.0]),
         ([0.0001, 1.0, 3.0], [True, False, False], [2.0, 1.0, 3.0]),
         ([0.0001, 0.0002, 3.0], [True, True, False], [3.0, 3.0, 3.0]),
-        ([1.0, 20.0], [True, False], [20.0, 20.0]),
-        ([1.0, 9.0], [False, False], [1.0, 9.0]),
+        ([1.0, 40.0], [True, False], [40.0, 40.0]),
+        ([1.0, 30.0], [False, False], [1.0, 30.0]),
         ([1e-9], [False], [1e-9]),  # nothing to be weak beside
         ([0.0], [False], [1.0]),
         ([-1e-9], [False], [1.0]),
@@ -93,7 +104,7 @@ def test_a_task_without_rows_does_not_count():
     ],
 )
 def test_a_weak_expert_gets_the_mean_scale_of_the_others(scales, weak, replaced):
-    """Below a tenth of the mean of the others; no scale is zero."""
+    """Below 3% of the mean of the others; no scale is zero."""
     given_scales = torch.tensor(scales, dtype=torch.float64)
     found = weak_tasks(given_scales, WEAK_SHARE)
     assert found.tolist() == weak

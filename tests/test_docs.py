@@ -208,4 +208,4 @@ def test_numbers_of_held_out_rows_and_steps_are_the_codes():
         assert f"fewer than {MIN_HELD_OUT * HELD_OUT_SHARE} rows" in flat
     assert f"up to {MAX_STEPS} times `num_samples` rows" in " ".join(README.split())
     assert PATIENCE == 2  # "two steps in turn"
-    assert WEAK_SHARE == 0.1  # "below a tenth"
+    assert WEAK_SHARE == 0.03  # "below 3%"

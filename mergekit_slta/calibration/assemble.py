@@ -116,7 +116,9 @@ def evaluation_of(
     if divergences is None or losses is None:
         raise AlphasError("the statistics lack the divergences: calibrate again", code="incomplete-statistics")
     task = statistics.row_task
-    scales, weak = task_scales(divergences[:, 0], task, statistics.num_models, balance=layout.solve.balance)
+    scales, weak = task_scales(
+        divergences[:, 0], task, statistics.num_models, tokens=statistics.tokens, balance=layout.solve.balance
+    )
     weighted = weighted_divergence(divergences.T, task, scales, layout.importance).tolist()
     numbers = {entry.model: entry.acceptance for entry in layout.tasks}
     tasks = []

@@ -17,7 +17,7 @@ from mergekit_slta.files.evaluation import PointName
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
-from mergekit_slta.objectives.gradient_passes import Passes, row_tasks
+from mergekit_slta.objectives.gradient_passes import Passes, answer_tokens, row_tasks
 from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.runtime.progress import Progress
 
@@ -56,6 +56,7 @@ def evaluate(job: Job, alphas: Alphas) -> Alphas:
         measured = passes.measure("", held_out, [None, alpha])
     found = Statistics(
         row_tasks(held_out), len(job.experts), form="point", divergences=measured.divergences,
+        tokens=answer_tokens(held_out),
         losses=measured.losses_per_token(held_out),
     )  # fmt: skip
     evaluation = evaluation_of(found, layout, [PointName(name="base"), PointName(name="merge")], 1)

@@ -29,7 +29,7 @@ FORMAT = "mergekit-slta/statistics"
 VERSION = 3
 _REMEDY = "name the file that `mergekit-slta calibrate` wrote beside its alphas (slta_stats.safetensors)"
 _ROW_TASK = "row_task"
-_PER_ROW = ("divergences", "row_group", "losses")
+_PER_ROW = ("divergences", "tokens", "row_group", "losses")
 """Optional tensors with an entry per row, by the names of their fields."""
 _FORMS = ("gram", "slope", "point")
 
@@ -48,6 +48,7 @@ class Statistics:
         form: "gram", "slope" or "point".
         divergences: form "point": [rows, P] float64, KL(expert || model) in nats, summed over the row's answer. The
             first model is the base.
+        tokens: form "point": [rows] int64, tokens of each row's answer.
         row_group: form "slope": [rows] int64, equal for rows with equal tokens.
         losses: [rows, 2] float64, the mean loss over a row's answer in nats per token, of the base and of the expert of
             the row's task; NaN where it was not measured. None if no row was measured. Form "point": [rows, P + 1], of
@@ -60,6 +61,7 @@ class Statistics:
     metadata: dict[str, str] = field(default_factory=dict)
     form: str = "gram"
     divergences: Tensor | None = None
+    tokens: Tensor | None = None
     row_group: Tensor | None = None
     losses: Tensor | None = None
 
@@ -189,8 +191,11 @@ def _fits(statistics: Statistics) -> bool:
     group = statistics.row_group
     if group is not None and (group.dtype != torch.int64 or group.shape != (rows,) or statistics.form != "slope"):
         return False
+    tokens = statistics.tokens
+    if tokens is not None and (tokens.dtype != torch.int64 or tokens.shape != (rows,) or bool((tokens < 1).any())):
+        return False
     if not is_point:
-        return divergences is None
+        return divergences is None and tokens is None
     return (
         divergences is not None
         and divergences.dtype == torch.float64

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mergekit_slta.maths.closed_form import task_weights
 
-WEAK_SHARE = 0.1
-"""An expert is weak if its rows diverge from the base by less than this share of the mean over the other experts."""
+WEAK_SHARE = 0.03
+"""An expert is weak if it diverges from the base, per token of the answers, by less than this share of the mean over
+the other experts. A divergence goes with the square of a change."""
 
 
 def task_scales(
-    base_divergences: Tensor, row_task: Tensor, num_models: int, *, balance: bool = True
+    base_divergences: Tensor, row_task: Tensor, num_models: int, *, tokens: Tensor | None = None, balance: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The scales c_a of the tasks, and the weak experts.
 
@@ -33,6 +34,7 @@ def task_scales(
         base_divergences: [rows] float64, D_x of the base; 0 for a row without an answer, which is ignored.
         row_task: [rows] int64, the task of each row.
         num_models: T.
+        tokens: [rows] tokens of each row's answer, by which weak experts are told; by default all rows count alike.
         balance: if false, all c_a are 1.
 
     Returns:
@@ -41,7 +43,9 @@ def task_scales(
     counts = torch.bincount(row_task[base_divergences > 0], minlength=num_models)
     sums = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, base_divergences)
     scales = sums / counts.clamp(min=1)
-    weak = weak_tasks(scales, WEAK_SHARE)
+    lengths = torch.ones_like(base_divergences) if tokens is None else tokens.double()
+    total = torch.zeros_like(sums).index_add_(0, row_task, lengths * (base_divergences > 0))
+    weak = weak_tasks(sums / total.clamp(min=1), WEAK_SHARE)
     if not balance:
         return torch.ones_like(scales), weak
     return replace_weak(scales, weak), weak

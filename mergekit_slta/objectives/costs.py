@@ -190,7 +190,7 @@ def estimate_gradients(job: Job) -> Costs:
     has_rows = None not in job.rows
     examples = [job.examples(step) if has_rows else [] for step in range(steps or 1)]
     parts = [sum(len(example.row.ids) for example in own) for own in examples]  # tokens
-    num_rows = [len(own) for own in examples]
+    kept_rows = sum(sorted(len(own) for own in examples)[-STEPS_KEPT:])
     is_unmeasured = steps > 0 and has_rows and not sizes.held_out_tokens  # the result is that of `features`
     if is_unmeasured:
         tokens, read_bytes = models * parts[0], total_bytes(job.plan)
@@ -215,8 +215,8 @@ def estimate_gradients(job: Job) -> Costs:
             "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
         },
         {
-            "matrices of the solve": SOLVE_MATRICES * (draws * sum(sorted(num_rows)[-STEPS_KEPT:])) ** 2 * 8,
-            "derivatives": _DERIVATIVE_COPIES * sum(num_rows) * derivatives * (models - 1) * len(job.submodules) * 8,
+            "matrices of the solve": SOLVE_MATRICES * (draws * kept_rows) ** 2 * 8,
+            "derivatives": _DERIVATIVE_COPIES * kept_rows * derivatives * (models - 1) * len(job.submodules) * 8,
         },
     )
     depth, dtype = job.skeleton.num_layers + 1, job.dtype

@@ -214,6 +214,12 @@ class Passes:
             lane += 1
 
 
+def answer_tokens(examples: Sequence[Example]) -> Tensor:
+    """[rows] int64, number of tokens of each row's answer."""
+    lengths = [len(example.row.ids) - example.row.completion for example in examples]
+    return torch.tensor(lengths, dtype=torch.int64)
+
+
 def row_tasks(examples: Sequence[Example]) -> Tensor:
     """[rows] int64, the task of each row."""
     return torch.tensor([example.task for example in examples], dtype=torch.int64)

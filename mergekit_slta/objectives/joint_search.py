@@ -25,11 +25,11 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.maths.divergence import choice_optimism, paired_error, task_scales, weighted_divergence
-from mergekit_slta.maths.gauss_newton import gauss_newton_steps, rebase_quadratics
+from mergekit_slta.maths.gauss_newton import STEPS_KEPT, gauss_newton_steps, rebase_quadratics
 from mergekit_slta.maths.ridges import FAILED_FACTOR, FIRST_RIDGES, RIDGE_FACTORS
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.objectives.feature_pass import gather_grams
-from mergekit_slta.objectives.gradient_passes import Passes, row_tasks
+from mergekit_slta.objectives.gradient_passes import Passes, answer_tokens, row_tasks
 from mergekit_slta.objectives.merging import Point
 from mergekit_slta.objectives.solving import solve_submodule
 from mergekit_slta.recipe.objectives import JointSettings
@@ -201,7 +201,7 @@ class _Found:
         )
         return Statistics(
             self.task, len(self._job.experts), stacked, form="point", divergences=self.divergences, losses=self.losses,
-            metadata={SEARCH: record.model_dump_json()},
+            tokens=answer_tokens(self._held_out), metadata={SEARCH: record.model_dump_json()},
         )  # fmt: skip
 
 
@@ -223,7 +223,9 @@ class _Quadratics:
     def add(self, step: int, point: Point, task: Tensor, slopes: dict[str, Tensor]) -> None:
         """Move to `point`, and add rows whose forms were taken there."""
         if self.slopes:
-            moved = rebase_quadratics(point, self.slopes, self.point)
+            kept = self.step > step - STEPS_KEPT
+            self.task, self.step = self.task[kept], self.step[kept]
+            moved = rebase_quadratics(point, {name: part[kept] for name, part in self.slopes.items()}, self.point)
             slopes = {name: torch.cat([moved[name], part]) for name, part in slopes.items()}
         self.point, self.slopes = point, slopes
         self.task = torch.cat([self.task, task])
@@ -247,7 +249,11 @@ class _Search:
             if measured.is_finite[column]:
                 self._found.add({"name": name}, point, measured, column)
         self._scales, _ = task_scales(
-            measured.divergences[:, 0], self._found.task, experts, balance=self._settings.balance
+            measured.divergences[:, 0],
+            self._found.task,
+            experts,
+            tokens=answer_tokens(held_out),
+            balance=self._settings.balance,
         )
 
     def run(self) -> Statistics:

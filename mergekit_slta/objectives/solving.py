@@ -166,5 +166,11 @@ def weighted_divergences(statistics: Statistics, layout: Layout) -> Tensor:
     divergences = statistics.divergences
     if divergences is None:
         raise AlphasError("the statistics lack the divergences: calibrate again", code="incomplete-statistics")
-    scales, _ = task_scales(divergences[:, 0], statistics.row_task, statistics.num_models, balance=layout.solve.balance)
+    scales, _ = task_scales(
+        divergences[:, 0],
+        statistics.row_task,
+        statistics.num_models,
+        tokens=statistics.tokens,
+        balance=layout.solve.balance,
+    )
     return weighted_divergence(divergences.T, statistics.row_task, scales, layout.importance)
