@@ -56,9 +56,10 @@ def measured(model, expert, dataset, rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_mean(found, values: np.ndarray, bias: float = 0.0) -> None:
-    """`found` is the mean of `values`, with the standard error of the mean and a bias."""
+    """`found` is the mean of `values`, with the standard error of the mean and a bias, at most as large."""
     assert found.mean == pytest.approx(values.mean(), rel=1e-3, abs=1e-5)
-    error = math.hypot(values.std(ddof=1) / math.sqrt(len(values)), bias)
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    error = math.hypot(error, min(bias, error))
     assert found.stderr == pytest.approx(error, rel=1e-3, abs=1e-5)
 
 
@@ -83,7 +84,7 @@ def assert_evaluated(
         assert_mean(task.loss_expert, measured(expert, expert, dataset, rows)[1])
         ratio = after.sum() / before.sum()
         error = (after - ratio * before).std(ddof=1) * math.sqrt(len(rows)) / before.sum()
-        error = math.hypot(error, optimism[place] / before.mean())
+        error = math.hypot(error, min(error, optimism[place] / before.mean()))
         assert task.share.mean == pytest.approx(ratio, rel=2e-3)
         assert task.share.stderr == pytest.approx(error, rel=1e-2, abs=1e-5)
         assert ("worse_than_base" in task.flags) == (after.mean() > before.mean())
@@ -281,8 +282,10 @@ def test_a_merge_that_is_worse_than_the_base_is_flagged(plenty, features, write_
     first, second = alphas.evaluation.tasks
     assert "worse_than_base" in first.flags
     assert first.share.mean > 1
-    line = f"{first.model}: the merge is worse than the base at this task: {100 * first.share.mean:.0f}% of the base's"
+    share = f"{100 * first.share.mean:.3g} ± {100 * first.share.stderr:.2g}% of the base's"
+    line = f"{first.model}: the merge is worse than the base at this task: {share}"
     assert line in caplog.text
+    assert "measured on 3 rows: neither the choice of the merge nor the errors can be relied on" in caplog.text
     card = (tmp_path / "out" / "README.md").read_text()
     assert "the merge is worse than the base at this task" in card
     assert ("worse than the base" in caplog.text.replace(line, "")) == ("worse_than_base" in second.flags)

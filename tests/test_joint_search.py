@@ -311,8 +311,7 @@ def test_a_step_that_makes_things_worse_is_not_taken(searching, search, optimum,
     bias = flattered(land, path).clip(0)
     assert bias.any() == (noise > 0)
     for task, own, chosen in zip(alphas.evaluation.tasks, merge.divergence, bias, strict=True):
-        assert task.divergence.stderr == pytest.approx(np.hypot(own.stderr, chosen))
-        assert task.share.stderr >= chosen / task.divergence_base.mean
+        assert task.divergence.stderr == pytest.approx(np.hypot(own.stderr, min(chosen, own.stderr)))
 
 
 @pytest.mark.parametrize("balance", [True, False])

@@ -297,7 +297,11 @@ def test_the_evaluation_is_a_table_with_its_warnings():
     (table,) = [table for table in tables(text) if "share left" in table[0]]
     assert [row[1:] for row in table[2:]] == [cells, cells]
     assert table[3][0] == "`other`"
-    assert f"**Warning.** {code(evil)}: the merge is worse than the base at this task: 150% of the base's" in text
+    assert f"**Warning.** {code(evil)}: the merge is worse than the base at this task: 150 ± 12% of the base's" in text
+    assert f"**Warning.** {code(evil)}, `other`: measured on 2 rows: neither the choice" in text
+    assert "the merge is the base" not in text
+    at_base = alphas.evaluation.model_copy(update={"merge": 0})
+    assert "**Warning.** the merge is the base: " in section(alphas.model_copy(update={"evaluation": at_base}), [])
     assert "**Warning.** `other` hardly differs from the base (divergence 2 nats per row)" in text
     assert "in 1 Gauss-Newton step, without" in text
     printed = describe_alphas(alphas)

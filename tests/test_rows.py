@@ -603,14 +603,14 @@ def test_without_other_rows_nothing_is_held_out(tmp_path, tokenizer, other):
 
 
 def test_rows_that_cannot_be_used_are_not_held_out(tmp_path, tokenizer):
-    """Nor rows without an answer; and if the usable ones are all held out, they are fitted instead."""
+    """Nor rows without an answer; others take their place. If the usable ones are all held out, they are fitted."""
     order = list(sample_numbers(30, 42))
     rows = [{"q": "the fox", "a": f"dog {number}"} for number in range(30)]
     rows[order[-1]] = {"q": "the fox", "a": " "}
     rows[order[-3]] = {"q": "the quick fox " * 9, "a": "dog"}
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     drawn = draw(tokenizer, path, "{q} ", completion="{a}", evaluate=True, max_seq_length=20)
-    assert numbers(drawn.held_out) == [*order[-6:-3], order[-2]]
+    assert numbers(drawn.held_out) == [*order[-8:-3], order[-2]]  # six, as of 30 good rows
     for number in (*order[:-6], order[-3]):
         rows[number] = {"q": None, "a": None}
     drawn = draw(tokenizer, write_jsonl(path, rows), "{q} ", completion="{a}", evaluate=True, max_seq_length=20)

@@ -156,8 +156,11 @@ def _mean(values: Tensor) -> Measure:
 
 
 def _measure(mean: float, stderr: float, bias: float = 0.0) -> Measure:
-    """A measure whose standard error over rows is `stderr`, and that may be off by `bias`."""
-    return Measure(mean=mean, stderr=math.hypot(stderr, bias) if math.isfinite(stderr) else None)
+    """A measure whose standard error over rows is `stderr`, and that may be off by `bias`.
+
+    The estimate of the bias hangs on single rows, so it counts at most as much as the standard error.
+    """
+    return Measure(mean=mean, stderr=math.hypot(stderr, min(bias, stderr)) if math.isfinite(stderr) else None)
 
 
 def solve_identity(layout: Layout) -> dict[str, str]:

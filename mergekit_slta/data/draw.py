@@ -62,15 +62,16 @@ class RowSource:
     def held_out(self) -> tuple[Row, ...]:
         """The rows that are never fitted: of the seeded permutation the last fifth, at most `MAX_HELD_OUT` rows.
 
-        Rows that cannot be used, and rows without an answer, are left out. Empty if the recipe evaluates nothing, or
-        there are fewer than `MIN_HELD_OUT`.
+        Rows before them take the place of rows that cannot be used or have no answer, from the second half of the
+        permutation. Empty if the recipe evaluates nothing, or there are fewer than `MIN_HELD_OUT`.
         """
         found: list[Row] = []
         if not self._settings.evaluate:
             return ()
-        last = self._numbers[: -(len(self._numbers) // HELD_OUT_SHARE) - 1 : -1]
+        wanted = min(MAX_HELD_OUT, len(self._numbers) // HELD_OUT_SHARE)
+        last = self._numbers[: -(len(self._numbers) // 2) - 1 : -1]
         for number in map(int, last[: MAX_UNUSABLE + MAX_HELD_OUT]):
-            if len(found) == MAX_HELD_OUT:
+            if len(found) == wanted:
                 break
             with suppress(DataError):
                 row, _ = self._tokenized(number)

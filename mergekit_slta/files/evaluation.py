@@ -182,7 +182,7 @@ EVALUATION_HEADER = ("rows", "divergence", "of the base", "share left", "loss", 
 
 def evaluation_cells(task: TaskEvaluation) -> list[str]:
     """The cells of a task in a table, without its model."""
-    share = task.share and Measure(mean=100 * task.share.mean, stderr=task.share.stderr and 100 * task.share.stderr)
+    share = task.share and percent(task.share)
     return [
         str(len(task.rows)),
         _cell(task.divergence),
@@ -192,10 +192,19 @@ def evaluation_cells(task: TaskEvaluation) -> list[str]:
     ]
 
 
+FEW_ROWS = 5
+"""With fewer measured rows of a task, neither the choice of the merge nor the errors can be relied on."""
+
+
 def evaluation_note(evaluation: Evaluation) -> str:
     """How the evaluation was measured."""
     chosen = ", and counts that these rows chose the merge" if evaluation.merge > 1 or evaluation.trials else ""
     return f"± is one standard error over rows{chosen}; measured at lambda {evaluation.scale:g}"
+
+
+def percent(share: Measure) -> Measure:
+    """A share in percent."""
+    return Measure(mean=100 * share.mean, stderr=share.stderr and 100 * share.stderr)
 
 
 def _cell(measure: Measure) -> str:
@@ -203,12 +212,25 @@ def _cell(measure: Measure) -> str:
 
 
 def describe_flags(evaluation: Evaluation | None, name: Callable[[str], str] = show) -> list[str]:
-    """One line for each flagged task, for a warning or a card; `name` formats the name of its model."""
+    """Lines about a merge that is the base, about few measured rows, and about each flagged task, for a warning or a
+    card; `name` formats the name of a model."""
+    if evaluation is None:
+        return []
     lines = []
-    for task in evaluation.tasks if evaluation is not None else ():
+    if evaluation.points[evaluation.merge].name == "base":
+        lines.append(
+            "the merge is the base: no other model was nearer to the experts on held-out rows; give more rows, or "
+            "leave an expert out"
+        )
+    if few := [task for task in evaluation.tasks if len(task.rows) < FEW_ROWS]:
+        lines.append(
+            f"{', '.join(name(task.model) for task in few)}: measured on {min(len(task.rows) for task in few)} rows: "
+            "neither the choice of the merge nor the errors can be relied on; give 50 or more rows"
+        )
+    for task in evaluation.tasks:
         if WORSE_THAN_BASE in task.flags and WEAK_EXPERT not in task.flags and task.share is not None:
             lines.append(
-                f"{name(task.model)}: the merge is worse than the base at this task: {100 * task.share.mean:.0f}% of "
+                f"{name(task.model)}: the merge is worse than the base at this task: {_cell(percent(task.share))}% of "
                 "the base's divergence from the expert is left on held-out rows; raise its `importance`, give more "
                 "rows, or leave an expert out"
             )
