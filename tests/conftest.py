@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from wording import WORDING
+from zoo import ZOO
 
 from mergekit_slta import Alphas
 from mergekit_slta.cli import main as cli
@@ -243,6 +245,38 @@ def trained(
         model.save_pretrained(paths[-1])
         tokenizer.save_pretrained(paths[-1])
     return Models(folder, paths[0], (paths[1],), models.datasets[:1])
+
+
+@pytest.fixture(scope="session")
+def specimen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
+    """Checkpoints of a species of the zoo: a base and two experts, every tensor moved, norms too."""
+
+    @functools.cache
+    def make(name: str, **changes: int) -> Models:
+        folder = tmp_path_factory.mktemp(name)
+        species = ZOO[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = transformers.AutoModelForCausalLM.from_config(species.kind(**{**species.settings, **changes}))
+            for parameter in base.parameters():
+                if parameter.dim() == 1:
+                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
+                else:
+                    parameter.data.copy_(torch.randn_like(parameter) * 0.1)
+        tokenizer = make_tokenizer()
+        paths, datasets = [], []
+        for number in range(3):
+            path = folder / f"model{number}"
+            model = base if number == 0 else perturbed(base, number)
+            model.save_pretrained(path, max_shard_size="60KB")
+            tokenizer.save_pretrained(path)
+            paths.append(path)
+            if number:
+                datasets.append(folder / f"task{number}.jsonl")
+                write_rows(datasets[-1], number)
+        return Models(folder, paths[0], tuple(paths[1:]), tuple(datasets))
+
+    return make
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def document(**changes) -> str:
         ({"calibration": {"tasks": 3}}, "damaged-file", "the calibration's tasks"),
         ({"calibration": {"tasks": [{"flags": []}]}}, "damaged-file", "the calibration's tasks"),
         ({"calibration": {"tasks": [{"model": "x", "flags": 1}]}}, "damaged-file", "the calibration's tasks"),
-        ({"evaluation": evaluated("y")}, "damaged-file", "the evaluation's tasks are not the models"),
+        ({"evaluation": evaluated("y")}, "damaged-file", "the evaluation's tasks are not the experts"),
         ({"evaluation": evaluated("x", merge=2)}, "damaged-file", "the evaluation's merge is none of its points"),
         ({"evaluation": evaluated("x", merge=-1)}, "damaged-file", "the evaluation's merge is none of its points"),
         ({"evaluation": evaluated("x", points=[])}, "damaged-file", "the evaluation's merge is none of its points"),

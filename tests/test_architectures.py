@@ -3,13 +3,12 @@ swaps tensors inside whole models, ownership against gradients, and a stock merg
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, slta, write_rows
+from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch.func import functional_call
@@ -26,38 +25,6 @@ from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import ForwardState
 
 pytestmark = pytest.mark.zoo
-
-
-@pytest.fixture(scope="session")
-def specimen(tmp_path_factory):
-    """Checkpoints of a species: a base and two experts, every tensor moved, norms too."""
-
-    @functools.cache
-    def make(name: str, **changes: int) -> Models:
-        folder = tmp_path_factory.mktemp(name)
-        species = ZOO[name]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            base = AutoModelForCausalLM.from_config(species.kind(**{**species.settings, **changes}))
-            for parameter in base.parameters():
-                if parameter.dim() == 1:
-                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
-                else:
-                    parameter.data.copy_(torch.randn_like(parameter) * 0.1)
-        tokenizer = make_tokenizer()
-        paths, datasets = [], []
-        for number in range(3):
-            path = folder / f"model{number}"
-            model = base if number == 0 else perturbed(base, number)
-            model.save_pretrained(path, max_shard_size="60KB")
-            tokenizer.save_pretrained(path)
-            paths.append(path)
-            if number:
-                datasets.append(folder / f"task{number}.jsonl")
-                write_rows(datasets[-1], number)
-        return Models(folder, paths[0], tuple(paths[1:]), tuple(datasets))
-
-    return make
 
 
 def job_of(models: Models, **parameters: object):

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import assert_applied, assert_refused, mergekit_yaml, slta
-from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_architectures import job_of
 from whole_models import assert_close, expert_slopes, loss, whole_model
 from zoo import ZOO
 
@@ -30,7 +30,7 @@ def at_experts(models, **settings):
 @pytest.mark.zoo
 @pytest.mark.parametrize("granularity", ["attn_mlp", "linear"])
 @pytest.mark.parametrize("name", ZOO)
-def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
+def test_slopes_equal_autograd(specimen, name, granularity):
     models = specimen(name)
     job = at_experts(models, granularity=granularity)
     found = gather_statistics(job)
@@ -46,7 +46,7 @@ def test_slopes_equal_autograd(specimen, name, granularity):  # noqa: F811
         *((name, "head_mlp") for name in ("llama", "qwen3", "phi3", "gpt2", "gpt_neox")),
     ],
 )
-def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa: F811
+def test_other_granularities(specimen, monkeypatch, name, granularity):
     """In blocks that are smaller than the tensors, and that heads' slices begin and end within."""
     monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 100)
     models = specimen(name)
@@ -55,7 +55,7 @@ def test_other_granularities(specimen, monkeypatch, name, granularity):  # noqa:
     assert_close({key: slopes[:, 0] for key, slopes in found.items()}, expert_slopes(models, job))
 
 
-def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):  # noqa: F811
+def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):
     """Slopes of drawn labels are those of exactly these labels, whatever the number of positions in memory."""
     models = specimen("llama")
     job = at_experts(models, label_samples=3)
@@ -110,7 +110,7 @@ def test_labels_depend_on_the_seed_and_the_tokens_only():
     assert label_uniforms(Example(row, 1), 0, 42) is None
 
 
-def test_rows_with_equal_tokens_are_one_group(specimen, tmp_path):  # noqa: F811
+def test_rows_with_equal_tokens_are_one_group(specimen, tmp_path):
     """Of one task or of several, whatever their numbers; each has labels of its own."""
     models = specimen("llama")
     lines = models.datasets[0].read_text().splitlines()[:3]
@@ -127,7 +127,7 @@ def test_rows_with_equal_tokens_are_one_group(specimen, tmp_path):  # noqa: F811
     assert sorted(example.repeat for example in examples) == [0, 0, 0, 1, 1, 1, 2]
 
 
-def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
+def test_small_steps_change_the_loss_as_predicted(specimen):
     """d loss along any mixture of the experts' changes of single submodules is what the slopes say."""
     models = specimen("qwen3")
     job = at_experts(models)
@@ -153,7 +153,7 @@ def test_small_steps_change_the_loss_as_predicted(specimen):  # noqa: F811
         assert (losses[0] - losses[1]) / 1e-3 == pytest.approx(predicted, rel=5e-3, abs=2e-3)
 
 
-def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):  # noqa: F811
+def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):
     """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
     job = job_of(specimen("llama"), objective="joint", steps=0, num_samples=6, max_seq_length=24)
     alphas = solve_job(job, gather_statistics(job))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_architectures import job_of
 
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.calibration.evaluate import evaluate
@@ -59,7 +59,7 @@ class Counted:
             self.passes += 2 * len(outputs) * counts["backward"]
             return grad(outputs, *arguments, **settings)
 
-        features = joint_search._features_point
+        features = joint_search.features_point
 
         def features_point(job, *arguments):
             self.passes += len(job.plan.models) * sum(len(example.row.ids) for example in job.examples(0))
@@ -87,7 +87,7 @@ class Counted:
             patch.setattr(torch.autograd, "grad", counted_grad)
             patch.setattr(Checkpoints, "raw", counted_raw)
             patch.setattr(ResumeStore, "put", watched)
-            patch.setattr(joint_search, "_features_point", features_point)
+            patch.setattr(joint_search, "features_point", features_point)
             hook = module.register_forward_pre_hook(forward)
             store.open()
             alphas = solve_job(job, gather_statistics(job, store))
@@ -107,7 +107,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
-def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_path, settings):  # noqa: F811
+def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_path, settings):
     """Where all steps are made, an estimate is what happens: to the token, the reading and the byte."""
     job = job_of(with_rows(specimen("qwen3")), **{"granularity": "attn_mlp", **settings})
     told = estimate_gradients(job)
@@ -122,7 +122,7 @@ def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_
     assert "None" not in lines
 
 
-def test_costs_without_held_out_rows_are_those_of_features(specimen, monkeypatch, tmp_path):  # noqa: F811
+def test_costs_without_held_out_rows_are_those_of_features(specimen, monkeypatch, tmp_path):
     job = job_of(specimen("qwen3"), granularity="attn_mlp", **JOINT)
     assert not job.held_out_examples()
     told, counted = estimate_gradients(job), Counted(job, monkeypatch, tmp_path / ".partial")
@@ -135,7 +135,7 @@ def test_costs_without_held_out_rows_are_those_of_features(specimen, monkeypatch
 
 
 @pytest.mark.parametrize("inputs", ["base", "merged"])
-def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tmp_path, inputs):  # noqa: F811
+def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tmp_path, inputs):
     """Beside those of `features`: the held-out rows run through base, merge and their expert, in one more reading."""
     job = job_of(with_rows(specimen("qwen3")), granularity="attn_mlp", inputs=inputs, evaluate=True)
     tokens = sum(len(example.row.ids) for example in job.held_out_examples())
@@ -151,7 +151,7 @@ def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tm
     assert told.read_bytes - without.read_bytes == total_bytes(job.plan)
 
 
-def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # noqa: F811
+def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):
     """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
     models = specimen("qwen3")
     jobs = [
@@ -168,7 +168,7 @@ def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):  # n
     assert estimate_gradients(jobs[1]).peak_bytes == int(costs.MEMORY_MARGIN * (1000 * draws**2 * 8 + slopes))
 
 
-def test_memory_of_a_solve_is_that_of_the_rows_of_all_steps(specimen, with_rows, monkeypatch):  # noqa: F811
+def test_memory_of_a_solve_is_that_of_the_rows_of_all_steps(specimen, with_rows, monkeypatch):
     """Also where steps take the same rows again."""
     models = with_rows(specimen("qwen3"))
     monkeypatch.setattr(costs, "SOLVE_MATRICES", 10**9)

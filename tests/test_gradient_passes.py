@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import read, refused
 from mergekit.options import MergeOptions
-from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_architectures import job_of
 from whole_models import assert_close, divergence, loss, merged_model, models_of, slopes_of
 from zoo import ZOO
 
@@ -50,7 +50,7 @@ def some_point(job, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("name", "granularity"), [*((name, "attn_mlp") for name in ZOO), ("qwen3", "head_mlp"), ("llama", "model")]
 )
-def test_derivatives_and_measurements_equal_whole_models(specimen, monkeypatch, name, granularity):  # noqa: F811
+def test_derivatives_and_measurements_equal_whole_models(specimen, monkeypatch, name, granularity):
     """At a merged model: derivatives of the divergence and of a loss with known labels. Divergences and losses of the
     base and of two merged models."""
     monkeypatch.setattr(head_loss, "label_uniforms", lambda *_: None)  # the rows' own tokens
@@ -121,7 +121,7 @@ def test_rows_without_an_answer_have_no_divergence(tiny, options):
 
 
 @torch.no_grad()
-def test_a_trial_may_explode(specimen):  # noqa: F811
+def test_a_trial_may_explode(specimen):
     """Weights far from every model: infinite results, beside the others' own ones. In a pass that is not a trial they
     are an error."""
     job = stepping(specimen("llama"))
@@ -138,7 +138,7 @@ def test_a_trial_may_explode(specimen):  # noqa: F811
 
 
 @torch.no_grad()
-def test_experts_run_once(specimen, monkeypatch):  # noqa: F811
+def test_experts_run_once(specimen, monkeypatch):
     """A second measurement of the same rows has their outputs."""
     job = stepping(specimen("llama"))
     examples, layer, calls = job.examples(), Skeleton.layer, []
@@ -193,7 +193,7 @@ class Share:
 
 
 @torch.no_grad()
-def test_processes_share_the_rows(specimen):  # noqa: F811
+def test_processes_share_the_rows(specimen):
     """Two halves add up to the whole: what is found for a row does not depend on who computes it."""
     job = stepping(specimen("llama"), num_samples=3)
     examples, points = job.examples(), [None, some_point(job)]
@@ -216,7 +216,7 @@ def test_processes_share_the_rows(specimen):  # noqa: F811
             )
 
 
-def test_activations_go_to_temporary_files_beyond_a_bound(specimen, with_rows, monkeypatch):  # noqa: F811
+def test_activations_go_to_temporary_files_beyond_a_bound(specimen, with_rows, monkeypatch):
     """With nothing to keep unfinished work in, memory still ends at a bound; nothing is left behind."""
     job = stepping(with_rows(specimen("llama")))
     whole = gather_statistics(job)
@@ -277,7 +277,7 @@ def resumed(job, folder: Path) -> Statistics:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_goes_on_where_it_was_stopped(specimen, with_rows, tmp_path, steps):  # noqa: F811
+def test_goes_on_where_it_was_stopped(specimen, with_rows, tmp_path, steps):
     """Stopped after every part of every pass in turn: each is computed once, and the rest gives the same bits."""
     job = stepping(with_rows(specimen("qwen3")), steps=steps)
     whole = gather_statistics(job)
@@ -298,7 +298,7 @@ def test_goes_on_where_it_was_stopped(specimen, with_rows, tmp_path, steps):  # 
 
 
 @pytest.mark.parametrize("calls", [9, 40, 75, 130])
-def test_goes_on_in_the_middle_of_a_pass(specimen, with_rows, tmp_path, monkeypatch, calls):  # noqa: F811
+def test_goes_on_in_the_middle_of_a_pass(specimen, with_rows, tmp_path, monkeypatch, calls):
     """Killed within a layer, forward or backward: the same bits, from features that are kept."""
     job = stepping(with_rows(specimen("llama")), steps=2)
     layer, done = Skeleton.layer, []
@@ -321,7 +321,7 @@ def test_goes_on_in_the_middle_of_a_pass(specimen, with_rows, tmp_path, monkeypa
     assert not list(folder.glob("*activations"))
 
 
-def test_a_damaged_part_is_computed_again(specimen, tmp_path):  # noqa: F811
+def test_a_damaged_part_is_computed_again(specimen, tmp_path):
     """With all layers behind the forward pass, whose features are still there."""
     job = stepping(specimen("qwen3"), steps=0)
     whole = gather_statistics(job)

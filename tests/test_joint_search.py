@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_applied, assert_refused, mergekit_yaml, read, slta
 from mergekit.options import MergeOptions
-from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_architectures import job_of
 from test_gauss_newton import as_array
 from test_gauss_newton import reference as normal_equations
 
@@ -25,7 +25,7 @@ from mergekit_slta.runner.lanes import Measured
 
 
 @pytest.fixture
-def searching(specimen, with_rows):  # noqa: F811
+def searching(specimen, with_rows):
     """Make a joint job with 20 rows per task: 16 to fit, and 4 that are held out, 2 of which choose."""
 
     def make(**settings):
@@ -396,7 +396,7 @@ def test_auto_goes_on_while_steps_gain(searching, search):
     assert len(land.fitted) == len(steps_of(alphas)) == MAX_STEPS == 12
 
 
-def test_nothing_is_left_to_gain_at_an_expert(specimen, with_rows):  # noqa: F811
+def test_nothing_is_left_to_gain_at_an_expert(specimen, with_rows):
     """A single expert: the average is the expert, and there is no step."""
     models = with_rows(specimen("llama"))
     recipe = models.recipe(1, objective="joint", granularity="attn_mlp", num_samples=2, max_seq_length=12)

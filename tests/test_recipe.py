@@ -31,7 +31,8 @@ def test_defaults_are_the_tables():
     """A recipe without shared keys has the documented defaults."""
     shared = {
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
-        "objective": "features", "ridge": 0.0, "evaluate": False, "compute_dtype": "float32", "alphas": None,
+        "objective": "features", "ridge": 0.0, "evaluate": False, "direction": "none",
+        "compute_dtype": "float32", "alphas": None,
     }  # fmt: skip
     features = read().settings
     assert features.model_dump(exclude={"own", "stated"}) == shared
@@ -46,7 +47,7 @@ def test_defaults_are_the_tables():
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
     keys = ("dataset", "dataset_config", "split", "text", "completion", "completion_eos", "chat_template", "importance")
-    assert keys == TASK_KEYS
+    assert ("role", *keys) == TASK_KEYS
     assert "lambda" in SHARED_KEYS
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import FORMATS, Models, mergekit_yaml, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from test_architectures import job_of, specimen  # noqa: F401 - a fixture
+from test_architectures import job_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, 
     assert found.losses.shape == (4, len(found.by_submodule["embed"]) + 1)
     torch.testing.assert_close(found.losses_of_base_and_expert, expected, rtol=1e-5, atol=1e-5)
     for task in solve_job(job, found).calibration["tasks"]:
-        place = job.expert_names.index(task["model"])
+        place = job.model_names.index(task["model"])
         means = expected[found.row_task == place].mean(0).tolist()
         assert [task["loss_base"], task["loss_expert"]] == pytest.approx(means, rel=1e-5)
 
@@ -89,7 +89,7 @@ def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, 
     [("cohere", "attn_mlp"), ("falcon_7b", "head_mlp"), ("gpt_neox", "attn_mlp"), ("mixtral", "linear"),
      ("qwen3_moe", "attn_mlp"), ("gemma3", "layer"), ("cohere", "linear"), ("gpt2", "linear")],
 )  # fmt: skip
-def test_losses_of_other_architectures(specimen, objective, name, granularity):  # noqa: F811
+def test_losses_of_other_architectures(specimen, objective, name, granularity):
     """Parallel blocks, shared norms, mixtures of experts, a scaled head; whole rows where no answer is known."""
     models = specimen(name)
     steps = {"steps": 0} if objective == "joint" else {}

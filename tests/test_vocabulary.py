@@ -101,7 +101,7 @@ def test_the_top_level_key_and_the_export(family, write_recipe, tmp_path, monkey
     result = mergekit_yaml(write_recipe(recipe, "other.yml"), tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "Reusing the alphas" in result.output
-    text, _, _ = export(tmp_path / "alphas.json", path)
+    text = export(tmp_path / "alphas.json", path).text
     assert yaml.safe_load(text)["tokenizer_source"] == str(family.folder / "expert2")
 
 

@@ -15,7 +15,8 @@ WORDING: dict[str, str] = {
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text`, .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
-    r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective))",
+    r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective|: drop `\w+`)"
+    r"|.+ has `role: direction`, and .+: (drop `\w+`|leave the model out, or change `objective`))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
     r"|holds .+, (which its index does not list|and so does .+)); fetch it again",
@@ -31,7 +32,8 @@ WORDING: dict[str, str] = {
     r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`)",
     "disk-full": r"(needs .+ GiB.* and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
-    "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight)",
+    "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight"
+    r"|a model is named .+, as the direction is: give its folder another name)",
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
     r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
@@ -62,7 +64,8 @@ WORDING: dict[str, str] = {
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
     "missing-dataset": r".+ has no `dataset`: name its calibration rows, or an existing file with `alphas`",
-    "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them)",
+    "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them"
+    r"|combines experts, and there is one: add another, or (set `direction: none`|change `objective`))",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
     "missing-model": r"(there is no model folder .+(; paths start at the current one|: check the path or id; to read a)"
@@ -75,7 +78,8 @@ WORDING: dict[str, str] = {
     r"|`tokenizer.tokens` has no `source` for .+: name one of .+)",
     "model-and-adapter": r".+ holds a model \(.+\) and an adapter \(.+\), .+: write `.+\+.+` for both, or move the",
     "name-taken": r"the name \w+ is already registered with mergekit .+ by .+: uninstall one of the two",
-    "needs-calibration": r"with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate",
+    "needs-calibration": r"(with `\w+: .+` the statistics themselves depend on `.+`: change the recipe and calibrate"
+    r"|`direction: .+` is computed from all experts: leave it out, too .+, or calibrate without the expert)",
     "no-access": r"(.+ is gated: ask for access at .+, then log in with `hf auth login` or set HF_TOKEN"
     r"|the Hub refuses to give .+: HF_TOKEN has expired or lacks the right to read .+; make a new one)",
     "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
@@ -102,6 +106,7 @@ WORDING: dict[str, str] = {
     "other-method": r"merge_method is '.*', and this command runs '\w+' recipes only: use `mergekit-yaml` for others",
     "out-of-memory": r"out of memory on .+ \(.*\): lower `\w+` \(\d+\) .*or choose another --device",
     "output-is-an-input": r"(is one of the models to merge: name another folder|is an input of this command: name)",
+    "output-needed": r"the merge has the direction .+, which is written as a checkpoint .+: name the recipe with -o",
     "path-in-the-way": r".+ is in the way of unfinished work: move it",
     "plan-does-not-fit": r"mergekit (would drop .+ of .+|plans to merge .+, which .+ does not have): .+; try a newer",
     "processes-differ": r"process \d+ sees other models or data than the first one: give all the same files and",

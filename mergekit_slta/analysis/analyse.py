@@ -49,8 +49,15 @@ _IRRELEVANT = {"granularity", "objective", "balance", "ridge", "seed"}
 
 
 def for_linearity(recipe: Recipe) -> Recipe:
-    """Return the recipe without its objective's own keys. Nothing is solved, so each task's rows are drawn once."""
-    return recipe.model_copy(update={"settings": recipe.settings.model_copy(update={"own": ObjectiveSettings()})})
+    """Return the recipe without its objective's own keys, and without directions.
+
+    Nothing is solved, so each task's rows are drawn once, and only experts are measured.
+    """
+    settings = recipe.settings.model_copy(update={"own": ObjectiveSettings(), "direction": "none"})
+    config = recipe.config.model_copy(
+        update={"models": [entry for entry in recipe.config.models or [] if entry.model not in recipe.directions]}
+    )
+    return recipe.model_copy(update={"settings": settings, "directions": (), "config": config})
 
 
 def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearity, bool]:

@@ -55,6 +55,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
         granularity=layout.granularity,
         base_model=layout.base_model,
         models=layout.models,
+        directions=layout.directions,
         submodules=solved.entries,
         copied=layout.copied,
         calibration={
@@ -63,7 +64,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
             "balance": solve.balance,
             "ridge": solve.ridge,
             **chosen,
-            "importance": {name: solve.importance[name] for name in layout.models},
+            "importance": {name: solve.importance[name] for name in layout.models if name in solve.importance},
             **({"far_from_base": layout.far_from_base} if layout.far_from_base else {}),
         },
         evaluation=evaluation,
@@ -74,7 +75,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
 def warn_of_quality(alphas: Alphas) -> None:
     """Warn of experts that are no better than the base on the rows of their own task, and of tasks at which the merge
     is worse than the base."""
-    for line in (*describe_no_better(alphas.calibration), *describe_flags(alphas.evaluation)):
+    for line in (*describe_no_better(alphas.calibration), *describe_flags(alphas.evaluation, fitted=alphas.is_fitted)):
         LOG.warning("%s", line)
 
 
@@ -117,13 +118,14 @@ def evaluation_of(
         raise AlphasError("the statistics lack the divergences: calibrate again", code="incomplete-statistics")
     task = statistics.row_task
     scales, weak = task_scales(
-        divergences[:, 0], task, statistics.num_models, tokens=statistics.tokens, balance=layout.solve.balance
+        divergences[:, 0], task, len(layout.experts), tokens=statistics.tokens, balance=layout.solve.balance
     )
     weighted = weighted_divergence(divergences.T, task, scales, layout.importance).tolist()
     numbers = {entry.model: entry.acceptance for entry in layout.tasks}
     tasks = []
-    for name, place in zip(layout.models, layout.order, strict=True):
-        own = task == place
+    places = [place for place in layout.order if place < len(layout.experts)]  # in the order of the file
+    for place in places:
+        name, own = layout.canonical[place], task == place
         base, merged = divergences[own, 0], divergences[own, merge]
         worse = bool(merged.mean() > base.mean())
         chosen = optimism[place] if optimism else 0.0
@@ -143,7 +145,7 @@ def evaluation_of(
     measured = [
         MeasuredPoint(
             **point.model_dump(),
-            divergence=tuple(_mean(divergences[task == place, number]) for place in layout.order),
+            divergence=tuple(_mean(divergences[task == place, number]) for place in places),
             weighted=weighted[number],
         )
         for number, point in enumerate(points)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +25,7 @@ from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import hash_identity
 from mergekit_slta.files.layout import KEY, Layout
 from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.job.direction import with_direction
 from mergekit_slta.job.identity import statistics_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
@@ -62,7 +64,8 @@ def calibrate(
         )
     read = recipe if isinstance(recipe, Recipe) else read_recipe(as_config(recipe))
     job = prepare(read, options or MergeOptions(quiet=True), for_merge=False)
-    alphas = evaluate(job, solve_job(job, gather_statistics(job)))
+    with with_direction(job) if job.recipe.settings.needs_rows else nullcontext(job) as ready:
+        alphas = evaluate(ready, solve_job(ready, gather_statistics(ready)))
     warn_of_quality(alphas)
     return alphas
 
@@ -84,7 +87,8 @@ def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks 
         DataError: an expert without rows.
         ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
     """
-    job.check_rows()
+    if job.recipe.settings.needs_rows:
+        job.check_rows()
     far = far_from_base(job) if ranks.is_first else {}
     for line in describe_far({"far_from_base": far}):
         LOG.warning("%s", line)
@@ -137,15 +141,16 @@ def far_from_base(job: Job) -> dict[str, float]:
     checkpoints = job.checkpoints()
 
     def squared_norms(name: str) -> Tensor:
-        """Squared norms of the base's tensor and of every expert's task vector, [T + 1] float64."""
-        base, *experts = (weights[name] for weights in checkpoints.load([name]))
+        """Squared norms of the base's tensor and of every model's task vector, float64."""
+        base, *experts = (weights[name] for weights in checkpoints.load([name], range(1 + len(models))))
         parts = [base, *(expert - base for expert in experts)]
         return torch.tensor([float(part.float().square().sum()) for part in parts], dtype=torch.float64)
 
-    squares = torch.zeros(len(job.plan.models), dtype=torch.float64)
+    models = job.plan.models[1:]
+    squares = torch.zeros(1 + len(models), dtype=torch.float64)
     for name in job.plan.tensors:
         if name.startswith(prefix) and len(job.skeleton.shapes.get(name, ())) > 1:
             squares += squared_norms(name)
     shares = (squares[1:] / max(float(squares[0]), 1e-30)).sqrt().tolist()
-    found = {job.recipe.label(model): share for model, share in zip(job.experts, shares, strict=True)}
+    found = {job.recipe.label(model): share for model, share in zip(models, shares, strict=True)}
     return {name: share for name, share in found.items() if share > MAX_RELATIVE_DISTANCE}

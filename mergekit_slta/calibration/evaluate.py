@@ -55,7 +55,7 @@ def evaluate(job: Job, alphas: Alphas) -> Alphas:
     ):
         measured = passes.measure("", held_out, [None, alpha])
     found = Statistics(
-        row_tasks(held_out), len(job.experts), form="point", divergences=measured.divergences,
+        row_tasks(held_out), len(job.labels), form="point", divergences=measured.divergences,
         tokens=answer_tokens(held_out),
         losses=measured.losses_per_token(held_out),
     )  # fmt: skip

@@ -18,10 +18,12 @@ from pydantic import ValidationError
 from mergekit_slta.calibration.assemble import assemble, warn_of_quality
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
-from mergekit_slta.files.identity import held_out_label, importance_label, rows_label, weights_label
+from mergekit_slta.files.identity import held_out_label, importance_label, role_label, rows_label, weights_label
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.statistics_file import Statistics
+
+_DIRECTION = {"role": "direction"}
 
 
 def solve_again(
@@ -42,7 +44,8 @@ def solve_again(
         importance: model -> w_t; a model is named as in the recipe, or by the last part of its path.
         balance: True for Eq. 33-34, False for Eq. 14.
         rows: use only the first `rows` rows of each task, as a calibration with `num_samples: rows` does.
-        without: experts to leave out with their tasks, as if they had not been calibrated; named as in `importance`.
+        without: experts (with their tasks) and directions to leave out, as if they had not been calibrated; named as in
+            `importance`.
         source: name of the statistics file, if the alphas are to be saved beside it.
 
     Raises:
@@ -62,7 +65,7 @@ def solve_again(
             raise RecipeError(
                 f"`importance` of {show(given)} is {show(weight)}: give a positive number", code="invalid-value"
             )
-        weights[_model(given, layout.models, "`importance`")] = weight
+        weights[_model(given, layout.experts, "`importance`")] = weight
     if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
         raise RecipeError(f"`ridge` is {show(ridge)}: give a number of 0 or more", code="invalid-value")
     chosen = {
@@ -117,8 +120,13 @@ def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = (), sca
     given = {"alphas": str(path), "ridge": used["ridge"], "balance": used["balance"]}
     given |= {"num_samples": used["num_samples"]} if "num_samples" in used else {}
     given |= {"lambda": scale} if scale != 1.0 else {}
+    given |= {"direction": alphas.closed_form.model} if alphas.closed_form else {}
     content = {
-        "models": [{"model": name, "parameters": {"importance": importance[name]}} for name in alphas.models],
+        "models": [
+            {"model": name, "parameters": {"importance": importance[name]} if name in importance else _DIRECTION}
+            for name in alphas.models
+            if alphas.closed_form is None or name != alphas.closed_form.model
+        ],
         "parameters": {key: value for key, value in given.items() if value is not None},
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**20)
@@ -146,26 +154,40 @@ def _leave_out(statistics: Statistics, layout: Layout, dropped: set[str]) -> tup
     Drops the rows of these experts, and their rows and columns of every matrix. The rest does not depend on them.
     """
     kept = [place for place, name in enumerate(layout.canonical) if name not in dropped]
-    if not kept:
+    directions = tuple(part for part in layout.directions if part.model not in dropped)
+    if dropped.issuperset(layout.experts):
         raise RecipeError(
-            f"--without leaves out all of {listing(layout.models)}: keep one of them", code="missing-expert"
+            f"--without leaves out all of {listing(layout.experts)}: keep one of them", code="missing-expert"
+        )
+    form = next((part.model for part in directions if part.closed_form), None)
+    if form is not None and not dropped.isdisjoint(layout.experts):
+        raise RecipeError(
+            f"`direction: {form}` is computed from all experts: leave it out, too (--without {form}), or calibrate "
+            "without the expert",
+            code="needs-calibration",
         )
     own = statistics.select(torch.isin(statistics.row_task, torch.tensor(kept)))
     renumbered = torch.tensor([kept.index(place) if place in kept else -1 for place in range(statistics.num_models)])
     matrices = {name: matrix[..., kept] for name, matrix in own.by_submodule.items()}
     if statistics.form == "gram":
         matrices = {name: matrix[:, kept] for name, matrix in matrices.items()}
-    lost = {label(name) for label in (rows_label, held_out_label, importance_label, weights_label) for name in dropped}
+    lost = {
+        label(name)
+        for label in (rows_label, held_out_label, importance_label, weights_label, role_label)
+        for name in dropped
+    }
     fewer = layout.model_copy(
         update={
             "models": tuple(name for name in layout.models if name not in dropped),
             "canonical": tuple(name for name in layout.canonical if name not in dropped),
+            "directions": directions,
             "tasks": tuple(task for task in layout.tasks if task.model not in dropped),
             "solve": layout.solve.model_copy(
                 update={"importance": {k: v for k, v in layout.solve.importance.items() if k not in dropped}}
             ),
             "far_from_base": {name: far for name, far in layout.far_from_base.items() if name not in dropped},
-            "identity": {label: value for label, value in layout.identity.items() if label not in lost},
+            "identity": {label: value for label, value in layout.identity.items() if label not in lost}
+            | ({} if form or not layout.closed_form else {"direction": "none"}),
         }
     )
     task = renumbered[own.row_task]

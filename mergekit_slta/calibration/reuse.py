@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mergekit_slta.calibration.assemble import warn_of_quality
@@ -27,10 +27,11 @@ from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import describe, differences
 from mergekit_slta.files.inside import statistics_of
 from mergekit_slta.files.json_file import OTHER_VERSION
-from mergekit_slta.files.names import ALPHAS_NAME, resume_folder
+from mergekit_slta.files.names import ALPHAS_NAME, direction_folder, resume_folder
 from mergekit_slta.files.output_folder import free_bytes
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.files.targets import check_alphas_target, write_results
+from mergekit_slta.job.direction import with_direction
 from mergekit_slta.job.identity import ROW_SETTINGS
 from mergekit_slta.job.job import Job
 from mergekit_slta.objectives.registry import estimate
@@ -55,6 +56,7 @@ def reuse_or_calibrate(
     must_match: bool,
     verified: bool = False,
     resume: ResumeStore | None = None,
+    directions: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Alphas, Statistics | None]:
     """Get the alphas of a job: from a file that fits, else from the statistics beside a file, else from a calibration.
@@ -65,6 +67,7 @@ def reuse_or_calibrate(
         must_match: raise an error if the file exists and does not fit (because the recipe names it).
         verified: measure the residuals, too. A new calibration with `inputs: merged` always does.
         resume: unfinished work.
+        directions: folder for the tensors of a closed form, which stay there.
         ranks: processes that share a calibration.
 
     Returns:
@@ -87,6 +90,14 @@ def reuse_or_calibrate(
         if resume is not None:
             resume.lock()
 
+    stack = ExitStack()
+    ready: list[Job] = []
+
+    def job_with_direction(ranks: Ranks = ALONE) -> Job:
+        if not ready:
+            ready.append(stack.enter_context(with_direction(job, directions, ranks)))
+        return ready[0]
+
     def gather() -> Statistics:
         if resume is not None:
             resume.open()
@@ -94,22 +105,24 @@ def reuse_or_calibrate(
                 job.say(f"Resuming an earlier run: {len(resume.finished)} parts of the calibration are done")
         ranks.broadcast(True)  # the others wait in `help_calibrate`
         try:
-            return gather_statistics(job, resume, ranks)
+            return gather_statistics(job_with_direction(ranks) if settings.own.needs_rows else job, resume, ranks)
         except ModelError:  # a second run would fail at the same place
             if resume is not None:
                 resume.remove()
             raise
 
-    alphas, statistics = _reuse_or_calibrate(job, places, lock, gather, must_match=must_match)
-    fresh = statistics is not None and settings.own.inputs_are_merged
-    wanted = (verified or fresh) and not is_verified(alphas)
-    if wanted and statistics is None:
-        lock()
-        statistics = statistics_beside(job, places[0]) or gather()
-    ranks.broadcast(False)
-    if wanted and statistics is not None:
-        alphas = verify(job, alphas, statistics)
-    alphas = evaluate(job, alphas)
+    with stack:
+        alphas, statistics = _reuse_or_calibrate(job, places, lock, gather, must_match=must_match)
+        fresh = statistics is not None and settings.own.inputs_are_merged
+        wanted = (verified or fresh) and not is_verified(alphas)
+        if wanted and statistics is None:
+            lock()
+            statistics = statistics_beside(job, places[0]) or gather()
+        ranks.broadcast(False)
+        if wanted and statistics is not None:
+            alphas = verify(job_with_direction(), alphas, statistics)
+        if settings.evaluate and alphas.evaluation is None and None not in job.rows:
+            alphas = evaluate(job_with_direction(), alphas)
     warn_of_quality(alphas)
     return alphas, statistics
 
@@ -172,8 +185,11 @@ def help_calibrate(job: Job, ranks: Ranks, fingerprint: str) -> None:
             f"process {ranks.rank} sees other models or data than the first one: give all the same files and versions",
             code="processes-differ",
         )
-    while ranks.broadcast(None):
-        gather_statistics(job, None, ranks)
+    with ExitStack() as stack:
+        while ranks.broadcast(None):
+            if job.recipe.settings.own.needs_rows:
+                job = stack.enter_context(with_direction(job, None, ranks))
+            gather_statistics(job, None, ranks)
 
 
 def statistics_beside(job: Job, alphas: Path) -> Statistics | None:
@@ -278,7 +294,13 @@ def calibrate_to(job: Job, path: Path, *, verified: bool = False, ranks: Ranks =
     check_alphas_target(path)
     with resumable(job, path) as resume:
         alphas, statistics = reuse_or_calibrate(
-            job, [path], must_match=False, verified=verified, resume=resume, ranks=ranks
+            job,
+            [path],
+            must_match=False,
+            verified=verified,
+            resume=resume,
+            directions=direction_folder(path),
+            ranks=ranks,
         )
         if statistics is not None:
             write_results(alphas, statistics, path)

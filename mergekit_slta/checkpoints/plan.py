@@ -59,7 +59,7 @@ class Plan:
     """The tensors that mergekit will merge, and the tensors that the checkpoints hold.
 
     Attributes:
-        models: base first, then the experts in canonical order (sorted by the recipe's names).
+        models: base first, then the experts in canonical order (sorted by the recipe's names), then the directions.
         tensors: name in OUT -> planned tensor, in the plan's order.
         loaders: mergekit's lazy loaders of the models.
         stored: model -> tensor name in its checkpoint -> shape and dtype.
@@ -132,8 +132,13 @@ class Plan:
 
 
 def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
-    """Base first, then the experts sorted by name. Every computation uses this order, not the recipe's."""
-    return (recipe.base, *sorted((task.model for task in recipe.tasks), key=lambda model: recipe.names[model]))
+    """Base first, then the experts sorted by name, then the directions. Every computation uses this order, not the
+    recipe's."""
+    experts = [task.model for task in recipe.tasks]
+    return (
+        recipe.base,
+        *(model for part in (experts, recipe.directions) for model in sorted(part, key=recipe.names.get)),
+    )
 
 
 def make_plan(recipe: Recipe, options: MergeOptions, *, planning: bool = False) -> Plan:

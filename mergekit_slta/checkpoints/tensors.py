@@ -6,7 +6,7 @@ Scope: reading, casting, moving to the device. Nothing is cached except open sha
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import gather_from, run_task
-from mergekit_slta.models.skeleton import all_finite
+from mergekit_slta.maths.task_arithmetic import all_finite
 
 if TYPE_CHECKING:
     from mergekit_slta.libraries.mergekit import Task, TokenizerInfo
@@ -26,9 +26,10 @@ Weights = dict[str, Tensor]
 
 
 class Checkpoints:
-    """Tensors of the base and the experts.
+    """Tensors of the base, the experts, and the directions.
 
-    An argument `models` holds indices into the plan's models; None means all. Returned lists are in that order.
+    An argument `models` holds indices into the plan's models, then the closed form, if there is one; None means all.
+    Returned lists are in that order.
 
     Args:
         plan: mergekit's plan; its models are the base, then the experts in canonical order.
@@ -36,6 +37,7 @@ class Checkpoints:
         device: the device of the loaded tensors.
         dtype: the dtype of the loaded tensors.
         tokenizer: the output's tokenizer, if mergekit has already built it.
+        read_direction: name -> tensor of the closed form; None if there is none.
     """
 
     def __init__(
@@ -45,12 +47,19 @@ class Checkpoints:
         device: torch.device,
         dtype: torch.dtype,
         tokenizer: TokenizerInfo | None = None,
+        read_direction: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.plan = plan
         self.names = names
         self.device = device
         self.dtype = dtype
         self._tokenizer = tokenizer
+        self._read_direction = read_direction
+
+    @property
+    def num_models(self) -> int:
+        """Number of models, with the base."""
+        return len(self.plan.models) + (self._read_direction is not None)
 
     def raw(self, name: str, models: Sequence[int] | None = None) -> list[Tensor]:
         """Read one tensor of each model as the merge method gets it: in its own dtype, on the CPU, maybe memory-mapped.
@@ -58,8 +67,10 @@ class Checkpoints:
         Raises:
             ModelError: a model lacks it.
         """
-        chosen = [self.plan.models[number] for number in self._numbers(models)]
-        tensors = run_task(gather_from(self.plan.tensors[name].gather, chosen), self._build_tokenizer)
+        numbers = self._numbers(models)
+        chosen = self._stored(numbers)
+        gather = gather_from(self.plan.tensors[name].gather, chosen)
+        tensors = run_task(gather, self._build_tokenizer) if chosen else {}
         missing = [model for model in chosen if tensors.get(model) is None]
         if missing:
             raise ModelError(
@@ -67,7 +78,9 @@ class Checkpoints:
                 "all models of a merge need the same tensors",
                 code="missing-tensor",
             )
-        return [tensors[model] for model in chosen]
+        found = iter([tensors[model] for model in chosen])
+        read = self._read_direction or next  # never called without a closed form
+        return [next(found) if number < len(self.plan.models) else read(name) for number in numbers]
 
     def load(self, names: Sequence[str], models: Sequence[int] | None = None) -> list[Weights]:
         """Load the named tensors of each model, cast and on the device.
@@ -113,7 +126,7 @@ class Checkpoints:
         placed = tensor.to(device=self.device, dtype=self.dtype)
         if not all_finite(placed):
             raise ModelError(
-                f"{show(name)} of {show(self.names[self.plan.models[model]])} holds NaN or Inf: "
+                f"{show(name)} of {self._name(model)} holds NaN or Inf: "
                 "fetch that checkpoint again, or leave the model out",
                 code="not-finite-weights",
             )
@@ -123,7 +136,7 @@ class Checkpoints:
         """Ask the operating system to read tensors into its file cache in the background."""
         if not hasattr(os, "posix_fadvise"):  # macOS, Windows
             return
-        for model in (self.plan.models[number] for number in self._numbers(models)):
+        for model in self._stored(self._numbers(models)):
             headers = self.plan.headers.get(model)
             if headers is None:
                 continue
@@ -142,7 +155,14 @@ class Checkpoints:
             loader.flush()
 
     def _numbers(self, models: Sequence[int] | None) -> list[int]:
-        return list(range(len(self.plan.models)) if models is None else models)
+        return list(range(self.num_models) if models is None else models)
+
+    def _stored(self, numbers: Sequence[int]) -> list[ModelReference]:
+        """Those of some models that are checkpoints."""
+        return [self.plan.models[number] for number in numbers if number < len(self.plan.models)]
+
+    def _name(self, model: int) -> str:
+        return show(self.names[self.plan.models[model]]) if model < len(self.plan.models) else "the direction"
 
     def _build_tokenizer(self, task: Task) -> TokenizerInfo:
         if self._tokenizer is None:

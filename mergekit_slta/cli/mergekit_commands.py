@@ -126,7 +126,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         path = output_path(named or ALPHAS_NAME, ALPHAS_NAME)
         check_alphas_target(path)
         if named:
-            check_same_models(path, read.label(read.base), [read.label(task.model) for task in read.tasks])
+            check_same_models(path, read.label(read.base), [read.label(model) for model in read.models[1:]])
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark, day = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False, day=day), ranks, mark)

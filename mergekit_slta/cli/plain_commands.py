@@ -115,6 +115,9 @@ def export(alphas: Path, output: str | None, recipe: Path | None) -> None:
 
     ALPHAS is the alphas file (slta_alphas.json), or the folder that holds it. The recipe needs mergekit alone, without
     this plugin.
+
+    If the merge has a closed form as a direction, that is written, too, as a checkpoint in float32 beside the recipe
+    (stock_direction). Give -o then.
     """
     from mergekit_slta.files.atomic import write_text_atomically
     from mergekit_slta.files.inside import alphas_in, output_path
@@ -122,16 +125,22 @@ def export(alphas: Path, output: str | None, recipe: Path | None) -> None:
     from mergekit_slta.recipe.stock_recipe import check_recipe_target, export
 
     alphas = alphas_in(alphas)
-    text, notes, source = export(alphas, recipe)
     path = output_path(output, STOCK_RECIPE_NAME) if output else None
+    direction = path.absolute().with_name(f"{path.stem}_direction") if path else None
+    exported = export(alphas, recipe, direction)
     if path is not None:
-        check_recipe_target(path, [alphas, source])
-    for note in notes:
+        check_recipe_target(path, [alphas, exported.source])
+    for note in exported.notes:
         click.echo(note, err=True)
     if path is None:
-        click.echo(text, nl=False)
+        click.echo(exported.text, nl=False)
         return
-    write_text_atomically(path, text)
+    if exported.direction is not None and direction is not None:
+        from mergekit_slta.host.merge import merge_recipe
+
+        merge_recipe(exported.direction, direction)
+        click.echo(f"Written: {show(direction)}", err=True)
+    write_text_atomically(path, exported.text)
     click.echo(f"Written: {show(path)}", err=True)
 
 

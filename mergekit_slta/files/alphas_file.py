@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mergekit_slta.errors import show
+from mergekit_slta.errors import ModelError, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.evaluation import Evaluation, Finite
 from mergekit_slta.files.json_file import DocumentType, read_document
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergekit_slta.maths.task_arithmetic import WeightedSlice
 
 FORMAT = "mergekit-slta/alphas"
@@ -51,6 +53,44 @@ Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated
 """[axis, start, stop)"""
 
 
+class Direction(BaseModel):
+    """A model of the file that has no task.
+
+    Attributes:
+        model: its name among the file's models.
+        closed_form: how it is computed from the base and the experts, see `maths.directions`; None for a checkpoint.
+        transposed: its matrices that are stored as [in, out].
+        averaged: its tensors of two or three dimensions that are averaged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    closed_form: Literal["swudi_a"] | None = None
+    transposed: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
+
+    def combine(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """A tensor of the closed form, from that of the base and of every expert; see `maths.directions.combine`.
+
+        Raises:
+            ModelError: a tensor holds NaN or Inf.
+        """
+        from mergekit_slta.maths.directions import combine  # imports torch, which reading a file does not need
+        from mergekit_slta.maths.task_arithmetic import all_finite
+
+        if not all(map(all_finite, (base, *experts))):
+            raise ModelError(
+                f"{show(name)} of {'the base' if not all_finite(base) else 'an expert'} holds NaN or Inf: fetch that "
+                "checkpoint again, or leave the model out",
+                code="not-finite-weights",
+            )
+        return combine(
+            self.closed_form, base, experts,
+            is_transposed=name in self.transposed, is_averaged=name in self.averaged,
+        )  # fmt: skip
+
+
 class SubmoduleAlphas(BaseModel):
     """One submodule of the file.
 
@@ -67,7 +107,8 @@ class SubmoduleAlphas(BaseModel):
         slices: for tensors of which the submodule owns a part: [axis, start, stop], or a list of such parts.
         flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme": a weight is
             outside the expected range; "nonlinear": the measured residual differs from the predicted one.
-        unchanged: models whose submodule equals the base's; their alpha is 0.
+        unchanged: models whose submodule equals the base's, and closed forms that only average the experts there; their
+            alpha is 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,9 +134,10 @@ class SubmoduleAlphas(BaseModel):
 
 
 class Alphas(BaseModel):
-    """An alphas file. `models` are the recipe's experts in the recipe's order, base left out.
+    """An alphas file. `models` are the recipe's models in the recipe's order, base left out, then a closed form.
 
     Attributes:
+        directions: those of the models that are no experts.
         copied: tensors that are not parameters and are copied from the base.
         calibration: the settings and rows from which the weights were computed. Each of its `tasks` has `loss_base` and
             `loss_expert`, mean losses over the answers of its measured rows in nats per token (None: not measured),
@@ -112,6 +154,7 @@ class Alphas(BaseModel):
     granularity: str
     base_model: str
     models: tuple[str, ...]
+    directions: tuple[Direction, ...] = ()
     submodules: tuple[SubmoduleAlphas, ...]
     copied: tuple[str, ...] = ()
     calibration: dict[str, Any]
@@ -122,8 +165,12 @@ class Alphas(BaseModel):
     def _check(self) -> Alphas:
         if len(set(self.models)) != len(self.models) or not self.models:
             raise ValueError("models are missing or listed twice")
-        if self.evaluation is not None and [task.model for task in self.evaluation.tasks] != list(self.models):
-            raise ValueError("the evaluation's tasks are not the models")
+        if not {direction.model for direction in self.directions} < set(self.models):
+            raise ValueError("its directions are not among its models, or there is no expert")
+        if sum(direction.closed_form is not None for direction in self.directions) > 1:
+            raise ValueError("it has two closed forms")
+        if self.evaluation is not None and [task.model for task in self.evaluation.tasks] != list(self.experts):
+            raise ValueError("the evaluation's tasks are not the experts")
         tasks = self.calibration.get("tasks", [])
         if not isinstance(tasks, list) or not all(
             isinstance(task, dict) and "model" in task and isinstance(task.get("flags", []), list) for task in tasks
@@ -154,6 +201,23 @@ class Alphas(BaseModel):
             if tensor in whole or len({part[0] for part in ordered}) > 1 or ordered[0][1] != 0 or gaps:
                 raise ValueError(f"the slices of {show(tensor)} overlap or leave a gap")
         return self
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The models that are no directions."""
+        directions = {direction.model for direction in self.directions}
+        return tuple(model for model in self.models if model not in directions)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the weights were fitted to rows, and are not a closed form of the experts' weights alone."""
+        tasks = self.calibration.get("tasks", ())
+        return self.closed_form is None or any(task.get("rows") for task in tasks)
+
+    @property
+    def closed_form(self) -> Direction | None:
+        """The direction that is computed from the experts; None if there is none."""
+        return next((direction for direction in self.directions if direction.closed_form), None)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -187,7 +251,7 @@ class Alphas(BaseModel):
             OutputError: it cannot be written.
         """
         content = self.model_dump(mode="json", by_alias=True)
-        for key in ("copied", "evaluation"):
+        for key in ("copied", "evaluation", "directions"):
             if not content[key]:
                 del content[key]
         for submodule in content["submodules"]:

@@ -87,7 +87,7 @@ class SearchRecord(BaseModel):
     Attributes:
         points: what each model is; the first is the base.
         trials: see `Evaluation.trials`.
-        unchanged: submodule -> indices, in canonical order, of the experts that equal the base there.
+        unchanged: submodule -> indices, in canonical order, of the models that equal the base there, or get no weight.
         optimism: per task in canonical order, by how many nats per row the divergence of the result is too small, since
             the same rows chose it; see `maths.divergence.choice_optimism`. Empty if nothing was chosen.
     """
@@ -111,8 +111,8 @@ class SearchRecord(BaseModel):
             record = cls.model_validate_json(statistics.metadata.get(SEARCH, ""))
         except ValidationError:
             record = None
-        sizes = (0, statistics.num_models)
-        if record is None or counts != {len(record.points)} or len(record.optimism) not in sizes:
+        tasks = range(1 + int(statistics.row_task.max()) if len(statistics.row_task) else 0, 1 + statistics.num_models)
+        if record is None or counts != {len(record.points)} or len(record.optimism) not in (0, *tasks):
             raise AlphasError(
                 "the statistics and the list of their measured models do not fit together; calibrate again",
                 code="damaged-file",
@@ -156,7 +156,7 @@ class Evaluation(BaseModel):
             points, then one for each step that was taken.
         merge: index in `points` of the merge.
         trials: what the steps tried, taken or not.
-        tasks: the tasks, in the order of the file's models.
+        tasks: the tasks, in the order of the file's experts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -211,9 +211,11 @@ def _cell(measure: Measure) -> str:
     return f"{measure.mean:.3g}" + ("" if measure.stderr is None else f" ± {measure.stderr:.2g}")
 
 
-def describe_flags(evaluation: Evaluation | None, name: Callable[[str], str] = show) -> list[str]:
+def describe_flags(
+    evaluation: Evaluation | None, name: Callable[[str], str] = show, *, fitted: bool = True
+) -> list[str]:
     """Lines about a merge that is the base, about few measured rows, and about each flagged task, for a warning or a
-    card; `name` formats the name of a model."""
+    card. `name` formats the name of a model; `fitted` tells whether the weights are from rows."""
     if evaluation is None:
         return []
     lines = []
@@ -231,8 +233,9 @@ def describe_flags(evaluation: Evaluation | None, name: Callable[[str], str] = s
         if WORSE_THAN_BASE in task.flags and WEAK_EXPERT not in task.flags and task.share is not None:
             lines.append(
                 f"{name(task.model)}: the merge is worse than the base at this task: {_cell(percent(task.share))}% of "
-                "the base's divergence from the expert is left on held-out rows; raise its `importance`, give more "
-                "rows, or leave an expert out"
+                "the base's divergence from the expert is left on held-out rows; "
+                + ("raise its `importance`, give more rows, or" if fitted else "take an objective that uses rows, or")
+                + " leave an expert out"
             )
         if WEAK_EXPERT in task.flags:
             lines.append(

@@ -27,6 +27,11 @@ def importance_label(model: str) -> str:
     return f"importance of {model}"
 
 
+def role_label(model: str) -> str:
+    """Label of the role of a model without a task."""
+    return f"role of {model}"
+
+
 def weights_label(model: str) -> str:
     """Label of the hash of a model's checkpoint."""
     return f"weights of {model}"

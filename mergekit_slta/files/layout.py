@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.files.alphas_file import Direction
 from mergekit_slta.files.statistics_file import Statistics
 
 KEY = "layout"
@@ -89,10 +90,12 @@ class Layout(BaseModel):
     """The layout of an alphas file.
 
     Attributes:
-        models: the experts in the recipe's order: the order of the alphas in the file.
-        canonical: the experts sorted by name: the order of the statistics.
+        models: the models in the order of the alphas in the file: experts and directions in the recipe's order.
+        canonical: the experts sorted by name, then the directions: the order of the statistics.
+        directions: the models without a task.
         settings: the shared settings of the calibration, as the alphas file's `calibration` lists them.
-        tasks: the calibration rows of every expert that names a dataset, in the recipe's order.
+        tasks: the calibration rows of every expert that names a dataset, in the recipe's order; empty if no rows were
+            read.
         solve: the settings of the solve.
         solve_dependence: the recipe key that makes the statistics depend on earlier solves, or None; see
             `recipe.settings`.
@@ -109,6 +112,7 @@ class Layout(BaseModel):
     base_model: str
     models: tuple[str, ...]
     canonical: tuple[str, ...]
+    directions: tuple[Direction, ...] = ()
     submodules: tuple[LayoutSubmodule, ...] = Field(min_length=1)
     copied: tuple[str, ...]
     settings: dict[str, Any]
@@ -125,9 +129,19 @@ class Layout(BaseModel):
         return [self.canonical.index(name) for name in self.models]
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts in canonical order: those of the tasks 0 to T - 1."""
+        return self.canonical[: len(self.canonical) - len(self.directions)]
+
+    @property
+    def closed_form(self) -> str | None:
+        """Name of the direction that is computed from the experts; None if there is none."""
+        return next((direction.model for direction in self.directions if direction.closed_form), None)
+
+    @property
     def importance(self) -> list[float]:
-        """w_t in canonical order."""
-        return [self.solve.importance[name] for name in self.canonical]
+        """w_t of the experts in canonical order."""
+        return [self.solve.importance[name] for name in self.experts]
 
     def to_metadata(self) -> str:
         """Serialize for the statistics' metadata; the same layout gives the same text."""
@@ -146,13 +160,14 @@ class Layout(BaseModel):
             problem = error.errors()[0]
             place = ".".join(str(part) for part in problem["loc"])
             raise damaged_layout(f"{place}: {problem['msg']}" if place else problem["msg"]) from error
-        tasks = [task.model for task in layout.tasks]
+        unread = () if len(statistics.row_task) else layout.experts
+        tasks, directions = [task.model for task in layout.tasks], [part.model for part in layout.directions]
         if len(set(layout.models)) != len(layout.models) or not (
-            sorted(layout.models) == sorted(layout.canonical) == sorted(tasks)
+            sorted(layout.models) == sorted(layout.canonical) == sorted([*(tasks or unread), *directions])
         ):
             raise damaged_layout("its models are not those of its tasks")
-        if layout.solve.importance.keys() != set(layout.models):
-            raise damaged_layout("its importances are not those of its models")
+        if not set(layout.experts) == set(tasks or unread) == layout.solve.importance.keys():
+            raise damaged_layout("its importances are not those of its experts")
         if len(layout.models) != statistics.num_models:
             raise damaged_layout(
                 f"it names {len(layout.models)} models, the statistics are for {statistics.num_models}"
@@ -161,7 +176,7 @@ class Layout(BaseModel):
         is_point = statistics.form == "point"
         if is_point and layout.solve_dependence is None:
             raise damaged_layout("it does not say on what measured models depend")
-        has_all = all(task.held_out for task in layout.tasks)
+        has_all = all(task.held_out for task in layout.tasks) and len(statistics.row_task) > 0
         for task in layout.tasks:
             rows = (task.acceptance if has_all else ()) if is_point else task.rows
             if len(rows) != counts[layout.canonical.index(task.model)]:

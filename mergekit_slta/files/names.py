@@ -102,6 +102,11 @@ def resume_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def direction_folder(path: Path) -> Path:
+    """Folder for the computed tensors of a direction, beside the alphas file `path`."""
+    return path.with_name(f".{path.name}.direction")
+
+
 def lock_path(path: Path) -> Path:
     """Path of the lock file for `path`."""
     return path.with_name(path.name + ".lock")

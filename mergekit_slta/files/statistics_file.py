@@ -41,8 +41,8 @@ class Statistics:
     Attributes:
         row_task: [rows] int64, each row's task, as an index into the experts in canonical order. Form "point": the
             held-out rows; there may be none.
-        num_models: T.
-        by_submodule: submodule -> [rows, T, T] float64 Gram matrices, [rows, S, T] derivatives, or [P, T] alphas of
+        num_models: K, the T experts and the directions.
+        by_submodule: submodule -> [rows, K, K] float64 Gram matrices, [rows, S, K] derivatives, or [P, K] alphas of
             measured models. A tied embedding table has two Gram matrices, `embed` and `head`.
         metadata: fingerprint and layout, as strings; form "point": what each model is, too (`evaluation.SearchRecord`).
         form: "gram", "slope" or "point".
@@ -79,7 +79,7 @@ class Statistics:
         Args:
             name: the submodule.
             rows: the rows that the outputs belong to.
-            outputs: T times [N, d], the rows' tokens one after another.
+            outputs: K times [N, d], the rows' tokens one after another.
             lengths: tokens of each row.
             base: [N, d], subtracted from the outputs; None if they are differences already.
         """

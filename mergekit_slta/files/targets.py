@@ -93,22 +93,23 @@ def check_alphas_target(path: Path, out: Path | None = None) -> None:
     check_overwrite(statistics_path(path), "statistics file", is_statistics_file, remedy="choose another folder")
 
 
-def check_same_models(path: Path, base: str, experts: Sequence[str]) -> None:
+def check_same_models(path: Path, base: str, models: Sequence[str]) -> None:
     """Check that a file which the user named holds no alphas of other models. Those are another recipe's.
 
     Args:
         path: the alphas file; need not exist, or be one.
-        base, experts: the names of the models whose alphas are to be written.
+        base, models: the names of the checkpoints whose alphas are to be written.
 
     Raises:
-        OutputError: it holds alphas of another base or of other experts.
+        OutputError: it holds alphas of another base or of other checkpoints.
     """
     try:
         held = Alphas.load(path)
     except AlphasError:  # missing, damaged, or of another version
         return
-    place = os.path.realpath
-    if place(held.base_model) != place(base) or set(map(place, held.models)) != set(map(place, experts)):
+    place, form = os.path.realpath, held.closed_form
+    stored = [model for model in held.models if form is None or model != form.model]
+    if place(held.base_model) != place(base) or set(map(place, stored)) != set(map(place, models)):
         raise OutputError(
             f"{show(path)} holds the alphas of other models ({listing([held.base_model, *held.models])}) and is not "
             "overwritten: name another file with -o, or remove it",

@@ -28,7 +28,7 @@ from mergekit_slta.calibration.reuse import (
 from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
-from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME
+from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, direction_folder
 from mergekit_slta.files.output_folder import (
     calibrating,
     check_output,
@@ -39,7 +39,8 @@ from mergekit_slta.files.output_folder import (
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
 from mergekit_slta.host.finish import finish_output
-from mergekit_slta.host.method import ActiveMerge, active
+from mergekit_slta.host.method import ActiveMerge, active, register
+from mergekit_slta.job.direction import StoredDirection
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.recipe.read import check_content, read_recipe
@@ -98,6 +99,21 @@ def run(
         ) from error
 
 
+def merge_recipe(content: dict[str, Any], out: Path) -> None:
+    """Merge a recipe that is given by its content, with mergekit's default options.
+
+    Raises:
+        SltaError: see `run`.
+    """
+    import mergekit.merge
+
+    from mergekit_slta.host.wrap import wrap_run_merge
+
+    register()
+    wrap_run_merge(mergekit.merge)
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(out), MergeOptions(write_model_card=False))
+
+
 def _run(
     merge_into: Callable[[Path, MergeConfiguration], Any],
     merge_config: MergeConfiguration,
@@ -128,8 +144,9 @@ def _run(
     own = places[0] if named else places[1]
     with resumable(job, own) as resume:
         alphas, statistics = reuse_or_calibrate(
-            job, places, must_match=named is not None, verified=verify_residuals, resume=resume
-        )
+            job, places, must_match=named is not None, verified=verify_residuals, resume=resume,
+            directions=direction_folder(own),
+        )  # fmt: skip
         if statistics is not None:
             write = write_results if named else save_results
             write(alphas, statistics, own)
@@ -138,8 +155,9 @@ def _run(
     config.chat_template = job.chat_template
     key = f"{path}#{next(_MERGES)}"
     config.parameters = {**(config.parameters or {}), "alphas": key}
-    columns = {task.model: alphas.models.index(recipe.label(task.model)) for task in recipe.tasks}
-    merge = ActiveMerge(alphas, columns, keep_precision=config.out_dtype is not None)
+    columns = {model: alphas.models.index(recipe.label(model)) for model in recipe.models[1:]}
+    direction = StoredDirection(alphas, direction_folder(own))
+    merge = ActiveMerge(alphas, columns, config.out_dtype is not None, direction.read)
     try:
         with staged(out, overwrite=overwrite) as folder, active(key, merge):
             alphas.of_merge().save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
@@ -150,6 +168,7 @@ def _run(
                 add_section(folder)
         if alphas.evaluation is not None:
             job.say(describe_evaluation(alphas.evaluation))
+        direction.remove()
         forget_calibration(out)
         if replaced:
             job.say(f"Replaced weights of another origin in {show(out)}: {listing(replaced)}")

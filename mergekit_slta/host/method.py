@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,11 +36,13 @@ class ActiveMerge:
         alphas: the content of the alphas file.
         columns: id of an input in mergekit's group -> index in `alphas.models`.
         keep_precision: return the sum in the dtype of the computation; mergekit casts it to the recipe's `out_dtype`.
+        read_direction: name -> tensor of the alphas' closed form; None if it has to be computed.
     """
 
     alphas: Alphas
     columns: Mapping[Any, int]
     keep_precision: bool
+    read_direction: Callable[[str], Tensor | None] = lambda _: None
 
 
 _ACTIVE: dict[str, ActiveMerge] = {}
@@ -144,17 +146,19 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
             f"the alphas file {show(path)} does not cover the tensor {show(name)}: calibrate again",
             code="uncovered-tensor",
         )
-    experts: list[Tensor | None] = [None] * len(merge.alphas.models)
+    models, form = merge.alphas.models, merge.alphas.closed_form
+    tensors: list[Tensor | None] = [None] * len(models)
     for entry in group.non_base:
         column = merge.columns.get(entry.id, merge.columns.get(str(entry.id)))
         if column is None:
             raise AlphasError(
                 f"the alphas file {show(path)} knows no model {show(entry.id)}; "
-                f"it is for {listing(merge.alphas.models)}: calibrate again",
+                f"it is for {listing(models)}: calibrate again",
                 code="unknown-model",
             )
-        experts[column] = entry.tensor
-    missing = [model for model, tensor in zip(merge.alphas.models, experts, strict=True) if tensor is None]
+        tensors[column] = entry.tensor
+    stored = [model for model in models if form is None or model != form.model]
+    missing = [model for model, tensor in zip(models, tensors, strict=True) if tensor is None and model in stored]
     if missing or group.base is None:
         raise ModelError(
             f"tensor {show(name)} is missing in {listing(missing or ['the base'])}: "
@@ -162,8 +166,23 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
             code="missing-tensor",
         )
     base = group.base.tensor
+    if form is not None:
+        place = models.index(form.model)
+        has_weight = any(part.alpha[place] for part in slices)
+        tensors[place] = _closed_form(merge, name, base, tensors) if has_weight else base
     wide = torch.promote_types(base.dtype, torch.float32)
-    return merge_tensor(base, experts, slices, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
+    return merge_tensor(base, tensors, slices, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
+
+
+def _closed_form(merge: ActiveMerge, name: str, base: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """A tensor of the closed form: the stored one, or computed from the experts, in canonical order."""
+    stored = merge.read_direction(name)
+    if stored is not None:
+        return stored.to(base.device)
+    alphas = merge.alphas
+    experts = [tensors[alphas.models.index(model)] for model in sorted(alphas.experts)]
+    assert alphas.closed_form is not None
+    return alphas.closed_form.combine(name, base, experts)  # type: ignore[arg-type]
 
 
 def _check_mergekit() -> None:

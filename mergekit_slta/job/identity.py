@@ -11,7 +11,14 @@ from mergekit_slta.checkpoints.configs import stored_settings
 from mergekit_slta.checkpoints.content_hash import checkpoint_fingerprint
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.data.rows import TaskRows, hash_rows
-from mergekit_slta.files.identity import hash_text, held_out_label, importance_label, rows_label, weights_label
+from mergekit_slta.files.identity import (
+    hash_text,
+    held_out_label,
+    importance_label,
+    role_label,
+    rows_label,
+    weights_label,
+)
 from mergekit_slta.recipe.recipe import Recipe, map_models
 from mergekit_slta.recipe.settings import Settings
 
@@ -29,12 +36,14 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
         rows: the rows of each of the recipe's tasks; None for a task without a dataset.
 
     Returns:
-        label -> value. If an expert names no dataset, only the settings that the recipe states are included. Models
-        whose tensors cannot be read yet are left out.
+        label -> value. If an expert names no dataset and needs one, only the settings that the recipe states are
+        included. Models whose tensors cannot be read yet are left out.
     """
     settings = recipe.settings
     record = {
-        key: str(value) for key, value in _settings(settings).items() if key in settings.stated or None not in rows
+        key: str(value)
+        for key, value in _settings(settings).items()
+        if key in settings.stated or None not in rows or not settings.needs_rows
     }
     record["dtype"] = str(recipe.config.dtype)
     labelled = map_models(recipe.config, lambda model: ModelReference(model=ModelPath(path=recipe.label(model))))
@@ -49,6 +58,8 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
                 record[held_out_label(name)] = hash_rows(drawn.held_out)
         if drawn is not None or "importance" in task.model_fields_set:
             record[importance_label(name)] = str(task.importance)
+    for model in recipe.directions:
+        record[role_label(recipe.label(model))] = "direction"
     for model in plan.models:
         if model in plan.unread:
             continue

@@ -7,6 +7,7 @@ change the results.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
@@ -16,11 +17,14 @@ import click
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from torch import Tensor
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.draw import missing_dataset
 from mergekit_slta.data.rows import Example, TaskRows
+from mergekit_slta.files.alphas_file import Direction
+from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
@@ -43,6 +47,8 @@ class Job:
         base_is_tied: whether the base's config ties its embeddings.
         merged_copies: adapter that mergekit merges into a full copy on disk -> reason.
         chat_template: the recipe's top-level key, with `auto` replaced by the template that it stands for.
+        directions: the models without a task, in canonical order.
+        read_direction: name -> tensor of the closed form among them; see `job.direction`.
     """
 
     recipe: Recipe
@@ -56,6 +62,8 @@ class Job:
     base_is_tied: bool
     merged_copies: dict[str, str]
     chat_template: str | None = None
+    directions: tuple[Direction, ...] = ()
+    read_direction: Callable[[str], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -70,12 +78,31 @@ class Job:
     @property
     def experts(self) -> tuple[ModelReference, ...]:
         """The experts in canonical order."""
-        return self.plan.models[1:]
+        return self.plan.models[1 : 1 + len(self.recipe.tasks)]
 
     @property
-    def expert_names(self) -> list[str]:
-        """Names of the experts as in the recipe, in canonical order."""
-        return [self.recipe.names[model] for model in self.experts]
+    def labels(self) -> list[str]:
+        """Names in files of all models that get weights, in canonical order: the experts, then the directions."""
+        return [*map(self.recipe.label, self.experts), *(direction.model for direction in self.directions)]
+
+    @property
+    def model_names(self) -> list[str]:
+        """As `labels`, with the names as in the recipe, for messages."""
+        return [*(self.recipe.names[model] for model in self.plan.models[1:]), *filter(None, [self.recipe.closed_form])]
+
+    @property
+    def averaged(self) -> frozenset[str]:
+        """The submodules in which a closed form only averages the experts; it gets no weight there."""
+        form = self.recipe.closed_form
+        direction = next((direction for direction in self.directions if direction.model == form), None)
+        if form is None or direction is None:
+            return frozenset()
+        shapes = self.skeleton.shapes
+        return frozenset(
+            submodule.name
+            for submodule in self.submodules
+            if all(name in direction.averaged or not is_matrix(len(shapes[name])) for name in submodule.tensors)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -135,7 +162,9 @@ class Job:
 
     def checkpoints(self) -> Checkpoints:
         """The models' tensors, base first, in the precision of the forward passes."""
-        return Checkpoints(self.plan, self.recipe.names, self.device, self.dtype, self.tokenizer)
+        return Checkpoints(
+            self.plan, self.recipe.names, self.device, self.dtype, self.tokenizer, self.read_direction
+        )  # fmt: skip
 
     def advice_on_memory(self) -> AbstractContextManager[None]:
         """Turn a failed allocation in the block into an error that names this job's settings."""

@@ -11,7 +11,7 @@ from mergekit_slta.files.layout import Layout, LayoutSubmodule, LayoutTask, Solv
 from mergekit_slta.job.job import Job
 from mergekit_slta.models.submodules import Submodule
 
-_SETTINGS = ("seed", "objective", "compute_dtype", "max_seq_length", "num_samples", "evaluate")
+_SETTINGS = ("seed", "objective", "direction", "compute_dtype", "max_seq_length", "num_samples", "evaluate")
 
 
 def layout_of(job: Job) -> Layout:
@@ -21,8 +21,9 @@ def layout_of(job: Job) -> Layout:
         granularity=settings.granularity,
         objective=settings.objective,
         base_model=recipe.label(recipe.base),
-        models=tuple(recipe.label(task.model) for task in recipe.tasks),
-        canonical=tuple(recipe.label(model) for model in job.experts),
+        models=recipe.model_labels,
+        canonical=tuple(job.labels),
+        directions=job.directions,
         submodules=tuple(_submodule(job, submodule) for submodule in job.submodules),
         copied=tuple(job.plan.copied),
         settings={
@@ -68,6 +69,7 @@ def _slices(submodule: Submodule) -> dict[str, Any]:
 
 
 def _tasks(job: Job) -> tuple[LayoutTask, ...]:
+    needs_rows = job.recipe.settings.own.needs_rows
     tokens = [{row.ids for row in drawn.rows} if drawn is not None else set() for drawn in job.rows]
 
     def flags(place: int, drawn: TaskRows) -> tuple[str, ...]:
@@ -85,9 +87,9 @@ def _tasks(job: Job) -> tuple[LayoutTask, ...]:
             completion=task.completion,
             completion_eos=task.completion_eos,
             chat_template=drawn.chat_template,
-            rows=tuple(row.number for row in drawn.rows),
-            tokens=drawn.num_tokens,
-            sha256=drawn.sha256,
+            rows=tuple(row.number for row in drawn.rows) if needs_rows else (),
+            tokens=drawn.num_tokens if needs_rows else None,
+            sha256=drawn.sha256 if needs_rows else None,
             held_out=tuple(row.number for row in drawn.held_out),
             flags=flags(place, drawn),
         )

@@ -26,7 +26,8 @@ from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.data.templates import today
 from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
 from mergekit_slta.files.identity import weights_label
-from mergekit_slta.job.identity import job_identity
+from mergekit_slta.job.direction import directions_of
+from mergekit_slta.job.identity import ROW_SETTINGS, job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
 from mergekit_slta.libraries.mergekit import chat_template_names, forget_loaders
@@ -55,7 +56,8 @@ def prepare(
     Args:
         recipe: the validated recipe.
         options: mergekit's options.
-        need_rows: whether every expert must name a dataset. False if an existing alphas file is used.
+        need_rows: whether every expert must name a dataset, if the objective reads rows. False if an existing alphas
+            file is used.
         for_merge: refuse checkpoints that mergekit cannot represent; if False, only warn.
         day: the date that chat templates see as today; by default it is today's.
         plan_only: download no weights, merge no adapter into a copy, and do not use the device, which may be elsewhere.
@@ -71,7 +73,7 @@ def prepare(
     recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
     dtype = getattr(torch, recipe.settings.compute_dtype)
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype in (torch.bfloat16, torch.float16) and recipe.settings.own.needs_rows:
         LOG.warning(
             "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
             recipe.settings.compute_dtype,
@@ -136,6 +138,7 @@ def prepare(
             ties_embeddings(config),
             {name: reason for name, reason in reasons.items() if reason},
             templates.resolved_key,
+            directions_of(recipe, skeleton),
         )
 
     try:
@@ -163,6 +166,9 @@ def _within_positions(recipe: Recipe, most: int | None) -> Recipe:
 
 def _draw_all(recipe: Recipe, templates: Templates, *, need_rows: bool) -> tuple[TaskRows | None, ...]:
     """Draw the rows of every task; None for a task without a dataset, if it needs none."""
+    _warn_of_unused_keys(recipe)
+    if not recipe.settings.needs_rows:
+        return (None,) * len(recipe.tasks)
     sources = {
         place: RowSource(task, recipe.names[task.model], recipe.settings, templates.of(task))
         for place, task in enumerate(recipe.tasks)
@@ -173,6 +179,22 @@ def _draw_all(recipe: Recipe, templates: Templates, *, need_rows: bool) -> tuple
         if recipe.tasks[place].chat_template and rows.chat_template is None:
             LOG.warning("`chat_template` of %s has no effect: its rows are no chats", show(rows.name))
     return tuple(drawn.get(place) for place in range(len(recipe.tasks)))
+
+
+def _warn_of_unused_keys(recipe: Recipe) -> None:
+    """Warn of keys that have no effect, because the objective fits no weights."""
+    settings = recipe.settings
+    if settings.own.needs_rows:
+        return
+    unused = {"ridge", "balance", "importance"} | (set() if settings.evaluate else {*ROW_SETTINGS, "dataset"})
+    stated = settings.stated | {key for task in recipe.tasks for key in task.model_fields_set}
+    if found := sorted(unused & stated):
+        LOG.warning(
+            "`objective: %s` fits no weights, so these keys have no effect: %s%s",
+            settings.objective,
+            listing(found, len(found)),
+            "" if settings.evaluate else "; `evaluate: true` measures the merge on rows",
+        )
 
 
 def _warn_of_cut_rows(recipe: Recipe, rows: Sequence[TaskRows | None]) -> None:

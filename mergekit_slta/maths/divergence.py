@@ -23,7 +23,7 @@ the other experts. A divergence goes with the square of a change."""
 
 
 def task_scales(
-    base_divergences: Tensor, row_task: Tensor, num_models: int, *, tokens: Tensor | None = None, balance: bool = True
+    base_divergences: Tensor, row_task: Tensor, num_tasks: int, *, tokens: Tensor | None = None, balance: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The scales c_a of the tasks, and the weak experts.
 
@@ -33,15 +33,15 @@ def task_scales(
     Args:
         base_divergences: [rows] float64, D_x of the base; 0 for a row without an answer, which is ignored.
         row_task: [rows] int64, the task of each row.
-        num_models: T.
+        num_tasks: T.
         tokens: [rows] tokens of each row's answer, by which weak experts are told; by default all rows count alike.
         balance: if false, all c_a are 1.
 
     Returns:
         [T] float64 c_a > 0, and [T] bool.
     """
-    counts = torch.bincount(row_task[base_divergences > 0], minlength=num_models)
-    sums = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, base_divergences)
+    counts = torch.bincount(row_task[base_divergences > 0], minlength=num_tasks)
+    sums = torch.zeros(num_tasks, dtype=torch.float64).index_add_(0, row_task, base_divergences)
     scales = sums / counts.clamp(min=1)
     lengths = torch.ones_like(base_divergences) if tokens is None else tokens.double()
     total = torch.zeros_like(sums).index_add_(0, row_task, lengths * (base_divergences > 0))

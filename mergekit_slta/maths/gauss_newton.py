@@ -48,33 +48,32 @@ def gauss_newton_steps(
     """Minimise the objective in the module's docstring, once for each rho.
 
     Args:
-        slopes: submodule -> [rows, 1 + S, T] float64: g, then u of every label sample.
+        slopes: submodule -> [rows, 1 + S, K] float64: g, then u of every label sample; K models, the T experts first.
         row_task: [rows] int64, the task of each row.
-        point: submodule -> [T] alpha'.
+        point: submodule -> [K] alpha'.
         scales: [T] c_a, from `divergence.task_scales`.
         ridges: candidates for rho, > 0.
         row_step: [rows] int64, the step that added each row; None if all rows belong to this step.
         importance: T weights w_a of the tasks; all 1 by default.
 
     Returns:
-        For each rho: submodule -> [T] the new alphas. An expert that equals the base in a submodule gets 0. A row
+        For each rho: submodule -> [K] the new alphas. A model that equals the base in a submodule gets 0. A row
         without derivatives (no answer) is left out.
     """
     names = list(slopes)
-    whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, T, M]
+    whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, K, M]
     age = torch.zeros_like(row_task) if row_step is None else row_step.max() - row_step
     share = ROW_DECAY ** age.double() * (whole != 0).flatten(1).any(1)
     kept = share >= MIN_ROW_WEIGHT
     whole, row_task, share = whole[kept], row_task[kept], share[kept]
-    num_models = whole.shape[2]
-    changed = (whole != 0).flatten(0, 1).any(0)  # [T, M]
-    start = torch.stack([point[name] for name in names], dim=-1) * changed  # [T, M]
-    total = torch.zeros(num_models, dtype=torch.float64).index_add_(0, row_task, share)
-    per_task = task_weights(importance, num_models) / scales / total.clamp(min=MIN_ROW_WEIGHT)  # [T]
+    changed = (whole != 0).flatten(0, 1).any(0)  # [K, M]
+    start = torch.stack([point[name] for name in names], dim=-1) * changed  # [K, M]
+    total = torch.zeros_like(scales).index_add_(0, row_task, share)
+    per_task = task_weights(importance, len(scales)) / scales / total.clamp(min=MIN_ROW_WEIGHT)  # [T]
     weight = per_task[row_task] * share  # [R]
-    flat = whole[:, :, changed]  # [R, 1 + S, K]
-    z = (flat[:, 1:] * (weight / (flat.shape[1] - 1)).sqrt()[:, None, None]).flatten(0, 1)  # [N, K], N = R S
-    gradient = weight @ flat[:, 0]  # [K]
+    flat = whole[:, :, changed]  # [R, 1 + S, n]
+    z = (flat[:, 1:] * (weight / (flat.shape[1] - 1)).sqrt()[:, None, None]).flatten(0, 1)  # [N, n], N = R S
+    gradient = weight @ flat[:, 0]  # [n]
     unit = float(z.square().sum() / max(1, z.shape[1]))
     values, vectors = torch.linalg.eigh(z @ z.T)
     projected = vectors.T @ (z @ gradient)  # [N]
@@ -97,9 +96,9 @@ def rebase_quadratics(
     H is the row's mean over s of u_s u_s^T.
 
     Args:
-        point: submodule -> [T] the new point.
-        slopes: submodule -> [rows, 1 + S, T] at the old point.
-        before: submodule -> [T] the old point.
+        point: submodule -> [K] the new point.
+        slopes: submodule -> [rows, 1 + S, K] at the old point.
+        before: submodule -> [K] the old point.
 
     Returns:
         Slopes at the new point, in the same form.

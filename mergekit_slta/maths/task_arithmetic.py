@@ -1,4 +1,4 @@
-"""Merge one tensor: the base plus the weighted sum of its task vectors (Eq. 1)."""
+"""Merge one tensor: the base plus the weighted sum of its task vectors (Eq. 1); and the test for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -61,3 +61,9 @@ def merge_tensor(
                 total.mul_(scale)
             into.copy_(total.add_(start_point))
     return merged
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf."""
+    # If the sum is finite, so is every element. Only if not (it may overflow), each element is tested.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

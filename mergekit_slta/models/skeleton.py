@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from mergekit_slta.errors import ModelError, RunError, show
 from mergekit_slta.libraries.torch import replaced_forwards
 from mergekit_slta.libraries.transformers import layer_classes
+from mergekit_slta.maths.task_arithmetic import all_finite
 from mergekit_slta.models.architectures import Architecture, Block, architecture
 from mergekit_slta.models.hooks import record_calls
 from mergekit_slta.models.submodules import Anatomy
@@ -317,12 +318,6 @@ def _zeros(*args: Any, **kwargs: Any) -> Tensor:
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return _zeros(*args, **kwargs), None
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf."""
-    # If the sum is finite, so is every element. Only if not (it may overflow), each element is tested.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(features: Tensor, where: str) -> Tensor:

@@ -15,6 +15,7 @@ from mergekit_slta.checkpoints.headers import DTYPE_NAMES
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS
 from mergekit_slta.job.job import Job
+from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.maths.gauss_newton import STEPS_KEPT
 from mergekit_slta.maths.ridges import FIRST_RIDGES, RIDGE_FACTORS
 from mergekit_slta.models.submodules import partition
@@ -30,6 +31,11 @@ SOLVE_MATRICES = 5
 """Number of matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
 _DERIVATIVE_COPIES = 6
 """Number of copies of all derivatives in memory while they are rebased, joined and solved."""
+_EIGH_FLOPS, _EIGH_MATRICES = 10.0, 4
+"""Floating point operations of a symmetric eigenproblem of size n over n^3, and number of its matrices [n, n]."""
+_PRODUCTS = 6.0
+"""Floating point operations of a closed form's products, over out x in x n, for a matrix and an expert. About this
+many: it depends on how many directions lead."""
 _SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """granularity -> the granularity whose forward groups hold the same tensors."""
 
@@ -44,7 +50,9 @@ class Costs:
         memory: part -> bytes in use at the peak, without the libraries.
         largest_bytes: the largest single allocation.
         written_bytes: bytes of the merged model.
-        scratch_bytes: bytes of activations on disk during the calibration.
+        scratch_bytes: bytes of activations and of a closed form on disk during the calibration.
+        combine_flops: floating point operations of the closed form; those of its eigenproblems count as ten times the
+            cube of their size.
     """
 
     flops: float
@@ -53,6 +61,7 @@ class Costs:
     largest_bytes: int
     written_bytes: int
     scratch_bytes: int = 0
+    combine_flops: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -65,7 +74,7 @@ class _Sizes:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.models = len(job.plan.models)
+        self.models = 1 + len(job.labels)
         self.item = torch.finfo(job.dtype).bits // 8
         self.parameters = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
         self.table = job.skeleton.embedding_weight
@@ -109,6 +118,38 @@ class _Sizes:
             header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
             count += header is None or header.dtype != DTYPE_NAMES.get(job.dtype)
         return count
+
+    @cached_property
+    def combine_flops(self) -> float:
+        """Floating point operations of a closed form; see `Costs`."""
+        form = self.job.recipe.closed_form
+        if form is None:
+            return 0.0
+        direction, experts = self.job.directions[-1], len(self.job.experts)
+        shapes = [
+            shape
+            for name, shape in self.job.skeleton.shapes.items()
+            if name in self.job.plan.tensors and is_matrix(len(shape)) and name not in direction.averaged
+        ]
+        total = 0.0
+        for shape in shapes:
+            rows, columns = shape[-2:]
+            size = min(columns, experts * rows)
+            total += math.prod(shape[:-2]) * (_EIGH_FLOPS * size**3 + experts * _PRODUCTS * rows * columns * size)
+        return total
+
+    @property
+    def direction_bytes(self) -> int:
+        """Bytes of a closed form on disk, in float32."""
+        return 0 if self.job.recipe.closed_form is None else 4 * sum(self.parameters.values())
+
+    @property
+    def combining(self) -> dict[str, int]:
+        """Memory in bytes of the widest eigenproblem of a closed form."""
+        if self.job.recipe.closed_form is None:
+            return {}
+        widest = max((shape[-1] for shape in self.job.skeleton.shapes.values() if is_matrix(len(shape))), default=0)
+        return {"eigenvectors of the direction's widest matrix": _EIGH_MATRICES * widest**2 * 8}
 
     def written_bytes(self) -> int:
         """Bytes of the merged model."""
@@ -160,6 +201,7 @@ def estimate_features(job: Job) -> Costs:
             "differences in float64": (models - 1) * longest * part * 8,
         },
         {"embeddings of the rows' tokens of every model": used * width * item * models},
+        sizes.combining,
     )
     peak = max(moments, key=lambda parts: sum(parts.values()))
     beside = 0 if granularity == "model" else sizes.measured_tokens * (1 + job.recipe.settings.own.inputs_are_merged)
@@ -169,6 +211,28 @@ def estimate_features(job: Job) -> Costs:
         memory={"hidden states of all rows": (job.num_tokens + beside) * width * item, **peak},
         largest_bytes=max(sizes.largest_weight, tokens * sizes.inner_width * item, tokens * part * item),
         written_bytes=sizes.written_bytes(),
+        scratch_bytes=sizes.direction_bytes,
+        combine_flops=sizes.combine_flops,
+    )
+
+
+def estimate_merge(job: Job) -> Costs:
+    """Estimate `objective: data_free`: a merge, and a forward pass of base, merge and expert over held-out rows."""
+    sizes = _Sizes(job)
+    head_size = sizes.parameters[sizes.head]
+    measures = sizes.held_out_tokens > 0
+    return Costs(
+        flops=3 * sizes.held_out_tokens * 2.0 * (sum(sizes.layers) + head_size),
+        read_bytes=total_bytes(job.plan) * measures,
+        memory=max(
+            sizes.combining,
+            {"weights of a layer of every model": sizes.models * max(sizes.layers, default=0) * sizes.item * measures},
+            key=lambda parts: sum(parts.values()),
+        ),
+        largest_bytes=max(sizes.largest_weight, *sizes.combining.values()),
+        written_bytes=sizes.written_bytes(),
+        scratch_bytes=sizes.direction_bytes * measures,
+        combine_flops=sizes.combine_flops,
     )
 
 
@@ -196,7 +260,11 @@ def estimate_gradients(job: Job) -> Costs:
         tokens, read_bytes = models * parts[0], total_bytes(job.plan)
     elif steps:
         trials = len(FIRST_RIDGES) + (steps - 1) * len(RIDGE_FACTORS) if job.recipe.settings.ridge is None else steps
-        tokens = models * parts[0] + sum(parts) * (3 + 2 * derivatives) + sizes.held_out_tokens * (4 + trials)
+        tokens = (
+            models * parts[0]
+            + sum(parts) * (3 + 2 * derivatives)
+            + sizes.held_out_tokens * (4 + len(job.directions) + trials)
+        )
         read_bytes = (2 + 3 * steps) * total_bytes(job.plan)
     else:
         tokens = job.num_tokens * (2 + 2 * draws) + 2 * sizes.measured_tokens + 3 * sizes.held_out_tokens
@@ -218,9 +286,10 @@ def estimate_gradients(job: Job) -> Costs:
             "matrices of the solve": SOLVE_MATRICES * (draws * kept_rows) ** 2 * 8,
             "derivatives": _DERIVATIVE_COPIES * kept_rows * derivatives * (models - 1) * len(job.submodules) * 8,
         },
+        sizes.combining,
     )
     depth, dtype = job.skeleton.num_layers + 1, job.dtype
-    lanes = max(3, len(FIRST_RIDGES)) if steps else 2
+    lanes = max(3 + len(job.directions), len(FIRST_RIDGES)) if steps else 2
     measuring = activation_bytes(sizes.held_out_tokens, 2 * (1 + lanes), 0, width, dtype)
     teachers = 2 * (steps > 0)
     stepping = activation_bytes(max(parts), depth + teachers, derivatives, width, dtype)
@@ -231,5 +300,6 @@ def estimate_gradients(job: Job) -> Costs:
         memory=max(moments, key=lambda parts: sum(parts.values())),
         largest_bytes=max(sizes.largest_weight, logits * derivatives),
         written_bytes=sizes.written_bytes(),
-        scratch_bytes=0 if is_unmeasured else max(stepping, measuring),
+        scratch_bytes=sizes.direction_bytes + (0 if is_unmeasured else max(stepping, measuring)),
+        combine_flops=sizes.combine_flops,
     )

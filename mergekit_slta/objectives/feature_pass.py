@@ -42,7 +42,8 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
         with_losses: also measure the losses of base and expert on the first rows of each task.
 
     Returns:
-        Gram matrices, submodule -> [rows, T, T] float64, rows in canonical order; and the losses of the first rows.
+        Gram matrices, submodule -> [rows, K, K] float64 for K models, rows in canonical order; and the losses of the
+        first rows.
 
     Raises:
         DataError: an expert without rows.
@@ -50,12 +51,13 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
     """
     examples = job.examples()
     row_task = torch.tensor([example.task for example in examples], dtype=torch.int64, device="cpu")
-    statistics = Statistics(row_task, num_models=len(job.experts))
+    statistics = Statistics(row_task, num_models=len(job.labels))
     by_group: dict[str, list[str]] = {}
     for submodule in job.submodules:
         by_group.setdefault(submodule.forward_group, []).append(submodule.name)
     measured = measured_rows(examples) if with_losses else []
     losses = RowLosses(examples, measured)
+    averaged = job.averaged
     finished = _load_finished(statistics, by_group, resume, ranks)
     last = list(by_group)[-1]
 
@@ -66,6 +68,8 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
         finished.add(group)
         for name in by_group[group]:
             statistics.begin(name)
+            if name in averaged:
+                statistics.by_submodule[name][:, -1] = statistics.by_submodule[name][..., -1] = 0
             ranks.all_reduce_(statistics.by_submodule[name])
         found = {name: statistics.by_submodule[name] for name in by_group[group]}
         if group == last:
@@ -113,7 +117,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
                 finish(group)
             group = evaluation.submodule.forward_group
             progress.work_on(group)
-            _accumulate(statistics, losses, state, evaluation, job.expert_names)
+            _accumulate(statistics, losses, state, evaluation, job.model_names)
             del evaluation  # frees this group's weights before the next group's are loaded
         for group in by_group:
             finish(group)
@@ -148,16 +152,16 @@ def _accumulate(
     statistics: Statistics, losses: RowLosses, state: ForwardState, evaluation: Evaluation, names: Sequence[str]
 ) -> None:
     name, base = evaluation.submodule.name, evaluation.base
-    experts = [state.model_coefficients(model) for model in range(1, state.num_models)]
-    outputs = [evaluation.outputs_at(coefficients) for coefficients in experts]  # T x [N, d]
+    models = [state.model_coefficients(model) for model in range(1, state.num_models)]
+    outputs = [evaluation.outputs_at(coefficients) for coefficients in models]  # K x [N, d]
     statistics.add(name, evaluation.rows, outputs, evaluation.lengths, base)
     whole_models = evaluation.submodule.kind == "model"
     if whole_models or (evaluation.submodule.kind == "head" and not state.merged_inputs):
         for model, logits in enumerate([base, *outputs] if whole_models else [base]):
             for row, part in zip(evaluation.rows, logits.split(list(evaluation.lengths)), strict=True):
                 losses.add(row, model, part)
-    grams = statistics.by_submodule[name][list(evaluation.rows)]  # [rows, T, T]
-    diagonal = grams.diagonal(dim1=1, dim2=2)  # [rows, T]
+    grams = statistics.by_submodule[name][list(evaluation.rows)]  # [rows, K, K]
+    diagonal = grams.diagonal(dim1=1, dim2=2)  # [rows, K]
     if not torch.isfinite(diagonal).all():
         model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
         raise RunError(

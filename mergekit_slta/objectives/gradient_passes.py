@@ -76,8 +76,8 @@ class Passes:
             seed: seed of the sampled labels.
 
         Returns:
-            submodule -> [rows, max(1, S), T] float64 derivatives of the losses along the task vectors. At a merged
-            model [rows, 1 + S, T], the first of the divergence from the row's expert.
+            submodule -> [rows, max(1, S), K] float64 derivatives of the losses along the task vectors. At a merged
+            model [rows, 1 + S, K], the first of the divergence from the row's expert.
 
         Raises:
             ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
@@ -86,7 +86,7 @@ class Passes:
         places = self._ranks.share([len(example.row.ids) for example in examples])
         own = [examples[place] for place in places]
         losses = max(1, label_samples) + (point is not None)
-        shape = (len(examples), losses, len(self._job.experts))
+        shape = (len(examples), losses, len(self._job.labels))
         found = {submodule.name: torch.zeros(shape, dtype=torch.float64) for submodule in self._job.submodules}
 
         def add(parts: Mapping[str, Tensor]) -> None:
@@ -124,6 +124,8 @@ class Passes:
         self._forget(label)
         for part in found.values():
             self._ranks.all_reduce_(part)
+        for name in self._job.averaged:
+            found[name][..., -1] = 0
         return found
 
     def measure(self, label: str, examples: Sequence[Example], points: Sequence[Point | None]) -> Measured:

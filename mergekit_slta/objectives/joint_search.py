@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,13 +27,10 @@ from mergekit_slta.job.layout import layout_of
 from mergekit_slta.maths.divergence import choice_optimism, paired_error, task_scales, weighted_divergence
 from mergekit_slta.maths.gauss_newton import STEPS_KEPT, gauss_newton_steps, rebase_quadratics
 from mergekit_slta.maths.ridges import FAILED_FACTOR, FIRST_RIDGES, RIDGE_FACTORS
-from mergekit_slta.models.submodules import partition
-from mergekit_slta.objectives.feature_pass import gather_grams
 from mergekit_slta.objectives.gradient_passes import Passes, answer_tokens, row_tasks
 from mergekit_slta.objectives.merging import Point
-from mergekit_slta.objectives.solving import solve_submodule
+from mergekit_slta.objectives.starts import features_point, starting_points
 from mergekit_slta.recipe.objectives import JointSettings
-from mergekit_slta.recipe.settings import ObjectiveSettings
 from mergekit_slta.runner.lanes import Measured
 from mergekit_slta.runner.row_losses import measured_rows
 from mergekit_slta.runtime.distributed import Ranks
@@ -76,7 +73,7 @@ def gather_at_experts(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Sta
     numbers: dict[tuple[int, ...], int] = {}
     row_group = torch.tensor([numbers.setdefault(example.row.ids, len(numbers)) for example in examples])
     return Statistics(
-        row_tasks(examples), len(job.experts), slopes, form="slope", row_group=row_group, losses=losses
+        row_tasks(examples), len(job.labels), slopes, form="slope", row_group=row_group, losses=losses
     )  # fmt: skip
 
 
@@ -94,7 +91,7 @@ def search(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
     Raises:
         DataError, ModelError, RunError, OutputError: see `gather_at_experts`.
     """
-    features, changed = _features_point(job, resume, ranks)
+    features, changed = features_point(job, resume, ranks)
     held_out = job.held_out_examples()
     if not held_out:
         found = _Found(job, held_out)
@@ -110,42 +107,6 @@ def search(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
         Passes(job, resume, ranks, progress) as passes,
     ):
         return _Search(job, passes, held_out, features, changed).run()
-
-
-def _features_point(job: Job, resume: ResumeStore | None, ranks: Ranks) -> tuple[Point, dict[str, Tensor]]:
-    """The alphas of `features` from the first step's rows. Single matrices and heads get the weights of their block.
-
-    Returns:
-        The alphas, and submodule -> [T] bool, whether each expert changes it, or its block.
-    """
-    coarse = job.recipe.settings.granularity
-    granularity = coarse if coarse in ("model", "layer") else "attn_mlp"
-    first = {(example.task, example.row.number) for example in job.examples(0)}
-    tasks = {model: place for place, model in enumerate(job.experts)}
-    rows = tuple(
-        None if drawn is None else
-        replace(drawn, rows=tuple(row for row in drawn.rows if (tasks[task.model], row.number) in first))
-        for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
-    )  # fmt: skip
-    settings = job.recipe.settings.model_copy(update={"own": ObjectiveSettings(), "granularity": granularity})
-    submodules = partition(job.plan.tensors, job.skeleton.anatomy, granularity, tied=job.plan.is_tied)
-    blocks = replace(
-        job, recipe=job.recipe.model_copy(update={"settings": settings}), rows=rows, submodules=tuple(submodules)
-    )
-    statistics = gather_grams(blocks, resume=resume, ranks=ranks, with_losses=False)
-    layout = layout_of(blocks)
-    ridgeless = layout.model_copy(update={"solve": layout.solve.model_copy(update={"ridge": 0.0})})
-    of_tensor: dict[str, tuple[Tensor, Tensor]] = {}
-    for submodule in layout.submodules:
-        entry = solve_submodule(submodule, statistics, ridgeless)
-        columns = [entry.alpha[layout.models.index(name)] for name in layout.canonical]
-        changed = torch.tensor([name not in entry.unchanged for name in layout.canonical])
-        of_tensor |= dict.fromkeys(submodule.tensors, (torch.tensor(columns, dtype=torch.float64), changed))
-    none = torch.zeros(len(job.experts), dtype=torch.float64), torch.ones(len(job.experts), dtype=torch.bool)
-    found = {  # the head of a tied model has no tensors
-        part.name: of_tensor[part.tensors[0]] if part.tensors else none for part in job.submodules
-    }
-    return {name: alpha for name, (alpha, _) in found.items()}, {name: changed for name, (_, changed) in found.items()}
 
 
 class _Found:
@@ -189,10 +150,10 @@ class _Found:
         """All models, with alpha 0 where an expert equals the base.
 
         Args:
-            changed: submodule -> [T] bool; a submodule that is not there counts as changed.
+            changed: submodule -> [K] bool; a submodule that is not there counts as changed.
         """
         names = [submodule.name for submodule in self._job.submodules]
-        stacked = {name: torch.stack([point[name] for point in self.points]) for name in names}  # [P, T]
+        stacked = {name: torch.stack([point[name] for point in self.points]) for name in names}  # [P, K]
         equal = {name: (~own).nonzero().flatten().tolist() for name, own in changed.items() if not own.all()}
         for name, places in equal.items():
             stacked[name][:, places] = 0
@@ -200,7 +161,7 @@ class _Found:
             points=self.names, trials=self.trials, unchanged=equal, optimism=self.optimism.clamp(min=0).tolist()
         )
         return Statistics(
-            self.task, len(self._job.experts), stacked, form="point", divergences=self.divergences, losses=self.losses,
+            self.task, len(self._job.labels), stacked, form="point", divergences=self.divergences, losses=self.losses,
             tokens=answer_tokens(self._held_out), metadata={SEARCH: record.model_dump_json()},
         )  # fmt: skip
 
@@ -211,7 +172,7 @@ class _Quadratics:
 
     Attributes:
         point: the point.
-        slopes: submodule -> [rows, 1 + S, T], see `gauss_newton_steps`.
+        slopes: submodule -> [rows, 1 + S, K], see `gauss_newton_steps`.
         task, step: [rows] int64, task of each row, and the step that added it.
     """
 
@@ -241,8 +202,7 @@ class _Search:
         self._job, self._passes, self._held_out, self._changed = job, passes, held_out, changed
         self._settings = job.recipe.settings
         self._importance = layout_of(job).importance
-        experts = len(job.experts)
-        start = {"base": self._constant(0.0), "average": self._constant(1 / experts), "features": features}
+        start = starting_points(job, features)
         measured = passes.measure("start-", held_out, [None, *list(start.values())[1:]])
         self._found = _Found(job, held_out)
         for column, (name, point) in enumerate(start.items()):
@@ -251,7 +211,7 @@ class _Search:
         self._scales, _ = task_scales(
             measured.divergences[:, 0],
             self._found.task,
-            experts,
+            len(job.experts),
             tokens=answer_tokens(held_out),
             balance=self._settings.balance,
         )
@@ -303,10 +263,6 @@ class _Search:
             found.keep_starts()
         changed = {name: (part != 0).flatten(0, 1).any(0) for name, part in quadratics.slopes.items()}
         return found.statistics(changed or self._changed)
-
-    def _constant(self, alpha: float) -> Point:
-        count = len(self._job.experts)
-        return {part.name: torch.full((count,), alpha, dtype=torch.float64) for part in self._job.submodules}
 
     def _weighted(self, divergences: Tensor) -> Tensor:
         return weighted_divergence(divergences, self._found.task, self._scales, self._importance)

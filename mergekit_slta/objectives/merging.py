@@ -16,7 +16,7 @@ from mergekit_slta.runner.row_weights import MergeWeights
 from mergekit_slta.runner.state import MergeGroup
 
 Point = Mapping[str, Tensor]
-"""Alphas of a merged model: submodule -> [T] float64, experts in canonical order."""
+"""Alphas of a merged model: submodule -> [K] float64, models in canonical order."""
 
 
 def merge_at(job: Job, layout: Layout, point: Point) -> MergeWeights:
@@ -47,10 +47,10 @@ def merge_with(
 
     Args:
         job: the job.
-        models: labels of the experts in the order of the alphas.
+        models: labels of the models in the order of the alphas.
         weights_of: submodules of a group -> (tensor name -> its slices with their alphas); may contain more tensors.
     """
-    columns = [models.index(job.recipe.label(model)) for model in job.experts]
+    columns = [models.index(label) for label in job.labels]
 
     def merge(group: Sequence[Submodule], weights: Sequence[Weights]) -> Weights:
         known = weights_of(group)

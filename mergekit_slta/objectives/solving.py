@@ -53,7 +53,7 @@ def make_entry(layout: Layout, submodule: LayoutSubmodule, solution: Solution) -
 
 
 def select(statistics: Statistics, names: Sequence[str]) -> list[Tensor]:
-    """Get the statistics of the named submodules: [rows, T, T] Gram matrices or [rows, S, T] derivatives.
+    """Get the statistics of the named submodules: [rows, K, K] Gram matrices or [rows, S, K] derivatives.
 
     Raises:
         AlphasError: a submodule is missing.
@@ -84,6 +84,7 @@ def solve_submodule(
         importance=layout.importance,
         balance=layout.solve.balance,
         ridge=layout.solve.ridge or 0.0,
+        num_tasks=len(layout.experts),
     )
     return make_entry(layout, submodule, solution)
 
@@ -108,6 +109,7 @@ def solve_together(statistics: Statistics, layout: Layout) -> Solved:
         balance=layout.solve.balance,
         ridge=layout.solve.ridge,
         row_group=statistics.row_group,
+        num_tasks=len(layout.experts),
     )
     entries = []
     for submodule in layout.submodules:
@@ -169,7 +171,7 @@ def weighted_divergences(statistics: Statistics, layout: Layout) -> Tensor:
     scales, _ = task_scales(
         divergences[:, 0],
         statistics.row_task,
-        statistics.num_models,
+        len(layout.experts),
         tokens=statistics.tokens,
         balance=layout.solve.balance,
     )

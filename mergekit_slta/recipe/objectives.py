@@ -17,6 +17,7 @@ from mergekit_slta.errors import RecipeError
 from mergekit_slta.maths.ridges import SMALLEST_RIDGE
 from mergekit_slta.recipe.settings import SHARED_KEYS, Count, Granularity, ObjectiveSettings, Settings
 
+DATA_FREE = "data_free"
 MAX_STEPS = 12
 """Largest number of steps with `steps: auto`."""
 
@@ -100,6 +101,24 @@ class JointSettings(ObjectiveSettings):
             )
 
 
+class DataFreeSettings(ObjectiveSettings):
+    """The keys of `objective: data_free`: there are none."""
+
+    needs_rows = False
+
+    @property
+    def solve_dependence(self) -> str | None:
+        return "direction"
+
+    def check_shared(self, shared: Settings) -> None:
+        if shared.direction == "none":
+            raise RecipeError(
+                "`direction` is 'none' and `objective` is 'data_free', which merges by a direction alone: drop "
+                "`direction`",
+                code="conflicting-keys",
+            )
+
+
 @dataclass(frozen=True)
 class ObjectiveRow:
     """One objective.
@@ -159,5 +178,14 @@ register_objective(
         defaults={"granularity": "linear", "ridge": None, "evaluate": True},
         residual="All were solved together. The residual is the share of the base's divergence from the experts that "
         "remains: measured on held-out rows, or with `steps: 0` predicted for each row by the others.",
+    )
+)
+register_objective(
+    ObjectiveRow(
+        name=DATA_FREE,
+        module="mergekit_slta.objectives.data_free",
+        settings=DataFreeSettings,
+        defaults={"granularity": "model", "direction": "swudi_a"},
+        residual="There is none: no row was read.",
     )
 )

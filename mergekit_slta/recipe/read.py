@@ -141,7 +141,7 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
     base = _absolute(config.base_model)
     names[base] = str(config.base_model)
 
-    tasks = []
+    tasks, directions = [], []
     for given, entry in zip(config.models or [], absolute.models or [], strict=True):
         parameters = entry.parameters or {}
         if entry.model == base:
@@ -154,19 +154,50 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
         if entry.model in names:
             raise RecipeError(f"{show(given.model)} is listed twice; list each expert once", code="duplicate-model")
         names[entry.model] = str(given.model)
-        tasks.append(_task(entry.model, str(given.model), parameters, config.parameters or {}))
+        task = _task(entry.model, str(given.model), parameters, config.parameters or {})
+        if task.role == "task":
+            tasks.append(task)
+        else:
+            directions.append(entry.model)
     if not tasks:
         raise RecipeError(
-            f"{METHOD} needs at least one expert besides the base: add it under `models:`", code="missing-expert"
+            f"{METHOD} needs at least one expert besides the base: add it under `models:`"
+            + " (a model with `role: direction` is none)" * bool(directions),
+            code="missing-expert",
         )
-    return Recipe(
+    recipe = Recipe(
         base=base,
         tasks=tuple(tasks),
+        directions=tuple(directions),
         settings=_settings(config.parameters or {}),
         config=absolute,
         names=names,
         labels=labels,
     )
+    _check_directions(recipe)
+    return recipe
+
+
+def _check_directions(recipe: Recipe) -> None:
+    """Refuse directions that the recipe's models or objective do not allow."""
+    settings, form = recipe.settings, recipe.closed_form
+    if recipe.directions and not settings.own.needs_rows:
+        raise RecipeError(
+            f"{show(recipe.names[recipe.directions[0]])} has `role: direction`, and `objective: {settings.objective}` "
+            "reads no rows that would give it a weight: leave the model out, or change `objective`",
+            code="conflicting-keys",
+        )
+    if form is not None and len(recipe.tasks) < 2:
+        raise RecipeError(
+            f"`direction: {form}` combines experts, and there is one: add another, or "
+            + ("set `direction: none`" if settings.own.needs_rows else "change `objective`"),
+            code="missing-expert",
+        )
+    if recipe.model_labels.count(form or "") > 1:
+        raise RecipeError(
+            f"a model is named {show(form)!r}, as the direction is: give its folder another name",
+            code="duplicate-model",
+        )
 
 
 def _label(name: str) -> str:
@@ -184,6 +215,13 @@ def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapp
             )
         if key not in TASK_KEYS:
             _refuse_unknown(key, TASK_KEYS, f"under {show(name)}")
+    if constant("role", own.get("role", "task")) == "direction":
+        for key in own:
+            if key != "role":
+                raise RecipeError(
+                    f"{show(name)} has `role: direction`, and no task that `{key}` could belong to: drop `{key}`",
+                    code="conflicting-keys",
+                )
     given = {key: own.get(key, shared.get(key)) for key in TASK_KEYS if key in own or key in shared}
     values = {key: constant(key, setting) for key, setting in given.items()}
     return _validated(Task, {"model": model, **values}, name)

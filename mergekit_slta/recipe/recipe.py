@@ -23,7 +23,8 @@ class Recipe(BaseModel):
 
     Attributes:
         base: the base model.
-        tasks: the experts in the recipe's order, base left out.
+        tasks: the experts in the recipe's order, base and directions left out.
+        directions: the models with `role: direction`, in the recipe's order.
         settings: the shared keys.
         config: mergekit's own configuration, local model paths made absolute.
         names: model -> its name as written in the recipe; used in messages.
@@ -35,6 +36,7 @@ class Recipe(BaseModel):
 
     base: ModelReference
     tasks: tuple[Task, ...]
+    directions: tuple[ModelReference, ...] = ()
     settings: Settings
     config: MergeConfiguration
     names: dict[ModelReference, str]
@@ -46,8 +48,18 @@ class Recipe(BaseModel):
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
-        """Base first, then the experts in the recipe's order."""
-        return (self.base, *(task.model for task in self.tasks))
+        """Base first, then the experts and the directions in the recipe's order."""
+        return (self.base, *(task.model for task in self.tasks), *self.directions)
+
+    @property
+    def closed_form(self) -> str | None:
+        """The closed form that is one model more; None if there is none. It is that model's name, too."""
+        return None if self.settings.direction == "none" else self.settings.direction
+
+    @property
+    def model_labels(self) -> tuple[str, ...]:
+        """Names in files of all models that get weights: the experts, the directions, the closed form."""
+        return (*(self.label(model) for model in self.models[1:]), *filter(None, [self.closed_form]))
 
     def replaced(self, changes: Mapping[ModelReference, ModelReference]) -> Recipe:
         """A copy with other references to some of its models; their names and labels stay."""
@@ -59,6 +71,7 @@ class Recipe(BaseModel):
             update={
                 "base": change(self.base),
                 "tasks": tuple(task.model_copy(update={"model": change(task.model)}) for task in self.tasks),
+                "directions": tuple(map(change, self.directions)),
                 "config": map_models(self.config, change),
                 "names": {change(model): name for model, name in self.names.items()},
                 "labels": {change(model): label for model, label in self.labels.items()},

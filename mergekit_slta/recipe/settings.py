@@ -39,10 +39,15 @@ Count = Annotated[int, BeforeValidator(_to_count), Field(strict=True)]
 
 
 class TaskSettings(BaseModel):
-    """The keys of one expert: the calibration rows of its task, and the task's importance in the objective."""
+    """The keys of one model: the calibration rows of its task, and the task's importance in the objective.
+
+    Attributes:
+        role: "direction": a model without a task. It has no other keys; its weights are found from the others' rows.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    role: Literal["task", "direction"] = "task"
     dataset: str | None = None
     dataset_config: str | None = None
     split: str = "train"
@@ -60,6 +65,7 @@ class ObjectiveSettings(BaseModel):
         needs_answers: whether the statistics are made of losses over the rows' answers; a row without one is of no use.
         uses_seed: whether `seed` also affects the statistics of given rows.
         measures_residuals: whether the residual after the merge can be measured (`--verify`).
+        needs_rows: whether the weights depend on calibration rows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +73,7 @@ class ObjectiveSettings(BaseModel):
     needs_answers: ClassVar[bool] = False
     uses_seed: ClassVar[bool] = False
     measures_residuals: ClassVar[bool] = False
+    needs_rows: ClassVar[bool] = True
 
     @property
     def row_groups(self) -> int:
@@ -104,6 +111,7 @@ class Settings(BaseModel):
     Attributes:
         ridge: relative ridge; None if the solve chooses it.
         evaluate: whether rows are held out, and the merge is measured on them.
+        direction: closed form of the experts that is one model more; "none" for no such model.
         own: the objective's own keys.
         stated: the keys that the recipe states; all others have their defaults.
     """
@@ -118,10 +126,16 @@ class Settings(BaseModel):
     balance: Annotated[bool, Field(strict=True)] = True
     ridge: Annotated[Number, Field(ge=0)] | None = 0.0
     evaluate: Annotated[bool, Field(strict=True)] = False
+    direction: Literal["none", "swudi_a"] = "none"
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
     own: SerializeAsAny[ObjectiveSettings] = ObjectiveSettings()
     stated: frozenset[str] = frozenset()
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether rows are read at all."""
+        return self.own.needs_rows or self.evaluate
 
 
 TASK_KEYS = tuple(TaskSettings.model_fields)

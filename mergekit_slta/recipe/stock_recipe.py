@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from mergekit.common import ModelReference
@@ -23,8 +23,10 @@ from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.targets import check_overwrite
 from mergekit_slta.libraries.mergekit import evaluate_setting
 from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.objectives import DATA_FREE
 from mergekit_slta.recipe.read import constant, read_recipe
 from mergekit_slta.recipe.recipe import map_models
+from mergekit_slta.recipe.settings import METHOD
 
 EXPRESSIBLE = ("model", "layer", "attn_mlp", "linear")
 """Granularities whose submodules own whole tensors."""
@@ -34,24 +36,45 @@ _FIRST_WORDS = "# Made by `mergekit-slta export`"
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
+class Exported(NamedTuple):
+    """A stock recipe.
+
+    Attributes:
+        text: the recipe.
+        notes: for the user, one line each.
+        source: path of the original recipe that was used; None if there was none.
+        direction: content of the recipe whose merge is the checkpoint of the closed form; None if the alphas have none.
+    """
+
+    text: str
+    notes: tuple[str, ...]
+    source: Path | None
+    direction: dict[str, Any] | None
+
+
 def export(
-    path: str | os.PathLike[str], recipe: str | os.PathLike[str] | None = None
-) -> tuple[str, tuple[str, ...], Path | None]:
-    """Write the stock recipe of an alphas file.
+    path: str | os.PathLike[str], recipe: str | os.PathLike[str] | None = None, direction: Path | None = None
+) -> Exported:
+    """Make the stock recipe of an alphas file.
 
     Args:
         path: the alphas file.
+        direction: folder of the checkpoint that stands for a closed form; the caller writes it.
         recipe: the recipe that the alphas are for; by default the `mergekit_config.yml` beside the file, if there is
             one.
-
-    Returns:
-        The text of the stock recipe; notes for the user, one line each; the path of the original recipe that was used.
 
     Raises:
         AlphasError: the file cannot be read, or filters cannot express it.
         RecipeError: the recipe does not belong to these alphas, or has settings that a stock recipe cannot express.
     """
     alphas = Alphas.load(path)
+    form = alphas.closed_form
+    if form is not None and direction is None:
+        raise RecipeError(
+            f"the merge has the direction {show(form.model)}, which is written as a checkpoint beside the recipe: name "
+            "the recipe with -o",
+            code="output-needed",
+        )
     notes = []
     source = Path(recipe) if recipe is not None else None
     beside = Path(path).absolute().with_name(MERGED_RECIPE_NAME)
@@ -59,17 +82,21 @@ def export(
         source = beside
         notes.append(f"Output dtype, tokenizer and lambda are those of {show(beside)}; --recipe names another")
     places = [Path(), *([] if source is None else [source.parent]), beside.parent, beside.parent.parent]
+    named, stored_experts = alphas.models, alphas.experts
     alphas = alphas.model_copy(
         update={
             "base_model": _reachable(alphas.base_model, places),
-            "models": tuple(_reachable(model, places) for model in alphas.models),
+            "models": tuple(
+                str(direction) if form and model == form.model else _reachable(model, places) for model in alphas.models
+            ),
         }
     )
+    experts = [model for model, name in zip(alphas.models, named, strict=True) if name in stored_experts]
     given: dict[str, Any] = {}
     if source is None:
         _check_without_recipe(alphas)
     else:
-        given = _from_recipe(alphas, source, places)
+        given = _from_recipe(alphas, source, places, str(direction))
     if any(key.startswith("tokenizer") for key in given.get("extra", ())):
         notes.append(
             "Vocabulary rows that mergekit fills in (tokens that a model lacks, padding) are averaged in float32 "
@@ -87,16 +114,25 @@ def export(
         else:
             cause = "no recipe is at hand, name it with --recipe" if source is None else "the recipe names no out_dtype"
             notes.append(f"Warning: the merged model will be float32 ({cause}); `out_dtype` changes that")
-    return stock_recipe(alphas, **given), tuple(notes), source
+    made_by = None if form is None else {
+        "merge_method": METHOD,
+        "base_model": alphas.base_model,
+        "models": [{"model": model} for model in experts],
+        "parameters": {"objective": DATA_FREE, "direction": form.closed_form},
+        "out_dtype": "float32",
+        **given.get("extra", {}),
+    }  # fmt: skip
+    return Exported(stock_recipe(alphas, **given), tuple(notes), source, made_by)
 
 
-def _from_recipe(alphas: Alphas, path: Path, places: Sequence[Path]) -> dict[str, Any]:
-    """Get the arguments of `stock_recipe` from the original recipe. Local folders in `alphas` are absolute already."""
+def _from_recipe(alphas: Alphas, path: Path, places: Sequence[Path], direction: str) -> dict[str, Any]:
+    """Get the arguments of `stock_recipe` from the original recipe. Local folders in `alphas` are absolute already, and
+    `direction` is the model that the recipe does not name."""
     config, _ = load_config(path)
     config = map_models(config, lambda model: ModelReference.model_validate(_reachable(str(model), places)))
     read = read_recipe(config)
     names = [read.names[model] for model in read.models]
-    ours = [alphas.base_model, *alphas.models]
+    ours = [alphas.base_model, *(model for model in alphas.models if model != direction)]
     same = sorted(names[1:]) == sorted(ours[1:]) and names[0] == ours[0]
     stated = read.settings.stated
     if not same or ("granularity" in stated and read.settings.granularity != alphas.granularity):

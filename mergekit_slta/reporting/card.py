@@ -64,12 +64,13 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         START,
         "## Submodule-wise merge (SLTA)",
         "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
-        f"come in closed form from a few calibration rows per task{_solves(alphas)}, without training or tuning "
+        f"{_source(alphas)}, without training or tuning "
         "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
         "(https://arxiv.org/abs/2504.10902), ICLR 2025).",
         f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
         f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
         f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
+        *_directions(alphas),
         *([_scaled(scale)] if scale != 1.0 else []),
         "### Calibration",
         _calibration(alphas),
@@ -127,7 +128,7 @@ def _calibration(alphas: Alphas) -> str:
         for key in all_shared_keys()
         if key in used
     ]
-    parts = [_table(rows, names=2) if tasks else "The weights were given, without calibration data."]
+    parts = [_table(rows, names=2) if tasks else "No calibration data."]
     parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
     parts += [f"**Warning.** {line}" for line in describe_far(used, code)]
     if measured:
@@ -150,7 +151,7 @@ def _evaluation(alphas: Alphas) -> list[str]:
     table = _table(
         [["expert", *EVALUATION_HEADER], *([code(task.model), *evaluation_cells(task)] for task in found.tasks)]
     )
-    warnings = [f"**Warning.** {line}." for line in describe_flags(found, code)]
+    warnings = [f"**Warning.** {line}." for line in describe_flags(found, code, fitted=alphas.is_fitted)]
     note = (
         "On rows that were not fitted. The divergence is KL(expert ‖ model) in nats, summed over a row's answer; the "
         f"share is what is left of the base's. Losses are in nats per token; {evaluation_note(found)}."
@@ -161,6 +162,24 @@ def _evaluation(alphas: Alphas) -> list[str]:
 def _objective(alphas: Alphas) -> ObjectiveRow | None:
     """The row of the objective that the weights minimise; None if this installation does not know it."""
     return OBJECTIVES.get(str(alphas.calibration.get("objective")))
+
+
+def _source(alphas: Alphas) -> str:
+    """Where the weights come from, as part of a sentence."""
+    if not alphas.is_fitted:
+        return "were not fitted: it is a closed form of the experts' weights alone"
+    return f"come in closed form from a few calibration rows per task{_solves(alphas)}"
+
+
+def _directions(alphas: Alphas) -> list[str]:
+    """What the models without a task are."""
+    lines = [
+        f"{code(direction.model)} is a direction: "
+        + ("computed from the weights of base and experts (SWUDI-A, arXiv 2606.07289)." if direction.closed_form
+           else "a model without a task; its weights were found from the rows of the others.")
+        for direction in alphas.directions
+    ]  # fmt: skip
+    return ["\n\n".join(lines)] if lines else []
 
 
 def _solves(alphas: Alphas) -> str:

@@ -37,7 +37,7 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"{job.skeleton.num_layers} layers)",
     ]
     for task, drawn in zip(recipe.tasks, job.rows, strict=True):
-        data = "no rows named" if drawn is None else (
+        data = ("no rows named" if settings.needs_rows else "no rows needed") if drawn is None else (
             f"{len(drawn.rows)} rows, {drawn.num_tokens} tokens of {show(drawn.dataset)}"
         )  # fmt: skip
         lines.append(f"expert      {show(recipe.names[task.model])}  ({data}; importance {task.importance:g})")
@@ -45,6 +45,10 @@ def describe_job(job: Job, costs: Costs) -> str:
             lines.append(f"            {describe_template(drawn.chat_template)} chat template renders its rows")
         if drawn is not None and settings.evaluate:
             lines.append(f"            {_held_out(drawn)}")
+    lines += [f"direction   {show(recipe.names[model])}  (no task; its weights are found from the others' rows)"
+              for model in recipe.directions]  # fmt: skip
+    if recipe.closed_form is not None:
+        lines.append(f"direction   {recipe.closed_form}, computed from the experts' weights")
     shown = {**{key: getattr(settings, key) for key in _SETTINGS}, **settings.own.model_dump()}
     covered = sum(len(submodule.tensors) for submodule in job.submodules)
     lines += [
@@ -60,7 +64,8 @@ def describe_job(job: Job, costs: Costs) -> str:
     lines += [
         f"device      {_device(job)}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
-        f"computes    {costs.flops / 1e12:.3g} TFLOP",
+        f"computes    {costs.flops / 1e12:.3g} TFLOP"
+        + (f", and {costs.combine_flops / 1e12:.3g} TFLOP in float64 for the direction" if costs.combine_flops else ""),
         *_measuring(job),
         f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
         f"allocation is {_bytes(costs.largest_bytes)}",
@@ -69,7 +74,8 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"writes      {_bytes(costs.written_bytes)}",
     ]
     if costs.scratch_bytes:
-        lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features on disk until the calibration is done")
+        kept, until = (" and the direction", "merge") if recipe.closed_form else ("", "calibration")
+        lines.append(f"keeps       {_bytes(costs.scratch_bytes)} of features{kept} on disk until the {until} is done")
     return "\n".join(lines)
 
 

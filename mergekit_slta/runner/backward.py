@@ -63,7 +63,7 @@ class BackwardPass:
         self._rows = self._weights.rows
         self._head = HeadLoss(lane, experts, examples, label_samples=label_samples, seed=seed)
         self._num_losses = self._head.num_losses
-        shape = (len(self._rows), self._num_losses, self._weights.num_experts)
+        shape = (len(self._rows), self._num_losses, self._weights.num_models)
         self._derivatives = DirectionalDerivatives(submodules, shape)
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -139,7 +139,7 @@ class BackwardPass:
         embeddings = RowEmbeddings(self._weights)
         for row in range(len(self._rows)):
             weights, ids = embeddings.of_row(row, self._weights)
-            models = [embeddings.of_model(row, model)[0] for model in range(self._weights.num_experts + 1)]
+            models = [embeddings.of_model(row, model)[0] for model in range(self._weights.num_models + 1)]
             vectors = {name: task_vectors([tensors[name] for tensors in models]) for name in weights}
             own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             with torch.enable_grad():

@@ -34,7 +34,7 @@ class RowWeights:
         rows: the rows of `examples`.
         row_task: per row, the index of its task's expert in canonical order.
         by_task: task -> indices of its rows.
-        num_experts: T.
+        num_models: number of models that have weights: experts and directions.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RowWeights:
             task: [row for row, other in enumerate(self.row_task) if other == task]
             for task in sorted(set(self.row_task))
         }
-        self.num_experts = len(checkpoints.plan.models) - 1
+        self.num_models = checkpoints.num_models - 1
 
     def layer_tensors(self, layer: int) -> list[str]:
         """Names of a decoder layer's tensors."""
@@ -149,5 +149,5 @@ class RowEmbeddings:
             return self.of_model(row, weights.row_task[row] + 1)
         if weights.at == "base":
             return self.of_model(row, 0)
-        every = [self.of_model(row, model) for model in range(weights.num_experts + 1)]
+        every = [self.of_model(row, model) for model in range(weights.num_models + 1)]
         return weights.at([tensors for tensors, _ in every]), every[0][1]

@@ -128,8 +128,8 @@ class ForwardState:
 
     @property
     def num_models(self) -> int:
-        """T + 1: the base and the experts."""
-        return len(self.checkpoints.plan.models)
+        """The base, the experts and the directions."""
+        return self.checkpoints.num_models
 
     @property
     def base_coefficients(self) -> Coefficients:

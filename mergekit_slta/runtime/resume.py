@@ -89,12 +89,19 @@ class ResumeStore:
         if self._marker() != self.fingerprint:
             self.remove()
             return
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.refresh():
+            path.unlink(missing_ok=True)
+
+    def refresh(self) -> list[Path]:
+        """List the parts that are finished, also by other processes of the same job; returns the damaged files."""
+        damaged = []
+        for path in self.folder.glob("*.safetensors") if self._marker() == self.fingerprint else ():
             try:
                 with safe_open(path, framework="pt") as file:
                     self._finished[(file.metadata() or {})["key"]] = path
-            except (OSError, SafetensorError, KeyError):  # damaged: compute this part again
-                path.unlink(missing_ok=True)
+            except (OSError, SafetensorError, KeyError):
+                damaged.append(path)
+        return damaged
 
     def _in_the_way(self) -> OutputError:
         return OutputError(f"{show(self.folder)} is in the way of unfinished work: move it", code="path-in-the-way")
@@ -123,6 +130,11 @@ class ResumeStore:
         """Read the tensors of a finished part, as `put` stored them."""
         with safe_open(self._finished[key], framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def mapped(self, key: str) -> dict[str, Tensor]:
+        """As `get`, but the tensors are memory-mapped."""
+        with safe_open(self._finished[key], framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors of a part; it then counts as finished."""
