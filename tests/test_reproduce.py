@@ -27,15 +27,19 @@ def example():
     try:
         import claims
         import costs
+        import data_free
         import gaps
+        import grids
+        import merging
         import methods
         import repeat
         import run
         import tables
 
         yield SimpleNamespace(
-            claims=claims, costs=costs, gaps=gaps, methods=methods, repeat=repeat, run=run, tables=tables
-        )
+            claims=claims, costs=costs, data_free=data_free, gaps=gaps, grids=grids, merging=merging, methods=methods,
+            repeat=repeat, run=run, tables=tables,
+        )  # fmt: skip
     finally:
         sys.path[:] = path
         for name in names & sys.modules.keys():
@@ -155,6 +159,113 @@ def test_settings_are_chosen_on_the_rows_that_are_named(example, run):
     chosen = {split: evidence.tuned(("math", "code"), "task arithmetic", split) for split in ("calibration", "test")}
     assert chosen["calibration"]["settings"] == {"weight": 0.4}
     assert chosen["test"]["settings"] == {"weight": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("method", "score", "best", "edges"),
+    [("DARE", lambda drop, weight: -abs(drop - 0.3) - abs(weight - 1.3 + drop), {"drop": 0.3, "weight": 1.0}, []),
+     ("DARE", lambda drop, weight: -drop - abs(weight - 0.5), {"drop": 0.0, "weight": 0.5}, []),
+     ("TIES", lambda density, scale: density - abs(scale - 0.2), {"density": 1.0, "lambda": 0.2}, []),
+     ("SCE", lambda share: -abs(share - 0.3), {"select_topk": 0.3}, []),
+     ("SWUDI-A", lambda scale: scale, {"scale": 3.0}, ["scale"]),
+     ("Consensus TA", lambda mask, scale: -abs(mask - 0.6) - abs(scale - 0.5), {"mask": 0.6, "scale": 0.5}, [])],
+)  # fmt: skip
+def test_a_grid_goes_on_until_its_best_is_inside(example, method, score, best, edges):
+    """Or at a bound of the method's own; what stays at an edge, where the ladder ends, is known as such."""
+    grid = example.grids.GRIDS[method]
+    known = [*grid.first()]
+    while True:
+        found = max(known, key=lambda point: score(*point.values()))
+        following = [*grid.beyond(found, known)]
+        if not following:
+            break
+        known += following
+    assert found == best
+    assert [key for key, _ in grid.open_sides(found, known)] == edges
+    assert grid.bound(found) == [key for key, value in best.items() if (key, value) in {("drop", 0), ("density", 1)}]
+
+
+def test_every_method_with_a_scale_has_ten(example):
+    """And without one there are none: SCE, the averages. What the ladders have besides comes later."""
+    counts = {}
+    for method, grid in example.grids.GRIDS.items():
+        scales = [key for key in grid.axes if key in ("weight", "lambda", "scale")]
+        counts[method] = len(grid.axes[scales[0]].first) if scales else 0
+        assert all({*axis.first, *axis.bounds} <= {*axis.ladder} for axis in grid.axes.values())
+    assert [name for name, count in counts.items() if count != 10] == ["weight average", "SCE", "model stock"]
+    assert {name for name, grid in example.grids.GRIDS.items() if grid.untuned} == example.data_free.METHODS.keys()
+
+
+def test_settings_at_an_edge_are_marked(example, run, tmp_path):
+    """0.4 is the lowest that was tried, 0.6 is between others; a merge that is not tuned has a row of its own."""
+    results = dict(run["results"])
+    tasks = example.methods.ALL
+    for scale, share in ((0.9, 0.6), (1.0, 0.5), (0.8, 0.5)):
+        pair = [shares(tasks, *[share] * 5)] * 2
+        results[f"all/SWUDI-A/scale={scale}"] = candidate(tasks, "SWUDI-A", {"scale": scale}, None, *pair)
+    density = {"density": 1.0, "lambda": 0.2}
+    results["all/TIES/-"] = candidate(tasks, "TIES", density, None, *[shares(tasks, *[0.5] * 5)] * 2)
+    text = written(example, tmp_path, {**run, "results": results})
+    title = "Main comparison (the paper's Tables 1, 2, 9)"
+    assert row_of(text, title, "SWUDI-A")[1] == "60.0 / 60.0"
+    assert row_of(text, title, "SWUDI-A, untuned (scale 1.0)")[1] == "50.0 / 50.0"
+    chosen = "## " + title + text.split("The settings chosen")[1]
+    cells = {name: row_of(chosen, title, name)[1] for name in ("task arithmetic", "SWUDI-A", "TIES")}
+    assert cells["task arithmetic"] == "weight 0.4 (edge: weight); weight 0.6 (of 3, not 10)"
+    assert cells["SWUDI-A"] == "scale 0.9 (of 3, not 10)"
+    assert cells["TIES"] == "density 1.0, lambda 0.2 (edge: density and lambda; bound: density) (of 1, not 20)"
+
+
+@pytest.fixture
+def scored(example, tmp_path, monkeypatch) -> list[list[str]]:
+    """Candidates get the same share of every gap, that of `shares_of`: the nearer to 1.2 the first setting is, the
+    more. Returns the names of each call."""
+    calls: list[list[str]] = []
+
+    def run_candidates(workdir, candidates, *_):
+        calls.append([each.name for each in candidates])
+        for each in candidates:
+            share = 1 - abs([*each.settings.values(), 1.0][0] - 1.2)
+            pair = [shares(each.tasks, *[share] * len(each.tasks))] * 2
+            path = example.merging.result_path(workdir, each.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(candidate(each.tasks, each.method, each.settings, each.seed, *pair)))
+
+    monkeypatch.setattr(example.run, "run_candidates", run_candidates)
+    for name, result in references(example.methods.ALL).items():
+        path = example.merging.result_path(tmp_path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    return calls
+
+
+def evidence_run(example, workdir: Path, *only: str):
+    """A run of some methods."""
+    return example.run.Run(workdir, example.run.Sizes(), 1, 1, "float32", "cpu", only)
+
+
+def test_a_peer_is_scored_untuned_then_by_its_grid_and_beyond(example, scored, tmp_path):
+    """The untuned one alone, since it computes what the others scale; what is kept for that is removed."""
+    (tmp_path / example.merging.PEERS).mkdir()
+    all_tasks = example.methods.ALL
+    example.run.grids(evidence_run(example, tmp_path, "SWUDI-A"), all_tasks, [*example.grids.GRIDS])
+    assert [len(call) for call in scored] == [1, 10, 1, 1, 1]
+    assert scored[0] == ["all/SWUDI-A/scale=1.0"]
+    assert [call[0][-3:] for call in scored[2:]] == ["1.1", "1.2", "1.3"]
+    assert not (tmp_path / example.merging.PEERS).exists()
+
+
+def test_peers_with_rows_start_from_tuned_task_arithmetic(example, scored, tmp_path):
+    """Which is scored first, whatever is asked for; Expert Merging on few rows, on as many as the joint objective has,
+    and by as many passes."""
+    found = [*example.run.calibrated_peers(evidence_run(example, tmp_path, "Expert Merging"), example.methods.ALL, 42)]
+    assert sum(map(len, scored)) == 13
+    recipes = [each.recipe for each in found]
+    assert {recipe["start"] for recipe in recipes} == {1.2}
+    assert [each.method for each in found] == ["FeatCal", *["Expert Merging"] * 3]
+    assert [recipe["num_samples"] for recipe in recipes] == [30, 5, 180, 180]
+    assert [recipe.get("steps") for recipe in recipes] == [None, 5, 180, 487]
+    assert [*example.run.calibrated_peers(evidence_run(example, tmp_path, "TIES"), example.methods.ALL, 42)] == []
 
 
 def test_main_comparison_has_a_row_per_method(example, run, tmp_path):
@@ -303,6 +414,7 @@ def test_costs_measure_every_method_once_and_ours_twice(example):
     jobs = list(example.costs.jobs(example.costs.QUICK))
     methods = [job.method for job in jobs]
     assert len(set(methods)) == len(methods) - 1
+    assert all("merge_method" in job.recipe for job in jobs)
     assert methods[-2:] == [example.methods.OURS] * 2
     assert "dataset" in jobs[-2].recipe["models"][0]["parameters"]
     assert jobs[-1].recipe["parameters"]["alphas"] == "costs/slta_alphas.json"
@@ -319,6 +431,8 @@ def test_quick_run(example, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     monkeypatch.chdir(tmp_path)
     command = [str(tmp_path / "work"), "--quick", "--base", str(base), "--processes", "1", "--threads", "1"]
+    unknown = CliRunner().invoke(example.run.main, [*command, "--only", "RegMeans"])
+    assert (unknown.exit_code, "no method 'RegMeans'" in unknown.output) == (1, True)
     first = CliRunner().invoke(example.run.main, command, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     written = json.loads((tmp_path / "work" / "results.json").read_text())
@@ -328,6 +442,11 @@ def test_quick_run(example, tmp_path, monkeypatch):
     assert any(name.startswith("all/weight average/") for name in names)
     losses = [part["loss"] for result in written["results"].values() for part in result["test"].values()]
     assert all(0 < loss < 20 for loss in losses)
+    assert any(name.startswith("all/SWUDI-A/") for name in names)
+    for tuned in (["FeatCal"], {}), (["Expert Merging"], {"steps": 1}):
+        (peer,) = example.methods.closed_forms(example.methods.ALL, 42, 3, tuned[0], {"start": 0.4, **tuned[1]})
+        example.merging.merge(tmp_path / "peer", peer.recipe, "cpu")
+        assert (tmp_path / "peer" / "model.safetensors").exists()
     table = (tmp_path / "work" / "RESULTS.md").read_bytes()
     assert b"submodule_linear" in table
     second = CliRunner().invoke(example.run.main, command, catch_exceptions=False)

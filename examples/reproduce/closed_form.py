@@ -36,7 +36,7 @@ RegMean's repository has 0.9 and 0.1 in its settings, that of RegMean++ 0.95 (fo
 RegMean and 0.1 for RegMean++ (Llama 3.2, 3B).
 """
 
-LOT_CUTOFF = torch.finfo(torch.float32).eps
+CUTOFF = torch.finfo(torch.float32).eps
 """Eigenvalues below cutoff x width x the largest count as 0 in LOT merging's pseudo-inverse.
 
 The paper says "Moore-Penrose inverse" and no more. This is torch's default for float32, the precision that the
@@ -65,7 +65,7 @@ def regmean_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Ten
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(sum(shrunk))).T
 
 
-def lot_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Tensor, cutoff: float = LOT_CUTOFF) -> Tensor:
+def lot_linear(grams: Sequence[Tensor], weights: Sequence[Tensor], base: Tensor, cutoff: float = CUTOFF) -> Tensor:
     """LOT merging, Eq. 9 and 15: W = base + (sum of G_t)^+ (sum of G_t T_t), with the task vectors T_t."""
     wanted = sum(gram @ (weight - base).double().T for gram, weight in zip(grams, weights, strict=True))
     inverse = torch.linalg.pinv(sum(grams), rtol=cutoff * len(wanted), hermitian=True)
@@ -113,6 +113,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def load_models(base: Path, experts: Sequence[Path]) -> list[PreTrainedModel]:
+    """Base and experts, in float32."""
+    return [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (base, *experts)]
+
+
 def entry(decoder: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
     """The hidden state that a decoder's first layer reads on a row, and what else transformers gives every layer."""
     found: list[tuple[Tensor, dict[str, Any]]] = []
@@ -137,20 +142,33 @@ def units(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def recorded_inputs(unit: nn.Module, method: Method) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what the modules that the method solves for read, by their names, a tensor a call."""
+def recorded_inputs(unit: nn.Module, chosen: Callable[[nn.Module], Any]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what the chosen modules (those that a method solves for) read, by their names, a tensor a call."""
     inputs: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: inputs.setdefault(name, []).append(args[0])
 
-    modules = [(name, module) for name, module in unit.named_modules() if method.solver(module)]
+    modules = [(name, module) for name, module in unit.named_modules() if chosen(module)]
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules]
     try:
         yield inputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """X^T Y of two tensors [tokens, width], float64."""
+    # Twice as fast as products in float64; what they lose is far below the cutoff and what ALPHA puts in.
+    blocks = zip(one.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True)
+    return sum((left.T @ right).double() for left, right in blocks)
+
+
+def normalised(norm: nn.Module, rows: Tensor) -> Tensor:
+    """What a norm multiplies with its scale."""
+    neutral = {kind: torch.full_like(value, kind == "weight") for kind, value in norm.named_parameters()}
+    return functional_call(norm, neutral, (rows,))
 
 
 def second_moments(unit: nn.Module, inputs: dict[str, list[Tensor]], per_token: bool) -> dict[str, Tensor]:
@@ -162,11 +180,9 @@ def second_moments(unit: nn.Module, inputs: dict[str, list[Tensor]], per_token: 
             continue
         module, rows = unit.get_submodule(name), torch.cat([tensor.flatten(0, -2) for tensor in tensors])
         if isinstance(module, nn.Linear):
-            # Twice as fast as products in float64; what they lose is far below the cutoff and what ALPHA puts in.
-            moment = sum((block.T @ block).double() for block in rows.split(TOKENS_AT_ONCE))
+            moment = product(rows, rows)
         else:
-            neutral = {kind: torch.full_like(value, kind == "weight") for kind, value in module.named_parameters()}
-            moment = functional_call(module, neutral, (rows,)).double().square().sum(0)
+            moment = normalised(module, rows).double().square().sum(0)
         found[keys[name]] = moment / len(rows) if per_token else moment
     return {name: found[key] for name, key in keys.items()}
 
@@ -174,6 +190,11 @@ def second_moments(unit: nn.Module, inputs: dict[str, list[Tensor]], per_token: 
 def mean(values: Sequence[Tensor]) -> Tensor:
     """Plain average."""
     return torch.stack(list(values)).mean(0)
+
+
+def run_rows(unit: nn.Module, states: Sequence[Tensor], others: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """What a layer makes of the hidden states of rows, each with what else the layer is given."""
+    return [unit(state, **other) for state, other in zip(states, others, strict=True)]
 
 
 def merge_unit(
@@ -197,7 +218,7 @@ def merge(method: str, base: Path, experts: Sequence[Path], rows: Sequence[Seque
     if len(rows) != len(experts):
         raise ValueError(f"{len(experts)} experts, but calibration rows of {len(rows)}: give rows for every expert")
     how = METHODS[method]
-    merged, *models = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (base, *experts))
+    merged, *models = load_models(base, experts)
     solved_below = {id(parameter) for unit in units(merged) for parameter in unit.parameters()}
     for name, parameter in merged.named_parameters():
         if id(parameter) not in solved_below:
@@ -207,16 +228,13 @@ def merge(method: str, base: Path, experts: Sequence[Path], rows: Sequence[Seque
         for model, task in zip(models, rows, strict=True)
     ]
     hidden = [[state for state, _ in task] for task in entries]
-
-    def forward(unit: nn.Module, number: int, task: int) -> list[Tensor]:
-        return [unit(state, **others[number]) for state, (_, others) in zip(hidden[task], entries[task], strict=True)]
-
     for number, target in enumerate(units(merged)):
+        others = [[of_row[number] for _, of_row in task] for task in entries]
         sources, moments, outputs = [units(model)[number] for model in models], [], []
         for task, source in enumerate(sources):
-            with recorded_inputs(source, how) as inputs:
-                outputs.append(forward(source, number, task))
+            with recorded_inputs(source, how.solver) as inputs:
+                outputs.append(run_rows(source, hidden[task], others[task]))
             moments.append(second_moments(source, inputs, how.per_token))
         merge_unit(how, target, sources, moments)
-        hidden = [forward(target, number, task) for task in range(len(rows))] if how.reads_merged else outputs
+        hidden = [run_rows(target, *each) for each in zip(hidden, others, strict=True)] if how.reads_merged else outputs
     merged.save_pretrained(out)

@@ -20,8 +20,9 @@ import click
 import yaml
 from experts import QUICK, Sizes
 from gaps import settings_label
+from grids import baselines
 from merging import RANDOM_SEED
-from methods import ALL, OURS, Candidate, baselines, calibration_recipe, set_name, with_alphas
+from methods import ALL, OURS, Candidate, calibration_recipe, set_name, with_alphas
 from shared import installed_command, read_json, write_json
 
 from measure import watch  # isort: skip  # of the SmolLM2 example, which `shared` has put on the path
@@ -49,10 +50,11 @@ class Job:
 
 
 def jobs(sizes: Sizes) -> Iterator[Job]:
-    """The middle of every method's grid; ours twice, the weights of the first for the second."""
+    """The middle of the grid of every method that mergekit has; ours twice, the weights of the first for the second."""
     grids: dict[str, list[Candidate]] = {}
-    for candidate in baselines(ALL, everything=True):
-        grids.setdefault(candidate.method, []).append(candidate)
+    for candidate in baselines(ALL):
+        if "merge_method" in candidate.recipe:
+            grids.setdefault(candidate.method, []).append(candidate)
     for method, candidates in grids.items():
         middle = candidates[len(candidates) // 2]
         title = f"{method} ({settings_label(middle.settings)})" if middle.settings else method

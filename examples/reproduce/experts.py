@@ -63,7 +63,7 @@ QUICK = Sizes(
     seeds=(42,),
     row_counts=(1, 3),
     generated_tokens=4,
-    grid_step=20,
+    grid_step=60,
     sets=1,
 )
 """Everything once, too small to mean anything: for trying the command and for the project's own tests."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,12 +17,15 @@ import click
 import torch
 import yaml
 from five_tasks import TASKS
-from methods import Candidate
+from methods import Candidate, set_name
+from safetensors.torch import load_file, save_file
 from scoring import exact_matches, general_loss, general_passages, score, score_test_rows, task_rows
 from shared import load_model, load_tokenizer, read_json, write_json
 
 from mergekit_slta.data.rows import sample_numbers
 
+PEERS = "peers"
+"""Folder of merged task vectors in the work folder, while a set of experts is gone through."""
 RANDOM_SEED = 7
 """Of the methods that drop at random."""
 
@@ -72,23 +76,28 @@ def evaluate(
 
 
 def merge(out: Path, recipe: dict[str, Any], device: str) -> None:
-    """Run a recipe with mergekit, or a closed form of ours; its paths start at the current folder."""
-    if "closed_form" in recipe:
-        merge_closed_form(out, **recipe)
-        return
+    """Run a recipe with mergekit, or a method that it has not; its paths start at the current folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    for key, run in (("closed_form", merge_with_rows), ("peer", merge_data_free)):
+        if key in recipe:
+            run(out, **recipe)
+            return
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    shutil.rmtree(out, ignore_errors=True)
     options = MergeOptions(
         quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=RANDOM_SEED, device=device
     )
     run_merge(MergeConfiguration.model_validate(recipe), str(out), options, yaml.safe_dump(recipe))
 
 
-def merge_closed_form(out: Path, closed_form: str, tasks: Sequence[str], seed: int, num_samples: int) -> None:
-    """RegMean and its kin, with the very rows that a calibration draws; they compute in float32 on the CPU."""
+def merge_with_rows(
+    out: Path, closed_form: str, tasks: Sequence[str], seed: int, num_samples: int, **settings: float
+) -> None:
+    """RegMean and others, with the very rows that a calibration draws; they compute in float32 on the CPU."""
+    import expert_merging
+    import featcal
     from closed_form import merge
 
     tokenizer = load_tokenizer(Path("base"))
@@ -98,8 +107,27 @@ def merge_closed_form(out: Path, closed_form: str, tasks: Sequence[str], seed: i
         drawn = [all_rows[number] for number in islice(sample_numbers(len(all_rows), seed), num_samples)]
         texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in drawn]
         rows.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
-    shutil.rmtree(out, ignore_errors=True)
-    merge(closed_form, Path("base"), [Path(task) for task in tasks], rows, out)
+    others = {"FeatCal": featcal.merge, "Expert Merging": expert_merging.merge}
+    run = others.get(closed_form) or partial(merge, closed_form)
+    run(Path("base"), [Path(task) for task in tasks], rows, out, **settings)
+
+
+@torch.no_grad()
+def merge_data_free(out: Path, peer: str, tasks: Sequence[str], scale: float, **settings: float) -> None:
+    """Base plus scaled task vector of a method of `data_free`; the task vector is kept in PEERS for other scales."""
+    from data_free import merged_task_vector
+
+    stem = "--".join([set_name(tasks), peer, *(f"{key}={value}" for key, value in settings.items())])
+    path = Path(PEERS) / f"{stem}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(merged_task_vector(peer, Path("base"), [Path(task) for task in tasks], **settings), temporary)
+        os.replace(temporary, path)
+    model = load_model(Path("base"))
+    for name, value in load_file(path).items():
+        model.get_parameter(name).add_(value, alpha=scale)
+    model.save_pretrained(out)
 
 
 def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:

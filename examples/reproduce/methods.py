@@ -1,6 +1,6 @@
-"""What is merged: sets of experts, the other methods with their grids, and the ways of computing our weights.
+"""What is merged: sets of experts, methods that have rows, and the ways of computing our weights (others: `grids`).
 
-Every candidate is a mergekit recipe; nothing here computes a merge by itself.
+Every candidate is a recipe, mergekit's where it has the method; nothing here computes a merge by itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Settings = dict[str, Any]
 
 OURS = "submodule_linear"
 CLOSED_FORMS = ("RegMean", "RegMean++", "LOT merging")
+CALIBRATED = ("FeatCal", "Expert Merging")
+"""These start from task arithmetic at its best weight on the calibration rows."""
 JOINT_STEPS = 6
 """Default steps of the joint objective, each on rows of its own: so many times the rows of a calibration are seen."""
 GRANULARITIES = ("layer", "attn_mlp", "head_mlp", "linear", "model")
@@ -73,63 +75,23 @@ def recipe(method: str, tasks: Sequence[str], own: dict[str, Any] | None = None,
     return content
 
 
-def baselines(tasks: Sequence[str], everything: bool) -> Iterator[Candidate]:
-    """The other methods, each with its grid: the paper's (A.3.4) for task arithmetic and DARE.
-
-    The paper gives no grid for the others; theirs are around the values that their own papers recommend.
-
-    Args:
-        tasks: the experts.
-        everything: also the methods that the paper does not compare with (DELLA, SCE, model stock), and all of DARE's
-            grid instead of half of it.
-    """
-    tasks = tuple(tasks)
-
-    def one(
-        shown: str, method: str, own: dict[str, Any], shared: dict[str, Any], settings: dict[str, Any]
-    ) -> Candidate:
-        return Candidate(tasks, shown, settings, recipe(method, tasks, own, **shared))
-
-    yield one("weight average", "linear", {"weight": 1.0}, {}, {})
-    for weight in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        yield one("task arithmetic", "task_arithmetic", {"weight": weight}, {"normalize": False}, {"weight": weight})
-    for drop in (0.6, 0.7, 0.8, 0.9) if everything else (0.6, 0.8):
-        for weight in (0.6, 0.8, 1.0):
-            own = {"weight": weight, "density": round(1 - drop, 1)}
-            yield one("DARE", "dare_linear", own, {"normalize": False}, {"drop": drop, "weight": weight})
-    for density in (0.2, 0.5):
-        for scale in (1.0, 1.5, 2.0):
-            own, shared = {"weight": 1.0, "density": density}, {"normalize": True, "lambda": scale}
-            yield one("TIES", "ties", own, shared, {"density": density, "lambda": scale})
-    for weight in (0.3, 0.4, 0.5, 0.6, 0.8):
-        own = {"weight": weight, "density": 0.85, "gamma": 0.01}
-        yield one("Breadcrumbs", "breadcrumbs", own, {"normalize": False}, {"weight": weight})
-    if everything:
-        for density in (0.3, 0.6):
-            for scale in (1.0, 1.5, 2.0):
-                own = {"weight": 1.0, "density": density, "epsilon": 0.15}
-                shared = {"normalize": True, "lambda": scale}
-                yield one("DELLA", "della", own, shared, {"density": density, "lambda": scale})
-        for share in (0.1, 0.3, 1.0):
-            yield one("SCE", "sce", {}, {"select_topk": share}, {"select_topk": share})
-        yield one("model stock", "model_stock", {}, {}, {})
-
-
 def closed_forms(
-    tasks: Sequence[str], seed: int, rows: int, methods: Sequence[str] = CLOSED_FORMS, **shown: Any
-) -> Iterator[Candidate]:
-    """RegMean, RegMean++ and LOT merging, as their papers recommend them, on the rows of a calibration.
+    tasks: Sequence[str], seed: int, rows: int, methods: Sequence[str] = CLOSED_FORMS, own: Settings | None = None,
+    **shown: Any,
+) -> Iterator[Candidate]:  # fmt: skip
+    """Methods that have rows, as their papers recommend them, on those of a calibration.
 
     Args:
         tasks: the experts.
         seed: of the calibration.
         rows: its rows per task.
-        methods: which of them.
+        methods: of `CLOSED_FORMS` and `CALIBRATED`.
+        own: more that a method is given.
         shown: what a table says of them.
     """
     for method in methods:
-        own = {"closed_form": method, "tasks": list(tasks), "seed": seed, "num_samples": rows}
-        yield Candidate(tuple(tasks), method, shown, own, seed)
+        how = {"closed_form": method, "tasks": list(tasks), "seed": seed, "num_samples": rows, **(own or {})}
+        yield Candidate(tuple(tasks), method, shown, how, seed)
 
 
 def calibration_recipe(tasks: Sequence[str], seed: int, rows: int, **shared: Any) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import click
 from evidence_run import load, read_json
 from experts import Sizes, prepare
 from gaps import Evidence
+from grids import untuned
 from merging import evaluate_references
-from methods import ALL, CLOSED_FORMS, Candidate, Settings
+from methods import ALL, CALIBRATED, CLOSED_FORMS, Candidate, Settings
 from run import Run, calibrated_for, write_scores
 from tables import write_tables
 
@@ -30,9 +31,10 @@ REPEATED: tuple[Settings, ...] = (
 
 
 def others(evidence: Evidence) -> Iterator[Candidate]:
-    """The other methods: those with a grid at its best on the test rows, the closed forms on the rows of a usual
-    calibration."""
-    for method in (*evidence.grids(), *CLOSED_FORMS):
+    """The other methods: those with a grid at its best on the test rows, and as recommended without tuning; those that
+    have rows on the rows of a usual calibration."""
+    yield from untuned(ALL, evidence.grids())
+    for method in (*evidence.grids(), *CLOSED_FORMS, *CALIBRATED):
         found = [result for result in evidence.group(ALL, method, {}) if result.get("seed") is not None][:1]
         best = found[0] if found else evidence.tuned(ALL, method, "test")
         if best is not None:

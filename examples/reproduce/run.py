@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from expert_merging import PASSES
 from experts import QUICK, Sizes, prepare
 from five_tasks import TASKS
-from merging import add_answers, calibrate, evaluate_references, read_results, run_candidates
+from gaps import Evidence
+from grids import GRIDS, baselines, extensions, planned, untuned
+from merging import PEERS, add_answers, calibrate, evaluate_references, read_results, run_candidates
 from methods import (
     ALL,
-    FOUR,
+    CALIBRATED,
+    CLOSED_FORMS,
     JOINT_STEPS,
     OURS,
     SETS,
     TRIPLE,
     Candidate,
-    baselines,
     calibration_recipe,
     closed_forms,
     set_name,
@@ -37,6 +41,11 @@ from mergekit_slta.calibration.resolve import solve_again
 
 ROWS_STUDIED = ("layer", "attn_mlp")
 """Granularities whose number of rows is varied, as in the paper's Table 11; the last also beyond the usual number."""
+PEER_ROWS = 5
+"""Rows of each task of Expert Merging, as in its paper."""
+JOINT_PASSES = 1950
+"""Of each task's rows by the joint objective with five experts, in forward passes; a backward pass counts as two."""
+METHODS = (OURS, *GRIDS, *CLOSED_FORMS, *CALIBRATED)
 FEW_ROWS = 5
 """Rows of each task at each step of the joint objective, to see what is left of it: 30 in all."""
 BOTH_BALANCES = ("layer", "attn_mlp")
@@ -45,7 +54,7 @@ BOTH_BALANCES = ("layer", "attn_mlp")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where, how much, and with what."""
+    """Where, how much, and with what; `only`: methods that are run, all without."""
 
     workdir: Path
     sizes: Sizes
@@ -53,6 +62,16 @@ class Run:
     threads: int
     precision: str
     device: str
+    only: tuple[str, ...] = ()
+
+    def wants(self, method: str) -> bool:
+        """Whether a method is run."""
+        return not self.only or method in self.only
+
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """Arguments of `score` for what is chosen on the calibration rows of the first draw."""
+        return {"calibration": (self.sizes.seeds[0], self.sizes.calibration_rows)}
 
     def scoring(self, **changes: Any) -> dict[str, Any]:
         """Arguments of `merging.evaluate`."""
@@ -60,8 +79,9 @@ class Run:
         return {**known, **changes}
 
     def score(self, candidates: list[Candidate], **changes: Any) -> None:
-        """Merge and score candidates."""
-        run_candidates(self.workdir, candidates, self.processes, self.threads, self.scoring(**changes))
+        """Merge and score candidates of the methods that are run."""
+        wanted = [candidate for candidate in candidates if self.wants(candidate.method)]
+        run_candidates(self.workdir, wanted, self.processes, self.threads, self.scoring(**changes))
 
 
 def solved(
@@ -138,15 +158,16 @@ def calibrated_for(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **setti
 def run_all(run: Run) -> None:
     """Every experiment, the most telling ones first; a quick run ends behind these."""
     first, seeds = run.sizes.seeds[0], run.sizes.seeds
-    tuned = {"calibration": (first, run.sizes.calibration_rows)}
-    evaluate_references(run.workdir, ALL, run.scoring(**tuned))
+    evaluate_references(run.workdir, ALL, run.scoring(**run.tuned))
     blocks(run, first)
-    run.score([*baselines(ALL, everything=True)][:: run.sizes.grid_step], **tuned)
     if run.sizes.grid_step > 1:
+        run.score(baselines(ALL)[:: run.sizes.grid_step], **run.tuned)
         return
+    grids(run, ALL, planned(ALL))
     for seed in seeds:
         for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
             run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
+            run.score([*calibrated_peers(run, tasks, seed)])
     rows = JOINT_STEPS * run.sizes.calibration_rows  # as many as ours sees under the joint objective
     for seed in seeds:
         run.score([*closed_forms(ALL, seed, rows, ["RegMean++"], rows_per_task=rows)])
@@ -154,22 +175,52 @@ def run_all(run: Run) -> None:
         blocks(run, seed)
     levels(run, first)
     for tasks in SETS[1:]:
-        wanted = [*baselines(tasks, everything=tasks == TRIPLE)]
-        if tasks == FOUR:  # for the number of experts alone
-            wanted = [candidate for candidate in wanted if candidate.method == "task arithmetic"]
-        run.score(wanted, **tuned)
+        grids(run, tasks, planned(tasks))
     for seed in seeds[2:]:
         blocks(run, seed)
     for seed in seeds[1:]:
         levels(run, seed)
+    if run.only:
+        return
     run.score([*calibrated_for(run, first, (ALL, TRIPLE), granularity="attn_mlp", inputs="merged")])
     for name in ("base", *ALL, *with_answers(run)):
         add_answers(run.workdir, name, run.sizes.generated_tokens, run.precision, run.device)
 
 
+def grids(run: Run, tasks: tuple[str, ...], methods: Sequence[str]) -> None:
+    """Score the grids of methods, those without tuning first, and go on while the best of one is at its edge."""
+    methods = [method for method in methods if run.wants(method)]
+    run.score(untuned(tasks, methods), **run.tuned)
+    run.score(baselines(tasks, methods), **run.tuned)
+    while more := extensions(Evidence(read_results(run.workdir)), tasks, methods):
+        run.score(more, **run.tuned)
+    shutil.rmtree(run.workdir / PEERS, ignore_errors=True)
+
+
+def calibrated_peers(run: Run, tasks: tuple[str, ...], seed: int) -> Iterator[Candidate]:
+    """Methods that go on from task arithmetic at its best weight on the calibration rows. Expert Merging on as few rows
+    as in its paper, once through; on the rows of the joint objective; with five experts by as many passes, too."""
+    if not any(map(run.wants, CALIBRATED)):
+        return
+    grids(dataclasses.replace(run, only=()), tasks, ["task arithmetic"])
+    best = Evidence(read_results(run.workdir)).tuned(tasks, "task arithmetic", "calibration")
+    if best is None:  # an expert has learnt nothing
+        return
+    start = {"start": best["settings"]["weight"]}
+    yield from closed_forms(tasks, seed, run.sizes.calibration_rows, ["FeatCal"], start)
+    rows = JOINT_STEPS * run.sizes.calibration_rows
+    shown: list[tuple[int, int, dict[str, int]]] = [(PEER_ROWS, PEER_ROWS, {}), (rows, rows, {"rows_per_task": rows})]
+    if tasks == ALL and seed == run.sizes.seeds[0]:
+        shown.append((rows, JOINT_PASSES // PASSES, {"rows_per_task": rows, "passes_per_task": JOINT_PASSES}))
+    for count, steps, settings in shown:
+        yield from closed_forms(tasks, seed, count, ["Expert Merging"], {**start, "steps": steps}, **settings)
+
+
 def blocks(run: Run, seed: int) -> None:
     """The joint objective, whose steps every set of experts has to be calibrated for; and attention and MLP blocks of
     every set under the paper's objective, and under the joint one at the experts."""
+    if not run.wants(OURS):
+        return
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
     run.score([*calibrated_for(run, seed, (ALL,), objective="joint", num_samples=FEW_ROWS)])
     for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
@@ -181,6 +232,8 @@ def blocks(run: Run, seed: int) -> None:
 
 def levels(run: Run, seed: int) -> None:
     """The paper's levels, compared on pairs and the triple as there."""
+    if not run.wants(OURS):
+        return
     for granularity in ("layer", "model", "head_mlp", "linear"):
         run.score([*our_candidates(run, granularity, seed, TRIPLE)])
 
@@ -209,16 +262,20 @@ def with_answers(run: Run) -> list[str]:
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True,
               help="Of matrix products in training and scoring.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--only", metavar="METHOD", multiple=True, help="Run this method only; may be repeated.")
 def main(
-    workdir: Path, quick: bool, base: Path | None, processes: int, threads: int | None, precision: str, device: str
-) -> None:
+    workdir: Path, quick: bool, base: Path | None, processes: int, threads: int | None, precision: str, device: str,
+    only: tuple[str, ...],
+) -> None:  # fmt: skip
     """Do the whole evidence run in WORKDIR, and print where its tables are."""
+    if unknown := sorted({*only} - {*METHODS}):
+        raise click.ClickException(f"no method {unknown[0]!r}: one of {', '.join(METHODS)}")
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     os.chdir(workdir)
     sizes = QUICK if quick else Sizes()
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
-    run = Run(workdir, sizes, processes, threads, precision, device)
+    run = Run(workdir, sizes, processes, threads, precision, device, only)
     prepare(workdir, sizes, base, precision, device)
     try:
         run_all(run)

@@ -5,7 +5,6 @@ Scope: one function per section, from a run to Markdown.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ from claims import MISSING, NESTED, PAPER_SETS, difference, percent, row_of, sho
 from evidence_run import Run
 from formatting import number, section, table
 from gaps import Evidence, Result, Spread, loss, recovered, settings_label
-from methods import ALL, GRANULARITIES, JOINT_STEPS, OURS, SETS, TRIPLE, baselines, set_name
+from grids import GRIDS, baselines, planned, settings_tried
+from methods import ALL, GRANULARITIES, JOINT_STEPS, OURS, SETS, TRIPLE, set_name
 from paper import MAIN, MODEL_WEIGHTS, NUMBER_OF_EXPERTS, NUMBER_OF_ROWS
 
-GRID_ORDER = ("weight average", "task arithmetic", "DARE", "TIES", "Breadcrumbs", "DELLA", "SCE", "model stock")
 STUDIED_APART = {"rows", "balance", "inputs"}
 """Settings of ours with a table of their own: they are no rows of the main comparison."""
 SET_NAMES = [set_name(tasks) for tasks in SETS]
@@ -32,7 +31,8 @@ class Row:
 
 
 def main_rows(evidence: Evidence, split: str) -> list[Row]:
-    """Grids tuned on the rows of `split`, then everything without a grid; the paper's method last."""
+    """Grids tuned on the rows of `split`, each with what is recommended without tuning, then everything without a grid;
+    the paper's method last."""
 
     def chosen(method: str) -> Callable[[Sequence[str]], list[Result]]:
         return lambda tasks: [best] if (best := evidence.tuned(tasks, method, split)) else []
@@ -40,15 +40,19 @@ def main_rows(evidence: Evidence, split: str) -> list[Row]:
     def seeds(method: str, settings: Mapping[str, Any]) -> Callable[[Sequence[str]], list[Result]]:
         return lambda tasks: evidence.group(tasks, method, settings)
 
-    rows = [Row(method, chosen(method)) for method in in_order(evidence.grids(), GRID_ORDER)]
+    rows = []
+    for method in in_order(evidence.grids()):
+        rows.append(Row(method, chosen(method)))
+        if (own := GRIDS[method].untuned) is not None:
+            rows.append(Row(f"{method}, untuned ({settings_label(own)})", seeds(method, own)))
     untuned = [(method, each) for method, each in evidence.untuned() if not STUDIED_APART & each.keys()]
     others = [pair for pair in untuned if pair[0] != OURS]
     return rows + [Row(title(*pair), seeds(*pair)) for pair in others + our_settings(evidence, STUDIED_APART)]
 
 
-def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Known names in their order, then the others by name."""
-    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods with a grid, in the order of the grids."""
+    return sorted(methods, key=[*GRIDS].index)
 
 
 def title(method: str, settings: Mapping[str, Any]) -> str:
@@ -141,7 +145,9 @@ def main_comparison(run: Run) -> str:
                 for row in main_rows(evidence, split)]  # fmt: skip
         parts.append(table(["method", *SET_NAMES], rows))
     parts += [
-        "The settings chosen: on the calibration rows; on the test rows, where those are others.",
+        "The settings chosen: on the calibration rows; on the test rows, where those are others. Edge: nothing has "
+        "been tried on one side of this setting, and the method may be better than its row; the next run goes on from "
+        "there. Bound: the setting ends there.",
         chosen_settings(evidence),
     ]
     parts.append("Beside the paper's Tables 1, 2 and 9 (mean accuracy of the tasks; settings chosen on the test rows):")
@@ -152,17 +158,27 @@ def main_comparison(run: Run) -> str:
 def chosen_settings(evidence: Evidence) -> str:
     """Which candidate of a grid; with how much of the grid there is, where it is not whole."""
     rows = []
-    for method in in_order(evidence.grids(), GRID_ORDER):
+    for method in in_order(evidence.grids()):
         cells = []
         for tasks in SETS:
-            expected = Counter(each.method for each in baselines(tasks, everything=tasks in (ALL, TRIPLE)))[method]
+            expected = len(baselines(tasks, {method} & {*planned(tasks)}))
             count = len(evidence.candidates(tasks, method))
-            pair = [evidence.tuned(tasks, method, split) for split in ("calibration", "test")]
-            labels = [MISSING if each is None else settings_label(each["settings"]) or "none" for each in pair]
+            labels = [choice(evidence, tasks, method, split) for split in ("calibration", "test")]
             text = labels[0] if labels[0] == labels[1] else "; ".join(labels)
             cells.append(text if count >= expected else f"{text} (of {count}, not {expected})")
         rows.append([method, *cells])
     return table(["method", *SET_NAMES], rows, words=True)
+
+
+def choice(evidence: Evidence, tasks: Sequence[str], method: str, split: str) -> str:
+    """The settings chosen on the rows of `split`; with those at an edge of what was tried, and at a bound."""
+    best, grid = evidence.tuned(tasks, method, split), GRIDS[method]
+    if best is None:
+        return MISSING
+    edges = dict(grid.open_sides(best["settings"], settings_tried(evidence, tasks, method)))
+    at = {"edge": list(edges), "bound": grid.bound(best["settings"])}
+    notes = [f"{name}: {' and '.join(keys)}" for name, keys in at.items() if keys]
+    return (settings_label(best["settings"]) or "none") + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def by_task(run: Run) -> str:

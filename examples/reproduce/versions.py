@@ -22,6 +22,8 @@ from methods import calibration_recipe
 from scoring import Scores, score_test_rows
 from shared import load_model, read_json, write_json
 
+from mergekit_slta.files.alphas_file import Direction
+
 ALPHAS, RECIPE, TIMES = "slta_alphas.json", "recipe.yml", "times.json"
 USUAL = {"objective": "joint", "num_samples": Sizes().calibration_rows}
 """Keys of a recipe unless told."""
@@ -132,8 +134,17 @@ def merged(workdir: Path, alphas: dict[str, Any]) -> torch.nn.Module:
     if missing := sorted(parameters.keys() - weights.keys()):
         raise click.ClickException(f"{missing[0]} has no weight")
     base = {name: value.clone() for name, value in parameters.items()}
-    for number, expert in enumerate(alphas["models"]):
-        for name, value in load_model(workdir / expert).named_parameters():
+    directions = [Direction.model_validate(direction) for direction in alphas.get("directions", ())]
+    computed = [direction for direction in directions if direction.closed_form]
+    models = [model for model in alphas["models"] if model not in [direction.model for direction in computed]]
+    changes = {model: dict(load_model(workdir / model).named_parameters()) for model in models}
+    experts = [changes[model] for model in models if model not in [direction.model for direction in directions]]
+    for direction in computed:
+        changes[direction.model] = {
+            name: direction.combine(name, value, [expert[name] for expert in experts]) for name, value in base.items()
+        }
+    for number, model_name in enumerate(alphas["models"]):
+        for name, value in changes[model_name].items():
             parameters[name].add_((value - base[name]).mul_(weights[name][number]))
     return model
 
