@@ -21,7 +21,7 @@ from paired import Estimate, bootstrap
 from scoring import six_digits
 from shared import read_json, write_json
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from versions import ALPHAS, Variant, calibrate
+from versions import ALPHAS, Variant, calibrate, models_of
 
 from mergekit_slta.demo import tasks as data
 from mergekit_slta.demo.training import NO_LOSS, padded
@@ -106,8 +106,9 @@ def merged(workdir: Path, alphas: Mapping[str, Any]) -> LlamaForCausalLM:
     model = load(workdir, "base")
     parameters = dict(model.named_parameters())
     base = {name: value.clone() for name, value in parameters.items()}
-    for number, expert in enumerate(alphas["models"]):
-        other = dict(load(workdir, Path(expert).name).named_parameters())
+    models = models_of(alphas, base, lambda name: dict(load(workdir, Path(name).name).named_parameters()))
+    for number, model_name in enumerate(alphas["models"]):
+        other = models[model_name]
         for submodule in alphas["submodules"]:
             for name in submodule["tensors"]:
                 parameters[name].add_(submodule["alpha"][number] * (other[name] - base[name]))

@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from experts import Sizes
 from methods import calibration_recipe
 from scoring import Scores, score_test_rows
 from shared import load_model, read_json, write_json
+from torch import Tensor
 
 from mergekit_slta.files.alphas_file import Direction
 
@@ -115,6 +116,25 @@ def calibrate(workdir: Path, folder: Path, one: Variant, tasks: Sequence[str], s
     return times
 
 
+def models_of(
+    alphas: Mapping[str, Any], base: Mapping[str, Tensor], load: Callable[[str], Mapping[str, Tensor]]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors of every model that has weights in an alphas file, by its name there.
+
+    Args:
+        alphas: the content of the file.
+        base: the base's tensors.
+        load: name of a checkpoint -> its tensors.
+    """
+    directions = {part["model"]: Direction.model_validate(part) for part in alphas.get("directions", ())}
+    forms = {name: direction for name, direction in directions.items() if direction.closed_form}
+    models = {name: load(name) for name in alphas["models"] if name not in forms}
+    experts = [tensors for name, tensors in models.items() if name not in directions]
+    for name, form in forms.items():
+        models[name] = {key: form.combine(key, value, [each[key] for each in experts]) for key, value in base.items()}
+    return models
+
+
 @torch.inference_mode()
 def merged(workdir: Path, alphas: dict[str, Any]) -> torch.nn.Module:
     """The base plus the weighted task vectors, in float32, without a file of it.
@@ -134,15 +154,7 @@ def merged(workdir: Path, alphas: dict[str, Any]) -> torch.nn.Module:
     if missing := sorted(parameters.keys() - weights.keys()):
         raise click.ClickException(f"{missing[0]} has no weight")
     base = {name: value.clone() for name, value in parameters.items()}
-    directions = [Direction.model_validate(direction) for direction in alphas.get("directions", ())]
-    computed = [direction for direction in directions if direction.closed_form]
-    models = [model for model in alphas["models"] if model not in [direction.model for direction in computed]]
-    changes = {model: dict(load_model(workdir / model).named_parameters()) for model in models}
-    experts = [changes[model] for model in models if model not in [direction.model for direction in directions]]
-    for direction in computed:
-        changes[direction.model] = {
-            name: direction.combine(name, value, [expert[name] for expert in experts]) for name, value in base.items()
-        }
+    changes = models_of(alphas, base, lambda name: dict(load_model(workdir / name).named_parameters()))
     for number, model_name in enumerate(alphas["models"]):
         for name, value in changes[model_name].items():
             parameters[name].add_((value - base[name]).mul_(weights[name][number]))

@@ -27,16 +27,22 @@ METHODS: dict[str, dict[str, object]] = {
     "features": {"objective": "features"},
     "joint": {"objective": "joint"},
     "joint-5-rows": {"objective": "joint", "num_samples": 5},
+    "data_free": {"objective": "data_free"},
+    "features-direction": {"objective": "features", "direction": "swudi_a"},
+    "joint-direction": {"objective": "joint", "direction": "swudi_a"},
 }
-REFERENCE = "features"
 
 
 def merged(base: LlamaForCausalLM, experts: Sequence[LlamaForCausalLM], alphas: Alphas) -> LlamaForCausalLM:
-    """base + sum of alpha times the experts' changes, tensor by tensor."""
+    """base + sum of alpha times the experts' changes, and that of a direction, tensor by tensor."""
     model = copy.deepcopy(base)
     states = [dict(other.named_parameters()) for other in (base, *experts)]
     own = dict(model.named_parameters())
+    form = alphas.closed_form
     with torch.no_grad():
+        if form is not None:
+            parts = {name: [state[name] for state in states] for name in own}
+            states.append({name: form.combine(name, first, others) for name, (first, *others) in parts.items()})
         for entry in alphas.submodules:
             for name in entry.tensors:
                 if name in own:
@@ -55,7 +61,7 @@ def divergences(teacher: LlamaForCausalLM, model: LlamaForCausalLM, rows: Sequen
 
 
 def run_problem(given: Problem, folder: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Every method's divergence on the fresh rows, and its paired difference to `REFERENCE`.
+    """Every method's divergence on the fresh rows, and its paired difference to the first one.
 
     Differences are means over tasks and rows, with the standard error over rows.
     """
@@ -90,27 +96,27 @@ def run_problem(given: Problem, folder: Path, methods: Sequence[str]) -> dict[st
                 "merge": measured.points[measured.merge].name,
                 "promised": [[task.divergence.mean, task.divergence.stderr] for task in measured.tasks],
             }
-    for name, rows in per_row.items():
-        difference = rows - per_row[REFERENCE]
+    for name, rows in per_row.items() if methods[0] in per_row else ():
+        difference = rows - per_row[methods[0]]
         error = (difference.var(1) / difference.shape[1]).sum().sqrt() / len(difference)
         found["methods"][name]["difference"] = [float(difference.mean()), float(error)]
     return found
 
 
-def describe(found: dict[str, Any], name: str) -> str:
-    """A cell: the mean divergence, and the difference to `REFERENCE` with its standard error."""
+def describe(found: dict[str, Any], name: str, reference: str) -> str:
+    """A cell: the mean divergence, and the difference to the reference with its standard error."""
     part = found["methods"][name]
     if "error" in part:
         return part["error"]
     mean = sum(part["divergence"]) / len(part["divergence"])
-    if name == REFERENCE:
+    if name == reference or "difference" not in part:
         return f"{mean:.3f}"
     return f"{mean:.3f} ({part['difference'][0]:+.4f} ± {part['difference'][1]:.4f})"
 
 
-def summary(results: Sequence[dict[str, Any]], name: str) -> str:
-    """In how many problems a method is better or worse than `REFERENCE`, and which model its search ended at."""
-    parts = [(found, found["methods"][name]) for found in results if "error" not in found["methods"][name]]
+def summary(results: Sequence[dict[str, Any]], name: str, reference: str) -> str:
+    """In how many problems a method is better or worse than the reference, and which model its search ended at."""
+    parts = [(found, found["methods"][name]) for found in results if "difference" in found["methods"][name]]
     mean = sum(part["difference"][0] for _, part in parts) / len(parts)
     above = [found["number"] for found, part in parts if part["difference"][0] > 2 * part["difference"][1]]
     below = sum(part["difference"][0] < -2 * part["difference"][1] for _, part in parts)
@@ -124,7 +130,7 @@ def summary(results: Sequence[dict[str, Any]], name: str) -> str:
     refused = len(results) - len(parts)
     which = f" {above}" if above else ""
     return (
-        f"{name}: {len(parts)} problems, {refused} refused; mean difference to {REFERENCE} {mean:+.4f}; below it by "
+        f"{name}: {len(parts)} problems, {refused} refused; mean difference to {reference} {mean:+.4f}; below it by "
         f"more than two standard errors in {below}, above it in {len(above)}{which}. The search ended "
         f"at a starting point in {starts} of {len(ends)} problems. The divergence in the file is within two of its "
         f"standard errors of that on the fresh rows in {sum(promised)} of {len(promised)} tasks."
@@ -137,7 +143,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--methods", default="features,joint", help="features first")
+    parser.add_argument("--methods", default="features,joint", help="the first is the reference of the differences")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,16 +157,16 @@ def main() -> None:
         results.append(found)
         base = sum(found["base"]) / len(found["base"])
         cells = [str(number), found["kind"], str(found["tasks"]), str(found["rows"]), f"{base:.3f}"]
-        lines.append("| " + " | ".join([*cells, *(describe(found, name) for name in methods)]) + " |")
+        lines.append("| " + " | ".join([*cells, *(describe(found, name, methods[0]) for name in methods)]) + " |")
         print(lines[-1], flush=True)
-    notes = [summary(results, name) for name in methods if name != REFERENCE]
+    notes = [summary(results, name, methods[0]) for name in methods[1:]]
     print("", *notes, sep="\n")
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         title = (
             "Mean divergence from the experts on 200 fresh rows of each task, in nats per row; in parentheses the "
-            f"paired difference to `{REFERENCE}` with its standard error over rows."
+            f"paired difference to `{methods[0]}` with its standard error over rows."
         )
         text = "\n\n".join([title, "\n".join(lines), *notes])
         (arguments.output / "results.md").write_text(text + "\n", encoding="utf-8")
