@@ -414,7 +414,10 @@ def test_data_free_is_measured_if_asked(tiny, with_rows, write_recipe, tmp_path,
     """`evaluate: true` measures the merge on held-out rows; without it, datasets are said to have no effect."""
     models = with_rows(tiny)
     recipe = models.recipe_with_answers(objective="data_free", evaluate=True)
-    assert mergekit_yaml(write_recipe(recipe), tmp_path / "out").exit_code == 0
+    assert mergekit_yaml(write_recipe(recipe), tmp_path / "out", card=True).exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "no row was read" in card
+    assert "calibration rows per task" not in card
     alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
     assert [task.model for task in alphas.evaluation.tasks] == list(alphas.models[:-1])
     solved = slta("solve", tmp_path / "out", "--ridge", "1")
@@ -523,3 +526,13 @@ def test_a_direction_among_the_experts_is_seen(tiny, with_rows, write_recipe, tm
     entries = Alphas.load(tmp_path / "a.json").submodules
     assert all("rank_deficient" in entry.flags for entry in entries if entry.tensors)
     assert max(abs(alpha) for entry in entries for alpha in entry.alpha) < 3
+
+
+def test_a_reused_merge_that_cannot_be_measured_computes_nothing(tiny, write_recipe, tmp_path):
+    """Too few rows to hold any out: there is nothing to evaluate, and no tensor of the closed form is needed."""
+    path = write_recipe(tiny.recipe(objective="joint", **FORM))
+    assert slta("calibrate", path, "-o", tmp_path / "a.json", "--quiet").exit_code == 0
+    shutil.rmtree(tmp_path / ".a.json.direction")
+    again = slta("calibrate", path, "-o", tmp_path / "a.json", "--quiet")
+    assert again.exit_code == 0, again.output
+    assert not (tmp_path / ".a.json.direction").exists()

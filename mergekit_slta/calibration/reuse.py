@@ -122,7 +122,8 @@ def reuse_or_calibrate(
         if wanted and statistics is not None:
             alphas = verify(job_with_direction(), alphas, statistics)
         if settings.evaluate and alphas.evaluation is None and None not in job.rows:
-            alphas = evaluate(job_with_direction(), alphas)
+            measured = job_with_direction() if job.held_out_examples() else job
+            alphas = evaluate(measured, alphas)
     warn_of_quality(alphas)
     return alphas, statistics
 

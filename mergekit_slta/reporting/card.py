@@ -63,10 +63,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
     parts = [
         START,
         "## Submodule-wise merge (SLTA)",
-        "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
-        f"{_source(alphas)}, without training or tuning "
-        "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
-        "(https://arxiv.org/abs/2504.10902), ICLR 2025).",
+        _source(alphas),
         f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
         f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
         f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
@@ -165,10 +162,18 @@ def _objective(alphas: Alphas) -> ObjectiveRow | None:
 
 
 def _source(alphas: Alphas) -> str:
-    """Where the weights come from, as part of a sentence."""
+    """What the model is made of, and where the weights come from."""
     if not alphas.is_fitted:
-        return "were not fitted: it is a closed form of the experts' weights alone"
-    return f"come in closed form from a few calibration rows per task{_solves(alphas)}"
+        return (
+            "This model is a closed form of the experts' weights alone: no row was read, and nothing was trained or "
+            "tuned."
+        )
+    return (
+        "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
+        f"come in closed form from a few calibration rows per task{_solves(alphas)}, without training or tuning "
+        "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
+        "(https://arxiv.org/abs/2504.10902), ICLR 2025)."
+    )
 
 
 def _directions(alphas: Alphas) -> list[str]:
