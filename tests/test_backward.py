@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_applied, assert_refused, mergekit_yaml, slta
+from conftest import PLAIN_JOINT, assert_applied, assert_refused, mergekit_yaml, slta
 from test_architectures import job_of
 from whole_models import assert_close, expert_slopes, loss, whole_model
 from zoo import ZOO
@@ -24,7 +24,7 @@ from mergekit_slta.runner.head_loss import label_uniforms
 
 def at_experts(models, **settings):
     """A joint job with one solve from derivatives at the experts."""
-    return job_of(models, objective="joint", **{"granularity": "attn_mlp", "label_samples": 0, "steps": 0, **settings})
+    return job_of(models, **PLAIN_JOINT, **{"granularity": "attn_mlp", "label_samples": 0, "steps": 0, **settings})
 
 
 @pytest.mark.zoo
@@ -155,7 +155,7 @@ def test_small_steps_change_the_loss_as_predicted(specimen):
 
 def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):
     """From a recipe to a file: every submodule has weights, the ridge that was chosen is there, seeds matter."""
-    job = job_of(specimen("llama"), objective="joint", steps=0, num_samples=6, max_seq_length=24)
+    job = job_of(specimen("llama"), **PLAIN_JOINT, steps=0, num_samples=6, max_seq_length=24)
     alphas = solve_job(job, gather_statistics(job))
     names = [entry.name for entry in partition(job.plan.tensors, job.skeleton.anatomy, job.recipe.settings.granularity)]
     assert [entry.name for entry in alphas.submodules] == names
@@ -168,7 +168,7 @@ def test_alphas_of_one_job_solve_all_together(specimen, tmp_path):
 def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe):
     """mergekit-yaml, then `solve` on what it left: the ridge it chose by itself gives the same weights, and an expert
     less those of a recipe without it."""
-    recipe = tiny.recipe_with_answers(objective="joint", steps=0)
+    recipe = tiny.recipe_with_answers(**PLAIN_JOINT, steps=0)
     result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
     alphas = assert_applied(tiny, tmp_path / "out")
@@ -193,7 +193,7 @@ def test_from_recipe_to_model_by_the_stock_command(tiny, tmp_path, write_recipe)
 
 
 def test_measured_residuals_are_refused(tiny, tmp_path, write_recipe):
-    path = write_recipe(tiny.recipe(objective="joint", steps=0))
+    path = write_recipe(tiny.recipe(**PLAIN_JOINT, steps=0))
     result = slta("calibrate", path, "--verify", "-o", tmp_path / "alphas.json", "--quiet")
     assert_refused(result, "conflicting-keys", "--verify")
     assert not (tmp_path / "alphas.json").exists()

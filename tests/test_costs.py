@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import PLAIN_JOINT
 from test_architectures import job_of
 
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
@@ -96,7 +97,7 @@ class Counted:
             hook.remove()
 
 
-JOINT = {"objective": "joint", "num_samples": 3}
+JOINT = {**PLAIN_JOINT, "num_samples": 3}
 SETTINGS = [
     {**JOINT, "steps": 0, "label_samples": 0},
     {**JOINT, "steps": 0, "label_samples": 3, "evaluate": False},
@@ -154,9 +155,7 @@ def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tm
 def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):
     """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
     models = specimen("qwen3")
-    jobs = [
-        job_of(models, objective="joint", granularity="attn_mlp", steps=0, label_samples=count) for count in (100, 300)
-    ]
+    jobs = [job_of(models, **PLAIN_JOINT, granularity="attn_mlp", steps=0, label_samples=count) for count in (100, 300)]
     head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
     longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
     monkeypatch.setattr(costs, "SOLVE_MATRICES", 0)
@@ -174,7 +173,7 @@ def test_memory_of_a_solve_is_that_of_the_rows_of_all_steps(specimen, with_rows,
     monkeypatch.setattr(costs, "SOLVE_MATRICES", 10**9)
     peaks = []
     for settings in ({"num_samples": 4, "steps": 4}, {"num_samples": 16, "fresh_rows": False, "steps": 1}):
-        job = job_of(models, objective="joint", granularity="attn_mlp", **settings)
+        job = job_of(models, **PLAIN_JOINT, granularity="attn_mlp", **settings)
         peaks.append(estimate_gradients(job).peak_bytes)
-    again = job_of(models, objective="joint", granularity="attn_mlp", num_samples=4, fresh_rows=False, steps=4)
+    again = job_of(models, **PLAIN_JOINT, granularity="attn_mlp", num_samples=4, fresh_rows=False, steps=4)
     assert estimate_gradients(again).peak_bytes == peaks[0] == peaks[1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, slta, tensors
+from conftest import PLAIN_JOINT, Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, slta, tensors
 from transformers import AutoModelForCausalLM
 
 from mergekit_slta import Alphas
@@ -112,7 +112,7 @@ def joint(plenty, tmp_path_factory):
     """A merge by two steps: its folder, and what the command printed."""
     folder = tmp_path_factory.mktemp("joint")
     recipe = folder / "recipe.yml"
-    recipe.write_text(json.dumps(plenty.recipe_with_answers(objective="joint", steps=2, **KEYS)))
+    recipe.write_text(json.dumps(plenty.recipe_with_answers(**PLAIN_JOINT, steps=2, **KEYS)))
     result = mergekit_yaml(recipe, folder / "out", card=True)
     assert result.exit_code == 0, result.output
     return folder / "out", result.output, recipe
@@ -184,7 +184,7 @@ def test_solve_without_a_change_chooses_the_same_merge(joint, tmp_path):
 
 def test_the_evaluation_is_at_lambda_1(plenty, joint, write_recipe, tmp_path):
     """Whatever the recipe's `lambda` is, which acts only in the merge; the table says so."""
-    recipe = plenty.recipe_with_answers(objective="joint", steps=2, **KEYS, alphas=str(joint[0]), **{"lambda": 0.5})
+    recipe = plenty.recipe_with_answers(**PLAIN_JOINT, steps=2, **KEYS, alphas=str(joint[0]), **{"lambda": 0.5})
     result = mergekit_yaml(write_recipe(recipe), tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert Alphas.load(tmp_path / "out" / ALPHAS_NAME).evaluation == Alphas.load(joint[0] / ALPHAS_NAME).evaluation
@@ -246,8 +246,8 @@ def test_solve_drops_the_evaluation_of_other_weights(features, tmp_path):
     "keys",
     [
         {"granularity": "head_mlp", "inputs": "merged"},
-        {"objective": "joint", "steps": 1},
-        {"objective": "joint", "steps": 0},
+        {**PLAIN_JOINT, "steps": 1},
+        {**PLAIN_JOINT, "steps": 0},
     ],
     ids=repr,
 )
@@ -336,7 +336,7 @@ def test_an_expert_that_is_the_base(plenty, write_recipe, tmp_path):
     """Alone, there is nothing to approach: alpha 0, no share, no step; beside another one it is weak."""
     shutil.copytree(plenty.base, tmp_path / "base_copy")
     for count in (1, 2):
-        recipe = plenty.recipe_with_answers(objective="joint", steps=1, **KEYS)
+        recipe = plenty.recipe_with_answers(**PLAIN_JOINT, steps=1, **KEYS)
         recipe["models"][0]["model"] = str(tmp_path / "base_copy")
         recipe["models"] = recipe["models"][:count]
         result = mergekit_yaml(write_recipe(recipe), tmp_path / f"out{count}", card=count == 2)
@@ -361,7 +361,7 @@ def test_an_expert_that_is_the_base(plenty, write_recipe, tmp_path):
 def test_too_few_rows_to_hold_any_out_give_the_weights_of_features(tiny, write_recipe, tmp_path, caplog):
     """Every matrix has the weight that `features` gives its block, from the same rows; it is said and flagged."""
     keys = {"num_samples": 4}
-    joint, features = tiny.recipe_with_answers(objective="joint", **keys), tiny.recipe_with_answers(**keys)
+    joint, features = tiny.recipe_with_answers(**PLAIN_JOINT, **keys), tiny.recipe_with_answers(**keys)
     with caplog.at_level("WARNING"):
         assert slta("calibrate", write_recipe(joint), "-o", tmp_path / "joint.json").exit_code == 0
     assert (
@@ -393,10 +393,10 @@ def test_check_says_what_is_held_out_and_what_it_costs(plenty, tiny, write_recip
     assert evaluated.count("6 more rows are held out; the first 3 of them measure the merge") == 2
     assert "measures    6 held-out rows" in evaluated
     assert "the base, the merge and their expert; this reads the checkpoints once more" in evaluated
-    auto, one = told(plenty, objective="joint"), told(plenty, objective="joint", steps=1)
+    auto, one = told(plenty, **PLAIN_JOINT), told(plenty, **PLAIN_JOINT, steps=1)
     assert "at most: `steps: auto`" in auto
     assert "at most" not in one
     assert "every model that is tried" in one
-    few = told(tiny, objective="joint")
+    few = told(tiny, **PLAIN_JOINT)
     assert few.count("too few rows to hold any out: the merge is not measured") == 3
     assert "no steps: there are too few rows to hold any out" in few

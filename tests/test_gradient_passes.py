@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read, refused
+from conftest import PLAIN_JOINT, read, refused
 from mergekit.options import MergeOptions
 from test_architectures import job_of
 from whole_models import assert_close, divergence, loss, merged_model, models_of, slopes_of
@@ -32,7 +32,7 @@ from mergekit_slta.runtime.resume import ResumeStore
 
 def stepping(models, **settings):
     """A joint job with steps."""
-    return job_of(models, objective="joint", **{"granularity": "attn_mlp", "steps": 1, "label_samples": 1, **settings})
+    return job_of(models, **PLAIN_JOINT, **{"granularity": "attn_mlp", "steps": 1, "label_samples": 1, **settings})
 
 
 def passes_of(job, resume=None, ranks=ALONE) -> Passes:
@@ -85,7 +85,7 @@ def test_derivatives_and_measurements_equal_whole_models(specimen, monkeypatch, 
 @torch.no_grad()
 def test_losses_are_those_of_transformers(tiny, options, monkeypatch):
     """Means per token of the answer, of every model and of the expert; a few positions at a time, too."""
-    job = prepare(read(tiny.recipe_with_answers(objective="joint", steps=1)), options, for_merge=False)
+    job = prepare(read(tiny.recipe_with_answers(**PLAIN_JOINT, steps=1)), options, for_merge=False)
     examples = job.examples()
     base, *experts = models_of(tiny)
     expected = []
@@ -105,7 +105,7 @@ def test_losses_are_those_of_transformers(tiny, options, monkeypatch):
 @torch.no_grad()
 def test_rows_without_an_answer_have_no_divergence(tiny, options):
     """Rows that are cut before their answer: zeros, and no loss per token."""
-    recipe = tiny.recipe(2, text="{text}", objective="joint", steps=1, num_samples=12)
+    recipe = tiny.recipe(2, text="{text}", **PLAIN_JOINT, steps=1, num_samples=12)
     recipe["models"][0]["parameters"]["completion"] = " {answer}"
     job = prepare(read(recipe), options, for_merge=False)
     examples = job.examples()
@@ -155,7 +155,7 @@ def test_experts_run_once(specimen, monkeypatch):
 @pytest.mark.parametrize("objective", ["features", "joint"])
 def test_the_padding_token_is_a_token_like_others(tiny, with_rows, tmp_path, objective, pad):
     """A base's `pad_token_id` changes nothing: not one that occurs in the rows, nor one beyond the rows that occur."""
-    own = {"steps": 1} if objective == "joint" else {}
+    own = {"steps": 1, "direction": "none"} if objective == "joint" else {}
     recipe = with_rows(tiny).recipe(2, objective=objective, granularity="attn_mlp", num_samples=3, **own)
     expected = calibrate(recipe)
     ids = prepare(read(recipe), MergeOptions(quiet=True), for_merge=False).examples()[0].row.ids

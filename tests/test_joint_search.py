@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import assert_applied, assert_refused, mergekit_yaml, read, slta
+from conftest import PLAIN_JOINT, assert_applied, assert_refused, mergekit_yaml, read, slta
 from mergekit.options import MergeOptions
 from test_architectures import job_of
 from test_gauss_newton import as_array
@@ -30,7 +30,7 @@ def searching(specimen, with_rows):
 
     def make(**settings):
         usual = {"granularity": "attn_mlp", "label_samples": 2, "num_samples": 2}
-        return job_of(with_rows(specimen("llama")), objective="joint", **{**usual, **settings})
+        return job_of(with_rows(specimen("llama")), **PLAIN_JOINT, **{**usual, **settings})
 
     return make
 
@@ -399,7 +399,7 @@ def test_auto_goes_on_while_steps_gain(searching, search):
 def test_nothing_is_left_to_gain_at_an_expert(specimen, with_rows):
     """A single expert: the average is the expert, and there is no step."""
     models = with_rows(specimen("llama"))
-    recipe = models.recipe(1, objective="joint", granularity="attn_mlp", num_samples=2, max_seq_length=12)
+    recipe = models.recipe(1, **PLAIN_JOINT, granularity="attn_mlp", num_samples=2, max_seq_length=12)
     alphas = calibrate(recipe)
     assert alphas.evaluation.points[alphas.evaluation.merge].name == "average"
     assert alphas.evaluation.trials == ()
@@ -470,7 +470,7 @@ def test_too_few_rows_give_the_weights_of_features(make_models, caplog, family, 
     of_tensor = {tensor: entry.alpha for entry in expected.submodules for tensor in entry.tensors}
     assert not any("too_few_rows" in task["flags"] for task in expected.calibration["tasks"])
     caplog.clear()
-    found = calibrate(models.recipe(objective="joint", granularity=granularity))
+    found = calibrate(models.recipe(**PLAIN_JOINT, granularity=granularity))
     assert all(entry.alpha == of_tensor[tensor] for entry in found.submodules for tensor in entry.tensors)
     assert found.evaluation is None
     assert [task["flags"] for task in found.calibration["tasks"]] == [["too_few_rows"]] * 2
@@ -482,7 +482,7 @@ def test_one_task_with_too_few_rows_is_enough(make_models, with_rows, caplog):
     """No task is measured then; the flag is that task's."""
     models = make_models("llama")
     datasets = (models.datasets[0], with_rows(models).datasets[1])
-    recipe = dataclasses.replace(models, datasets=datasets).recipe(objective="joint", granularity="attn_mlp")
+    recipe = dataclasses.replace(models, datasets=datasets).recipe(**PLAIN_JOINT, granularity="attn_mlp")
     found = calibrate(recipe)
     assert found.evaluation is None
     assert [task["flags"] for task in found.calibration["tasks"]] == [["too_few_rows"], []]
@@ -495,7 +495,7 @@ def test_from_recipe_to_model_by_the_stock_command(make_models, with_rows, tmp_p
     """With a weight for every matrix by default; the file lists every row. What depends on the steps cannot be solved
     again with other settings. `linearity` measures the first step's rows."""
     models = with_rows(make_models("llama"))
-    recipe = models.recipe_with_answers(objective="joint", steps=2, num_samples=2)
+    recipe = models.recipe_with_answers(**PLAIN_JOINT, steps=2, num_samples=2)
     path, out = write_recipe(recipe), tmp_path / "out"
     result = mergekit_yaml(path, out, "--quiet")
     assert result.exit_code == 0, result.output
@@ -527,7 +527,7 @@ def test_from_recipe_to_model_by_the_stock_command(make_models, with_rows, tmp_p
 
 
 def test_the_order_of_the_models_does_not_matter(tiny, with_rows):
-    recipe = with_rows(tiny).recipe(objective="joint", steps=1, granularity="attn_mlp", num_samples=3)
+    recipe = with_rows(tiny).recipe(**PLAIN_JOINT, steps=1, granularity="attn_mlp", num_samples=3)
     found = []
     for _ in range(2):
         found.append(calibrate(recipe))

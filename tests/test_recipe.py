@@ -38,11 +38,13 @@ def test_defaults_are_the_tables():
     assert features.model_dump(exclude={"own", "stated"}) == shared
     assert features.own.model_dump() == {"inputs": "base"}
     joint = read(objective="joint").settings
-    changed = {"objective": "joint", "granularity": "linear", "ridge": None, "evaluate": True}
+    changed = {"objective": "joint", "granularity": "linear", "ridge": None, "evaluate": True, "direction": "swudi_a"}
     assert joint.model_dump(exclude={"own", "stated"}) == {**shared, **changed}
     assert joint.own.model_dump() == {"label_samples": 2, "steps": "auto", "fresh_rows": True}
     assert "granularity" not in joint.stated  # an alphas file of another granularity may be used
     assert read(objective="joint", granularity="layer").settings.granularity == "layer"
+    alone = read({"models": [{"model": "a"}]}, objective="joint").settings  # a direction combines experts
+    assert alone.direction == "none"
     recipe = read()
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0

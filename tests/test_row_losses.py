@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import FORMATS, Models, mergekit_yaml, slta
+from conftest import FORMATS, PLAIN_JOINT, Models, mergekit_yaml, slta
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from test_architectures import job_of
@@ -53,7 +53,7 @@ def expected_losses(models: Models, examples) -> torch.Tensor:
 FEATURES = [{"granularity": name} for name in ("model", "layer", "attn_mlp", "head_mlp", "linear")]
 FEATURES += [{"granularity": name, "inputs": "merged"} for name in ("model", "attn_mlp", "linear")]
 JOINT = [{"steps": 0}, {"steps": 0, "label_samples": 0}]
-SETTINGS = [*FEATURES, *({"objective": "joint", **settings} for settings in JOINT)]
+SETTINGS = [*FEATURES, *({**PLAIN_JOINT, **settings} for settings in JOINT)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -72,7 +72,7 @@ def test_losses_are_those_of_transformers(make_models, settings, tied):
 def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, tied):
     """Of base and expert, as of every model on the way."""
     models = with_rows(make_models("llama", tied=tied))
-    job = with_answers(models, objective="joint", steps=1, num_samples=3)
+    job = with_answers(models, **PLAIN_JOINT, steps=1, num_samples=3)
     found = gather_statistics(job)
     expected = expected_losses(models, job.held_out_examples())
     assert found.losses.shape == (4, len(found.by_submodule["embed"]) + 1)
@@ -92,7 +92,7 @@ def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, 
 def test_losses_of_other_architectures(specimen, objective, name, granularity):
     """Parallel blocks, shared norms, mixtures of experts, a scaled head; whole rows where no answer is known."""
     models = specimen(name)
-    steps = {"steps": 0} if objective == "joint" else {}
+    steps = {"steps": 0, "direction": "none"} if objective == "joint" else {}
     job = job_of(models, granularity=granularity, objective=objective, **steps)
     losses = gather_statistics(job).losses
     torch.testing.assert_close(losses, expected_losses(models, job.examples()), rtol=1e-5, atol=1e-5)
@@ -160,7 +160,7 @@ def test_a_task_without_answers_is_not_measured(tiny):
     assert tasks[1]["loss_expert"] > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "joint", "steps": 1}, {"objective": "joint", "steps": 0}])
+@pytest.mark.parametrize("settings", [{}, {**PLAIN_JOINT, "steps": 1}, {**PLAIN_JOINT, "steps": 0}])
 def test_rows_in_another_format_warn(trained, tmp_path, write_recipe, caplog, settings):
     """By the stock command: one line with the task, both losses and the remedy; the file and the card say it, too. Rows
     in the expert's own format do not."""

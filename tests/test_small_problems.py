@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import PLAIN_JOINT
 
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.maths.ridges import SMALLEST_RIDGE
@@ -19,7 +20,7 @@ UPDATES, BASE_UPDATES, ROWS = 80, 200, 160
 """Training updates and calibration rows: fewer than in the example."""
 NUMBERS = {"plain": 0, "weak": 33, "shared": 42}
 """Problems with the same base."""
-SMALL_STEPS = {"objective": "joint", "num_samples": 16, "steps": 3}
+SMALL_STEPS = {**PLAIN_JOINT, "num_samples": 16, "steps": 3}
 
 pytestmark = pytest.mark.example
 
@@ -104,7 +105,7 @@ def test_two_experts_on_one_file(made, example, steps, names):
 def test_a_weak_expert_does_not_take_over(made, example, steps, caplog):
     """Adding an expert with 1% of a real change is said, and hardly harms the other tasks."""
     given, folder = made("plain")
-    recipe = example.problems.recipe(given, folder, objective="joint", num_samples=16, steps=steps)
+    recipe = example.problems.recipe(given, folder, **PLAIN_JOINT, num_samples=16, steps=steps)
     without = calibrate(recipe)
     weak, weak_folder = made("weak")
     (place,) = weak.weak

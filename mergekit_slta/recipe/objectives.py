@@ -174,8 +174,9 @@ register_objective(
         name="joint",
         module="mergekit_slta.objectives.joint",
         settings=JointSettings,
-        # A joint solve is better with smaller submodules: see examples/reproduce. The solve chooses the ridge.
-        defaults={"granularity": "linear", "ridge": None, "evaluate": True},
+        # A joint solve is better with smaller submodules, and with a direction: see examples/reproduce. The solve
+        # chooses the ridge.
+        defaults={"granularity": "linear", "ridge": None, "evaluate": True, "direction": "swudi_a"},
         residual="All were solved together. The residual is the share of the base's divergence from the experts that "
         "remains: measured on held-out rows, or with `steps: 0` predicted for each row by the others.",
     )

@@ -165,11 +165,14 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
             + " (a model with `role: direction` is none)" * bool(directions),
             code="missing-expert",
         )
+    settings = _settings(config.parameters or {})
+    if len(tasks) < 2 and "direction" not in settings.stated and settings.own.needs_rows:
+        settings = settings.model_copy(update={"direction": "none"})  # a closed form combines experts
     recipe = Recipe(
         base=base,
         tasks=tuple(tasks),
         directions=tuple(directions),
-        settings=_settings(config.parameters or {}),
+        settings=settings,
         config=absolute,
         names=names,
         labels=labels,

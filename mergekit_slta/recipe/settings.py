@@ -111,7 +111,8 @@ class Settings(BaseModel):
     Attributes:
         ridge: relative ridge; None if the solve chooses it.
         evaluate: whether rows are held out, and the merge is measured on them.
-        direction: closed form of the experts that is one model more; "none" for no such model.
+        direction: closed form of the experts that is one model more; "none" for no such model. A default applies to
+            two experts or more.
         own: the objective's own keys.
         stated: the keys that the recipe states; all others have their defaults.
     """
