@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,17 +112,26 @@ class Models:
         }
 
 
-def perturbed(model: torch.nn.Module, seed: int, scale: float = 0.3) -> torch.nn.Module:
-    """A copy whose every tensor has moved, as after fine-tuning. Norms are moved too."""
+def perturbed(model: torch.nn.Module, seed: int, scale: float = 0.3, same: tuple[str, ...] = ()) -> torch.nn.Module:
+    """A copy whose tensors have moved, as after fine-tuning, norms and saved buffers too; except those whose names
+    begin with one of `same`."""
     import copy
 
     generator = torch.Generator().manual_seed(seed)
     expert = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in expert.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            parameter.add_(noise * scale * parameter.float().std(unbiased=False).clamp(min=0.1).to(parameter.dtype))
+        for name, tensor in saved_tensors(expert):
+            if not name.startswith(same or "?"):
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+                tensor.add_(noise * scale * tensor.float().std(unbiased=False).clamp(min=0.1).to(tensor.dtype))
     return expert
+
+
+def saved_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters, each once, and the buffers that are saved, if they hold numbers that can move."""
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    return [(name, tensor) for name, tensor in (*model.named_parameters(), *buffers) if tensor.is_floating_point()]
 
 
 def write_rows(path: Path, seed: int, count: int = 12) -> None:
@@ -249,36 +258,57 @@ def trained(
     return Models(folder, paths[0], (paths[1],), models.datasets[:1])
 
 
+PREPROCESSOR = {"do_resize": True, "note": "read by nobody here"}
+"""What `preprocessor_config.json` of a model with a vision tower holds."""
+
+
+def save_models(folder: Path, models: Sequence[torch.nn.Module]) -> Models:
+    """Checkpoints of a base and its experts, with a tokenizer, and a dataset for each expert."""
+    tokenizer = make_tokenizer()
+    paths, datasets = [], []
+    for number, model in enumerate(models):
+        paths.append(folder / f"model{number}")
+        model.save_pretrained(paths[-1], max_shard_size="60KB")
+        tokenizer.save_pretrained(paths[-1])
+        if number:
+            datasets.append(folder / f"task{number}.jsonl")
+            write_rows(datasets[-1], number)
+    return Models(folder, paths[0], tuple(paths[1:]), tuple(datasets))
+
+
+def with_varied_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights that are large enough to matter; norms and biases away from 1 and 0."""
+    with torch.no_grad():
+        for _, tensor in saved_tensors(model):
+            noise = torch.randn_like(tensor) * 0.1
+            tensor.copy_(tensor + noise if tensor.dim() == 1 else noise)
+    return model
+
+
 @pytest.fixture(scope="session")
 def specimen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
-    """Checkpoints of a species of the zoo: a base and two experts, every tensor moved, norms too."""
+    """Checkpoints of a species of the zoo: a base and two experts, every tensor moved that text runs through."""
 
     @functools.cache
     def make(name: str, **changes: int) -> Models:
-        folder = tmp_path_factory.mktemp(name)
         species = ZOO[name]
+        folder = tmp_path_factory.mktemp(name)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            base = transformers.AutoModelForCausalLM.from_config(species.kind(**{**species.settings, **changes}))
-            for parameter in base.parameters():
-                if parameter.dim() == 1:
-                    parameter.data.add_(torch.randn_like(parameter) * 0.1)
-                else:
-                    parameter.data.copy_(torch.randn_like(parameter) * 0.1)
-        tokenizer = make_tokenizer()
-        paths, datasets = [], []
-        for number in range(3):
-            path = folder / f"model{number}"
-            model = base if number == 0 else perturbed(base, number)
-            model.save_pretrained(path, max_shard_size="60KB")
-            tokenizer.save_pretrained(path)
-            paths.append(path)
-            if number:
-                datasets.append(folder / f"task{number}.jsonl")
-                write_rows(datasets[-1], number)
-        return Models(folder, paths[0], tuple(paths[1:]), tuple(datasets))
+            config = species.kind(**{**species.settings, **changes})
+            base = with_varied_weights(getattr(transformers, species.model)._from_config(config, dtype=torch.float32))
+        made = save_models(folder, [base, *(perturbed(base, number, same=species.carried) for number in (1, 2))])
+        for path in (made.base, *made.experts) if species.carried else ():
+            (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        return made
 
     return make
+
+
+def own_class(path: Path) -> type[transformers.PreTrainedModel]:
+    """The class that a checkpoint's config names."""
+    (name,) = json.loads((path / "config.json").read_text())["architectures"]
+    return getattr(transformers, name)
 
 
 @pytest.fixture
@@ -323,6 +353,9 @@ def assert_applied(models: Models, out: Path) -> Alphas:
     alphas = Alphas.load(out / "slta_alphas.json")
     base, *experts = [tensors(path) for path in (models.base, *models.experts)]
     merged = tensors(out)
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: tensor.shape for name, tensor in base.items()
+    }
     for entry in alphas.submodules:
         for name in entry.tensors:
             changes = [alpha * (other[name] - base[name]) for alpha, other in zip(entry.alpha, experts, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from conftest import PLAIN_JOINT, assert_applied, assert_refused, mergekit_yaml, slta
 from test_architectures import job_of
 from whole_models import assert_close, expert_slopes, loss, whole_model
-from zoo import ZOO
+from zoo import TYPICAL
 
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.data.rows import Example, Row
@@ -29,7 +29,7 @@ def at_experts(models, **settings):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("granularity", ["attn_mlp", "linear"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", TYPICAL)
 def test_slopes_equal_autograd(specimen, name, granularity):
     models = specimen(name)
     job = at_experts(models, granularity=granularity)

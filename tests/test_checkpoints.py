@@ -258,7 +258,7 @@ def test_the_dtype_of_an_adapters_sum_counts(tiny, write_recipe, tmp_path):
 
 def test_a_token_beyond_a_table(job):
     """A token that a table has no row for is named, with the number of rows."""
-    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    checkpoints = Checkpoints(job.plan, job.skeleton, job.recipe.names, job.device, job.dtype, job.tokenizer)
     table = job.skeleton.embedding_weight
     rows = checkpoints.raw(table)[0].shape[0]
     assert checkpoints.table_rows(table, torch.tensor([0, rows - 1]))[0].shape[0] == 2
@@ -268,7 +268,7 @@ def test_a_token_beyond_a_table(job):
 
 def test_a_tensor_that_one_model_lacks(job, monkeypatch):
     """A tensor that a checkpoint turns out not to have is named; those that have it can be asked alone."""
-    checkpoints = Checkpoints(job.plan, job.recipe.names, job.device, job.dtype, job.tokenizer)
+    checkpoints = Checkpoints(job.plan, job.skeleton, job.recipe.names, job.device, job.dtype, job.tokenizer)
     table = job.skeleton.embedding_weight
     gather, last = GatherTensors.execute, job.plan.models[-1]
 

@@ -69,21 +69,38 @@ def test_an_adapter_on_a_base_without_a_class(tiny, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "kind", "code"),
+    ("names", "kind"),
     [
-        (["LlamaForSequenceClassification"], "llama", "unsupported-architecture"),
-        (["LlamaModel"], "llama", "unsupported-architecture"),
-        (["FooForCausalLM", "BarForCausalLM"], "llama", "unsupported-architecture"),
-        (None, "opt", "unsupported-architecture"),
-        (["MistralForCausalLM"], "mistral", "differing-architectures"),
+        (["LlamaForSequenceClassification"], "llama"),
+        (["LlamaModel"], "llama"),
+        (["FooForCausalLM", "BarForCausalLM"], "llama"),
+        (None, "opt"),
+        (["MistralForCausalLM"], "mistral"),
     ],
 )
-def test_classes_that_are_others(tiny, write_recipe, tmp_path, names, kind, code):
-    """Another head, a model without one, unknown classes and another model are refused by name."""
+def test_classes_that_are_others(tiny, write_recipe, tmp_path, names, kind):
+    """An expert with another head, without one, of unknown classes or of another model is refused by name."""
     folder = configured(tiny.experts[1], tmp_path / "other", architectures=names, model_type=kind)
+    name = (names or ["OPTForCausalLM"])[0]
     assert_refused(
-        slta("check", write_recipe(with_models(tiny, expert=folder))), code, (names or ["OPTForCausalLM"])[0]
+        slta("check", write_recipe(with_models(tiny, expert=folder))),
+        "differing-architectures",
+        name,
+        "LlamaForCausalLM",
     )
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_a_base_that_is_no_language_model(tiny, write_recipe, tmp_path, name):
+    recipe = tiny.recipe()
+    for place, entry in enumerate([recipe["base_model"], *(entry["model"] for entry in recipe["models"])]):
+        folder = configured(Path(entry), tmp_path / f"model{place}", architectures=[name])
+        if place:
+            recipe["models"][place - 1]["model"] = str(folder)
+        else:
+            recipe["base_model"] = str(folder)
+    result = slta("check", write_recipe(recipe))
+    assert_refused(result, "unsupported-architecture", name, "output projection")
 
 
 HARMLESS = {

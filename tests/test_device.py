@@ -13,6 +13,7 @@ from transformers import Gemma2Config, masking_utils
 
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.hooks import ModuleCall
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.recipe.read import read_recipe
@@ -54,7 +55,7 @@ def test_nothing_of_the_model_stays_on_the_cpu(family, monkeypatch):
         skeleton.block(1, "attention", hidden, own),
         skeleton.block(1, "mlp", hidden, own),
         skeleton.attention_with_heads(1, hidden, own)[1],
-        skeleton.module(prefix + "mlp.down_proj", (torch.empty(3, 48, device="meta"),), own),
+        skeleton.module(prefix + "mlp.down_proj", ModuleCall((torch.empty(3, 48, device="meta"),)), own),
         skeleton.head(hidden[:1], weights),
     ]
     assert {output.device.type for output in outputs} == {"meta"}
@@ -64,7 +65,7 @@ def test_nothing_of_the_model_stays_on_the_cpu(family, monkeypatch):
 def test_weights_are_put_where_they_are_asked_for(tiny, options, monkeypatch):
     """Every tensor of every model, in the precision of the forward passes."""
     job = prepare(read_recipe(MergeConfiguration.model_validate(tiny.recipe(2))), options)
-    checkpoints = Checkpoints(job.plan, job.recipe.names, torch.device("meta"), torch.float64)
+    checkpoints = Checkpoints(job.plan, job.skeleton, job.recipe.names, torch.device("meta"), torch.float64)
     monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.tensor(True))
     for own in checkpoints.load(list(job.plan.tensors)):
         assert {(tensor.device.type, tensor.dtype) for tensor in own.values()} == {("meta", torch.float64)}

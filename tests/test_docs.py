@@ -19,7 +19,6 @@ from mergekit_slta.data.formats import FORMATS, ROLES
 from mergekit_slta.data.local_files import COMPRESSED, LOADERS
 from mergekit_slta.errors import SltaError
 from mergekit_slta.maths.divergence import WEAK_SHARE
-from mergekit_slta.models.architectures import ARCHITECTURES
 from mergekit_slta.objectives.joint_search import PATIENCE
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.objectives import MAX_STEPS
@@ -42,12 +41,6 @@ def test_every_recipe_key_is_documented():
     """The README's table has a row per key, and every row is a key."""
     table = set(re.findall(r"^\| `([a-z_]+)` \|", README, re.MULTILINE))
     assert set(SHARED_KEYS + TASK_KEYS) <= table | set(re.findall(r"`([a-z_]+)`, `", README))
-
-
-def test_every_architecture_is_documented():
-    """The README lists what is supported."""
-    for name in ARCHITECTURES:
-        assert f"`{name}`" in README
 
 
 def test_readme_recipe_is_the_one_in_yaml_recipes():

@@ -14,7 +14,7 @@ from conftest import PLAIN_JOINT, read, refused
 from mergekit.options import MergeOptions
 from test_architectures import job_of
 from whole_models import assert_close, divergence, loss, merged_model, models_of, slopes_of
-from zoo import ZOO
+from zoo import TYPICAL
 
 from mergekit_slta.calibration.calibrate import calibrate, gather_statistics
 from mergekit_slta.errors import RunError
@@ -48,7 +48,7 @@ def some_point(job, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor
 
 @pytest.mark.zoo
 @pytest.mark.parametrize(
-    ("name", "granularity"), [*((name, "attn_mlp") for name in ZOO), ("qwen3", "head_mlp"), ("llama", "model")]
+    ("name", "granularity"), [*((name, "attn_mlp") for name in TYPICAL), ("qwen3", "head_mlp"), ("llama", "model")]
 )
 def test_derivatives_and_measurements_equal_whole_models(specimen, monkeypatch, name, granularity):
     """At a merged model: derivatives of the divergence and of a loss with known labels. Divergences and losses of the

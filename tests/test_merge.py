@@ -471,7 +471,10 @@ def test_tied_models_that_store_their_head(make_models, tied_alphas, write_recip
     assert result.exit_code == 0, result.output
     assert [entry.alpha for entry in Alphas.load(tmp_path / "out" / "slta_alphas.json").submodules] == tied_alphas
     merged = tensors(tmp_path / "out")
-    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    if stored == "expert":  # OUT has the base's tensors
+        assert "lm_head.weight" not in merged
+    else:
+        assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
 
 
@@ -507,3 +510,17 @@ def test_clicks_own_errors_pass_a_merge(tiny, options, tmp_path):
     config = MergeConfiguration.model_validate(tiny.recipe())
     with pytest.raises(click.UsageError, match="no such option"):
         host.run(fail, config, str(tmp_path / "out"), options, None)
+
+
+def test_a_tensor_that_gets_lost_stops_the_merge(tiny, write_recipe, tmp_path, monkeypatch):
+    """What mergekit writes is compared with the plan before OUT changes."""
+    save = TensorWriter.save_tensor
+
+    def lose(self, name, tensor, clone=False):
+        if name != "model.layers.1.mlp.up_proj.weight":
+            save(self, name, tensor, clone)
+
+    monkeypatch.setattr(TensorWriter, "save_tensor", lose)
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out", *QUIET)
+    assert_refused(result, "other-tensors", "model.layers.1.mlp.up_proj.weight", exit_code=1)
+    assert not list((tmp_path / "out").glob("*model*"))

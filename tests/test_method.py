@@ -227,20 +227,23 @@ def test_run_merge_is_wrapped_once_and_passes_others_through():
     assert calls == [(config, "out", "options", "text")]
 
 
-def test_buffers_that_differ():
-    """Copied tensors are the base's, and are no experts' to change."""
-    alphas = make_alphas(("a",)).model_copy(update={"copied": ("m.buffer",)})
-    values = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])]
+def test_tensors_that_text_does_not_reach():
+    """Equal ones are copied; for others the recipe says what becomes of them."""
+    alphas = make_alphas(("a", "b")).model_copy(update={"copied": ("m.vision",)})
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])]
     call = merge_methods.get("submodule_linear")
 
-    def merged(*tensors):
-        group = TensorGroup.from_tensors(list(tensors), ids=["base", "a"], base_index=0, name="m.buffer")
-        return call([group], parameters={"alphas": "file"})[0]
+    def merged(rule, *tensors):
+        ids = ["base", "a", "b"]
+        group = TensorGroup.from_tensors(list(tensors), ids=ids, base_index=0, name="m.vision")
+        with active("file", ActiveMerge(alphas, {"a": 0, "b": 1}, keep_precision=False, uncalibrated=rule)):
+            return call([group], parameters={"alphas": "file"})[0].tolist()
 
-    with active("file", ActiveMerge(alphas, {"a": 0}, keep_precision=False)):
-        assert torch.equal(merged(values[0], values[0]), values[0])
-        with refused(ModelError, "differing-buffers", "m.buffer"):
-            merged(*values)
+    assert merged("error", *values[:1] * 3) == [1, 2]
+    assert merged("base", *values) == [1, 2]
+    assert merged("average", *values) == [2, 3]
+    with refused(ModelError, "uncalibrated-tensors", "m.vision"):
+        merged("error", *values)
 
 
 def test_without_mergekit(monkeypatch):

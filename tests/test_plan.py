@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from conftest import read, refused
 
-from mergekit_slta.checkpoints.plan import make_plan
 from mergekit_slta.errors import ModelError
+from mergekit_slta.job.preflight import prepare
 
 
 def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
@@ -16,4 +16,4 @@ def test_what_mergekit_cannot_plan(tiny, options, monkeypatch):
 
     monkeypatch.setattr("mergekit.plan.MergePlanner", fail)
     with refused(ModelError, "cannot-plan", "no such thing"):
-        make_plan(read(tiny.recipe()), options)
+        prepare(read(tiny.recipe()), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, fork, mergekit_yaml, run, script, slta, stock_command
+from conftest import assert_applied, assert_refused, fork, mergekit_yaml, run, script, slta, stock_command, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-from mergekit_slta.files.alphas_file import Alphas
 
 QUIET = ["--quiet"]
 
@@ -149,7 +148,7 @@ REFUSALS = {
         "unreadable-checkpoint", ["bare"],
     ),
     "other architecture": (other_architecture, "differing-architectures", ["Qwen2ForCausalLM"]),
-    "unsupported architecture": (unsupported, "unsupported-architecture", ["OPTForCausalLM", "Llama"]),
+    "unsupported architecture": (unsupported, "differing-architectures", ["OPTForCausalLM", "Llama"]),
     "other layer count": (
         lambda t, m, p: with_expert(t.recipe(2), saved_copy(t.experts[1], p / "short", fewer_layers)),
         "differing-sizes", ["has num_hidden_layers 1, the base 2"],
@@ -165,7 +164,7 @@ REFUSALS = {
     "shape against config": (
         lambda t, m, p: with_expert(t.recipe(2), saved_copy(m("llama", intermediate_size=64).experts[0], p / "lie",
                                                             intermediate_size=48)),
-        "differing-sizes", ["[64, 32]", "[48, 32]"],
+        "differing-sizes", ["[32, 64]", "[32, 48]"],
     ),
     "truncated safetensors": (truncated, "unreadable-checkpoint", ["broken"]),
     "missing shard": (missing_shard, "corrupt-checkpoint", ["model-00001"]),
@@ -203,18 +202,16 @@ def test_refused_by_every_command(tiny, make_models, write_recipe, tmp_path, cas
     assert len(lines) == 1, lines
 
 
-def test_what_mergekit_cannot_represent_is_calibrated_but_not_merged(make_models, write_recipe, tmp_path, caplog):
-    """Attention biases on Llama: `check` and the merges refuse with the reason, `calibrate` computes and warns."""
-    path = write_recipe(make_models("llama", attention_bias=True).recipe(2))
-    for command, arguments in ((mergekit_yaml, (path, tmp_path / "out")), (slta, ("check", path))):
-        result = command(*arguments, *QUIET)
-        assert_refused(result, "plan-does-not-fit", "mergekit would drop model.layers.0.self_attn")
-        assert not (tmp_path / "out").exists()
-    result = slta("calibrate", path, "-o", tmp_path / "alphas.json", *QUIET)
+def test_what_mergekit_does_not_list(make_models, write_recipe, tmp_path):
+    """Attention biases on Llama are merged, and no stock recipe can do that: `export` says so."""
+    models = make_models("llama", attention_bias=True)
+    out = tmp_path / "out"
+    result = mergekit_yaml(write_recipe(models.recipe(2)), out, *QUIET)
     assert result.exit_code == 0, result.output
-    assert "can be computed, but not merged: mergekit would drop" in caplog.text
-    covered = {tensor for entry in Alphas.load(tmp_path / "alphas.json").submodules for tensor in entry.tensors}
-    assert "model.layers.0.self_attn.q_proj.bias" in covered
+    assert_applied(dataclasses.replace(models, experts=models.experts[:2]), out)
+    assert "model.layers.0.self_attn.q_proj.bias" in tensors(out)
+    assert_refused(slta("export", out / "slta_alphas.json", "-o", tmp_path / "stock.yml"), "plan-does-not-fit")
+    assert not (tmp_path / "stock.yml").exists()
 
 
 @pytest.mark.parametrize("command", ["mergekit-yaml", "merge", "calibrate"])

@@ -7,31 +7,50 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from conftest import make_config, refused
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers import LlamaConfig
 
 from mergekit_slta.errors import ModelError
-from mergekit_slta.models.skeleton import Skeleton, learned_positions
+from mergekit_slta.models.skeleton import Skeleton
+from mergekit_slta.models.structure import learned_positions
 
 
 def test_a_model_without_layers(monkeypatch):
-    """A model class whose blocks are found nowhere in it is refused with their name."""
-    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", ["Block"])
-    with refused(ModelError, "unknown-layers", "Block", "in x;"):
-        Skeleton(make_config("llama", architectures=["LlamaForCausalLM"]), "x")
+    """A model without a list of as many modules as its config has layers is refused with their number."""
+    config, other = make_config("llama", architectures=["LlamaForCausalLM"]), LlamaConfig(num_hidden_layers=7)
+    monkeypatch.setattr(LlamaConfig, "get_text_config", lambda self, **_: other)
+    with refused(ModelError, "unknown-layers", "7 decoder layers", "in x;"):
+        Skeleton(config, "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "reason"),
+    [
+        (transformers.BertConfig(num_hidden_layers=1), "BertModel", "no output projection"),
+        (transformers.T5Config(num_layers=1), "T5ForConditionalGeneration", "an encoder"),
+        (transformers.Gemma4TextConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=32,
+                                       vocab_size_per_layer_input=32, num_kv_shared_layers=0),
+         "Gemma4ForCausalLM", "read the tokens of a row"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_models_that_cannot_be_run_layer_by_layer(config, name, reason):
+    config.architectures = [name]
+    with refused(ModelError, "unsupported-architecture", f"x is a {name}", reason):
+        Skeleton(config, "x")
 
 
 def test_blocks_that_do_not_add_up(monkeypatch):
-    """A layer whose output is scaled is neither wiring."""
+    """Blocks whose outputs are scaled do not give the layer's output."""
     skeleton = Skeleton(make_config("llama", architectures=["LlamaForCausalLM"]), "x")
     weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.3
                for name, shape in skeleton.shapes.items()}  # fmt: skip
     ids = torch.tensor([[1, 2, 3]])
     hidden = skeleton.embed(ids, weights)
     own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{skeleton.layers_path}.0.")}
-    assert not skeleton.has_parallel_blocks(0, hidden, own)
+    skeleton.check_blocks(0, hidden, own)
     monkeypatch.setattr(type(skeleton), "block", lambda self, index, kind, hidden, weights: 2 * hidden)
     with refused(ModelError, "unknown-blocks", f"{skeleton.layers_path}.0"):
-        skeleton.has_parallel_blocks(0, hidden, own)
+        skeleton.check_blocks(0, hidden, own)
 
 
 @pytest.mark.parametrize(

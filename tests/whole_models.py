@@ -9,13 +9,12 @@ import functools
 from pathlib import Path
 
 import torch
-from conftest import Models
+from conftest import Models, own_class
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 
 def whole_model(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return own_class(path).from_pretrained(path, dtype=torch.float32).eval()
 
 
 @functools.lru_cache(maxsize=1)
@@ -36,10 +35,9 @@ def merged_model(models: Models, job, point) -> torch.nn.Module:
     parameters = dict(merged.named_parameters())
     for submodule in job.submodules:
         for tensor in submodule.tensors:
-            name = job.skeleton.renamed.get(tensor, tensor)
             for expert, alpha in enumerate(point[submodule.name].tolist()):
-                change = alpha * (states[expert + 1][name] - states[0][name])
-                pairs = zip(parts(submodule, tensor, parameters[name]), parts(submodule, tensor, change), strict=True)
+                change = alpha * (states[expert + 1][tensor] - states[0][tensor])
+                pairs = zip(parts(submodule, tensor, parameters[tensor]), parts(submodule, tensor, change), strict=True)
                 for own, part in pairs:
                     own.add_(part)
     return merged
@@ -78,10 +76,9 @@ def slopes_of(value: Tensor, model: torch.nn.Module, models: Models, job) -> dic
     found = {submodule.name: torch.zeros(len(states) - 1, dtype=torch.float64) for submodule in job.submodules}
     for submodule in job.submodules:
         for tensor in submodule.tensors:
-            name = job.skeleton.renamed.get(tensor, tensor)
-            gradient = parameters[name].grad
+            gradient = parameters[tensor].grad
             for expert in range(len(states) - 1) if gradient is not None else ():
-                product = gradient * (states[expert + 1][name] - states[0][name]).detach()
+                product = gradient * (states[expert + 1][tensor] - states[0][tensor]).detach()
                 found[submodule.name][expert] += sum(part.double().sum() for part in parts(submodule, tensor, product))
     return found
 

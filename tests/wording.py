@@ -25,7 +25,6 @@ WORDING: dict[str, str] = {
     "damaged-layout": r"layout is damaged, or was made by an earlier version \(.*\): calibrate again",
     "dataset-not-found": r"dataset .+ not found: no such file or folder \(paths start at the current one\)",
     "differing-architectures": r".+ is a \w+, the base a \w+: all models of a merge need the same architecture",
-    "differing-buffers": r"the buffer .+ differs between the models, .+: leave out the model whose buffer differs",
     "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
     r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
     "differing-vocabularies": r"(the adapter .+ is for \d+ tokens.*, and its base has \d+: merge it with peft first|"
@@ -104,11 +103,12 @@ WORDING: dict[str, str] = {
     "other-file-version": r"(is an? .+ of version .+, this release reads version \d+: run `mergekit-slta \w+` again"
     r"|was made by another version of this package: calibrate again)",
     "other-method": r"merge_method is '.*', and this command runs '\w+' recipes only: use `mergekit-yaml` for others",
+    "other-tensors": r"mergekit wrote other tensors than planned \(.+\): please report the model",
     "out-of-memory": r"out of memory on .+ \(.*\): lower `\w+` \(\d+\) .*or choose another --device",
     "output-is-an-input": r"(is one of the models to merge: name another folder|is an input of this command: name)",
     "output-needed": r"the merge has the direction .+, which is written as a checkpoint .+: name the recipe with -o",
     "path-in-the-way": r".+ is in the way of unfinished work: move it",
-    "plan-does-not-fit": r"mergekit (would drop .+ of .+|plans to merge .+, which .+ does not have): .+; try a newer",
+    "plan-does-not-fit": r"mergekit's own definition of this model class does not list the tensors .+; merge with",
     "processes-differ": r"process \d+ sees other models or data than the first one: give all the same files and",
     "quantized-weights": r".+ of .+ holds quantized weights \(.+ in \w+.*\): dequantize first \(.+\), or name the",
     "recipe-needed": r"these alphas are for a merge with a `tokenizer` section: name its recipe with --recipe",
@@ -121,13 +121,15 @@ WORDING: dict[str, str] = {
     "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
     r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
     "too-few-rows": r"has no rows: choose another `dataset` or `split`",
+    "uncalibrated-tensors": r"text does not run through .+: add `uncalibrated: base`",
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
     "unexpected-error": r"\w+: .*",
-    "unknown-blocks": r"do not add up to the layer: use `granularity: layer`, and please report the model",
+    "unknown-blocks": r"(blocks of .+ cannot be told apart, or do not add up to the layer: use `granularity: layer`"
+    r"|is used without being called: use `granularity: attn_mlp`), and please report the model",
     "unknown-file-type": r"dataset .+ has (file type .+; use one of .+, a folder, or a Hub id"
     r"|files of several types, .+: name those of one)",
     "unknown-key": r"unknown key `.*` .+: (did you mean|known keys|it belongs to .+: remove it)",
-    "unknown-layers": r"no decoder layers \(.*\) found in .+; please report the model",
+    "unknown-layers": r"no list of \d+ decoder layers found in .+; please report the model",
     "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
     r"|the alphas file .+ knows no model .+; it is for .+: calibrate again)",
     "unknown-objective": r"the objective is .*, and this release knows .+: calibrate again",
@@ -145,7 +147,7 @@ WORDING: dict[str, str] = {
     "unreadable-recipe": r"(cannot read the recipe .+ \(.*\): check its path|is not a UTF-8 text file: save it as one)",
     "unreadable-tokenizer": r"cannot load the tokenizer of .+: .+; the base needs one, to read the calibration rows",
     "unsolvable-statistics": r"the statistics cannot be solved \(.*\): calibrate again",
-    "unsupported-architecture": r"architecture .+ of .+ is not supported; supported are \w+",
+    "unsupported-architecture": r".+ is a \w+, which cannot be merged here: (it|its) .+",
     "unsupported-format": r"cannot draw .+: figures are \.png or \.svg",
     "unsupported-layout": r"merges whole models: replace `\w+:` by `models:`",
     "unusable-device": r"(--multi-gpu needs an accelerator, .+: drop it|device .+ cannot be used here .*: drop --cuda)",

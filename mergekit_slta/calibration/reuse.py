@@ -20,6 +20,7 @@ from mergekit_slta.calibration.calibrate import (
     work_fingerprint,
 )
 from mergekit_slta.calibration.evaluate import evaluate
+from mergekit_slta.calibration.routing import is_routing_wanted, measure_routing
 from mergekit_slta.calibration.verify import is_verified, verify
 from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.errors import AlphasError, ModelError, OutputError, RecipeError, RunError, show
@@ -124,6 +125,8 @@ def reuse_or_calibrate(
         if settings.evaluate and alphas.evaluation is None and None not in job.rows:
             measured = job_with_direction() if job.held_out_examples() else job
             alphas = evaluate(measured, alphas)
+        if is_routing_wanted(job, alphas):
+            alphas = measure_routing(job_with_direction(), alphas)
     warn_of_quality(alphas)
     return alphas, statistics
 

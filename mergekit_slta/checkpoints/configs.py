@@ -22,7 +22,7 @@ from mergekit_slta.checkpoints.vocabulary import vocabulary_advice
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
 from mergekit_slta.errors import ModelError, listing, show
 from mergekit_slta.libraries.transformers import causal_lm_class
-from mergekit_slta.models.architectures import architecture, class_name
+from mergekit_slta.models.architectures import class_name
 from mergekit_slta.recipe.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +74,6 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, dict[Mo
         if name is not None and config.architectures != [name]:
             changes[model] = model.model_copy(update={"override_architecture": name})
             config.architectures = [name]
-        architecture(config.architectures, recipe.names[model])
     recipe = recipe.replaced(changes)
     configs = {changes.get(model, model): config for model, config in read.items()}
     base = configs[recipe.base]
@@ -83,28 +82,37 @@ def read_configs(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, dict[Mo
     )
     for model, config in configs.items():
         name = show(recipe.names[model])
-        if config.architectures != base.architectures:
+        own, expected_class = config.architectures or ["None"], base.architectures or ["None"]
+        if own != expected_class and not _same_language_model(config, base):
             raise ModelError(
-                f"{name} is a {show(config.architectures[0])}, the base a {show(base.architectures[0])}: "
+                f"{name} is a {show(own[0])}, the base a {show(expected_class[0])}: "
                 "all models of a merge need the same architecture",
                 code="differing-architectures",
             )
         for key in _MUST_MATCH:
-            found, expected = getattr(config, key, None), getattr(base, key, None)
+            found, expected = (getattr(one.get_text_config(), key, None) for one in (config, base))
             if found != expected:
                 raise ModelError(
                     f"{name} has {key} {show(found)}, the base {show(expected)}: "
                     "the experts must be fine-tuned from this very base",
                     code="differing-sizes",
                 )
-        if same_vocabulary and config.vocab_size != base.vocab_size:
+        sizes = [one.get_text_config().vocab_size for one in (config, base)]
+        if same_vocabulary and sizes[0] != sizes[1]:
             raise ModelError(
-                f"{name} has vocab_size {show(config.vocab_size)}, the base {show(base.vocab_size)}: "
+                f"{name} has vocab_size {show(sizes[0])}, the base {show(sizes[1])}: "
                 f"{vocabulary_advice(recipe, base, options)}",
                 code="differing-vocabularies",
             )
     _warn_of_differing_configs(configs, recipe.names)
     return recipe, configs
+
+
+def _same_language_model(config: PretrainedConfig, base: PretrainedConfig) -> bool:
+    """Whether one model is the language model of the other, which also has a vision tower or the like."""
+    texts = [one.get_text_config() for one in (config, base)]
+    is_part = [text is not one for text, one in zip(texts, (config, base), strict=True)]
+    return any(is_part) and texts[0].model_type == texts[1].model_type
 
 
 def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -> PretrainedConfig:

@@ -28,7 +28,7 @@ from mergekit_slta.files.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAMES
 from mergekit_slta.libraries.mergekit import LazyTensorLoader
 from mergekit_slta.libraries.peft import is_target, pattern_key
 from mergekit_slta.libraries.transformers import is_built_in
-from mergekit_slta.models.architectures import BASE_MODEL_NAMES, OUTPUT_PROJECTION, architecture
+from mergekit_slta.models.architectures import BASE_MODEL_NAMES, OUTPUT_PROJECTION, TRANSPOSED
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNDERSTOOD = frozenset(
@@ -251,13 +251,16 @@ def _foreign_tensors(adapter: Adapter) -> str | None:
     return f"tensors outside of target_modules: {listing(idle, 2)}" if idle else None
 
 
-def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[str, LowRank]:
+def find_updates(
+    adapter: Adapter, base: LazyTensorLoader, config: Any, names: Mapping[str, str] | None = None
+) -> dict[str, LowRank]:
     """Find the updates of an adapter: tensor name in the base checkpoint -> update.
 
     Args:
         adapter: the adapter.
         base: loader of the base's checkpoint; only its tensor names are used.
         config: the base's config.
+        names: name in the base's model -> name in its checkpoint, where transformers renames tensors.
 
     Raises:
         ModelError: the adapter has no LoRA tensors, is damaged, belongs to another base, or adapts an output projection
@@ -270,7 +273,7 @@ def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[
             code="corrupt-adapter",
         )
     if is_built_in(config):  # as in peft, which for these classes uses the layer's class and not the flag
-        transposed = architecture(config.architectures, adapter.name).transposed
+        transposed = (config.architectures or [""])[0] in TRANSPOSED
     else:
         transposed = bool(adapter.config.get("fan_in_fan_out"))
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -296,7 +299,7 @@ def find_updates(adapter: Adapter, base: LazyTensorLoader, config: Any) -> dict[
                 "no checkpoint can hold the sum; merge without this adapter",
                 code="adapter-on-tied-head",
             )
-        name = _name_in_base(module, base)
+        name = _name_in_base(module, base) or (names or {}).get(f"{module}.weight")
         if name is None:
             raise ModelError(
                 f"the adapter {show(adapter.name)} adapts {show(module)}, and its base has no tensor "

@@ -27,6 +27,8 @@ from mergekit_slta.checkpoints.quantization import refuse_quantized
 from mergekit_slta.checkpoints.weight_files import open_checkpoint
 from mergekit_slta.errors import ModelError, SltaError, show
 from mergekit_slta.libraries.mergekit import LazyTensorLoader, dtype_named, loader_of_file
+from mergekit_slta.libraries.transformers import read_names
+from mergekit_slta.models.skeleton import Skeleton
 
 
 class AdapterLoader(LazyTensorLoader):
@@ -116,7 +118,12 @@ def needs_merged_copy(model: ModelReference) -> str | None:
 
 
 def open_adapter(
-    model: ModelReference, options: MergeOptions, *, base: LazyTensorLoader | None = None, planning: bool = False
+    model: ModelReference,
+    options: MergeOptions,
+    *,
+    base: LazyTensorLoader | None = None,
+    skeleton: Skeleton | None = None,
+    planning: bool = False,
 ) -> AdapterLoader | None:
     """Open a loader for "base+adapter", to be put into mergekit's cache of loaders.
 
@@ -124,6 +131,7 @@ def open_adapter(
         model: the model reference.
         options: mergekit's options: caches, `lazy_unpickle` and `lora_merge_dtype` are used.
         base: the base model's loader, which is then shared; None opens a new one.
+        skeleton: the model, if it is known: adapters name modules as the model does, and its checkpoint may not.
         planning: download no weights. If some are missing, the loader gives names and shapes, and no tensors.
 
     Returns:
@@ -151,7 +159,8 @@ def open_adapter(
             "check the path or Hub id",
             code="unreadable-checkpoint",
         ) from error
-    updates = find_updates(adapter, base, config)
+    names = read_names(skeleton.model, base.index.tensor_paths)[0] if skeleton is not None else None
+    updates = find_updates(adapter, base, config, names)
     check_shapes(base, updates)
     if not planning:
         adapter = fetch_weights(adapter)

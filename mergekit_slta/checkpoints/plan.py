@@ -1,11 +1,14 @@
-"""mergekit's own plan of a merge: the tensors that OUT will hold, and the tasks that read them from every model.
+"""The plan of a merge: the tensors that OUT will hold, the tasks that read them from every model, and what the model is
+made of them.
 
-Scope: builds the plan and opens the checkpoints. Only headers are read. Calibration reads tensors with the same tasks
-as the merge, so it applies adapters, aliases, conversions and the recipe's `dtype` and `tokenizer:` in the same way.
+Scope: builds the plan and opens the checkpoints. Only headers are read. OUT holds the tensors of the base's checkpoint,
+by their names; mergekit plans the merge with this definition in place of its own. Calibration reads tensors with the
+same tasks as the merge, so it applies adapters and the recipe's `dtype` and `tokenizer:` in the same way.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
 
 from mergekit_slta.checkpoints.headers import DTYPE_NAMES, StoredTensor, TensorHeader, read_stored
 from mergekit_slta.checkpoints.hub import Download, HubIndex
 from mergekit_slta.checkpoints.lora_loader import open_adapter
+from mergekit_slta.checkpoints.naming import Source, find_sources, in_another_class
+from mergekit_slta.checkpoints.outputs import define_output, place_renamed
 from mergekit_slta.checkpoints.quantization import refuse_quantized
 from mergekit_slta.checkpoints.weight_files import open_checkpoint
 from mergekit_slta.errors import ModelError, show
@@ -26,11 +32,11 @@ from mergekit_slta.libraries.mergekit import (
     LazyTensorLoader,
     copy_place,
     forget_loaders,
+    models_of,
     names_of,
-    place_loader,
-    plan_tensors,
-    sources_of,
 )
+from mergekit_slta.libraries.mergekit_plan import Definition, plan_tensors, stock_names
+from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -60,23 +66,33 @@ class Plan:
 
     Attributes:
         models: base first, then the experts in canonical order (sorted by the recipe's names), then the directions.
-        tensors: name in OUT -> planned tensor, in the plan's order.
+        definition: what mergekit writes, in place of its own definition of the model class.
+        outputs: name in OUT -> planned tensor, in the plan's order.
+        tensors: name in the model -> its source among `outputs`: the tensors that text runs through.
+        carried: names in OUT of all others: of a vision tower, of heads that predict several tokens, old buffers.
         loaders: mergekit's lazy loaders of the models.
         stored: model -> tensor name in its checkpoint -> shape and dtype.
-        is_tied: whether the output projection is the embedding table in every model. The plan then lacks the
-            projection, or holds a copy of the table.
-        copied: tensors of the plan that are not parameters. The merge copies the base's and refuses models that differ.
+        sources: model -> name in the base's model -> source in that model's checkpoint.
+        renamed: model -> name in OUT -> name in its checkpoint, if the two differ; for whole tensors only.
+        is_tied: whether the output projection is the embedding table in every model. OUT then lacks the projection, or
+            holds a copy of the table.
+        is_stock: whether mergekit's own definition of the model class lists the same tensors.
         unread: the models whose tensors cannot be read yet. Their weights are on the Hub, or mergekit has to merge an
             adapter into a copy on disk first.
         downloads: the weights to download, each once.
     """
 
     models: tuple[ModelReference, ...]
-    tensors: dict[str, PlannedTensor]
+    definition: Definition
+    outputs: dict[str, PlannedTensor]
+    tensors: dict[str, Source]
+    carried: list[str]
     loaders: dict[ModelReference, LazyTensorLoader]
     stored: dict[ModelReference, dict[str, StoredTensor]] = field(default_factory=dict)
+    sources: dict[ModelReference, dict[str, Source]] = field(default_factory=dict)
+    renamed: dict[ModelReference, dict[str, str]] = field(default_factory=dict)
     is_tied: bool = False
-    copied: list[str] = field(default_factory=list)
+    is_stock: bool = True
     unread: frozenset[ModelReference] = frozenset()
     downloads: tuple[Download, ...] = ()
 
@@ -126,9 +142,21 @@ class Plan:
         return reduce(torch.promote_types, found) if found else None
 
     def source_name(self, name: str, model: ModelReference) -> str | None:
-        """Name of a planned tensor in a model's checkpoint; None if it is converted from others, or missing."""
+        """Name of a planned tensor in a model's checkpoint; None if it is made of others, or missing."""
+        other = self.renamed.get(model, {}).get(name)
+        if other is not None:
+            return other
         present = self.loaders[model].index.tensor_paths
-        return next((other for other in names_of(self.tensors[name].sources[model]) if other in present), None)
+        return next((other for other in names_of(self.outputs[name].sources[model]) if other in present), None)
+
+    def num_elements(self, name: str) -> int:
+        """Number of elements of a tensor of OUT in the base's checkpoint; 0 if it is not known."""
+        stored = self.stored_as(name, self.models[0])
+        return math.prod(stored.shape) if stored else 0
+
+    def names_in(self, name: str, model: ModelReference) -> list[str]:
+        """Names in a model's checkpoint of what a tensor of the model is made of, as far as they are known."""
+        return [source for each in self.tensors[name].names if (source := self.source_name(each, model))]
 
 
 def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
@@ -141,17 +169,26 @@ def canonical(recipe: Recipe) -> tuple[ModelReference, ...]:
     )
 
 
-def make_plan(recipe: Recipe, options: MergeOptions, *, planning: bool = False) -> Plan:
-    """Plan the merge as `run_merge` will, open the checkpoints, and read their headers.
+def make_plan(
+    recipe: Recipe,
+    options: MergeOptions,
+    skeleton: Skeleton,
+    configs: Mapping[ModelReference, PretrainedConfig],
+    *,
+    planning: bool = False,
+) -> Plan:
+    """Open the checkpoints, read their headers, and plan the merge as `run_merge` will.
 
     Args:
         recipe: the recipe.
         options: mergekit's options.
+        skeleton: the base's model.
+        configs: the models' configs.
         planning: download no weights, and merge no adapter into a copy. If either is needed, the plan says so in
             `unread`; its loaders then give names and headers, and no tensors.
 
     Raises:
-        ModelError: a checkpoint cannot be found or read, or mergekit cannot plan the recipe.
+        ModelError: a checkpoint cannot be found or read, it lacks a tensor, or mergekit cannot plan the recipe.
     """
     forget_loaders(recipe.models)
     loaders: dict[ModelReference, LazyTensorLoader] = {}
@@ -160,28 +197,53 @@ def make_plan(recipe: Recipe, options: MergeOptions, *, planning: bool = False) 
     for model in recipe.models:
         name = recipe.names[model]
         base = loaders.get(ModelReference(model=model.model))
-        loader = open_adapter(model, options, base=base, planning=planning)
+        loader = open_adapter(model, options, base=base, skeleton=skeleton, planning=planning)
         if loader is None:
             if model.lora and not os.path.exists(copy_place(model, options)):
                 copies.add(model)
             loader = open_checkpoint(model, options, name, planning=planning)
         loaders[model] = loader
-        place_loader(model, loader, options)
         stored[model] = read_stored(loader, name)
         refuse_quantized(loader, stored[model], name)
+    for loader in loaders.values():
+        if isinstance(loader.index, HubIndex) and not loader.index.tensor_paths:
+            loader.index.name_tensors([*skeleton.shapes, *skeleton.unused])
+    base_class = configs[recipe.base].architectures
+
+    def sources_of(model: ModelReference) -> dict[str, Source]:
+        """Sources of the base's tensors in a checkpoint, also if it is of the base's language model alone."""
+        shapes = {key: stored[model][key].shape if key in stored[model] else None
+                  for key in loaders[model].index.tensor_paths}  # fmt: skip
+        if configs[model].architectures == base_class:
+            return find_sources(skeleton, shapes)
+        own = Skeleton(configs[model], recipe.names[model], skeleton.dtype, "cpu", options.trust_remote_code)
+        return in_another_class(find_sources(own, shapes), own, skeleton)
+
+    sources = {model: sources_of(model) for model in recipe.models}
+    definition, carried = define_output(recipe, loaders, sources, skeleton, configs)
+    renamed = {
+        model: place_renamed(model, recipe, loaders, sources, definition.names, skeleton, options)
+        for model in recipe.models
+    }
     try:
         planned = plan_tensors(
             recipe.config.model_copy(deep=True),
             options,
             recipe.base.config(trust_remote_code=options.trust_remote_code),
+            definition,
         )
     except Exception as error:
         raise ModelError(
             f"mergekit cannot plan this merge ({show(error)}): correct the recipe, or try a newer mergekit",
             code="cannot-plan",
         ) from error
-    tensors = {weight.name: PlannedTensor(weight, gather, sources_of(gather)) for weight, gather in planned}
-    plan = Plan(canonical(recipe), tensors, loaders, stored)
+    outputs = {weight.name: PlannedTensor(weight, gather, models_of(gather)) for weight, gather in planned}
+    own = dict(sources[recipe.base])
+    if skeleton.head_weight in outputs:
+        own.setdefault(skeleton.head_weight, Source((skeleton.head_weight,)))
+    tensors = {name: own[name] for name in skeleton.shapes if name in own}
+    plan = Plan(canonical(recipe), definition, outputs, tensors, carried, loaders, stored, sources, renamed)
+    plan.is_stock = stock_names(configs[recipe.base], loaders[recipe.base].index.tensor_paths) == {*outputs}
     if planning:
         _mark_unread(plan, copies)
     return plan
@@ -195,8 +257,6 @@ def _mark_unread(plan: Plan, copies: set[ModelReference]) -> None:
         missing = [load for holder in (loader, loader.index) if (load := getattr(holder, "download", None))]
         downloads |= {load.name: load for load in missing}
         unread |= {model} if missing else set()
-        if isinstance(loader.index, HubIndex) and not loader.index.tensor_paths:
-            loader.index.name_tensors(plan.tensors)
     plan.unread, plan.downloads = frozenset(unread), tuple(downloads.values())
 
 

@@ -1,11 +1,8 @@
-"""Compare mergekit's plan with the model class and with the checkpoints.
-
-Scope: names, shapes and tied weights. mergekit's architecture definitions do not list every tensor of every checkpoint.
-mergekit drops the tensors that they lack from the output, without a message.
-"""
+"""Compare the plan with the model class and the checkpoints: names, shapes, ties, tensors that are carried."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +11,11 @@ from mergekit.common import ModelReference
 
 from mergekit_slta.checkpoints.configs import ties_embeddings
 from mergekit_slta.checkpoints.headers import refuse_unlisted
-from mergekit_slta.checkpoints.plan import Plan, PlannedTensor
+from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.quantization import is_whole_float, quantized
-from mergekit_slta.errors import ModelError, show
-from mergekit_slta.libraries.mergekit import can_convert, gather_by_name, is_gather
+from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.libraries.mergekit import is_gather, placed_loader
+from mergekit_slta.models.skeleton import Skeleton
 
 _ZERO_3 = "; empty tensors are what DeepSpeed ZeRO-3 saves if it does not gather the weights"
 
@@ -25,97 +23,94 @@ _ZERO_3 = "; empty tensors are what DeepSpeed ZeRO-3 saves if it does not gather
 def reconcile(
     plan: Plan,
     names: Mapping[ModelReference, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    skeleton: Skeleton,
     configs: Mapping[ModelReference, Any],
     advice: Callable[[], str],
-    projection: str,
-) -> list[str]:
-    """Change the plan so that it holds exactly the parameters of the model class.
-
-    Tensors that mergekit would drop are added, and read by name. Buffers that mergekit lists among the parameters are
-    moved to `plan.copied`.
+) -> None:
+    """Check that every model has every tensor of the model class, in the same shape and unquantized.
 
     Args:
-        plan: changed in place.
+        plan: the plan.
         names: the models' names in the recipe, for messages.
-        shapes: name in the plan -> shape of the model class's parameters.
+        skeleton: the base's model.
         configs: the models' configs.
         advice: gives the remedy for vocabularies that differ.
-        projection: name of the output projection's weight, which a tied model does not store.
-
-    Returns:
-        Reasons why mergekit cannot merge these checkpoints as they are; empty if it can.
 
     Raises:
-        ModelError: a model lacks a tensor that another has, shapes differ, or a parameter is quantized.
+        ModelError: a model lacks a tensor, or has one that the base lacks; shapes differ; or a tensor is quantized.
     """
-    _refuse_quantized(plan, names, shapes, configs)
-    problems = []
-    present = {model: set(plan.loaders[model].index.tensor_paths) for model in plan.models}
-
-    def holds(name: str, model: ModelReference) -> bool:
-        planned = plan.tensors.get(name)
-        found = planned is not None and plan.source_name(name, model) is not None
-        return found or can_convert(configs[model].model_type, present[model], name)
-
-    for name in list(plan.tensors):
-        lacking = [model for model in plan.models if not holds(name, model)]
-        if not lacking:
-            if name not in shapes and not plan.tensors[name].weight.optional:
-                plan.copied.append(name)  # a buffer that older versions of transformers saved with the parameters
-                del plan.tensors[name]
+    _refuse_quantized(plan, names, skeleton, configs)
+    every = [*skeleton.shapes, *skeleton.unused]
+    for name in every:
+        having = [model for model in plan.models if name in plan.sources[model]]
+        wanted = [model for model in plan.models if name in skeleton.shapes or _same_class(configs, plan, model)]
+        lacking = [model for model in wanted if model not in having]
+        if not lacking or name == skeleton.head_weight or not (having or name in skeleton.shapes):
             continue
-        if name in shapes and len(lacking) < len(plan.models):
-            refuse_unlisted(plan.loaders[lacking[0]], name, names[lacking[0]])
-            raise ModelError(
-                f"{show(names[lacking[0]])} lacks the tensor {show(name)}, which "
-                f"{show(names[next(model for model in plan.models if model not in lacking)])} has: "
-                "all models of a merge need the same tensors",
-                code="missing-tensor",
-            )
-        problems.append(
-            f"mergekit plans to merge {show(name)}, which {show(names[lacking[0]])} does not have: its definition of "
-            "this architecture does not fit this checkpoint"
-        )
-        del plan.tensors[name]
-    for name in shapes:
-        if name in plan.tensors:
-            continue
-        having = [model for model in plan.models if holds(name, model)]
-        if len(having) == len(plan.models):
-            weight, gather = gather_by_name(name, plan.models)
-            plan.tensors[name] = PlannedTensor(weight, gather, dict.fromkeys(plan.models, weight))
-        if not having and name != projection:
-            raise ModelError(
-                f"{show(names[plan.models[0]])} lacks the tensor {show(name)}, which its config asks for, and so do "
-                "the others: fetch the model again, or correct its config.json",
-                code="missing-tensor",
-            )
+        refuse_unlisted(plan.loaders[lacking[0]], name, names[lacking[0]])
         if having:
-            problems.append(
-                f"mergekit would drop {show(name)} of {show(names[having[0]])}: its definition of this architecture "
-                "does not list it, and the output would load with zeros there"
+            reason = f"which {show(names[having[0]])} has: all models of a merge need the same tensors"
+        else:
+            reason = (
+                "which its config asks for, and so do the others: fetch the model again, or correct its config.json"
             )
-    _check_shapes(plan, names, shapes, advice)
-    return problems
+        raise ModelError(f"{show(names[lacking[0]])} lacks the tensor {show(name)}, {reason}", code="missing-tensor")
+    _check_shapes(plan, names, skeleton, advice)
+
+
+def _same_class(configs: Mapping[ModelReference, Any], plan: Plan, model: ModelReference) -> bool:
+    return configs[model].architectures == configs[plan.models[0]].architectures
+
+
+def find_differing(plan: Plan, names: Mapping[ModelReference, str], rule: str) -> list[str]:
+    """Find the tensors that text does not run through and that differ between the models, by their names in OUT.
+
+    Args:
+        plan: the plan; of models that cannot be read yet, nothing is compared.
+        names: the models' names in the recipe, for messages.
+        rule: the recipe's `uncalibrated`.
+
+    Raises:
+        ModelError: there are some, and the rule is "error".
+    """
+    base, *others = (placed_loader(model) for model in plan.models)
+    differing = []
+    if not plan.unread:
+        for name in plan.carried:
+            own = base.get_tensor(name)
+            for loader in others:
+                if not torch.equal(own, loader.get_tensor(name, raise_on_missing=False)):
+                    differing.append(name)
+                    break
+        for loader in (base, *others):
+            loader.flush()
+    if differing and rule == "error":
+        stored = plan.stored[plan.models[0]]
+        sizes = {name: math.prod(entry.shape) for name, entry in stored.items()}
+        share = sum(sizes.get(name, 0) for name in differing) / max(1, sum(sizes.values()))
+        raise ModelError(
+            f"text does not run through {len(differing)} tensors that differ between the models ({share:.1%} of the "
+            f"weights: {listing(differing, 3)}): add `uncalibrated: base` to keep the base's, or `uncalibrated: "
+            "average`",
+            code="uncalibrated-tensors",
+        )
+    return differing
 
 
 def _refuse_quantized(
-    plan: Plan,
-    names: Mapping[ModelReference, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    configs: Mapping[ModelReference, Any],
+    plan: Plan, names: Mapping[ModelReference, str], skeleton: Skeleton, configs: Mapping[ModelReference, Any]
 ) -> None:
     """Refuse parameters that are stored as integers or in 8 bits, or packed into tensors of other names."""
     for model in plan.models:
         stored, found = plan.stored[model], []
         is_quantized = bool(getattr(configs[model], "quantization_config", None))
-        for name in shapes:
-            source = plan.source_name(name, model) if name in plan.tensors else name
-            if source in stored:
-                found += [source] * (not is_whole_float(stored[source].dtype))
-            elif is_quantized and not can_convert(configs[model].model_type, set(stored), name):
-                found += [key for key in stored if key not in shapes and key.startswith(name.rpartition(".")[0] + ".")]
+        for name in skeleton.shapes:
+            source = plan.sources[model].get(name)
+            if source is not None:
+                found += [each for each in source.names if each in stored and not is_whole_float(stored[each].dtype)]
+            elif is_quantized:
+                prefix = name.rpartition(".")[0] + "."
+                found += [key for key in stored if key not in skeleton.shapes and key.startswith(prefix)]
         if found:
             raise quantized(plan.loaders[model], stored, found, names[model])
 
@@ -137,14 +132,14 @@ def find_ties(
         plan: the plan.
         names: the models' names in the recipe, for messages.
         configs: the models' configs.
-        table, projection: names of the embedding's and of the projection's weights.
+        table, projection: names of the embedding's and of the projection's weights, in the model.
 
     Raises:
         ModelError: a model has no projection, and its config does not tie it.
     """
     planned = projection in plan.tensors
-    sources = {model: plan.source_name(projection, model) if planned else None for model in plan.models}
-    tables = {model: plan.source_name(table, model) for model in plan.models}
+    sources = {model: _name_of(plan, model, projection) for model in plan.models}
+    tables = {model: _name_of(plan, model, table) for model in plan.models}
     for model in plan.models:
         if not ties_embeddings(configs[model]) and sources[model] in (None, tables[model]):
             refuse_unlisted(plan.loaders[model], projection, names[model])
@@ -159,7 +154,7 @@ def find_ties(
         if not ties_embeddings(configs[model]):
             return False
         stored, embedded = sources[model], tables[model]
-        if stored != embedded and model not in plan.unread:
+        if stored not in (None, embedded) and model not in plan.unread:
             loader = plan.loaders[model]
             same = embedded is not None and torch.equal(loader.get_tensor(stored), loader.get_tensor(embedded))
             loader.flush()
@@ -168,14 +163,18 @@ def find_ties(
     return True
 
 
+def _name_of(plan: Plan, model: ModelReference, name: str) -> str | None:
+    """Name in a model's checkpoint of a tensor of the model; None if it has none."""
+    source = plan.sources[model].get(name)
+    return None if source is None else source.names[0]
+
+
 def _check_shapes(
-    plan: Plan,
-    names: Mapping[ModelReference, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    advice: Callable[[], str],
+    plan: Plan, names: Mapping[ModelReference, str], skeleton: Skeleton, advice: Callable[[], str]
 ) -> None:
     base = plan.models[0]
-    for name, planned in plan.tensors.items():
+    shapes = {source.names[0]: skeleton.shapes[name] for name, source in plan.tensors.items() if not source.conversion}
+    for name, planned in plan.outputs.items():
         stored = plan.stored_as(name, base)
         if stored is None or not is_gather(planned.gather):  # mergekit changes the rows for another vocabulary
             continue

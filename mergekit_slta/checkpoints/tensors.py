@@ -1,4 +1,4 @@
-"""Read the tensors of every model when they are needed, with mergekit's own tasks; names are those of the plan.
+"""Read the tensors of every model when they are needed, with mergekit's own tasks; names are those in the model.
 
 Scope: reading, casting, moving to the device. Nothing is cached except open shards, which `flush` closes.
 """
@@ -17,12 +17,13 @@ from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.mergekit import gather_from, run_task
 from mergekit_slta.maths.task_arithmetic import all_finite
+from mergekit_slta.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from mergekit_slta.libraries.mergekit import Task, TokenizerInfo
 
 Weights = dict[str, Tensor]
-"""Tensors of one model, by the plan's names."""
+"""Tensors of one model, by their names in it."""
 
 
 class Checkpoints:
@@ -32,17 +33,19 @@ class Checkpoints:
     Returned lists are in that order.
 
     Args:
-        plan: mergekit's plan; its models are the base, then the experts in canonical order.
+        plan: the plan; its models are the base, then the experts in canonical order.
+        skeleton: the base's model.
         names: the models' names in the recipe, for messages.
         device: the device of the loaded tensors.
         dtype: the dtype of the loaded tensors.
         tokenizer: the output's tokenizer, if mergekit has already built it.
-        read_direction: name -> tensor of the closed form; None if there is none.
+        read_direction: name in OUT -> tensor of the closed form; None if there is none.
     """
 
     def __init__(
         self,
         plan: Plan,
+        skeleton: Skeleton,
         names: dict[ModelReference, str],
         device: torch.device,
         dtype: torch.dtype,
@@ -50,6 +53,7 @@ class Checkpoints:
         read_direction: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.plan = plan
+        self.skeleton = skeleton
         self.names = names
         self.device = device
         self.dtype = dtype
@@ -62,14 +66,24 @@ class Checkpoints:
         return len(self.plan.models) + (self._read_direction is not None)
 
     def raw(self, name: str, models: Sequence[int] | None = None) -> list[Tensor]:
-        """Read one tensor of each model as the merge method gets it: in its own dtype, on the CPU, maybe memory-mapped.
+        """Read one tensor of each model in its own dtype, on the CPU, maybe memory-mapped.
+
+        Args:
+            name: its name in the model (see `Plan.tensors`).
+            models: see the class.
 
         Raises:
             ModelError: a model lacks it.
         """
+        source = self.plan.tensors[name]
+        parts = zip(*(self.output(each, models) for each in source.names), strict=True)
+        return [source.make(self.skeleton, name, list(tensors)) for tensors in parts]
+
+    def output(self, name: str, models: Sequence[int] | None = None) -> list[Tensor]:
+        """Read one tensor of each model as the merge method gets it, by its name in OUT; see `raw`."""
         numbers = self._numbers(models)
         chosen = self._stored(numbers)
-        gather = gather_from(self.plan.tensors[name].gather, chosen)
+        gather = gather_from(self.plan.outputs[name].gather, chosen)
         tensors = run_task(gather, self._build_tokenizer) if chosen else {}
         missing = [model for model in chosen if tensors.get(model) is None]
         if missing:
@@ -141,7 +155,7 @@ class Checkpoints:
             if headers is None:
                 continue
             index = self.plan.loaders[model].index
-            sources = [source for name in names if (source := self.plan.source_name(name, model)) in headers]
+            sources = [each for name in names for each in self.plan.names_in(name, model) if each in headers]
             for shard in {index.tensor_paths[source] for source in sources}:
                 with open(os.path.join(index.base_path, shard), "rb") as file:
                     for source in sources:

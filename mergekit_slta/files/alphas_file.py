@@ -42,6 +42,8 @@ DOCUMENT = DocumentType(
 
 SOLVED_FROM = "solved_from"
 """Key in `provenance`."""
+REROUTED = "rerouted"
+"""Key of a task: share of (token, layer) pairs that the merge sends to other experts than the task's model does."""
 NO_BETTER = "no_better_than_base"
 """Flag of a task: the loss of its expert on its rows is not below the base's."""
 SHARED_ROWS = "shared_rows"
@@ -138,10 +140,12 @@ class Alphas(BaseModel):
 
     Attributes:
         directions: those of the models that are no experts.
-        copied: tensors that are not parameters and are copied from the base.
+        copied: tensors that text does not run through. They have no weights: those that are equal in all models are
+            copied, for the others `calibration.uncalibrated` of a merge says what was done.
         calibration: the settings and rows from which the weights were computed. Each of its `tasks` has `loss_base` and
             `loss_expert`, mean losses over the answers of its measured rows in nats per token (None: not measured),
-            `held_out`, the numbers of the rows that were not fitted, and `flags`.
+            `held_out`, the numbers of the rows that were not fitted, and `flags`; if the models have experts (MoE),
+            `rerouted`.
         evaluation: how good the merge is on held-out rows; None if it was not measured.
         provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`; of a file that `solve`
             wrote, `solved_from`, too.
@@ -231,10 +235,15 @@ class Alphas(BaseModel):
         name = self.provenance.get(SOLVED_FROM)
         return os.path.basename(name) if isinstance(name, str) else None
 
-    def of_merge(self) -> Alphas:
-        """The same alphas as the file of a merge, which `solve` must not replace."""
+    def of_merge(self, uncalibrated: str = "error") -> Alphas:
+        """The same alphas as the file of a merge, which `solve` must not replace.
+
+        Args:
+            uncalibrated: the recipe's `uncalibrated`.
+        """
         kept = {key: value for key, value in self.provenance.items() if key != SOLVED_FROM}
-        return self.model_copy(update={"provenance": kept})
+        rule = {"uncalibrated": uncalibrated} if self.copied else {}
+        return self.model_copy(update={"provenance": kept, "calibration": {**self.calibration, **rule}})
 
     @cached_property
     def _by_tensor(self) -> dict[str, tuple[WeightedSlice, ...]]:

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import safe_open
 
-from mergekit_slta.errors import listing, show
+from mergekit_slta.errors import RunError, listing, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.names import (
     CONFIG_NAME,
@@ -32,12 +32,16 @@ _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_to
 
 
 def finish_output(job: Job, folder: Path) -> None:
-    """Add the base's generation config and custom code to a merged model, and correct its config.
+    """Check a merged model's tensors, add the base's generation config and custom code, and correct its config.
 
     Args:
         job: what was merged.
         folder: the merged model.
+
+    Raises:
+        RunError: a tensor of the plan is missing, or there is one more.
     """
+    _check_tensors(job, folder)
     _copy_missing(job, folder)
     _write_index(folder)
     path = folder / CONFIG_NAME
@@ -48,6 +52,20 @@ def finish_output(job: Job, folder: Path) -> None:
             _write(path, config)
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
         _renumber_tokens(job, folder / name)
+
+
+def _check_tensors(job: Job, folder: Path) -> None:
+    """Compare the names of the written tensors with the plan's, if they are in safetensors files."""
+    written: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            written |= {*file.keys()}
+    different = sorted(written ^ job.plan.outputs.keys())
+    if written and different:
+        raise RunError(
+            f"mergekit wrote other tensors than planned ({listing(different, 3)}): please report the model",
+            code="other-tensors",
+        )
 
 
 def _write(path: Path, config: dict[str, Any]) -> None:

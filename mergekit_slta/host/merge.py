@@ -43,6 +43,7 @@ from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.job.direction import StoredDirection
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
+from mergekit_slta.libraries.mergekit_plan import defined
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
 from mergekit_slta.reporting.terminal import describe_evaluation
@@ -157,10 +158,11 @@ def _run(
     config.parameters = {**(config.parameters or {}), "alphas": key}
     columns = {model: alphas.models.index(recipe.label(model)) for model in recipe.models[1:]}
     direction = StoredDirection(alphas, direction_folder(own))
-    merge = ActiveMerge(alphas, columns, config.out_dtype is not None, direction.read)
+    rule = recipe.settings.uncalibrated
+    merge = ActiveMerge(alphas, columns, config.out_dtype is not None, direction.read, rule)
     try:
-        with staged(out, overwrite=overwrite) as folder, active(key, merge):
-            alphas.of_merge().save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
+        with staged(out, overwrite=overwrite) as folder, active(key, merge), defined(key, job.plan.definition):
+            alphas.of_merge(rule).save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             result = merge_into(folder, config)
             finish_output(job, folder)

@@ -37,12 +37,14 @@ class ActiveMerge:
         columns: id of an input in mergekit's group -> index in `alphas.models`.
         keep_precision: return the sum in the dtype of the computation; mergekit casts it to the recipe's `out_dtype`.
         read_direction: name -> tensor of the alphas' closed form; None if it has to be computed.
+        uncalibrated: the recipe's `uncalibrated`.
     """
 
     alphas: Alphas
     columns: Mapping[Any, int]
     keep_precision: bool
     read_direction: Callable[[str], Tensor | None] = lambda _: None
+    uncalibrated: str = "error"
 
 
 _ACTIVE: dict[str, ActiveMerge] = {}
@@ -133,13 +135,7 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         )
     merge = _ACTIVE.get(path) or _load(path)
     if name in merge.alphas.copied:
-        if any(not torch.equal(entry.tensor, group.entries[0].tensor) for entry in group.entries):
-            raise ModelError(
-                f"the buffer {show(name)} differs between the models, and cannot be merged: leave out the model whose "
-                "buffer differs",
-                code="differing-buffers",
-            )
-        return group.entries[0].tensor.clone()
+        return _carry(name, [entry.tensor for entry in group.entries], group.base, merge.uncalibrated)
     slices = merge.alphas.pieces(name)
     if slices is None:
         raise AlphasError(
@@ -172,6 +168,26 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         tensors[place] = _closed_form(merge, name, base, tensors) if has_weight else base
     wide = torch.promote_types(base.dtype, torch.float32)
     return merge_tensor(base, tensors, slices, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
+
+
+def _carry(name: str, tensors: Sequence[Tensor], base: Any, rule: str) -> Tensor:
+    """A tensor that text does not run through, by the recipe's `uncalibrated`.
+
+    Raises:
+        ModelError: it differs between the models, and the rule is "error".
+    """
+    first = tensors[0] if base is None else base.tensor
+    if rule == "base" or all(torch.equal(first, tensor) for tensor in tensors):
+        return first.clone()
+    if rule == "error":
+        raise ModelError(
+            f"{show(name)} differs between the models, and text does not run through it: add `uncalibrated: base` or "
+            "`uncalibrated: average`",
+            code="uncalibrated-tensors",
+        )
+    others = [tensor for tensor in tensors if tensor is not first]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return torch.stack([tensor.to(wide) for tensor in others]).mean(0).to(first.dtype)
 
 
 def _closed_form(merge: ActiveMerge, name: str, base: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -6,7 +6,6 @@ closed forms. A merge can always compute a tensor again, so the folder only save
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.errors import OutputError
 from mergekit_slta.files.alphas_file import Alphas, Direction
 from mergekit_slta.files.identity import hash_identity, weights_label
@@ -30,30 +30,30 @@ from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
 
 
-def directions_of(recipe: Recipe, skeleton: Skeleton) -> tuple[Direction, ...]:
+def directions_of(recipe: Recipe, skeleton: Skeleton, plan: Plan) -> tuple[Direction, ...]:
     """The recipe's models without a task, in canonical order."""
     stored = sorted(recipe.directions, key=lambda model: recipe.names[model])
     found = [Direction(model=recipe.label(model)) for model in stored]
     if recipe.closed_form is not None:
         form = recipe.closed_form
-        found.append(Direction(model=form, closed_form=form, **_exceptions(skeleton)))
+        found.append(Direction(model=form, closed_form=form, **_exceptions(skeleton, plan)))
     return tuple(found)
 
 
-def _exceptions(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
-    """Names of the tensors of two or three dimensions that are not matrices [..., out, in]; see `Direction`."""
-    planned = {name: plan_name for plan_name, name in skeleton.renamed.items()}
+def _exceptions(skeleton: Skeleton, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Names in OUT of the tensors of two or three dimensions that are not matrices [..., out, in]; see `Direction`."""
     found: dict[str, list[str]] = {"transposed": [], "averaged": []}
     for path, module in skeleton.model.named_modules():
         is_transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)  # of fused experts
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{key}" if path else key
-            if not is_matrix(parameter.dim()):
+            source = plan.tensors.get(name)
+            if source is None or not is_matrix(parameter.dim()):
                 continue
             if key.endswith("bias") or isinstance(module, nn.Conv1d):
-                found["averaged"].append(planned.get(name, name))
-            elif is_transposed:
-                found["transposed"].append(planned.get(name, name))
+                found["averaged"] += source.names
+            elif is_transposed and source.conversion is None:
+                found["transposed"] += source.names
     return {kind: tuple(names) for kind, names in found.items()}
 
 
@@ -72,7 +72,7 @@ class DirectionStore:
     def read(self, name: str) -> Tensor:
         """A tensor of the closed form, on the CPU, memory-mapped; see `maths.directions.combine`."""
         if name not in self._store.finished:
-            raw = self._checkpoints.raw(name, range(self._num_models))
+            raw = self._checkpoints.output(name, range(self._num_models))
             base, *experts = (tensor.to(self._checkpoints.device) for tensor in raw)
             self._store.put(name, {name: self._direction.combine(name, base, experts).cpu()})
         return self._store.mapped(name)[name]
@@ -116,12 +116,13 @@ def with_direction(job: Job, folder: Path | None = None, ranks: Ranks = ALONE) -
         store = stack.enter_context(ResumeStore(Path(ranks.broadcast(folder)), fingerprint))
         if ranks.is_first:
             store.open()
-        missing = [name for name in job.plan.tensors if name not in store.finished]
+        wanted = dict.fromkeys(name for source in job.plan.tensors.values() for name in source.names)
+        missing = [name for name in wanted if name not in store.finished]
         missing = ranks.broadcast(missing)
         directions = DirectionStore(job, store)
         quiet = job.options.quiet or not ranks.is_first
         with job.advice_on_memory(), Progress("Combining", len(missing), quiet=quiet) as progress:
-            for place in ranks.share([math.prod(job.skeleton.shapes.get(name, ())) for name in missing]):
+            for place in ranks.share([job.plan.num_elements(name) for name in missing]):
                 progress.work_on(missing[place])
                 directions.read(missing[place])
         ranks.all_reduce_(torch.zeros(1))  # all are done

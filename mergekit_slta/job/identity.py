@@ -71,7 +71,9 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
 
 def _settings(settings: Settings) -> dict[str, object]:
     """The shared settings that change the alphas for given rows."""
-    left_out = {"alphas", "own", "stated", *ROW_SETTINGS} - ({"seed"} if settings.own.uses_seed else set())
+    left_out = {"alphas", "own", "stated", "uncalibrated", *ROW_SETTINGS} - (
+        {"seed"} if settings.own.uses_seed else set()
+    )
     return {**settings.model_dump(exclude=left_out), **settings.own.effective()}
 
 

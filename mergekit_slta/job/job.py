@@ -97,12 +97,13 @@ class Job:
         direction = next((direction for direction in self.directions if direction.model == form), None)
         if form is None or direction is None:
             return frozenset()
-        shapes = self.skeleton.shapes
-        return frozenset(
-            submodule.name
-            for submodule in self.submodules
-            if all(name in direction.averaged or not is_matrix(len(shapes[name])) for name in submodule.tensors)
-        )
+        averaged = {*direction.averaged}
+
+        def is_averaged(name: str) -> bool:
+            is_vector = not is_matrix(len(self.skeleton.shapes[name]))
+            return is_vector or averaged.issuperset(self.plan.tensors[name].names)
+
+        return frozenset(part.name for part in self.submodules if all(map(is_averaged, part.tensors)))
 
     @property
     def num_tokens(self) -> int:
@@ -163,7 +164,7 @@ class Job:
     def checkpoints(self) -> Checkpoints:
         """The models' tensors, base first, in the precision of the forward passes."""
         return Checkpoints(
-            self.plan, self.recipe.names, self.device, self.dtype, self.tokenizer, self.read_direction
+            self.plan, self.skeleton, self.recipe.names, self.device, self.dtype, self.tokenizer, self.read_direction
         )  # fmt: skip
 
     def advice_on_memory(self) -> AbstractContextManager[None]:

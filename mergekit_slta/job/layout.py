@@ -25,10 +25,11 @@ def layout_of(job: Job) -> Layout:
         canonical=tuple(job.labels),
         directions=job.directions,
         submodules=tuple(_submodule(job, submodule) for submodule in job.submodules),
-        copied=tuple(job.plan.copied),
+        copied=tuple(job.plan.carried),
         settings={
             **{key: getattr(settings, key) for key in _SETTINGS},
             "truncation": "right",
+            "stock_definition": job.plan.is_stock,
             "date": job.day and job.day.isoformat(),
             **settings.own.model_dump(),
         },
@@ -53,18 +54,18 @@ def _submodule(job: Job, submodule: Submodule) -> LayoutSubmodule:
         name=submodule.name,
         kind=submodule.kind,
         layer=submodule.layer,
-        tensors=submodule.tensors,
-        slices=_slices(submodule),
+        tensors=tuple(dict.fromkeys(name for tensor in submodule.tensors for name in job.plan.tensors[tensor].names)),
+        slices=_slices(job, submodule),
         objectives=("embed", "head") if shared else (submodule.name,),
     )
 
 
-def _slices(submodule: Submodule) -> dict[str, Any]:
-    """tensor -> [axis, start, stop]; a list of these if the submodule owns several parts of a fused tensor."""
+def _slices(job: Job, submodule: Submodule) -> dict[str, Any]:
+    """name in OUT -> [axis, start, stop]; a list of these if the submodule owns several parts of a fused tensor."""
     slices: dict[str, Any] = {}
     for tensor in dict.fromkeys(part.tensor for part in submodule.slices):
         parts = [list(part[1:]) for part in submodule.slices if part.tensor == tensor]
-        slices[tensor] = parts[0] if len(parts) == 1 else parts
+        slices[job.plan.tensors[tensor].names[0]] = parts[0] if len(parts) == 1 else parts
     return slices
 
 

@@ -17,14 +17,14 @@ from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
 from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import Plan, make_plan
-from mergekit_slta.checkpoints.reconcile import find_ties, reconcile
+from mergekit_slta.checkpoints.reconcile import find_differing, find_ties, reconcile
 from mergekit_slta.checkpoints.tensors import token_out_of_range
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
 from mergekit_slta.checkpoints.vocabulary import check_vocabulary, vocabulary_advice
 from mergekit_slta.data.draw import RowSource, draw_rows
 from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.data.templates import today
-from mergekit_slta.errors import ModelError, RecipeError, RunError, listing, show
+from mergekit_slta.errors import RecipeError, RunError, listing, show
 from mergekit_slta.files.identity import weights_label
 from mergekit_slta.job.direction import directions_of
 from mergekit_slta.job.identity import ROW_SETTINGS, job_identity
@@ -58,7 +58,7 @@ def prepare(
         options: mergekit's options.
         need_rows: whether every expert must name a dataset, if the objective reads rows. False if an existing alphas
             file is used.
-        for_merge: refuse checkpoints that mergekit cannot represent; if False, only warn.
+        for_merge: warn if the merged model will have a wider dtype than the base.
         day: the date that chat templates see as today; by default it is today's.
         plan_only: download no weights, merge no adapter into a copy, and do not use the device, which may be elsewhere.
             If weights are missing, the job's `plan.unread` is not empty, and the job cannot be run.
@@ -97,31 +97,24 @@ def prepare(
         _warn_of_cut_rows(recipe, rows)
 
     def plan_job(planning: bool) -> Job:
-        plan = make_plan(recipe, options, planning=planning)
-        table = skeleton.embedding_weight
-        stored = {model: plan.stored_as(table, model) for model in recipe.models if table in plan.tensors}
+        plan = make_plan(recipe, options, skeleton, configs, planning=planning)
+        table = plan.tensors.get(skeleton.embedding_weight)
+        stored = {model: plan.stored_as(table.names[0], model) for model in recipe.models} if table else {}
         if info is None:
-            _check_tokens(rows, [entry.shape[0] for entry in stored.values() if entry], table)
+            _check_tokens(rows, [entry.shape[0] for entry in stored.values() if entry], skeleton.embedding_weight)
         else:
-            sizes = {model: entry.shape[0] if entry else configs[model].vocab_size for model, entry in stored.items()}
+            sizes = {
+                model: entry.shape[0] if entry else configs[model].get_text_config().vocab_size
+                for model, entry in stored.items()
+            }
             own = templates.own(recipe.base).tokenizer
             check_vocabulary(recipe, info, own.get_vocab() if own else {}, sizes)
-        problems = reconcile(
-            plan,
-            recipe.names,
-            skeleton.shapes,
-            configs,
-            advice=lambda: vocabulary_advice(recipe, config, options),
-            projection=skeleton.head_weight,
-        )
-        if problems and for_merge:
-            raise ModelError(f"{problems[0]}; try a newer mergekit", code="plan-does-not-fit")
+        reconcile(plan, recipe.names, skeleton, configs, advice=lambda: vocabulary_advice(recipe, config, options))
         plan.is_tied = find_ties(plan, recipe.names, configs, skeleton.embedding_weight, skeleton.head_weight)
+        find_differing(plan, recipe.names, recipe.settings.uncalibrated)
         submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
         record = job_identity(recipe, plan, rows)
         if plan_only or not plan.unread:  # else there will be another plan
-            for problem in problems:
-                LOG.warning("the alphas can be computed, but not merged: %s", problem)
             _warn_of_same_weights(recipe, record)
             if for_merge and not (recipe.config.dtype or recipe.config.out_dtype):
                 _warn_of_wider_dtype(plan)
@@ -138,7 +131,7 @@ def prepare(
             ties_embeddings(config),
             {name: reason for name, reason in reasons.items() if reason},
             templates.resolved_key,
-            directions_of(recipe, skeleton),
+            directions_of(recipe, skeleton, plan),
         )
 
     try:
@@ -254,7 +247,7 @@ def _warn_of_same_weights(recipe: Recipe, record: Mapping[str, str]) -> None:
 
 def _warn_of_wider_dtype(plan: Plan) -> None:
     """Warn if the merged model will have a wider dtype than the base, because an expert has another one."""
-    for name in plan.tensors:
+    for name in plan.outputs:
         own, merged = plan.read_dtype(name, plan.models[0]), plan.merged_dtype(name)
         if own is not None and own != merged:
             kept, wide = (str(dtype).removeprefix("torch.") for dtype in (own, merged))

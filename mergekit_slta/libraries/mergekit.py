@@ -44,11 +44,8 @@ USED = {
     "mergekit._data.chat_templates": "the chat templates (`chat_template_names`, `chat_template_text`)",
     "mergekit.architecture.WeightInfo.aliases": "other names of a tensor (`names_of`)",
     "mergekit.architecture.WeightInfo.tied_names": "other names of a tensor (`names_of`)",
-    "mergekit.architecture.WeightInfo.optional": "tensors that a checkpoint may lack (checkpoints/reconcile.py)",
+    "mergekit.architecture.WeightInfo.optional": "tensors that a checkpoint may lack (`stock_names`)",
     "mergekit.architecture.WeightInfo.vocabulary_axis": "tensors with a row per token (checkpoints/reconcile.py)",
-    "mergekit.architecture.conversion.can_convert_checkpoint_keys"
-    "(model_type, source_keys, target_key)": "`can_convert`",
-    "mergekit.architecture.get_architecture_info(config, options)": "mergekit's tensor list (`plan_tensors`)",
     "mergekit.common.ImmutableMap": "the type of `GatherTensors.weight_info`",
     "mergekit.common.ModelPath._unique_id": "names of merged copies (`copy_place`)",
     "mergekit.common.ModelReference.merged(cache_dir, trust_remote_code, lora_merge_dtype)": "makes merged copies",
@@ -69,7 +66,6 @@ USED = {
     "mergekit.io.tasks.LoaderCache.get(model)": "mergekit's own tasks get their loaders from it (`place_loader`)",
     "mergekit.io.tasks.LoaderCache.loaders": "written to: `place_loader`, `forget_loaders`",
     "mergekit.io.tasks.LoaderCache.setup(options)": "its options, for mergekit's own tasks (`place_loader`)",
-    "mergekit.io.tasks.SaveTensor.tensor_task": "from the plan to the merge task (`plan_tensors`)",
     "mergekit.merge.run_merge(merge_config, out_path, options, config_source)": "replaced by host/wrap.py",
     "mergekit.merge_methods.base.MergeMethodSpec.parameters": "other methods' keys (`methods_with`)",
     "mergekit.merge_methods.base.ParameterSpec(name, value_type, scope, default)": "the method's keys (host/method.py)",
@@ -77,11 +73,9 @@ USED = {
     "mergekit.merge_methods.task_adapter.ExecuteMergeMethodTask.output_weight": "a planned tensor's description",
     "mergekit.options.PrettyPrintHelp": "the help of commands with mergekit's options (cli/)",
     "mergekit.options.add_merge_options": "mergekit's options on our commands (cli/)",
-    "mergekit.plan.MergePlanner(config, arch_info, options, out_model_config)": "`plan_tensors`",
-    "mergekit.plan.MergePlanner.plan_to_disk(out_path)": "`plan_tensors`",
     "mergekit.scripts.run_yaml": "`python -m` it where `mergekit-yaml` is not on the path (demo/run.py)",
     "mergekit.tokenizer.BuildTokenizer": "the task that makes the output's tokenizer (`run_task`)",
-    "mergekit.tokenizer.PermutedVocabulary.gather_tensors": "rows reordered for another tokenizer (`sources_of`)",
+    "mergekit.tokenizer.PermutedVocabulary.gather_tensors": "rows reordered for another tokenizer (`models_of`)",
     **{
         f"mergekit.tokenizer.config.{name}": "keys of the `tokenizer` section (`tokenizer_keys`)"
         for name in ("TokenizerConfig", "TokenEmbeddingConfig", "ModelTokenEmbedding", "ZeroEmbedding")
@@ -105,6 +99,13 @@ def place_loader(model: ModelReference, loader: LazyTensorLoader, options: Merge
     cache = LoaderCache()
     cache.setup(options=options)
     cache.loaders[model] = loader
+
+
+def placed_loader(model: ModelReference) -> LazyTensorLoader:
+    """The loader that `place_loader` put into mergekit's cache."""
+    from mergekit.io.tasks import LoaderCache
+
+    return LoaderCache().loaders[model]
 
 
 class _DetachedLoader(LazyTensorLoader):
@@ -172,26 +173,6 @@ def loader_of_file(path: str, names: Sequence[str]) -> LazyTensorLoader:
     return LazyTensorLoader(index, lazy_unpickle=False)
 
 
-def plan_tensors(config: MergeConfiguration, options: MergeOptions, out_config: Any) -> list[tuple[WeightInfo, Task]]:
-    """List the tensors that a merge writes, in order: (description, the task that reads it from every model).
-
-    Relies on `MergePlanner.plan_to_disk` only planning: it creates nothing at its path. (Its
-    sibling `plan_in_memory` fails under pydantic 2.14.)
-
-    Args:
-        config: pass a copy, because the planner changes it.
-        options: mergekit's options.
-        out_config: the base's config.
-    """
-    from mergekit.architecture import get_architecture_info
-    from mergekit.io.tasks import SaveTensor
-    from mergekit.plan import MergePlanner
-
-    planner = MergePlanner(config, get_architecture_info(config, options), options=options, out_model_config=out_config)
-    merged = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
-    return [(task.output_weight, task.gather_tensors) for task in merged]
-
-
 def names_of(weight: WeightInfo) -> list[str]:
     """All names under which a checkpoint may hold a tensor, in the order in which mergekit tries them."""
     return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
@@ -204,23 +185,13 @@ def is_gather(task: Task) -> bool:
     return isinstance(task, GatherTensors)
 
 
-def sources_of(task: Task) -> dict[ModelReference, WeightInfo]:
+def models_of(task: Task) -> dict[ModelReference, WeightInfo]:
     """model -> description of a planned tensor in that model's checkpoint.
 
     Relies on tasks that change a vocabulary: they hold the task that reads the tensors in `gather_tensors`.
     """
     plain: Any = task if is_gather(task) else task.gather_tensors  # type: ignore[attr-defined]
     return dict(plain.weight_info.items())
-
-
-def gather_by_name(name: str, models: Iterable[ModelReference]) -> tuple[WeightInfo, Task]:
-    """Make an entry as in `plan_tensors` for a tensor that the plan lacks and every model has under the same name."""
-    from mergekit.architecture import WeightInfo
-    from mergekit.common import ImmutableMap
-    from mergekit.io.tasks import GatherTensors
-
-    weight = WeightInfo(name=name)
-    return weight, GatherTensors(weight_info=ImmutableMap(data=dict.fromkeys(models, weight)))
 
 
 def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
@@ -233,7 +204,7 @@ def gather_from(task: Task, models: Collection[ModelReference]) -> Task:
 
     if not is_gather(task):
         return task
-    sources = {model: weight for model, weight in sources_of(task).items() if model in models}
+    sources = {model: weight for model, weight in models_of(task).items() if model in models}
     return task.model_copy(update={"weight_info": ImmutableMap(sources)})
 
 
@@ -280,19 +251,6 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     from mergekit.common import dtype_from_name
 
     return dtype_from_name(name)
-
-
-def can_convert(model_type: str, present: set[str], name: str) -> bool:
-    """Whether mergekit can convert a tensor from others of a checkpoint (it fuses MoE experts stored one by one).
-
-    Args:
-        model_type: the config's `model_type`.
-        present: names of the checkpoint's tensors.
-        name: the tensor that is missing.
-    """
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    return can_convert_checkpoint_keys(model_type, present, name)
 
 
 def tokenizer_keys() -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
+"""Names that other files import from here."""
 
 
 @contextmanager

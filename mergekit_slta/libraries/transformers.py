@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import date, datetime, tzinfo
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 USED = {
+    "transformers.conversion_mapping.get_model_conversion_mapping(model)": "`read_names`",
+    "transformers.core_model_loading.WeightConverter": "`read_names`",
+    "transformers.core_model_loading.WeightRenaming": "`read_names`",
+    "transformers.core_model_loading.dot_natural_key(s)": "the order of experts (`read_names`)",
+    "transformers.core_model_loading.rename_source_key"
+    "(source_key, weight_renamings, weight_converters)": "`read_names`",
+    "transformers.core_model_loading.revert_weight_conversion(model, state_dict)": "`to_checkpoint`",
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "`causal_lm_class`",
-    "transformers.PreTrainedModel._no_split_modules": "class names of the decoder layers (`layer_classes`)",
+    "transformers.PreTrainedModel._from_config": "a model of a named class (`make_model`)",
     "transformers.utils.chat_template_utils._compile_jinja_template(chat_template)": "`template_literals`",
     "transformers.utils.chat_template_utils.datetime": "what `strftime_now` of a chat template reads (`clock_at`)",
 }
 """name -> its use in this package."""
 
 
-def layer_classes(model: PreTrainedModel) -> set[str]:
-    """Class names of a model's decoder layers.
+def make_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Make the model that a config's `architectures` names, with random weights.
 
-    Relies on `_no_split_modules`, which transformers uses for device maps: a set, a list, or None.
+    A class of transformers' own is taken by its name, also if it is for images and text. Everything else is what
+    `AutoModelForCausalLM` makes of the config.
+
+    Relies on `PreTrainedModel._from_config`, which makes a model in a dtype.
     """
-    return set(model._no_split_modules or ())
+    import transformers
+
+    names = config.architectures or ()
+    found = getattr(transformers, names[0], None) if len(names) == 1 and is_built_in(config) else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found._from_config(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def causal_lm_class(model_type: str) -> str | None:
@@ -80,3 +101,72 @@ def clock_at(day: date) -> Iterator[None]:
         yield
     finally:
         chat_template_utils.datetime = original  # type: ignore[misc]
+
+
+@dataclass
+class Conversion:
+    """Tensors of a checkpoint that transformers makes one or several tensors of a model of (fused experts).
+
+    Attributes:
+        target: name of the first tensor of the model.
+        sources: names in the checkpoint, in transformers' order.
+    """
+
+    target: str
+    _converter: WeightConverter
+    sources: list[str] = field(default_factory=list)
+    _patterns: list[str] = field(default_factory=list)
+
+    def convert(self, model: PreTrainedModel, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """name in the model -> tensor, from the tensors of `sources`."""
+        converter = copy.deepcopy(self._converter)
+        for source, pattern, tensor in zip(self.sources, self._patterns, tensors, strict=True):
+            converter.add_tensor(self.target, source, pattern, lambda tensor=tensor: tensor)  # type: ignore[arg-type, misc]
+        made: dict[str, Any] = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def read_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], list[Conversion]]:
+    """Find out what transformers makes of the tensors of a checkpoint.
+
+    Relies on transformers renaming a key, then looking for one converter, as in its loading.
+
+    Args:
+        model: the model; may be on the meta device.
+        names: names in the checkpoint.
+
+    Returns:
+        name in the model -> name in the checkpoint, for all that are only renamed; and the conversions. Names that are
+        in neither are ignored when the checkpoint is loaded.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    plain: dict[str, str] = {}
+    conversions: dict[str, Conversion] = {}
+    for name in sorted(names, key=dot_natural_key):
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue
+        if pattern is None:
+            plain[target] = name
+            continue
+        found = conversions.setdefault(target, Conversion(target, by_pattern[pattern]))
+        found.sources.append(name)
+        found._patterns.append(pattern)
+    return plain, list(conversions.values())
+
+
+def to_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name and divide tensors of a model as transformers saves them: experts one by one, where it does."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(tensors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ class ModuleCall:
     """One call of a module.
 
     Attributes:
-        inputs: its positional arguments.
+        inputs, named: its positional and named arguments.
         gradient: gradient of the last backward pass with respect to the module's output, in the shape of the output;
             None before a backward pass.
     """
 
     inputs: tuple[Any, ...]
+    named: dict[str, Any] = field(default_factory=dict)
     gradient: Tensor | None = None
 
 
@@ -38,15 +39,15 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Mo
     seen: dict[str, list[ModuleCall]] = {name: [] for name in modules}
 
     def recorder(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            call = ModuleCall(inputs)
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            call = ModuleCall(inputs, named)
             seen[name].append(call)
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(lambda gradient: setattr(call, "gradient", gradient))
 
         return hook
 
-    handles = [module.register_forward_hook(recorder(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield seen
     finally:

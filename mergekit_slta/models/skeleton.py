@@ -1,42 +1,30 @@
 """The model's code without its weights: runs parts of a transformers model with given tensors.
 
 Scope: the only file that calls a model's forward. Parameters are on the meta device and buffers are real, so the
-skeleton of a 70B model takes almost no memory. A block is computed with the layer's own forward, for any architecture:
-the layer's other block is replaced by zeros, which leaves the block with its residual connection and norms.
+skeleton of a 70B model takes almost no memory. A block is computed with the layer's own forward: the modules of the
+layer's other block return zeros, which leaves the block with its residual connection and norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from mergekit_slta.errors import ModelError, RunError, show
+from mergekit_slta.errors import ModelError, RunError, listing, show
 from mergekit_slta.libraries.torch import replaced_forwards
-from mergekit_slta.libraries.transformers import layer_classes
+from mergekit_slta.libraries.transformers import make_model
 from mergekit_slta.maths.task_arithmetic import all_finite
-from mergekit_slta.models.architectures import Architecture, Block, architecture
-from mergekit_slta.models.hooks import record_calls
-from mergekit_slta.models.submodules import Anatomy
-
-
-class _Stop(Exception):  # noqa: N818 - control flow, never seen outside this file
-    """Ends a model's forward once every decoder layer has been called."""
-
-
-@dataclass(frozen=True)
-class _LayerCall:
-    """The arguments of a decoder layer besides the hidden states: masks, position embeddings."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from mergekit_slta.models.anatomy import Block, LayerAnatomy, unknown_blocks
+from mergekit_slta.models.hooks import ModuleCall, record_calls
+from mergekit_slta.models.running import LayerCall, Stop, call_model, enter_layers, take_hidden
+from mergekit_slta.models.structure import cannot_run, find_structure, learned_positions, without
 
 
 class _BaseOutput:
@@ -53,7 +41,10 @@ class _BaseOutput:
 
 
 class Skeleton:
-    """A causal language model with its parameters on the meta device. Tensor names are those of mergekit's plan.
+    """A causal language model with its parameters on the meta device. Tensor names are those of transformers.
+
+    A model may have more than a language model (a vision tower): the skeleton's tensors are those that text runs
+    through.
 
     Args:
         config: the base model's config. Weight tying is ignored: the output projection always is a separate tensor
@@ -65,17 +56,22 @@ class Skeleton:
         trust_remote_code: as in transformers.
 
     Attributes:
-        arch: the entry of the model class in `ARCHITECTURES`.
         model: the transformers model.
+        config: the config of the language model.
         layers, layers_path, num_layers: the decoder layers, the path of their list, and their number.
-        renamed: name in the plan -> name in transformers, for names that differ.
-        shapes: name -> shape of every parameter.
+        vocabulary_key: key of the size of the vocabulary in the config of the whole model.
+        width: d, the size of the hidden states.
+        ties: whether the model class ties the output projection to the embeddings, by the config.
+        shapes: name -> shape of every tensor that text runs through: parameters, and buffers that are saved.
+        unused: names of all other tensors of the model.
         head_weight, embedding_weight: names of the output projection's and of the embedding's weight.
         max_positions: number of positions, if the model has learned an embedding for each; None if it has not.
         anatomy: names and structure, for `partition`.
+        routers: see `Structure`.
 
     Raises:
-        ModelError: the architecture is not supported, or the model's layers cannot be found.
+        ModelError: transformers makes no model of the config, it is no decoder-only language model, or its layers are
+            not found or cannot be run one by one.
     """
 
     def __init__(
@@ -86,51 +82,49 @@ class Skeleton:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
-        self.arch: Architecture = architecture(config.architectures, name)
-        config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
         try:
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                self.model = make_model(type(config).from_dict(config.to_dict()), dtype, trust_remote_code)
         except Exception as error:  # assertions, missing keys and the like: configs are not validated before
             raise ModelError(
                 f"transformers makes no model from the config of {show(name)} ({type(error).__name__}: "
                 f"{show(error)}): correct its config.json",
                 code="unreadable-config",
             ) from error
+        whole = self.model.config
+        self.config = whole.get_text_config()
+        inner = [key for key, value in vars(whole).items() if value is self.config]
+        self.vocabulary_key = ".".join([*inner[:1], "vocab_size"])
+        self.dtype = dtype
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if embedding is None or head is None or getattr(self.config, "is_encoder_decoder", False):
+            raise cannot_run(self.model, name, "it has no output projection over a vocabulary, or an encoder")
+        self.ties = head.weight is embedding.weight
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
         if not _can_group_experts(self.model, dtype):
             self.model.set_experts_implementation("eager")
         self.model.eval()
         self.model.requires_grad_(False)
-        self.device = torch.device(device)
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):
                 # The table that `embed` gets holds only the rows that occur, so a padding row has another number there;
                 # and torch gives it no gradient, though a calibration row may hold the padding token.
                 module.padding_idx = None
+        found = find_structure(self.model, self.config, dtype, name)
+        self.layers, self.width, self.anatomy = found.layers, found.width, found.anatomy
+        self.layers_path, self.num_layers = found.anatomy.layers_path, len(found.layers)
+        self._structure, self.routers = found, found.routers
+        names = {id(parameter): key for key, parameter in self.model.named_parameters()}
+        self.head_weight, self.embedding_weight = found.anatomy.head_weight, names[id(embedding.weight)]
+        state = self.model.state_dict()
+        self.shapes = {key: tuple(state[key].shape) for key in found.used}
+        self.unused = tuple(key for key in state if key not in self.shapes)
+        self.max_positions = learned_positions(self.model, self.config)
+        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self.device = torch.device(device)
+        for module in self.model.modules():
             for key, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, key, buffer.to(self.device))
-        self.config = config
-        self.layers, self.layers_path = _find_layers(self.model, name)
-        self.num_layers = len(self.layers)
-        built = dict(self.model.named_parameters())
-        self.renamed = {plan_name: name for plan_name, name in self.arch.renamed if name in built}
-        planned = {name: plan_name for plan_name, name in self.renamed.items()}
-        self.shapes = {planned.get(key, key): tuple(parameter.shape) for key, parameter in built.items()}
-        names = {id(parameter): planned.get(key, key) for key, parameter in built.items()}
-        self.head_weight = names[id(self.model.get_output_embeddings().weight)]
-        self.embedding_weight = names[id(self.model.get_input_embeddings().weight)]
-        self.max_positions = learned_positions(self.model, config)
-        self._base_model = self.model.get_submodule(self.layers_path.rpartition(".")[0])
-        modules = [
-            path
-            for path, module in self.model.named_modules()
-            if {"weight", "bias"} & {key for key, _ in module.named_parameters(recurse=False)}
-        ]
-        self.anatomy = Anatomy(
-            self.arch, config, self.layers_path, self.num_layers, self.head_weight, frozenset(modules)
-        )
-        self._calls: dict[tuple[int, int], list[_LayerCall]] = {}
-        self._layers_return_tuples = False  # set by `embed`
 
     def embed(self, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run everything before the first layer.
@@ -144,36 +138,26 @@ class Skeleton:
             [b, s, d] input of the first layer. No attention mask is needed: rows are padded on the right, and attention
             is causal.
         """
-        shape = (ids.shape[0], ids.shape[1])
-        hidden, calls = self._enter(ids, weights)
-        if hidden.shape[:2] != shape or len(calls) != self.num_layers:
-            self._layers_return_tuples = True
-            hidden, calls = self._enter(ids, weights)
-        self._calls[shape] = calls
+        found = self._structure
+        hidden, calls = enter_layers(self.model, found.layers, found.returned, ids, weights)
+        self._calls[ids.shape[0], ids.shape[1]] = calls
         return hidden
-
-    def _enter(self, ids: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, list[_LayerCall]]:
-        inputs: list[Tensor] = []
-        calls: list[_LayerCall] = []
-
-        def recorder(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest, named = _take_hidden(args, kwargs)
-            if calls and hidden.shape != inputs[0].shape:
-                raise _Stop  # the model took [0] of a tensor, so it expects layers that return tuples
-            inputs.append(hidden)
-            calls.append(_LayerCall(rest, named))
-            if len(calls) == self.num_layers:
-                raise _Stop
-            return (hidden,) if self._layers_return_tuples else hidden
-
-        with replaced_forwards(dict.fromkeys(self.layers, recorder)), suppress(_Stop):
-            self._call_model(weights, input_ids=ids)
-        return inputs[0], calls
 
     def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run a decoder layer, [b, s, d] -> [b, s, d]; `embed` must have run before with the same (b, s)."""
         call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
         return self._run_layer(index, hidden, weights, call)
+
+    def layer_anatomy(self, index: int) -> LayerAnatomy:
+        """What a layer is made of.
+
+        Raises:
+            ModelError: its code does not show it.
+        """
+        found = self.anatomy.layers[index]
+        if found is None:
+            raise unknown_blocks(f"{self.layers_path}.{index}")
+        return found
 
     def block(self, index: int, block: Block, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run a layer without its other block: `x + attention(norm(x))` or `x + mlp(norm(x))`, [b, s, d].
@@ -183,21 +167,35 @@ class Skeleton:
             block: the block to run.
             hidden: [b, s, d] input. For the attention block, `embed` must have run before with the same (b, s); the MLP
                 block takes any shape.
-            weights: the block's tensors, and the norms of the other block, which run but have no effect.
+            weights: the block's tensors, and those of a norm that feeds both blocks.
         """
-        layer = self.layers[index]
-        if block == "attention":
-            with replaced_forwards({layer.get_submodule(self.arch.mlp): _zeros}):
+        layer = self.layer_anatomy(index)
+        if block == "mlp":
+            if not layer.mixers:
+                return self._any_call(index, hidden, weights)
+            with without(self.layers[index], layer, "attention"):
+                return self._any_call(index, hidden, weights)
+        if not layer.mlps:
+            return self.layer(index, hidden, weights)
+        if layer.parallel:
+            with without(self.layers[index], layer, "mlp"):
                 return self.layer(index, hidden, weights)
-        call = next(iter(self._calls.values()))[index]  # any shape will do: only attention reads positions and masks
-        with replaced_forwards({layer.get_submodule(self.arch.attention): _no_attention}):
-            return self._run_layer(index, hidden, weights, call)
+        seen: list[Tensor] = []
 
-    def has_parallel_blocks(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> bool:
-        """Whether attention and MLP of a layer run in parallel: the MLP reads the layer's input, not attention's
-        output.
+        def enter(*args: Any, **kwargs: Any) -> None:
+            seen.append(take_hidden(args, kwargs)[0])
+            raise Stop
 
-        Computes the layer from its blocks in both ways, and compares the results with the layer's own output.
+        with replaced_forwards({self.layers[index].get_submodule(layer.entry): enter}), suppress(Stop):
+            self.layer(index, hidden, weights)
+        return seen[0].reshape(hidden.shape)
+
+    def _any_call(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Run a layer with the arguments of rows of any shape: only attention reads positions and masks."""
+        return self._run_layer(index, hidden, weights, next(iter(self._calls.values()))[index])
+
+    def check_blocks(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Compute a layer from its blocks, and compare the result with the layer's own output.
 
         Args:
             index: the decoder layer.
@@ -205,23 +203,43 @@ class Skeleton:
             weights: the layer's tensors.
 
         Raises:
-            ModelError: neither way gives the layer's output.
+            ModelError: the blocks do not give the layer's output.
         """
+        layer = self.layer_anatomy(index)
+        if not layer.mixers or not layer.mlps:
+            return
         whole = self.layer(index, hidden, weights)
         attended = self.block(index, "attention", hidden, weights)
-        sequential = self.block(index, "mlp", attended, weights)
-        parallel = attended + (self.block(index, "mlp", hidden, weights) - hidden)
+        if layer.parallel:
+            composed = attended + (self.block(index, "mlp", hidden, weights) - hidden)
+        else:
+            composed = self.block(index, "mlp", attended, weights)
         tolerance = 1e-3 * (whole - hidden).norm() + 64 * torch.finfo(whole.dtype).eps * whole.norm()
-        errors = [(whole - sequential).norm(), (whole - parallel).norm()]
-        if min(errors) > tolerance:
-            raise ModelError(
-                f"the attention and MLP blocks of {show(f'{self.layers_path}.{index}')} do not add up to the layer: "
-                "use `granularity: layer`, and please report the model",
-                code="unknown-blocks",
-            )
-        return bool(errors[1] < errors[0])
+        if (whole - composed).norm() > tolerance:
+            raise unknown_blocks(f"{self.layers_path}.{index}")
 
-    def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: _LayerCall) -> Tensor:
+    def layer_with_routes(
+        self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a decoder layer; returns its output, and the experts of every token in order, [tokens, k] int64.
+
+        None if the layer has no experts.
+        """
+        if index not in self.routers:
+            return self.layer(index, hidden, weights), None
+        router, count = self.routers[index]
+        seen: list[Any] = []
+        handle = router.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            output = self.layer(index, hidden, weights)
+        finally:
+            handle.remove()
+        found = seen[-1] if isinstance(seen[-1], tuple) else (seen[-1],)
+        chosen = [each for each in found if isinstance(each, Tensor) and not each.is_floating_point()]
+        experts = chosen[0] if chosen else found[0].flatten(0, -2).topk(count).indices
+        return output, experts.flatten(0, -2).sort(-1).values
+
+    def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: LayerCall) -> Tensor:
         prefix = f"{self.layers_path}.{index}."
         local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
         output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
@@ -232,40 +250,49 @@ class Skeleton:
 
         `weights` may hold only some rows of the output projection and of its bias; v is the number of these rows.
         """
-        norm = self._base_model.get_submodule(self.arch.final_norm)
 
         def after_layers(*_: Any, **__: Any) -> _BaseOutput:
-            return _BaseOutput(norm(hidden))
+            features = hidden
+            for module in self._structure.after:
+                features = module(features)
+            return _BaseOutput(features)
 
-        with replaced_forwards({self._base_model: after_layers}):
-            return self._call_model(weights, inputs_embeds=hidden).logits
+        with replaced_forwards({self._structure.around: after_layers}):
+            return call_model(self.model, weights, inputs_embeds=hidden).logits
 
-    def _call_model(self, weights: Mapping[str, Tensor], **inputs: Tensor) -> Any:
-        named = {self.renamed.get(key, key): tensor for key, tensor in weights.items()}
-        # The skeleton has no tied parameters, and this call must not tie any.
-        return functional_call(self.model, named, (), {**inputs, "use_cache": False}, tie_weights=False)
-
-    def module(self, path: str, inputs: tuple[Any, ...], weights: Mapping[str, Tensor]) -> Tensor:
-        """Run one module on given inputs; returns its first output if it has several (a router's logits)."""
+    def module(self, path: str, call: ModuleCall, weights: Mapping[str, Tensor]) -> Tensor:
+        """Run one module on recorded inputs; returns its first output if it has several (a router's logits)."""
         local = {key.removeprefix(path + "."): tensor for key, tensor in weights.items() if key.startswith(path + ".")}
-        output = functional_call(self.model.get_submodule(path), local, inputs)
+        output = functional_call(self.model.get_submodule(path), local, call.inputs, call.named)
         return output[0] if isinstance(output, tuple) else output
 
     def layer_with_inputs(
         self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], modules: Sequence[str]
-    ) -> tuple[Tensor, dict[str, tuple[Any, ...]]]:
-        """Run a decoder layer; returns its output [b, s, d], and name -> positional inputs of the named modules."""
+    ) -> tuple[Tensor, dict[str, ModuleCall]]:
+        """Run a decoder layer; returns its output [b, s, d], and name -> last call of the named modules.
+
+        Raises:
+            ModelError: a module is not called.
+        """
         with record_calls({path: self.model.get_submodule(path) for path in modules}) as seen:
             output = self.layer(index, hidden, weights)
-        return output, {path: calls[-1].inputs for path, calls in seen.items() if calls}
+        idle = [path for path, calls in seen.items() if not calls]
+        if idle:
+            raise ModelError(
+                f"{listing(idle, 3)} of {show(f'{self.layers_path}.{index}')} is used without being called: "
+                "use `granularity: attn_mlp`, and please report the model",
+                code="unknown-blocks",
+            )
+        return output, {path: calls[-1] for path, calls in seen.items()}
 
     def attention_with_heads(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Run the attention block; returns its output [b, s, d] and the input of its output projection
         [b, s, heads * width]."""
-        path = f"{self.layers_path}.{index}.{self.arch.attention}.{self.arch.projections.output}"
-        with record_calls({path: self.model.get_submodule(path)}) as seen:
+        heads = self.anatomy.heads[index]
+        assert heads is not None
+        with record_calls({"output": self.model.get_submodule(heads.output)}) as seen:
             output = self.block(index, "attention", hidden, weights)
-        return output, seen[path][-1].inputs[0]
+        return output, seen["output"][-1].inputs[0]
 
 
 def _can_group_experts(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -278,46 +305,23 @@ def _can_group_experts(model: nn.Module, dtype: torch.dtype) -> bool:
     return not experts or (dtype != torch.float64 and aligned)
 
 
-def _find_layers(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
-    """Find the decoder layers by their class; returns them and the path of their list."""
-    classes = layer_classes(model)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in classes for m in module):
-            return list(module), path
+def _find_layers(model: nn.Module, config: PretrainedConfig, name: str) -> tuple[list[nn.Module], str]:
+    """Find the decoder layers: of the lists of modules that are as long as the config says, the nearest to the
+    embeddings. Returns them and the path of their list."""
+    expected = getattr(config, "num_hidden_layers", None)
+    embedding = model.get_input_embeddings()
+    (place,) = [path for path, module in model.named_modules() if module is embedding]
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    while place:
+        place = place.rpartition(".")[0]
+        found = {path: module for path, module in lists.items() if path.startswith(f"{place}." if place else "")}
+        for path, module in sorted(found.items(), key=lambda item: item[0].count(".")):
+            if len(module) == expected:
+                return list(module), path
     raise ModelError(
-        f"no decoder layers ({show(sorted(classes))}) found in {show(name)}; please report the model",
+        f"no list of {show(expected)} decoder layers found in {show(name)}; please report the model",
         code="unknown-layers",
     )
-
-
-def learned_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
-    """Rows of the table of position embeddings that tokens can have; None if there is no such table.
-
-    OPT's has `offset` rows more than positions.
-    """
-    tokens = model.get_input_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not tokens:
-            offset = int(getattr(module, "offset", 0))
-            if module.num_embeddings - offset == getattr(config, "max_position_embeddings", None):
-                return module.num_embeddings - offset
-    return None
-
-
-def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Split the arguments of a layer or block into the hidden states and the rest."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-def _zeros(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.zeros_like(_take_hidden(args, kwargs)[0])
-
-
-def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _zeros(*args, **kwargs), None
 
 
 def check_finite(features: Tensor, where: str) -> Tensor:

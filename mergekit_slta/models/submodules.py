@@ -8,17 +8,19 @@ Rules where the paper is silent:
   alpha is solved for both objectives, `embed` and `head`. The final norm belongs to `head`.
 - With `head_mlp` a head is a key/value group with its queries. Tensors that cannot be divided by head (norms, the bias
   of the output projection, q/k norms) get the attention block's alpha.
-- With `linear`, tensors that are not the weight or bias of a module (fused MoE experts) get the MLP block's alpha.
+- With `linear`, tensors that are not of one matrix or norm (MoE experts, convolutions, a state space's decay rates) get
+  the alpha of their block. A router is a matrix of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from mergekit_slta.errors import ModelError, show
-from mergekit_slta.models.architectures import Architecture, HeadLayout, is_norm
+from mergekit_slta.models.anatomy import Block, LayerAnatomy, unknown_blocks
+from mergekit_slta.models.architectures import Heads
 
 Kind = Literal["model", "embed", "layer", "attention", "attention_head", "mlp", "norm", "linear", "head"]
 
@@ -56,29 +58,45 @@ class Submodule:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's structure, with names as in the plan.
+    """A model's structure.
 
     Attributes:
-        arch: the entry of the model class in `ARCHITECTURES`.
-        config: the base's config.
         layers_path: path of the list of decoder layers (`model.layers`).
-        num_layers: number of decoder layers.
-        head_weight: name of the output projection's weight; not in the plan if embeddings are tied.
-        modules: paths of modules that have a parameter called `weight` or `bias`.
+        layers: what each decoder layer is made of; None if its code does not show it.
+        head_weight: name of the output projection's weight; not among the tensors if embeddings are tied.
+        after: paths of the modules after the layers, in the order of a forward pass: the final norm, then whatever is
+            between it and the output projection.
+        modules: path -> kind of the modules in layers that can be evaluated by themselves: of matrices and norms.
+        heads: per layer, the heads of its attention; None if it cannot be divided.
     """
 
-    arch: Architecture
-    config: Any
     layers_path: str
-    num_layers: int
+    layers: tuple[LayerAnatomy | None, ...]
     head_weight: str
-    modules: frozenset[str]
+    after: tuple[str, ...]
+    modules: Mapping[str, Literal["linear", "norm"]]
+    heads: tuple[Heads | None, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
 
     @property
     def final_norm(self) -> str:
         """Path of the norm before the output projection."""
-        parent = self.layers_path.rpartition(".")[0]
-        return f"{parent}.{self.arch.final_norm}" if parent else self.arch.final_norm
+        return self.after[0] if self.after else ""
+
+    @property
+    def head_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of all tensors after the layers."""
+        return (*(f"{path}." for path in self.after), self.head_weight.removesuffix("weight"))
+
+    def block_path(self, layer: int, block: Block) -> str:
+        """Name of a layer's attention or MLP block: its module's path; of several modules, joined by `+`."""
+        found = self.layers[layer]
+        names = () if found is None else found.mixers if block == "attention" else found.mlps
+        return f"{self.layers_path}.{layer}." + "+".join(names)
 
 
 def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tied: bool = False) -> list[Submodule]:
@@ -99,7 +117,6 @@ def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tie
         return [Submodule("model", "model", None, tuple(names), forward_group="model")]
     before, after = [], []
     layers: list[list[str]] = [[] for _ in range(anatomy.num_layers)]
-    head_prefix = anatomy.head_weight.removesuffix("weight")
     for name in names:
         if name.startswith(anatomy.layers_path + "."):
             index = name[len(anatomy.layers_path) + 1 :].partition(".")[0]
@@ -107,14 +124,14 @@ def partition(tensors: Iterable[str], anatomy: Anatomy, granularity: str, *, tie
                 raise _unknown_tensor(name)
             layers[int(index)].append(name)
         else:
-            in_head = name.startswith((anatomy.final_norm + ".", head_prefix))
+            in_head = name.startswith(anatomy.head_prefixes)
             (after if in_head and not (tied and name == anatomy.head_weight) else before).append(name)
     result = [Submodule("embed", "embed", None, tuple(before), forward_group="embed")]
     divide = {"layer": _whole_layer, "attn_mlp": _blocks, "head_mlp": _heads, "linear": _matrices}[granularity]
     for index, owned in enumerate(layers):
         result += divide(index, owned, anatomy)
-    if granularity == "linear":
-        norm = tuple(name for name in after if name.startswith(anatomy.final_norm + "."))
+    norm = tuple(name for name in after if name.startswith(anatomy.final_norm + "."))
+    if granularity == "linear" and norm:
         result.append(Submodule(anatomy.final_norm, "norm", None, norm, forward_group=anatomy.final_norm))
         after = [name for name in after if name not in norm]
     return [*result, Submodule("head", "head", None, tuple(after), forward_group="head")]
@@ -136,42 +153,39 @@ def _whole_layer(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[S
     return [Submodule(path, "layer", index, tuple(tensors), forward_group=path)]
 
 
+def _layer(index: int, anatomy: Anatomy) -> LayerAnatomy:
+    found = anatomy.layers[index]
+    if found is None:
+        raise unknown_blocks(_path(index, anatomy))
+    return found
+
+
 def _blocks(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
     """Attention and MLP with their norms. A norm that feeds both blocks is a submodule of its own, and comes first."""
-    arch, prefix = anatomy.arch, _path(index, anatomy) + "."
-    norms = dict(arch.norms)
-    modules = {name[len(prefix) :].partition(".")[0] for name in tensors}
-    shared = not any(norms.get(module) == "mlp" for module in modules)
+    layer, prefix = _layer(index, anatomy), _path(index, anatomy) + "."
     owned: dict[str, list[str]] = {}
+    kinds: dict[str, Kind] = {}
     for name in tensors:
-        module = name[len(prefix) :].partition(".")[0]
-        if module in (arch.attention, arch.mlp):
-            owner = module
-        elif module in norms:
-            owner = module if shared else arch.block_name(norms[module])
-        else:
-            raise _unknown_tensor(name)
-        owned.setdefault(owner, []).append(name)
-    result = []
-    for module, kind in (*((name, "norm") for name in norms), (arch.attention, "attention"), (arch.mlp, "mlp")):
-        if module in owned:
-            path = prefix + module
-            result.append(Submodule(path, kind, index, tuple(owned[module]), forward_group=path))  # type: ignore[arg-type]
-    return result
+        block = layer.block_of(name[len(prefix) :])
+        path = anatomy.block_path(index, block) if block else name.rpartition(".")[0]
+        owned.setdefault(path, []).append(name)
+        kinds[path] = block or "norm"
+    order = sorted(owned, key=lambda path: ("norm", "attention", "mlp").index(kinds[path]))
+    return [Submodule(path, kinds[path], index, tuple(owned[path]), forward_group=path) for path in order]
 
 
 def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """As `_blocks`, with the attention block divided by key/value group.
+    """As `_blocks`, with the attention block divided by key/value group, if its heads were found.
 
     Tensors that cannot be divided stay in a submodule with the block's name.
     """
     result = []
+    heads = anatomy.heads[index]
     for block in _blocks(index, tensors, anatomy):
-        if block.kind != "attention":
+        if block.kind != "attention" or heads is None:
             result.append(block)
             continue
-        layout = anatomy.arch.head_layout(anatomy.config)
-        groups = [head_slices(block.name, block.tensors, anatomy.arch, layout, group) for group in range(layout.groups)]
+        groups = [head_slices(heads, block.tensors, group) for group in range(heads.groups)]
         divided = {part.tensor for part in groups[0]}
         result.append(replace(block, tensors=tuple(name for name in block.tensors if name not in divided)))
         for group, slices in enumerate(groups):
@@ -181,54 +195,51 @@ def _heads(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodu
     return result
 
 
-def head_slices(path: str, tensors: Sequence[str], arch: Architecture, layout: HeadLayout, group: int) -> list[Slice]:
+def head_slices(heads: Heads, tensors: Collection[str], group: int) -> list[Slice]:
     """The slices of an attention block's tensors that belong to one key/value group.
 
     These are the rows of the input projections for its queries, keys and values, and the columns of the output
-    projection for its heads. Rows and columns are swapped if the architecture stores weights as [in, out].
+    projection for its heads. Rows and columns are swapped if weights are stored as [in, out].
 
     Args:
-        path: path of the attention block.
+        heads: the block's heads.
         tensors: names of its tensors; a tensor that is not among them (a bias) gets no slice.
-        arch, layout: the layout and the sizes of the heads.
         group: number of the key/value group, from 0.
     """
-    present, projections = set(tensors), arch.projections
-    query, width = layout.queries * layout.width, layout.width
+    query, width = heads.queries * heads.width, heads.width
     starts = {"q": (group * query, query), "k": (group * width, width), "v": (group * width, width)}
-    if projections.packing == "separate":
-        rows = [(module, *starts[part]) for module, part in zip(projections.inputs, "qkv", strict=True)]
-    elif projections.packing == "stacked":
-        offsets = {"q": 0, "k": layout.groups * query, "v": layout.groups * (query + width)}
-        rows = [(projections.inputs[0], offsets[part] + start, size) for part, (start, size) in starts.items()]
+    if heads.packing == "separate":
+        rows = [(module, *starts[part]) for module, part in zip(heads.inputs, "qkv", strict=True)]
+    elif heads.packing == "stacked":
+        offsets = {"q": 0, "k": heads.groups * query, "v": heads.groups * (query + width)}
+        rows = [(heads.inputs[0], offsets[part] + start, size) for part, (start, size) in starts.items()]
     else:
-        rows = [(projections.inputs[0], group * (query + 2 * width), query + 2 * width)]
+        rows = [(heads.inputs[0], group * (query + 2 * width), query + 2 * width)]
     slices = []
     for module, start, size in rows:
-        slices.append(Slice(f"{path}.{module}.weight", 1 if arch.transposed else 0, start, start + size))
-        slices.append(Slice(f"{path}.{module}.bias", 0, start, start + size))
-    column = 0 if arch.transposed else 1
-    slices.append(Slice(f"{path}.{projections.output}.weight", column, group * query, (group + 1) * query))
-    return [part for part in slices if part.tensor in present]
+        slices.append(Slice(f"{module}.weight", 1 if heads.transposed else 0, start, start + size))
+        slices.append(Slice(f"{module}.bias", 0, start, start + size))
+    column = 0 if heads.transposed else 1
+    slices.append(Slice(f"{heads.output}.weight", column, group * query, (group + 1) * query))
+    return [part for part in slices if part.tensor in tensors]
 
 
 def _matrices(index: int, tensors: Sequence[str], anatomy: Anatomy) -> list[Submodule]:
-    """One submodule per module with a weight or bias; the MLP's other tensors are one submodule, the MLP block."""
+    """One submodule per matrix and norm; all other tensors of a block are one submodule, the block."""
     forward_group = _path(index, anatomy)
     owned: dict[str, list[str]] = {}
-    mlp = _path(index, anatomy, anatomy.arch.mlp)
+    kinds: dict[str, Kind] = {}
     for name in tensors:
-        module, _, parameter = name.rpartition(".")
-        if module in anatomy.modules and parameter in ("weight", "bias"):
-            owned.setdefault(module, []).append(name)
-        elif name.startswith(mlp + "."):
-            owned.setdefault(mlp, []).append(name)
+        path = name.rpartition(".")[0]
+        if path in anatomy.modules:
+            kinds[path] = anatomy.modules[path]
         else:
-            raise _unknown_tensor(name)
-    kinds = {mlp: "mlp"}
-    for module in owned:
-        kinds.setdefault(module, "norm" if is_norm(module) else "linear")
+            block = _layer(index, anatomy).block_of(name[len(forward_group) + 1 :])
+            if block is None:
+                raise _unknown_tensor(name)
+            path = anatomy.block_path(index, block)
+            kinds[path] = block
+        owned.setdefault(path, []).append(name)
     return [
-        Submodule(module, kinds[module], index, tuple(names), forward_group=forward_group)  # type: ignore[arg-type]
-        for module, names in owned.items()
+        Submodule(path, kinds[path], index, tuple(names), forward_group=forward_group) for path, names in owned.items()
     ]

@@ -115,8 +115,10 @@ class _Sizes:
             return self.models
         count = 0
         for model in job.plan.models:
-            header = job.plan.headers.get(model, {}).get(job.plan.source_name(name, model) or "")
-            count += header is None or header.dtype != DTYPE_NAMES.get(job.dtype)
+            headers = job.plan.headers.get(model, {})
+            found = [headers.get(source) for source in job.plan.names_in(name, model)]
+            is_mapped = len(found) == 1 and found[0] is not None and found[0].dtype == DTYPE_NAMES.get(job.dtype)
+            count += not is_mapped
         return count
 
     @cached_property
@@ -128,8 +130,9 @@ class _Sizes:
         direction, experts = self.job.directions[-1], len(self.job.experts)
         shapes = [
             shape
-            for name, shape in self.job.skeleton.shapes.items()
-            if name in self.job.plan.tensors and is_matrix(len(shape)) and name not in direction.averaged
+            for name in self.job.plan.tensors
+            if is_matrix(len(shape := self.job.skeleton.shapes[name]))
+            and not {*self.job.plan.tensors[name].names} & {*direction.averaged}
         ]
         total = 0.0
         for shape in shapes:
@@ -153,15 +156,15 @@ class _Sizes:
 
     def written_bytes(self) -> int:
         """Bytes of the merged model."""
-        config = self.job.recipe.config
+        config, plan = self.job.recipe.config, self.job.plan
+        sizes = {name: plan.num_elements(name) for name in plan.outputs}
         dtype = config.out_dtype or config.dtype
-        if dtype is not None:
-            return sum(self.parameters.values()) * getattr(torch, dtype.removeprefix("torch.")).itemsize
-        plan = self.job.plan
-        dtypes = {name: plan.merged_dtype(name) for name in self.parameters}
-        if not any(dtypes.values()):  # pickled, on the Hub
+        if dtype is not None and all(sizes.values()):
+            return sum(sizes.values()) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+        dtypes = {name: plan.merged_dtype(name) for name in sizes}
+        if not all(sizes.values()) or not any(dtypes.values()):  # pickled, on the Hub
             return total_bytes(plan, [plan.models[0]])
-        return sum(self.parameters[name] * dtype.itemsize for name, dtype in dtypes.items() if dtype is not None)
+        return sum(sizes[name] * dtype.itemsize for name, dtype in dtypes.items() if dtype is not None)
 
 
 def estimate_features(job: Job) -> Costs:

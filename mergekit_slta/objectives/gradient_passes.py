@@ -191,7 +191,7 @@ class Passes:
             sizes: (stored depths, gradients per row) of each lane, see `ActivationStore`.
         """
         lengths = [len(example.row.ids) for example in own]
-        width, dtype = int(self._job.skeleton.config.hidden_size), self._job.dtype
+        width, dtype = self._job.skeleton.width, self._job.dtype
         size = sum(activation_bytes(sum(lengths), *each, width, dtype) for each in sizes)
         with ExitStack() as stack:
             temporary: Path | None = None

@@ -57,7 +57,8 @@ def merge_with(
         merged = {}
         for tensor in weights[0]:
             tied = job.plan.is_tied and tensor == job.skeleton.head_weight
-            slices = known[job.skeleton.embedding_weight if tied else tensor]
+            source = job.plan.tensors[job.skeleton.embedding_weight if tied else tensor]
+            slices = known[source.names[0]]
             ordered = [part._replace(alpha=tuple(part.alpha[column] for column in columns)) for part in slices]
             base, *experts = (given[tensor] for given in weights)
             merged[tensor] = merge_tensor(base, experts, ordered, 1.0, base.dtype)

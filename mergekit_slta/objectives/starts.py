@@ -80,6 +80,7 @@ def features_point(job: Job, resume: ResumeStore | None, ranks: Ranks) -> tuple[
         of_tensor |= dict.fromkeys(submodule.tensors, (torch.tensor(columns, dtype=torch.float64), changed))
     none = torch.zeros(len(job.labels), dtype=torch.float64), torch.ones(len(job.labels), dtype=torch.bool)
     found = {  # the head of a tied model has no tensors
-        part.name: of_tensor[part.tensors[0]] if part.tensors else none for part in job.submodules
+        part.name: of_tensor[job.plan.tensors[part.tensors[0]].names[0]] if part.tensors else none
+        for part in job.submodules
     }
     return {name: alpha for name, (alpha, _) in found.items()}, {name: changed for name, (_, changed) in found.items()}

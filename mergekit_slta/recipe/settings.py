@@ -113,6 +113,8 @@ class Settings(BaseModel):
         evaluate: whether rows are held out, and the merge is measured on them.
         direction: closed form of the experts that is one model more; "none" for no such model. A default applies to
             two experts or more.
+        uncalibrated: what becomes of tensors that text does not run through (a vision tower) if they differ between the
+            models: "error" refuses the merge, "base" keeps the base's, "average" averages the experts'.
         own: the objective's own keys.
         stated: the keys that the recipe states; all others have their defaults.
     """
@@ -128,6 +130,7 @@ class Settings(BaseModel):
     ridge: Annotated[Number, Field(ge=0)] | None = 0.0
     evaluate: Annotated[bool, Field(strict=True)] = False
     direction: Literal["none", "swudi_a"] = "none"
+    uncalibrated: Literal["error", "base", "average"] = "error"
     compute_dtype: ComputeDtype = "float32"
     alphas: Annotated[str, Field(min_length=1)] | None = None
     own: SerializeAsAny[ObjectiveSettings] = ObjectiveSettings()

@@ -69,6 +69,12 @@ def export(
     """
     alphas = Alphas.load(path)
     form = alphas.closed_form
+    if not alphas.calibration.get("stock_definition", True):
+        raise RecipeError(
+            "mergekit's own definition of this model class does not list the tensors of these checkpoints: a stock "
+            "recipe would lose some, or name them in another way; merge with the plugin",
+            code="plan-does-not-fit",
+        )
     if form is not None and direction is None:
         raise RecipeError(
             f"the merge has the direction {show(form.model)}, which is written as a checkpoint beside the recipe: name "

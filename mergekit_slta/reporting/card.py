@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import (
+    REROUTED,
     TOO_FEW_ROWS,
     Alphas,
     SubmoduleAlphas,
@@ -131,6 +132,9 @@ def _calibration(alphas: Alphas) -> str:
     if measured:
         measure = "means over the rows that were measured (under `features` a task's first 10)"
         parts.append(f"Losses are in nats per token of the answers, {measure}.")
+    if any(REROUTED in task for task in tasks):
+        shares = ", ".join(f"{code(task['model'])} {task[REROUTED]:.1%}" for task in tasks if REROUTED in task)
+        parts.append(f"Tokens that the merge sends to other experts (MoE) than the task's model does: {shares}.")
     parts += [f"{', '.join(settings)}."] if settings else []
     return "\n\n".join(parts)
 

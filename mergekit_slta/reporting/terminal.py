@@ -33,7 +33,7 @@ def describe_job(job: Job, costs: Costs) -> str:
 
     recipe, settings = job.recipe, job.recipe.settings
     lines = [
-        f"base        {show(recipe.names[recipe.base])}  ({job.skeleton.config.architectures[0]}, "
+        f"base        {show(recipe.names[recipe.base])}  ({type(job.skeleton.model).__name__}, "
         f"{job.skeleton.num_layers} layers)",
     ]
     for task, drawn in zip(recipe.tasks, job.rows, strict=True):
@@ -55,6 +55,16 @@ def describe_job(job: Job, costs: Costs) -> str:
         f"granularity {settings.granularity}: {len(job.submodules)} submodules cover all {covered} tensors",
         f"settings    {', '.join(f'{key} {value}' for key, value in shown.items() if value is not None)}",
     ]
+    undivided = sum(heads is None for heads in job.skeleton.anatomy.heads)
+    if settings.granularity == "head_mlp" and undivided:
+        lines.append(f"heads       not found in {undivided} layers: their attention has one weight per model")
+    if carried := job.plan.carried:
+        size = sum(map(job.plan.num_elements, carried))
+        share = size / max(1, sum(map(job.plan.num_elements, job.plan.outputs)))
+        lines.append(
+            f"carried     {len(carried)} tensors ({share:.1%} of the weights) that text does not run through: copied "
+            f"where all models agree; `uncalibrated: {settings.uncalibrated}` where they differ"
+        )
     if job.plan.is_tied:
         lines.append("tied        the output projection is the embedding table: one alpha for both")
     for name, reason in job.merged_copies.items():

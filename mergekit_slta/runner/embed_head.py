@@ -137,7 +137,7 @@ def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
     if submodule.forward_group in state.skip:
         return
     layers_prefix = anatomy.layers_path + "."
-    head_prefixes = (anatomy.final_norm + ".", anatomy.head_weight.removesuffix("weight"))
+    head_prefixes = anatomy.head_prefixes
     outside = [name for name in submodule.tensors if not name.startswith(layers_prefix)]
     models = [state.model_coefficients(model) for model in range(state.num_models)]
     by_batch = [
@@ -151,7 +151,7 @@ def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evalua
     keys = [(index, coefficients) for index, listed in enumerate(by_batch) for coefficients in listed]
     entries = {key: entry for entry, key in enumerate(keys)}  # index in the store
     lengths = [sum(state.batches[index].lengths) for index, _ in keys]
-    width = int(skeleton.config.hidden_size)
+    width = skeleton.width
     store = ActivationStore(lengths, 1, 0, width, state.checkpoints.dtype, state.folder)  # overwritten in place
     interpolated, ids_of = _used_embeddings(
         state, submodule, [name for name in outside if not name.startswith(head_prefixes)]

@@ -43,12 +43,12 @@ def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) ->
             yield from embed_head.evaluate_embeddings(state, group[0])
         elif "head" in kinds:
             yield from embed_head.evaluate_head(state, group[0])
+        elif group[0].name != group[0].forward_group:  # the group is a layer
+            yield from layers.evaluate_matrices(state, group)
         elif "attention" in kinds:
             yield from layers.evaluate_attention(state, group)
         elif kinds <= {"layer", "mlp"}:
             yield from layers.evaluate_block(state, group[0])
-        elif group[0].name == group[0].forward_group:  # a single norm: it feeds both blocks, or the head
+        else:  # a single norm: it feeds both blocks, or the head
             yield from layers.evaluate_norm(state, group[0])
-        else:
-            yield from layers.evaluate_matrices(state, group)
         state.checkpoints.flush()

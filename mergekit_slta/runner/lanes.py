@@ -77,6 +77,10 @@ class Measured:
 class Lanes:
     """Several lanes over the same rows. The first runs every row through its own expert: the teacher of the others.
 
+    Attributes:
+        rerouted: [rows, other lanes, 2] int64, over all layers with experts: tokens that are sent to other experts than
+            in the first lane, and all tokens.
+
     Args:
         skeleton: the model's code.
         checkpoints: every model's tensors; experts in canonical order.
@@ -84,6 +88,7 @@ class Lanes:
         at: the weights of the other lanes, see `RowWeights`.
         make_store: (number of the lane, 0 is the experts') -> its activation store. A filled store is used as it is.
         trial: NaN and Inf are allowed in lanes with merged weights.
+        with_routes: count the tokens that are sent to other experts than in the first lane, for `rerouted`.
         announce: called with the name of the current layer.
     """
 
@@ -96,9 +101,12 @@ class Lanes:
         make_store: Callable[[int], ActivationStore],
         *,
         trial: bool = False,
+        with_routes: bool = False,
         announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._skeleton, self._checkpoints, self._announce = skeleton, checkpoints, announce
+        self._with_routes = with_routes
+        self.rerouted = torch.zeros((len(examples), len(at), 2), dtype=torch.int64)
         self.experts, *self.others = (
             Lane(RowWeights(skeleton, checkpoints, examples, where), make_store(number), trial and callable(where))
             for number, where in enumerate(("experts", *at))
@@ -107,6 +115,18 @@ class Lanes:
     @property
     def _all(self) -> list[Lane]:
         return [self.experts, *self.others]
+
+    def _route(
+        self, layer: int, hidden: Tensor, own: Weights, row: int, lane: int, routes: dict[int, Tensor]
+    ) -> Tensor:
+        """Run a layer on a row, and compare the experts of its tokens with those in the first lane, in `routes`."""
+        output, chosen = self._skeleton.layer_with_routes(layer, hidden, own)
+        if chosen is not None and lane == 0:
+            routes[row] = chosen
+        elif chosen is not None:
+            other = (chosen != routes[row]).any(-1)
+            self.rerouted[row, lane - 1] += torch.tensor([int(other.sum()), len(other)])
+        return output
 
     def forward(self) -> None:
         """Run every lane forward, layer by layer. A lane whose store holds some depths continues after them.
@@ -120,13 +140,17 @@ class Lanes:
         for layer in range(min(lane.store.depths_done for lane in self._all) - 1, skeleton.num_layers):
             self._announce(f"{skeleton.layers_path}.{layer}")
             loaded = self._checkpoints.load(weights.layer_tensors(layer))
-            for lane in self._all:
+            routes: dict[int, Tensor] = {}
+            for number, lane in enumerate(self._all):
                 if lane.store.depths_done != layer + 1:
                     continue
                 for own, rows in lane.weights.groups(loaded):
                     for row in rows:
                         hidden = lane.store.features(layer, row).to(skeleton.device)[None]
-                        output = skeleton.layer(layer, hidden, own)[0]
+                        if self._with_routes:
+                            output = self._route(layer, hidden, own, row, number, routes)[0]
+                        else:
+                            output = skeleton.layer(layer, hidden, own)[0]
                         lane.store.put_features(layer + 1, row, lane.check(output, f"layer {layer}"))
                 lane.store.finish_depth()
             del loaded

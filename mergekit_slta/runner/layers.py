@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Weights
 from mergekit_slta.data.batches import Batch
+from mergekit_slta.models.anatomy import Block
+from mergekit_slta.models.hooks import ModuleCall
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.runner.state import Coefficients, Evaluation, ForwardState, InterpolatedWeights
 
@@ -56,7 +58,6 @@ def _advance_others(
 ) -> None:
     """Compute the next features that are not the base's: of the rows beside the batches, and with merged inputs."""
     for model, beside in state.beside.items():
-        beside.parallel = state.parallel
         weights = interpolated(state.model_coefficients(model))
         _advance_all(beside, submodule, {**context, **beside.norms, **weights})
     if state.merged_inputs:
@@ -79,8 +80,8 @@ def evaluate_attention(state: ForwardState, group: Sequence[Submodule]) -> Itera
     block, heads = group[0], group[1:]
     assert block.layer is not None
     layer = block.layer
-    if state.parallel is None:
-        state.parallel = state.has_parallel_blocks(block)
+    if block.forward_group not in state.skip:
+        state.check_blocks(layer)
     context = state.context(*group)
     interpolated = _interpolated_weights(state, group)
     for index, batch in enumerate(state.batches):
@@ -135,7 +136,7 @@ def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluat
         hidden = state.hidden[index].to(state.skeleton.device)
 
         def outputs_at(coefficients: Coefficients, hidden: Tensor = hidden) -> Tensor:
-            return state.skeleton.module(submodule.name, (hidden[None],), interpolated(coefficients))[0]
+            return state.skeleton.module(submodule.name, ModuleCall((hidden[None],)), interpolated(coefficients))[0]
 
         if submodule.forward_group not in state.skip:
             yield Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
@@ -148,32 +149,35 @@ def evaluate_norm(state: ForwardState, submodule: Submodule) -> Iterator[Evaluat
 def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterator[Evaluation]:
     """Evaluate every module of a layer separately, on the input that it has in the base's layer.
 
-    The shape of inputs depends on the module (q/k norms get heads, routers flat tokens). So batches hold one row, which
-    needs no padding, and an output is flattened to [1, elements].
+    Tensors that are no matrices (fused experts, convolutions) are one submodule, which is evaluated with its whole
+    block. The shape of inputs depends on the module (q/k norms get heads, routers flat tokens). So batches hold one
+    row, which needs no padding, and an output is flattened to [1, elements].
     """
     layer = group[0].layer
     assert layer is not None
     interpolated = _interpolated_weights(state, group)
-    modules = [submodule.name for submodule in group]
+    modules = [submodule.name for submodule in group if submodule.kind in ("linear", "norm")]
+    contexts = {submodule.name: state.context(submodule) for submodule in group}
     for index, batch in enumerate(state.batches):
         hidden = batch.pad(state.hidden[index].to(state.skeleton.device))
         base = interpolated(state.base_coefficients)
-        output, inputs = state.skeleton.layer_with_inputs(layer, hidden, base, modules)
+        output, calls = state.skeleton.layer_with_inputs(layer, hidden, base, modules)
         output = state.check_finite(batch.pack(output), group[0], state.base_coefficients)
         for submodule in group if group[0].forward_group not in state.skip else ():
-            # Tensors that are not matrices (fused experts) get the MLP block's alpha: evaluate the whole block.
-            mlp_input = _mlp_input(state, group[0], hidden, base) if submodule.kind == "mlp" else None
+            block: Block | None = None if submodule.name in calls else submodule.kind  # type: ignore[assignment]
+            block_input = _block_input(state, layer, block, hidden, base) if block else hidden
 
             def outputs_at(
                 coefficients: Coefficients,
                 path: str = submodule.name,
-                inputs: tuple = inputs[submodule.name],
-                mlp_input: Tensor | None = mlp_input,
+                block: Block | None = block,
+                block_input: Tensor = block_input,
+                calls: dict[str, ModuleCall] = calls,
             ) -> Tensor:
-                weights = interpolated(coefficients)
-                if mlp_input is not None:
-                    return state.skeleton.block(layer, "mlp", mlp_input, weights).reshape(1, -1)
-                return state.skeleton.module(path, inputs, weights).reshape(1, -1)
+                weights = {**interpolated(coefficients), **contexts[path]}
+                if block is None:
+                    return state.skeleton.module(path, calls[path], weights).reshape(1, -1)
+                return state.skeleton.block(layer, block, block_input, weights).reshape(1, -1)
 
             yield Evaluation(submodule, index, batch.rows, (1,), outputs_at, state.base_coefficients)
         if not state.merged_inputs:
@@ -181,9 +185,10 @@ def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterat
     _advance_others(state, Submodule(group[0].forward_group, "layer", layer, ()), interpolated, {})
 
 
-def _mlp_input(state: ForwardState, submodule: Submodule, hidden: Tensor, weights: Weights) -> Tensor:
-    """Compute the input [b, s, d] of a layer's MLP block from the layer's input `hidden`."""
-    if state.parallel is None:
-        state.parallel = state.has_parallel_blocks(submodule)
-    assert submodule.layer is not None
-    return hidden if state.parallel else state.skeleton.block(submodule.layer, "attention", hidden, weights)
+def _block_input(state: ForwardState, layer: int, block: Block, hidden: Tensor, weights: Weights) -> Tensor:
+    """Compute the input [b, s, d] of a block, whose tensors that are no matrices are evaluated with the whole block."""
+    anatomy = state.skeleton.layer_anatomy(layer)
+    state.check_blocks(layer)
+    if block == "attention" or anatomy.parallel or not anatomy.mixers:
+        return hidden
+    return state.skeleton.block(layer, "attention", hidden, weights)

@@ -62,8 +62,7 @@ class RowWeights:
         """Names of the tensors before and after the layers, without the embedding table and the output projection."""
         skeleton = self.skeleton
         names = [name for name in self.checkpoints.plan.tensors if not name.startswith(skeleton.layers_path + ".")]
-        prefix = skeleton.head_weight.removesuffix("weight")
-        after = [name for name in names if name.startswith((skeleton.anatomy.final_norm + ".", prefix))]
+        after = [name for name in names if name.startswith(skeleton.anatomy.head_prefixes)]
         tables = (skeleton.embedding_weight, skeleton.head_weight)
         return [name for name in names if name not in (*after, *tables)], [name for name in after if name not in tables]
 

@@ -1,7 +1,7 @@
 """The state of a forward pass: every row's features before the next forward group, and how they are updated.
 
-Scope: shared by `embed_head.py` and `layers.py`, which evaluate the submodules. Only the check whether a layer's blocks
-are parallel runs the model here.
+Scope: shared by `embed_head.py` and `layers.py`, which evaluate the submodules. Only the check that a layer's blocks
+add up to it runs the model here.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ class ForwardState:
         take_logits: called with a row of `beside`, the index of its model, and logits [tokens, v], part by part of the
             vocabulary.
         hidden: per batch, [tokens, d] on the CPU: the input of the next forward group.
-        parallel: whether attention and MLP both read the layer's input; tested on the base's first layer.
         norms: merged norms that feed both blocks of a layer; used to compute the next features.
     """
 
@@ -97,9 +96,9 @@ class ForwardState:
     beside: Mapping[int, ForwardState] = field(default_factory=dict)
     take_logits: Callable[[int, int, Tensor], None] = lambda *_: None
     hidden: list[Tensor] = field(default_factory=list)
-    parallel: bool | None = None
     norms: Weights = field(default_factory=dict)
     _attention_outputs: list[Tensor] = field(default_factory=list)
+    _checked: int = -1
 
     def __post_init__(self) -> None:
         self.packs = self.packs or [[index] for index in range(len(self.batches))]
@@ -145,7 +144,8 @@ class ForwardState:
 
         Parallel blocks both read the layer's input, and their changes to it are summed.
         """
-        if not self.parallel or submodule.kind == "layer":
+        assert submodule.layer is not None
+        if submodule.kind == "layer" or not self.skeleton.layer_anatomy(submodule.layer).parallel:
             self.hidden[index] = output.cpu()
         elif submodule.kind == "attention":
             self._attention_outputs.append(output.cpu())
@@ -155,32 +155,30 @@ class ForwardState:
     def context(self, *group: Submodule) -> Weights:
         """Load the base's tensors that a block's forward needs and that are not the block's own.
 
-        These are the norms of the layer's other block, and norms that are submodules of their own.
+        These are the norms that feed both blocks, which are submodules of their own.
         """
-        prefix = f"{self.skeleton.layers_path}.{group[0].layer}."
-        arch = self.skeleton.arch
-        branches = (f"{prefix}{arch.attention}.", f"{prefix}{arch.mlp}.")
-        owned = {name for submodule in group for name in submodule.tensors}
-        names = [
-            name
-            for name in self.checkpoints.plan.tensors
-            if name.startswith(prefix) and not name.startswith(branches) and name not in owned
-        ]
+        index = group[0].layer
+        if index is None or group[0].kind not in ("attention", "mlp"):
+            return {}
+        prefix = f"{self.skeleton.layers_path}.{index}."
+        shared = [norm for norm, block in self.skeleton.layer_anatomy(index).norms.items() if block is None]
+        places = tuple(f"{prefix}{norm}." for norm in shared)
+        names = [name for name in self.checkpoints.plan.tensors if places and name.startswith(places)]
         return self.checkpoints.load(names, models=[0])[0]
 
-    def has_parallel_blocks(self, submodule: Submodule) -> bool:
-        """Whether attention and MLP of the base's layer are parallel; see `Skeleton.has_parallel_blocks`.
+    def check_blocks(self, layer: int) -> None:
+        """Check that the blocks of the base's layer add up to it, on the first batch; once for each layer.
 
         Raises:
-            ModelError: neither parallel nor sequential blocks give the layer's output.
+            ModelError: they do not.
         """
-        assert submodule.layer is not None
-        skeleton, layer = self.skeleton, submodule.layer
-        prefix = f"{skeleton.layers_path}.{layer}."
+        if layer == self._checked:
+            return
+        skeleton, prefix = self.skeleton, f"{self.skeleton.layers_path}.{layer}."
         names = [name for name in self.checkpoints.plan.tensors if name.startswith(prefix)]
         weights = self.checkpoints.load(names, models=[0])[0]
-        hidden = self.batches[0].pad(self.hidden[0].to(skeleton.device))
-        return skeleton.has_parallel_blocks(layer, hidden, weights)
+        skeleton.check_blocks(layer, self.batches[0].pad(self.hidden[0].to(skeleton.device)), weights)
+        self._checked = layer
 
     def check_finite(self, features: Tensor, submodule: Submodule, coefficients: Coefficients) -> Tensor:
         """Check the base's features for NaN and Inf; return the features. The caller checks those of other models.

@@ -5,13 +5,13 @@ Scope: the layout of the figures that `over_depth` draws.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
-from mergekit_slta.models.architectures import ATTENTION_NAMES
 from mergekit_slta.reporting.figures.style import Look, short_name
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ PANELS = {
     "norm": "Norms",
 }
 """panel -> its title, in the order of drawing."""
+MIXER = re.compile("att|mamba|mixer|^conv$|^ssm$")
+"""What the names of modules that mix tokens have in common: alphas files only name the matrices."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,10 @@ def _is_end(entry: SubmoduleAlphas) -> bool:
 def _panel(entry: SubmoduleAlphas, granularity: str) -> str:
     if granularity == "head_mlp" and entry.kind == "attention":
         return "attention_rest"
-    if granularity != "linear" or entry.kind not in ("linear", "mlp"):
+    if granularity != "linear" or entry.kind not in ("linear", "mlp", "attention"):
         return entry.kind
-    return "attention_matrix" if ATTENTION_NAMES & set(entry.name.split(".")) else "mlp_matrix"
+    is_mixer = entry.kind == "attention" or any(MIXER.search(part) for part in entry.name.split("."))
+    return "attention_matrix" if is_mixer else "mlp_matrix"
 
 
 def at_depth(depth: Depth, entries: Iterable[SubmoduleAlphas]) -> dict[float, list[SubmoduleAlphas]]:
