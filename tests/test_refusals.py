@@ -214,6 +214,12 @@ def test_what_mergekit_does_not_list(make_models, write_recipe, tmp_path):
     assert not (tmp_path / "stock.yml").exists()
 
 
+def test_a_tensor_that_the_base_lacks(tiny, make_models, write_recipe):
+    """An expert's biases would be dropped, and its features would be others."""
+    recipe = with_expert(tiny.recipe(2), make_models("llama", attention_bias=True).experts[0])
+    assert_refused(slta("check", write_recipe(recipe)), "missing-tensor", "self_attn", "bias", str(tiny.base))
+
+
 @pytest.mark.parametrize("command", ["mergekit-yaml", "merge", "calibrate"])
 def test_nan_is_refused_while_calibrating(tiny, make_models, write_recipe, tmp_path, command):
     """Weights are read only by the pre-pass: a NaN stops it with tensor and model, before OUT exists."""

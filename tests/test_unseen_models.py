@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -64,6 +65,8 @@ def own_code(tmp_path_factory):
         folder = tmp_path_factory.mktemp("modules")
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
         patch.syspath_prepend(folder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # another test has imported code from the usual folder
         yield
 
 

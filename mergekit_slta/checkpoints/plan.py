@@ -220,6 +220,9 @@ def make_plan(
         return in_another_class(find_sources(own, shapes), own, skeleton)
 
     sources = {model: sources_of(model) for model in recipe.models}
+    for model in recipe.models[1:]:
+        if configs[model].architectures == base_class:
+            _refuse_extra(model, recipe, loaders, sources[model], configs[model], skeleton, options)
     definition, carried = define_output(recipe, loaders, sources, skeleton, configs)
     renamed = {
         model: place_renamed(model, recipe, loaders, sources, definition.names, skeleton, options)
@@ -247,6 +250,29 @@ def make_plan(
     if planning:
         _mark_unread(plan, copies)
     return plan
+
+
+def _refuse_extra(
+    model: ModelReference,
+    recipe: Recipe,
+    loaders: Mapping[ModelReference, LazyTensorLoader],
+    sources: Mapping[str, Source],
+    config: PretrainedConfig,
+    skeleton: Skeleton,
+    options: MergeOptions,
+) -> None:
+    """Refuse a model with a tensor that its own config asks for and the base lacks (a bias)."""
+    known = {*loaders[recipe.base].index.tensor_paths, *(name for source in sources.values() for name in source.names)}
+    extra = [name for name in loaders[model].index.tensor_paths if name not in known]
+    if not extra:
+        return
+    own = Skeleton(config, recipe.names[model], skeleton.dtype, "cpu", options.trust_remote_code)
+    for source in find_sources(own, dict.fromkeys(extra)).values():
+        raise ModelError(
+            f"{show(recipe.names[recipe.base])} lacks the tensor {show(source.names[0])}, which "
+            f"{show(recipe.names[model])} has: all models of a merge need the same tensors",
+            code="missing-tensor",
+        )
 
 
 def _mark_unread(plan: Plan, copies: set[ModelReference]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -33,3 +33,17 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is from torch's CPU allocator. It is a plain RuntimeError, recognized only by its text."""
     return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+class NoMeta(TorchDispatchMode):
+    """Refuse tensors without data: torch multiplies one with a tensor on the CPU, and the product is arbitrary.
+
+    Raises:
+        ValueError: an operation gets a tensor on the meta device, and another on the CPU.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        if len({tensor.is_meta for tensor in tensors}) == 2:
+            raise ValueError("a tensor that was not loaded is used")
+        return func(*args, **(kwargs or {}))

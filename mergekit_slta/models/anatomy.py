@@ -7,7 +7,9 @@ so that nothing large is computed. Of every tensor it is recorded which children
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from torch.func import functional_call
 
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.libraries.torch import TorchDispatchMode, replaced_forwards, tree_leaves
+from mergekit_slta.models.running import take_hidden
 
 Block = Literal["attention", "mlp"]
 _INPUT = "the layer's input"
@@ -38,7 +41,7 @@ class LayerAnatomy:
         parallel: whether both blocks read the layer's input; if not, the MLP block reads the attention block's output.
         entry: the first module of the MLP block that is called, or its norm; its input is the attention block's output
             if the blocks are not parallel. Empty if one of the blocks is missing.
-        tuples: the modules that return a tuple, whose first entry is their output.
+        tuples: the modules that return a tuple, whose first entry is their output -> its length.
         order: blocks and norms in the order in which they are called.
     """
 
@@ -47,7 +50,7 @@ class LayerAnatomy:
     norms: Mapping[str, Block | None]
     parallel: bool = False
     entry: str = ""
-    tuples: frozenset[str] = frozenset()
+    tuples: Mapping[str, int] = field(default_factory=dict)
     order: tuple[str, ...] = ()
 
     def block_of(self, name: str) -> Block | None:
@@ -62,6 +65,11 @@ class LayerAnatomy:
             if name.startswith(f"{norm}."):
                 return owner
         return "mlp" if self.mlps else "attention"
+
+    def is_read_by(self, name: str, block: Block) -> bool:
+        """Whether a block's forward reads a parameter (its path within the layer): all but the other block's do."""
+        other = self.parts("mlp" if block == "attention" else "attention")
+        return not name.startswith(tuple(f"{part}." for part in other))
 
     def parts(self, block: Block) -> list[str]:
         """The modules of a block, and its norms."""
@@ -150,7 +158,7 @@ def look_at_layer(
     for kinds in product(("first guess", "other", "own"), repeat=len(blocks)):
         look, sources = _Look(), _Sources()
         forwards = {}
-        tuples = set()
+        tuples: dict[str, int] = {}
         for name, child in children.items():
             kind = kinds[blocks.index(name)] if name in blocks else "own"
             forwards[child] = _recorder(name, child.forward, kind, look, sources, context, values, tuples)
@@ -161,19 +169,19 @@ def look_at_layer(
                 output = functional_call(layer, weights, (given, *args), dict(kwargs))
         except Exception:
             continue
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, (tuple, list)) else output
         called = [call.name for call in look.calls]
         if isinstance(output, Tensor) and output.shape == hidden.shape and all(called.count(n) == 1 for n in blocks):
-            return _describe(look, blocks, [name for name in children if name not in blocks], frozenset(tuples))
+            return _describe(look, blocks, [name for name in children if name not in blocks], tuples)
     return None
 
 
 def _called_children(layer: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Direct children with parameters or buffers; those of a list in its place, because a list is not called."""
+    """Direct children with parameters, and norms without; those of a list in its place: a list is not called."""
     for name, child in layer.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _called_children(child, f"{prefix}{name}.")
-        elif any(True for _ in child.parameters()):
+        elif any(True for _ in child.parameters()) or "norm" in type(child).__name__.lower():
             yield prefix + name, child
 
 
@@ -185,7 +193,7 @@ def _recorder(
     sources: _Sources,
     context: set[str],
     values: Sequence[Tensor],
-    tuples: set[str],
+    tuples: dict[str, int],
 ) -> Callable[..., Any]:
     """A forward that records its call; see `look_at_layer`."""
 
@@ -198,18 +206,20 @@ def _recorder(
         look.calls.append(_Call(name, sources.of(first), gets_context))
         if kind == "own":
             output = own(*args, **kwargs)
+            if isinstance(output, tuple):
+                tuples[name] = len(output)
         else:
             output = torch.full_like(first, 0.5)
             if gets_context == (kind == "first guess"):  # attention returns a tuple, an MLP a tensor
                 output = (output, None)
-                tuples.add(name)
+                tuples[name] = len(output)
         sources.set(output, frozenset({name}))
         return output
 
     return forward
 
 
-def _describe(look: _Look, blocks: list[str], others: list[str], tuples: frozenset[str]) -> LayerAnatomy | None:
+def _describe(look: _Look, blocks: list[str], others: list[str], tuples: Mapping[str, int]) -> LayerAnatomy | None:
     """Assign blocks and norms; None if the modules are connected in another way."""
     order = [call.name for call in look.calls if call.name in blocks]
     mixers = [name for name in order if any(call.name == name and call.gets_context for call in look.calls)]
@@ -242,7 +252,8 @@ def _describe(look: _Look, blocks: list[str], others: list[str], tuples: frozens
             norms[name] = last
             continue
         found = reached(name) if _INPUT in look.sources(name) else made_by(name) or reached(name)
-        norms[name] = None if len(found) == 2 else next(iter(found), last)
+        shared = len(found) == 2 and found == reached(name)
+        norms[name] = None if shared else last if len(found) == 2 else next(iter(found), last)
     first = {"attention": "", "mlp": ""}
     for call in look.calls:
         block = owner.get(call.name) or norms.get(call.name)
@@ -268,6 +279,21 @@ def _through(call: _Call, norms: Mapping[str, Block | None], look: _Look) -> fro
     """The sources of the shared norms that feed a call."""
     shared = [name for name in call.sources if name in norms and norms[name] is None]
     return frozenset().union(*(look.sources(name) for name in shared))
+
+
+@contextmanager
+def without(layer: nn.Module, anatomy: LayerAnatomy, block: Block) -> Iterator[None]:
+    """Let the modules and norms of one of a layer's blocks return zeros inside the context."""
+    with replaced_forwards(
+        {layer.get_submodule(part): partial(_zeros, anatomy.tuples.get(part, 0)) for part in anatomy.parts(block)}
+    ):
+        yield
+
+
+def _zeros(length: int, *args: Any, **kwargs: Any) -> Any:
+    """Zeros in the shape of the hidden states; in a tuple with Nones, if its length is not 0."""
+    zeros = torch.zeros_like(take_hidden(args, kwargs)[0])
+    return (zeros, *[None] * (length - 1)) if length else zeros
 
 
 def unknown_blocks(path: str) -> ModelError:

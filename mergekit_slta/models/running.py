@@ -7,10 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PretrainedConfig
 
-from mergekit_slta.libraries.torch import replaced_forwards
+from mergekit_slta.libraries.torch import replaced_forwards, tree_leaves
 
 
 class Stop(Exception):  # noqa: N818 - control flow, never seen outside this folder
@@ -23,6 +25,26 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class BaseOutput:
+    """Stands for a base model's output: the features, and None for everything else (router logits, caches)."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.last_hidden_state = features
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def chained(modules: Sequence[nn.Module], features: Tensor) -> Tensor:
+    """Run modules one after another."""
+    for module in modules:
+        features = module(features)
+    return features
 
 
 def call_model(model: nn.Module, weights: Mapping[str, Tensor], **inputs: Tensor) -> Any:
@@ -57,6 +79,8 @@ def enter_layers(
         hidden, rest, named = take_hidden(args, kwargs)
         if calls and hidden.shape != inputs[0].shape:
             raise Stop  # the model took [0] of a tensor, so it expects layers that return tuples
+        if calls and hidden is not inputs[0] and not torch.equal(hidden, inputs[0]):
+            raise ValueError("the model changes the hidden states between layers")
         inputs.append(hidden)
         calls.append(LayerCall(rest, named))
         if len(calls) == len(layers):
@@ -75,3 +99,30 @@ def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     rest = dict(kwargs)
     key = "hidden_states" if "hidden_states" in rest else next(iter(rest))
     return rest.pop(key), (), rest
+
+
+def looks_ahead(layer: nn.Module, call: LayerCall) -> bool:
+    """Whether a layer's attention reads later tokens: by its mask [b, h, s, s], where True or 0 stands for reading (or
+    the reverse), or if there is none by its modules' `is_causal`, which tells torch's kernels."""
+    leaves = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    masks = [leaf for leaf in leaves if leaf.dim() == 4 and 1 < leaf.shape[-1] == leaf.shape[-2]]
+    if masks:
+        reads = masks[0] if masks[0].dtype == torch.bool else masks[0] >= 0
+        if not reads.diagonal(dim1=-2, dim2=-1).any():  # every token reads itself
+            reads = ~reads
+        return bool(reads.triu(1).any())
+    return any(getattr(module, "is_causal", True) is False for module in layer.modules())
+
+
+def learned_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
+    """Rows of the table of position embeddings that tokens can have; None if there is no such table.
+
+    OPT's has `offset` rows more than positions.
+    """
+    tokens = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            offset = int(getattr(module, "offset", 0))
+            if module.num_embeddings - offset == getattr(config, "max_position_embeddings", None):
+                return module.num_embeddings - offset
+    return None

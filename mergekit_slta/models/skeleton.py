@@ -18,26 +18,22 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from mergekit_slta.errors import ModelError, RunError, listing, show
-from mergekit_slta.libraries.torch import replaced_forwards
+from mergekit_slta.libraries.torch import NoMeta, replaced_forwards
 from mergekit_slta.libraries.transformers import make_model
 from mergekit_slta.maths.task_arithmetic import all_finite
-from mergekit_slta.models.anatomy import Block, LayerAnatomy, unknown_blocks
+from mergekit_slta.models.anatomy import Block, LayerAnatomy, unknown_blocks, without
 from mergekit_slta.models.hooks import ModuleCall, record_calls
-from mergekit_slta.models.running import LayerCall, Stop, call_model, enter_layers, take_hidden
-from mergekit_slta.models.structure import cannot_run, find_structure, learned_positions, without
-
-
-class _BaseOutput:
-    """Stands for a base model's output: the features, and None for everything else (router logits, caches)."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.last_hidden_state = features
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        return self.last_hidden_state if index == 0 else None
-
-    def __getattr__(self, name: str) -> None:
-        return None
+from mergekit_slta.models.running import (
+    BaseOutput,
+    LayerCall,
+    Stop,
+    call_model,
+    chained,
+    enter_layers,
+    learned_positions,
+    take_hidden,
+)
+from mergekit_slta.models.structure import cannot_run, find_structure
 
 
 class Skeleton:
@@ -96,7 +92,10 @@ class Skeleton:
         inner = [key for key, value in vars(whole).items() if value is self.config]
         self.vocabulary_key = ".".join([*inner[:1], "vocab_size"])
         self.dtype = dtype
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        try:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        except NotImplementedError:
+            embedding = head = None
         if embedding is None or head is None or getattr(self.config, "is_encoder_decoder", False):
             raise cannot_run(self.model, name, "it has no output projection over a vocabulary, or an encoder")
         self.ties = head.weight is embedding.weight
@@ -209,11 +208,19 @@ class Skeleton:
         if not layer.mixers or not layer.mlps:
             return
         whole = self.layer(index, hidden, weights)
-        attended = self.block(index, "attention", hidden, weights)
-        if layer.parallel:
-            composed = attended + (self.block(index, "mlp", hidden, weights) - hidden)
-        else:
-            composed = self.block(index, "mlp", attended, weights)
+
+        def block(kind: Block, given: Tensor) -> Tensor:
+            start = len(f"{self.layers_path}.{index}.")
+            own = {name: tensor for name, tensor in weights.items() if layer.is_read_by(name[start:], kind)}
+            return self.block(index, kind, given, own)
+
+        try:
+            with NoMeta():
+                attended = block("attention", hidden)
+                before = hidden if layer.parallel else attended
+                composed = attended + (block("mlp", before) - before)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a block returns something else
+            raise unknown_blocks(f"{self.layers_path}.{index}") from error
         tolerance = 1e-3 * (whole - hidden).norm() + 64 * torch.finfo(whole.dtype).eps * whole.norm()
         if (whole - composed).norm() > tolerance:
             raise unknown_blocks(f"{self.layers_path}.{index}")
@@ -243,7 +250,7 @@ class Skeleton:
         prefix = f"{self.layers_path}.{index}."
         local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
         output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     def head(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run everything after the last layer: hidden states [1, n, d] -> logits [1, n, v].
@@ -251,11 +258,8 @@ class Skeleton:
         `weights` may hold only some rows of the output projection and of its bias; v is the number of these rows.
         """
 
-        def after_layers(*_: Any, **__: Any) -> _BaseOutput:
-            features = hidden
-            for module in self._structure.after:
-                features = module(features)
-            return _BaseOutput(features)
+        def after_layers(*_: Any, **__: Any) -> BaseOutput:
+            return BaseOutput(chained(self._structure.after, hidden))
 
         with replaced_forwards({self._structure.around: after_layers}):
             return call_model(self.model, weights, inputs_embeds=hidden).logits

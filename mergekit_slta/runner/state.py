@@ -155,15 +155,17 @@ class ForwardState:
     def context(self, *group: Submodule) -> Weights:
         """Load the base's tensors that a block's forward needs and that are not the block's own.
 
-        These are the norms that feed both blocks, which are submodules of their own.
+        These are norms that feed both blocks, which are submodules of their own, and parameters of the layer itself.
         """
         index = group[0].layer
         if index is None or group[0].kind not in ("attention", "mlp"):
             return {}
         prefix = f"{self.skeleton.layers_path}.{index}."
-        shared = [norm for norm, block in self.skeleton.layer_anatomy(index).norms.items() if block is None]
-        places = tuple(f"{prefix}{norm}." for norm in shared)
-        names = [name for name in self.checkpoints.plan.tensors if places and name.startswith(places)]
+        layer, block = self.skeleton.layer_anatomy(index), group[0].kind
+        parts = {name: name[len(prefix) :] for name in self.checkpoints.plan.tensors if name.startswith(prefix)}
+        names = [
+            name for name, part in parts.items() if layer.block_of(part) != block and layer.is_read_by(part, block)
+        ]
         return self.checkpoints.load(names, models=[0])[0]
 
     def check_blocks(self, layer: int) -> None:
