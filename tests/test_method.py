@@ -13,7 +13,7 @@ from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
-from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.alphas_file import Alphas, Direction, SubmoduleAlphas
 from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.wrap import wrap_run_merge
@@ -229,17 +229,18 @@ def test_run_merge_is_wrapped_once_and_passes_others_through():
 
 def test_tensors_that_text_does_not_reach():
     """Equal ones are copied; for others the recipe says what becomes of them."""
-    alphas = make_alphas(("a", "b")).model_copy(update={"copied": ("m.vision",)})
-    values = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0])]
+    changes = {"copied": ("m.vision",), "directions": (Direction(model="d"),)}
+    alphas = make_alphas(("a", "b", "d")).model_copy(update=changes)
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([3.0, 3.0]), torch.tensor([9.0, 9.0])]
     call = merge_methods.get("submodule_linear")
 
     def merged(rule, *tensors):
-        ids = ["base", "a", "b"]
+        ids = ["base", "a", "b", "d"]
         group = TensorGroup.from_tensors(list(tensors), ids=ids, base_index=0, name="m.vision")
-        with active("file", ActiveMerge(alphas, {"a": 0, "b": 1}, keep_precision=False, uncalibrated=rule)):
+        with active("file", ActiveMerge(alphas, {"a": 0, "b": 1, "d": 2}, keep_precision=False, uncalibrated=rule)):
             return call([group], parameters={"alphas": "file"})[0].tolist()
 
-    assert merged("error", *values[:1] * 3) == [1, 2]
+    assert merged("error", *values[:1] * 4) == [1, 2]
     assert merged("base", *values) == [1, 2]
     assert merged("average", *values) == [2, 3]
     with refused(ModelError, "uncalibrated-tensors", "m.vision"):

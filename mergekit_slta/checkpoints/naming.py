@@ -54,7 +54,7 @@ def find_sources(skeleton: Skeleton, shapes: Mapping[str, Sequence[int] | None])
         if None not in known:
             try:
                 targets = list(conversion.convert(skeleton.model, [torch.empty(s, device="meta") for s in known]))
-            except Exception:
+            except Exception:  # some are missing, or of other sizes: the tensor counts as missing
                 continue
         found |= {name: Source(tuple(conversion.sources), conversion) for name in targets}
     return found
@@ -123,19 +123,20 @@ class RenamedLoader(LazyTensorLoader):
         targets = [name for name in self._wanted.get(key, ()) if name in self._sources]
         if not targets:
             return self.base.get_tensor(key, device=device, aliases=aliases, raise_on_missing=raise_on_missing)
-        if key not in self._kept:  # of a group of experts, all are made at once
+        kept = self._kept  # threads share a loader
+        if key not in kept:  # of a group of experts, all are made at once
             made = {}
             for name in targets:
                 source = self._sources[name]
                 made[name] = source.make(self._skeleton, name, [self.own.get_tensor(each) for each in source.names])
-            self._kept = {**made, **to_checkpoint(self._skeleton.model, made)}
-        if key not in self._kept:
+            kept = self._kept = {**made, **to_checkpoint(self._skeleton.model, made)}
+        if key not in kept:
             raise ModelError(
                 f"{show(self._name)} stores {show(targets[0])} in another way than the base: load it with transformers "
                 "and save it with `save_pretrained`",
                 code="missing-tensor",
             )
-        return self._kept[key].to(device)
+        return kept[key].to(device)
 
     def flush(self) -> None:
         """Close and unmap the open files."""

@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_slta.checkpoints.configs import ties_embeddings
 from mergekit_slta.checkpoints.naming import RenamedLoader, Source, groups_by_source
 from mergekit_slta.libraries.mergekit import LazyTensorLoader, place_loader
 from mergekit_slta.libraries.mergekit_plan import Definition, described
@@ -43,7 +44,7 @@ def define_output(
     base = sources[recipe.base]
     names = list(loaders[recipe.base].index.tensor_paths)
     head, table = skeleton.head_weight, skeleton.embedding_weight
-    own_head = [model for model in recipe.models if head in sources[model] and not _ties(configs[model])]
+    own_head = [model for model in recipe.models if head in sources[model] and not ties_embeddings(configs[model])]
     extra = [head] if head not in base and own_head and head not in names else []
     made = groups_by_source({name: source for name, source in base.items() if name in skeleton.shapes})
     made |= {name: [name] for name in extra}
@@ -66,10 +67,6 @@ def define_output(
     return definition, [name for name in names if name not in made]
 
 
-def _ties(config: PretrainedConfig) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
-
-
 def place_renamed(
     model: ModelReference,
     recipe: Recipe,
@@ -87,7 +84,7 @@ def place_renamed(
     loader, base = loaders[model], loaders[recipe.base]
     present = loader.index.tensor_paths
     table, head = skeleton.embedding_weight, skeleton.head_weight
-    same = {name for source in sources[model].values() for name in source.names if name in names}
+    same = {name for source in sources[model].values() for name in source.names} & {*names}
     made = groups_by_source(sources[recipe.base])
     made |= {name: [name] for name in names if name not in base.index.tensor_paths}
     # A tensor that the model class does not know keeps its name; mergekit finds a tied projection by itself.
@@ -107,8 +104,6 @@ def place_renamed(
             own is not None and own.conversion is None and sources[recipe.base].get(targets[0], own).conversion is None
         ):
             whole[name] = own.names[0]
-    renaming = RenamedLoader(
-        loader, skeleton, recipe.names[model], names, made, sources[model], whole, base
-    )  # fmt: skip
-    place_loader(model, renaming, options)
+    name = recipe.names[model]
+    place_loader(model, RenamedLoader(loader, skeleton, name, names, made, sources[model], whole, base), options)
     return {name: other for name, other in whole.items() if name != other}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,39 +61,33 @@ def _same_class(configs: Mapping[ModelReference, Any], plan: Plan, model: ModelR
     return configs[model].architectures == configs[plan.models[0]].architectures
 
 
-def find_differing(plan: Plan, names: Mapping[ModelReference, str], rule: str) -> list[str]:
-    """Find the tensors that text does not run through and that differ between the models, by their names in OUT.
+def refuse_differing(plan: Plan) -> None:
+    """Refuse tensors that text does not run through and that differ between the models.
 
     Args:
         plan: the plan; of models that cannot be read yet, nothing is compared.
-        names: the models' names in the recipe, for messages.
-        rule: the recipe's `uncalibrated`.
 
     Raises:
-        ModelError: there are some, and the rule is "error".
+        ModelError: there are some.
     """
+    if plan.unread:
+        return
     base, *others = (placed_loader(model) for model in plan.models)
     differing = []
-    if not plan.unread:
-        for name in plan.carried:
-            own = base.get_tensor(name)
-            for loader in others:
-                if not torch.equal(own, loader.get_tensor(name, raise_on_missing=False)):
-                    differing.append(name)
-                    break
-        for loader in (base, *others):
-            loader.flush()
-    if differing and rule == "error":
-        stored = plan.stored[plan.models[0]]
-        sizes = {name: math.prod(entry.shape) for name, entry in stored.items()}
-        share = sum(sizes.get(name, 0) for name in differing) / max(1, sum(sizes.values()))
+    for name in plan.carried:
+        own = base.get_tensor(name)
+        if any(not torch.equal(own, loader.get_tensor(name)) for loader in others):
+            differing.append(name)
+    for loader in (base, *others):
+        loader.flush()
+    if differing:
+        share = sum(map(plan.num_elements, differing)) / max(1, sum(map(plan.num_elements, plan.outputs)))
         raise ModelError(
             f"text does not run through {len(differing)} tensors that differ between the models ({share:.1%} of the "
             f"weights: {listing(differing, 3)}): add `uncalibrated: base` to keep the base's, or `uncalibrated: "
             "average`",
             code="uncalibrated-tensors",
         )
-    return differing
 
 
 def _refuse_quantized(

@@ -135,7 +135,7 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
         )
     merge = _ACTIVE.get(path) or _load(path)
     if name in merge.alphas.copied:
-        return _carry(name, [entry.tensor for entry in group.entries], group.base, merge.uncalibrated)
+        return _carry(name, group, merge)
     slices = merge.alphas.pieces(name)
     if slices is None:
         raise AlphasError(
@@ -145,7 +145,7 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
     models, form = merge.alphas.models, merge.alphas.closed_form
     tensors: list[Tensor | None] = [None] * len(models)
     for entry in group.non_base:
-        column = merge.columns.get(entry.id, merge.columns.get(str(entry.id)))
+        column = _column(merge, entry)
         if column is None:
             raise AlphasError(
                 f"the alphas file {show(path)} knows no model {show(entry.id)}; "
@@ -170,24 +170,30 @@ def _merge_group(group: Any, path: str | None, scale: float) -> Tensor:
     return merge_tensor(base, tensors, slices, scale, wide if merge.keep_precision else base.dtype)  # type: ignore[arg-type]
 
 
-def _carry(name: str, tensors: Sequence[Tensor], base: Any, rule: str) -> Tensor:
+def _carry(name: str, group: Any, merge: ActiveMerge) -> Tensor:
     """A tensor that text does not run through, by the recipe's `uncalibrated`.
 
     Raises:
         ModelError: it differs between the models, and the rule is "error".
     """
-    first = tensors[0] if base is None else base.tensor
-    if rule == "base" or all(torch.equal(first, tensor) for tensor in tensors):
+    first = group.entries[0].tensor if group.base is None else group.base.tensor
+    if merge.uncalibrated == "base" or all(torch.equal(first, entry.tensor) for entry in group.entries):
         return first.clone()
-    if rule == "error":
+    if merge.uncalibrated == "error":
         raise ModelError(
             f"{show(name)} differs between the models, and text does not run through it: add `uncalibrated: base` or "
             "`uncalibrated: average`",
             code="uncalibrated-tensors",
         )
-    others = [tensor for tensor in tensors if tensor is not first]
+    columns = [merge.alphas.models.index(expert) for expert in merge.alphas.experts]
     wide = torch.promote_types(first.dtype, torch.float32)
-    return torch.stack([tensor.to(wide) for tensor in others]).mean(0).to(first.dtype)
+    own = [entry.tensor.to(wide) for entry in group.non_base if _column(merge, entry) in columns]
+    return torch.stack(own).mean(0).to(first.dtype)
+
+
+def _column(merge: ActiveMerge, entry: Any) -> int | None:
+    """Index of an input's model in the alphas; None if they do not know it."""
+    return merge.columns.get(entry.id, merge.columns.get(str(entry.id)))
 
 
 def _closed_form(merge: ActiveMerge, name: str, base: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:

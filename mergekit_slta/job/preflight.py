@@ -17,7 +17,7 @@ from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
 from mergekit_slta.checkpoints.hub import check_room
 from mergekit_slta.checkpoints.lora_loader import needs_merged_copy
 from mergekit_slta.checkpoints.plan import Plan, make_plan
-from mergekit_slta.checkpoints.reconcile import find_differing, find_ties, reconcile
+from mergekit_slta.checkpoints.reconcile import find_ties, reconcile, refuse_differing
 from mergekit_slta.checkpoints.tensors import token_out_of_range
 from mergekit_slta.checkpoints.tokenizers import load_tokenizer
 from mergekit_slta.checkpoints.vocabulary import check_vocabulary, vocabulary_advice
@@ -111,7 +111,8 @@ def prepare(
             check_vocabulary(recipe, info, own.get_vocab() if own else {}, sizes)
         reconcile(plan, recipe.names, skeleton, configs, advice=lambda: vocabulary_advice(recipe, config, options))
         plan.is_tied = find_ties(plan, recipe.names, configs, skeleton.embedding_weight, skeleton.head_weight)
-        find_differing(plan, recipe.names, recipe.settings.uncalibrated)
+        if recipe.settings.uncalibrated == "error":
+            refuse_differing(plan)
         submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
         record = job_identity(recipe, plan, rows)
         if plan_only or not plan.unread:  # else there will be another plan

@@ -167,7 +167,7 @@ def look_at_layer(
                 given = hidden.clone()
                 sources.set(given, frozenset({_INPUT}))
                 output = functional_call(layer, weights, (given, *args), dict(kwargs))
-        except Exception:
+        except Exception:  # a block returns something else: try the next
             continue
         output = output[0] if isinstance(output, (tuple, list)) else output
         called = [call.name for call in look.calls]

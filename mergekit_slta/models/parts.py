@@ -88,7 +88,8 @@ def router_of(layer: nn.Module, anatomy: LayerAnatomy) -> nn.Module | None:
     return None
 
 
-def experts_per_token(config: PretrainedConfig) -> int:
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Number of experts that a token is sent to, by the config; None if it does not say."""
     keys = ("num_experts_per_tok", "top_k_experts", "moe_k", "num_experts_per_token", "moe_top_k")
-    value = next((value for key in keys if (value := getattr(config, key, None))), 1)
-    return int(value[0] if isinstance(value, (list, tuple)) else value)  # HunYuan's is per layer
+    value = next((value for key in keys if (value := getattr(config, key, None))), None)
+    return value[0] if isinstance(value, (list, tuple)) else value  # HunYuan's is per layer

@@ -309,25 +309,6 @@ def _can_group_experts(model: nn.Module, dtype: torch.dtype) -> bool:
     return not experts or (dtype != torch.float64 and aligned)
 
 
-def _find_layers(model: nn.Module, config: PretrainedConfig, name: str) -> tuple[list[nn.Module], str]:
-    """Find the decoder layers: of the lists of modules that are as long as the config says, the nearest to the
-    embeddings. Returns them and the path of their list."""
-    expected = getattr(config, "num_hidden_layers", None)
-    embedding = model.get_input_embeddings()
-    (place,) = [path for path, module in model.named_modules() if module is embedding]
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    while place:
-        place = place.rpartition(".")[0]
-        found = {path: module for path, module in lists.items() if path.startswith(f"{place}." if place else "")}
-        for path, module in sorted(found.items(), key=lambda item: item[0].count(".")):
-            if len(module) == expected:
-                return list(module), path
-    raise ModelError(
-        f"no list of {show(expected)} decoder layers found in {show(name)}; please report the model",
-        code="unknown-layers",
-    )
-
-
 def check_finite(features: Tensor, where: str) -> Tensor:
     """Check features or gradients for NaN and Inf, and return them.
 

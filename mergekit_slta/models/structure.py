@@ -109,6 +109,7 @@ def find_structure(model: PreTrainedModel, config: PretrainedConfig, dtype: torc
         order = () if (anatomy := anatomies[int(index)]) is None else anatomy.order
         return 1, int(index), next((at for at, part in enumerate(order) if rest.startswith(f"{part}.")), len(order))
 
+    count = experts_per_token(config)
     return Structure(
         layers,
         returned,
@@ -118,9 +119,9 @@ def find_structure(model: PreTrainedModel, config: PretrainedConfig, dtype: torc
         tuple(sorted(used, key=place)),
         Anatomy(layers_path, anatomies, head_weight, trained, modules, tuple(heads)),
         {
-            index: (router, experts_per_token(config))
+            index: (router, count)
             for index, (layer, anatomy) in enumerate(zip(layers, anatomies, strict=True))
-            if anatomy is not None and (router := router_of(layer, anatomy)) is not None
+            if anatomy is not None and (router := router_of(layer, anatomy)) is not None and count is not None
         },
     )
 
