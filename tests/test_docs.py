@@ -64,6 +64,7 @@ def test_links_lead_somewhere():
         "README.md",
         "CONTRIBUTING.md",
         "examples/smollm2/README.md",
+        "examples/gemma3/README.md",
         "examples/linear_attention_finetuning/README.md",
         "yaml_recipes/mergebench/README.md",
     ):
