@@ -5,14 +5,15 @@ the squares of their standard deviations over seeds (0 for what has no seed). Th
 beyond s on its side ("agrees"), fails where it lies beyond s on the other ("does not"), and else is "undecided". Two
 means are "the same" where d is within s, or within `TOLERANCE`. What has one seed only is marked: its s is unknown and
 counts as 0. Where the paper's two models contradict each other or are both within their spread there is no direction
-to test, and none is claimed. All s are over draws of calibration rows; that the test rows are a sample is not in them.
+to test, and none is claimed. Two standard deviations differ only where the ratio of their squares is beyond the 95%
+quantile of F. All s are over draws of calibration rows; that the test rows are a sample is not in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, inf
 from typing import Any
 
 from gaps import Evidence, Spread
@@ -181,11 +182,21 @@ def _scales(evidence: Evidence) -> Iterator[Claim]:
             )
 
 
+F_QUANTILES = {2: 161.4, 3: 19.0, 4: 9.28, 5: 6.39}
+"""Number of draws -> the 95% quantile of the ratio of two estimated variances that are equal in truth."""
+
+
 def _level_spread(evidence: Evidence) -> Iterator[Claim]:
     heads, blocks = (row_of(evidence, TRIPLE, level) for level in ("head_mlp", "attn_mlp"))
     theirs = [f"{rows[level][set_name(TRIPLE)][1]}" for rows in MAIN.values() for level in ("head_mlp", "attn_mlp")]
     known = [each.std for each in (heads, blocks) if each is not None and each.std is not None]
-    verdict = MISSING if len(known) < 2 else "agrees" if known[0] > known[1] else "does not"
+    verdict = MISSING
+    if len(known) == 2:
+        quantile = F_QUANTILES.get(min(each.count for each in (heads, blocks) if each is not None), inf)
+        ahead, behind = known[0] ** 2, known[1] ** 2
+        verdict = (
+            "agrees" if ahead > quantile * behind else "does not" if behind > quantile * ahead else "undecided"
+        )  # fmt: skip
     yield Claim(
         "Table 3: heads are unstable (standard deviation over seeds, three experts)",
         f"head_mlp above attn_mlp: {theirs[0]} and {theirs[1]} (7B), {theirs[2]} and {theirs[3]} (13B)",
