@@ -226,8 +226,8 @@ def plenty(tiny: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(folder, tiny.base, tiny.experts[:2], datasets)
 
 
-PLAIN_JOINT = {"objective": "joint", "direction": "none"}
-"""`objective: joint` over the experts alone."""
+PLAIN_JOINT = {"objective": "joint", "direction": "none", "compute_dtype": "float32"}
+"""`objective: joint` over the experts alone, in float32 on every CPU."""
 FORMATS = {"own": "Question: {question}\nAnswer: ", "other": "{number} ??? "}
 """Prompts of `trained`, before a row's answer."""
 

@@ -16,6 +16,7 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.data.rows import Example, Row
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.models.submodules import partition
+from mergekit_slta.objectives import gradient_passes
 from mergekit_slta.reporting.card import section
 from mergekit_slta.runner import head_loss
 from mergekit_slta.runner.directional import BLOCK_ELEMENTS
@@ -68,16 +69,16 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):
 
     monkeypatch.setattr(head_loss, "sample_labels", spy)
     monkeypatch.setattr(head_loss, "LOGIT_GRADIENTS", 320 * 5)  # five positions at a time
+    monkeypatch.setattr(gradient_passes, "GRADIENT_TOKENS", 0)  # of one row
     found = gather_statistics(job).by_submodule
     labels: list[list[torch.Tensor]] = []  # row -> draw -> tokens
     for example in job.examples():
         parts = -(-(len(example.row.ids) - example.row.completion) // 5)
-        pieces = [[drawn.pop(0) for _ in range(3)] for _ in range(parts)]
-        labels.append([torch.cat([piece[draw] for piece in pieces]) for draw in range(3)])
+        labels.append(list(torch.cat([drawn.pop(0) for _ in range(parts)], dim=1)))
     for draw in range(3):
         expected = expert_slopes(models, job, [row[draw] for row in labels])
         assert_close({key: slopes[:, draw] for key, slopes in found.items()}, expected)
-    monkeypatch.undo()
+    monkeypatch.setattr(head_loss, "LOGIT_GRADIENTS", 2**24)
     again = gather_statistics(job).by_submodule
     assert_close(again, found)
 
@@ -85,9 +86,8 @@ def test_drawn_labels_follow_the_experts_distribution(specimen, monkeypatch):
 def test_labels_follow_their_probabilities():
     """Over many draws their frequencies are the model's."""
     chances = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).repeat(20000, 1)
-    tokens = head_loss.sample_labels(
-        chances, torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    )
+    uniforms = torch.rand((1, 20000), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = head_loss.sample_labels(chances, uniforms)[0]
     frequencies = torch.bincount(tokens, minlength=4) / len(tokens)
     assert torch.allclose(frequencies, chances[0], atol=0.02)
     assert frequencies[3] == 0

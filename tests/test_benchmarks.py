@@ -49,7 +49,7 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("benchmarks")
 
 
-@pytest.mark.parametrize("name", ["floor", "naive", "merge", "growth", "check", "limit", "versions"])
+@pytest.mark.parametrize("name", ["floor", "naive", "merge", "growth", "check", "minutes", "limit", "versions"])
 def test_quick_benchmarks_give_tables(in_process, workdir, name):
     """Each runs with --quick, and what it found becomes a section without a hole."""
     import run
@@ -98,18 +98,16 @@ def test_a_job_imports_the_package_of_its_tree(workdir, monkeypatch):
 
 
 def test_what_check_predicts_is_read_from_its_output():
-    """Rows and tokens are summed over the experts, sizes have their units, and the libraries are taken off."""
+    """Rows and tokens are summed over the experts; each phase has its seconds."""
     import jobs
 
-    text = (
-        "expert      a  (30 rows, 3902 tokens of a.jsonl; importance 1)\n"
-        "expert      b  (20 rows, 98 tokens of b.jsonl; importance 1)\n"
-        "reads       1.03e+03 MiB for calibration, once more for the merge\ncomputes    12.6 TFLOP\n"
-        "memory      about 1.5 GiB at the peak of calibration; the largest allocation is 8 MiB\n"
-    )
-    assert jobs.read_check(text, libraries=2**30) == {
-        "num_rows": 50, "num_tokens": 4000, "predicted_flops": 12.6e12, "predicted_read_bytes": 1030 * 2**20,
-        "predicted_peak_bytes": 2**29,
+    found = {
+        "experts": [{"rows": 30, "tokens": 3902}, {"rows": 20, "tokens": 98}], "flops": 12.6e12, "read_bytes": 1030,
+        "peak_bytes": 2**29, "phases": [{"name": "features", "seconds": 3.0}, {"name": "merge", "seconds": 1.0}],
+    }  # fmt: skip
+    assert jobs.read_check(found) == {
+        "num_rows": 50, "num_tokens": 4000, "predicted_flops": 12.6e12, "predicted_read_bytes": 1030,
+        "predicted_peak_bytes": 2**29, "predicted_seconds": {"features": 3.0, "merge": 1.0},
     }  # fmt: skip
 
 

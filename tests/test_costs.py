@@ -14,11 +14,14 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.calibration.evaluate import evaluate
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.checkpoints.tensors import Checkpoints
+from mergekit_slta.data import batches
 from mergekit_slta.job.job import Job
 from mergekit_slta.objectives import costs, joint_search
 from mergekit_slta.objectives.costs import estimate_features, estimate_gradients
 from mergekit_slta.reporting.terminal import describe_job
+from mergekit_slta.runner import backward
 from mergekit_slta.runner.backward import BackwardPass
+from mergekit_slta.runner.directional import DirectionalDerivatives
 from mergekit_slta.runtime.resume import ResumeStore
 
 
@@ -26,7 +29,7 @@ class Counted:
     """What a calibration and its evaluation do with the first layer's last matrix.
 
     Attributes:
-        passes: tokens that pass it; a backward pass counts twice, once for its inputs' gradients and once for its own.
+        passes: tokens that pass it, forward, backward to its inputs, or through an expert's task vector.
         readings: how often it is read, all models together counting as one.
         scratch: largest number of bytes of activations on disk.
     """
@@ -46,18 +49,25 @@ class Counted:
             yield
             counts[what] = before
 
-        linear_maps, layer_backward, grad = BackwardPass._linear_maps, BackwardPass._layer_backward, torch.autograd.grad
+        look, layer_backward, grad = backward.look_at_part, BackwardPass._layer_backward, torch.autograd.grad
+        add_module = DirectionalDerivatives.add_module
 
-        def uncounted(own, *arguments):
-            with during("forward", False):  # one row, to see which modules a layer calls
-                return linear_maps(own, *arguments)
+        def uncounted(*arguments):
+            with during("forward", False), during("backward", False):  # one row, to see what the layer calls
+                return look(*arguments)
 
-        def backward(own, layer):
+        def added(own, path, called, call, rows, weights, vectors):
+            if called is module:
+                self.passes += rows.index.numel() * len(vectors[name])
+            add_module(own, path, called, call, rows, weights, vectors)
+
+        def counted_backward(own, layer):
             with during("backward", layer == 0):
                 return layer_backward(own, layer)
 
         def counted_grad(outputs, *arguments, **settings):
-            self.passes += 2 * len(outputs) * counts["backward"]
+            is_loss = settings.get("allow_unused", False)  # the other ones are along a norm's task vectors
+            self.passes += outputs.shape[:-1].numel() * (counts["backward"] and is_loss)
             return grad(outputs, *arguments, **settings)
 
         features = joint_search.features_point
@@ -83,8 +93,10 @@ class Counted:
             self.scratch = max(self.scratch, sum(path.stat().st_size for path in stores))
 
         with monkeypatch.context() as patch, ResumeStore(folder, "same") as store:
-            patch.setattr(BackwardPass, "_linear_maps", uncounted)
-            patch.setattr(BackwardPass, "_layer_backward", backward)
+            patch.setattr(batches, "PADDING", 1.0)  # only rows of one length run together
+            patch.setattr(backward, "look_at_part", uncounted)
+            patch.setattr(DirectionalDerivatives, "add_module", added)
+            patch.setattr(BackwardPass, "_layer_backward", counted_backward)
             patch.setattr(torch.autograd, "grad", counted_grad)
             patch.setattr(Checkpoints, "raw", counted_raw)
             patch.setattr(ResumeStore, "put", watched)
@@ -152,15 +164,15 @@ def test_costs_of_an_evaluation_are_counted(specimen, with_rows, monkeypatch, tm
     assert told.read_bytes - without.read_bytes == total_bytes(job.plan)
 
 
-def test_memory_of_the_output_projection_is_counted(specimen, monkeypatch):
-    """Two gradients by the logits of the longest row for every draw; a solve among many rows where that is more."""
+def test_memory_of_draws_is_counted(specimen, monkeypatch):
+    """The gradients by all outputs in a layer, of a batch for every draw; a solve among many rows if that is more."""
     models = specimen("qwen3")
     jobs = [job_of(models, **PLAIN_JOINT, granularity="attn_mlp", steps=0, label_samples=count) for count in (100, 300)]
-    head = jobs[0].skeleton.shapes[jobs[0].skeleton.embedding_weight]
-    longest = max(len(row.ids) for rows in jobs[0].rows for row in rows.rows)
+    config, tokens = jobs[0].skeleton.config, jobs[0].num_tokens
+    outputs = 3 * config.intermediate_size + 4 * config.hidden_size
     monkeypatch.setattr(costs, "SOLVE_MATRICES", 0)
     few, many = (estimate_gradients(job).peak_bytes for job in jobs)
-    assert many - few == pytest.approx(200 * 2 * longest * head[0] * 4 * costs.MEMORY_MARGIN, abs=2)
+    assert many - few == pytest.approx(200 * tokens * outputs * 4 * costs.MEMORY_MARGIN, abs=2)
     monkeypatch.setattr(costs, "SOLVE_MATRICES", 1000)
     draws = 300 * sum(len(rows.rows) for rows in jobs[1].rows)
     slopes = 6 * draws * 2 * len(jobs[1].submodules) * 8

@@ -33,7 +33,7 @@ def test_defaults_are_the_tables():
         "granularity": "attn_mlp", "num_samples": 30, "max_seq_length": 512, "seed": 42, "balance": True,
         "objective": "features", "ridge": 0.0, "evaluate": False, "direction": "none",
         "uncalibrated": "error",
-        "compute_dtype": "float32", "alphas": None,
+        "compute_dtype": "auto", "alphas": None,
     }  # fmt: skip
     features = read().settings
     assert features.model_dump(exclude={"own", "stated"}) == shared

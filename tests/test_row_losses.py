@@ -92,8 +92,8 @@ def test_steps_measure_losses_on_rows_that_are_held_out(make_models, with_rows, 
 def test_losses_of_other_architectures(specimen, objective, name, granularity):
     """Parallel blocks, shared norms, mixtures of experts, a scaled head; whole rows where no answer is known."""
     models = specimen(name)
-    steps = {"steps": 0, "direction": "none"} if objective == "joint" else {}
-    job = job_of(models, granularity=granularity, objective=objective, **steps)
+    steps = {**PLAIN_JOINT, "steps": 0} if objective == "joint" else {}
+    job = job_of(models, **{"granularity": granularity, "objective": objective, **steps})
     losses = gather_statistics(job).losses
     torch.testing.assert_close(losses, expected_losses(models, job.examples()), rtol=1e-5, atol=1e-5)
 

@@ -92,11 +92,11 @@ def expert_slopes(models: Models, job, labels: list[Tensor] | None = None) -> di
     return {submodule.name: torch.stack([row[submodule.name] for row in rows]) for submodule in job.submodules}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-5 of the largest slope."""
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """To `tolerance` of the largest slope."""
     scale = max(float(part.abs().max()) for part in expected.values())
     assert found.keys() == expected.keys()
     for name, slopes in expected.items():
         difference = (found[name].double() - slopes.double()).abs().max()
-        assert difference <= 1e-5 * scale, (name, float(difference), scale)
+        assert difference <= tolerance * scale, (name, float(difference), scale)
         assert slopes.abs().max() > 0 or not found[name].any()

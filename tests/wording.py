@@ -150,7 +150,8 @@ WORDING: dict[str, str] = {
     "unsupported-architecture": r".+ is a \w+, which cannot be merged here: (it|its) .+",
     "unsupported-format": r"cannot draw .+: figures are \.png or \.svg",
     "unsupported-layout": r"merges whole models: replace `\w+:` by `models:`",
-    "unusable-device": r"(--multi-gpu needs an accelerator, .+: drop it|device .+ cannot be used here .*: drop --cuda)",
+    "unusable-device": r"(--multi-gpu needs an accelerator, .+: drop it|`compute_dtype` is tf32, and .+: use auto"
+    r"|device .+ cannot be used here .*: drop --cuda)",
     "unusable-row": r"row \d+ of .+(: mend the row|: remove such rows or choose another `text`"
     r"|save (it|the file) as UTF-8)",
     "value-differs-between-tensors": r"`\w+` differs between tensors .+: give one value for all of them",

@@ -450,6 +450,57 @@ def check(bench: Bench) -> dict[str, Any]:
     return {"title": made.shape.title, "num_experts": NUM_EXPERTS, "lines": lines}
 
 
+def minutes(bench: Bench) -> dict[str, Any]:
+    """The time of each phase: what `mergekit-slta check` says just before, against what the merge's record says."""
+    joint = {"objective": "joint", "granularity": "linear", "compute_dtype": "auto", "steps": 1}
+    small = bench.workload(bench.small_shape)
+    recipes = {
+        f"features, {small.shape.title}": small.recipe(num_samples=bench.num_rows),
+        f"joint, {small.shape.title}": small.recipe(num_samples=min(5, bench.num_rows), **joint),
+    }
+    if bench.large:
+        large = bench.workload(bench.large_shape)
+        few = {"num_samples": min(3, bench.num_rows), "direction": "none"}
+        recipes |= {f"features, {large.shape.title}": large.recipe(num_samples=few["num_samples"])}
+        recipes |= {f"joint, {large.shape.title}": large.recipe(**joint, **few)}
+    if not bench.quick:
+        demo = bench.folder / "demo"
+        if not demo.exists():
+            bench.log("making the models of the demo")
+            bench.run("demo", folder=str(demo))
+        recipes |= {"features, demo": demo_recipe(demo), "joint, demo": demo_recipe(demo, objective="joint", steps=3)}
+    lines = []
+    with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
+        for name, recipe in recipes.items():
+            bench.log(name)
+            found = bench.run("phases", recipe={**recipe, "out_dtype": "bfloat16"}, out=f"{temporary}/out")["values"]
+            shutil.rmtree(f"{temporary}/out")
+            predicted, measured = found["predicted_seconds"], found["took"]["seconds"]
+            lines.append(
+                {
+                    "job": name,
+                    "num_tokens": found["num_tokens"],
+                    "predicted": predicted,
+                    "measured": measured,
+                    "ratio": sum(predicted.values()) / sum(measured.values()),
+                }
+            )
+    return {"lines": lines}
+
+
+def demo_recipe(folder: Path, **parameters: Any) -> dict[str, Any]:
+    """The demo's recipe, over absolute paths."""
+    columns = {"math": {"text": "{question} {answer}"}, "words": {}, "numbers": {}}
+    models = [
+        {"model": f"{folder}/models/{name}", "parameters": {"dataset": f"{folder}/data/{name}.jsonl", **more}}
+        for name, more in columns.items()
+    ]
+    return {
+        "merge_method": "submodule_linear", "base_model": f"{folder}/models/base", "models": models,
+        "parameters": {"num_samples": 30, **parameters},
+    }  # fmt: skip
+
+
 def limit(bench: Bench) -> dict[str, Any]:
     """Whether a calibration of the large models stays within 3 GB of anonymous memory."""
     if not bench.large:
@@ -550,5 +601,5 @@ def revision(tree: Path) -> str:
 
 BENCHMARKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "floor": floor, "naive": naive, "merge": merge, "growth": growth, "startup": startup, "check": check,
-    "limit": limit, "versions": versions,
+    "minutes": minutes, "limit": limit, "versions": versions,
 }  # fmt: skip

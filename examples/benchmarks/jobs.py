@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import io
 import json
-import re
 import runpy
 import sys
 import time
@@ -20,14 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from measure import Clock, resident
+from measure import Clock
 from workload import from_mapping, make
 
-_TRANSFORMERS = ("torch", "transformers", "transformers.models.llama.modeling_llama")
-_PACKAGE = (*_TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta")
+TRANSFORMERS = ("torch", "transformers", "transformers.models.llama.modeling_llama")
+PACKAGE = (*TRANSFORMERS, "datasets", "mergekit.merge", "mergekit_slta")
 _PUBLIC = ("Alphas", "calibrate", "register")
 """Names of the package that load its modules."""
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def make_workload(clock: Clock, workload: dict[str, Any], lengths: list[list[int]]) -> None:
@@ -39,11 +37,11 @@ def calibrate(clock: Clock, recipe: dict[str, Any], save: str | None = None) -> 
     """`mergekit-slta check`, then `mergekit_slta.calibrate(recipe)`; the alphas in `save`, if asked for.
 
     Returns:
-        what `check` predicts; see `_checked`.
+        what `check` predicts; see `checked`.
     """
     import mergekit_slta
 
-    predicted = _checked(clock, recipe)
+    predicted = checked(clock, recipe)
     with clock.phase("work"):
         alphas = mergekit_slta.calibrate(recipe)
     if save:
@@ -51,21 +49,21 @@ def calibrate(clock: Clock, recipe: dict[str, Any], save: str | None = None) -> 
     return predicted
 
 
-def _checked(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Run `mergekit-slta check` in this process, as the phase "check", and read what it prints.
+def checked(clock: Clock, recipe: dict[str, Any], *options: str, phase: str = "check") -> dict[str, Any]:
+    """Run `mergekit-slta check --json OPTIONS` in this process, as a phase, and read what it prints; {} for a version
+    of the package that does not print JSON.
 
     Returns:
-        num_rows, num_tokens; predicted_flops, predicted_read_bytes, predicted_peak_bytes (without the libraries). Sizes
-        have the three digits that are printed.
+        num_rows, num_tokens; predicted_flops, predicted_read_bytes, predicted_peak_bytes (without the libraries), and
+        predicted_seconds of each phase.
     """
     printed = io.StringIO()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yml"
         path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        with clock.phase("check"), contextlib.redirect_stdout(printed):
-            _command("check", str(path))
-    libraries = resident(Path("/proc/self/status").read_bytes())[0]
-    return read_check(printed.getvalue(), libraries)
+        with clock.phase(phase), contextlib.redirect_stdout(printed), contextlib.suppress(RuntimeError):
+            _command("check", "--json", str(path), *options)
+    return read_check(json.loads(printed.getvalue())) if printed.getvalue() else {}
 
 
 def _command(*arguments: str) -> None:
@@ -80,25 +78,15 @@ def _command(*arguments: str) -> None:
         sys.argv = before
 
 
-def read_check(text: str, libraries: int) -> dict[str, Any]:
-    """Numbers in what `mergekit-slta check` has printed.
-
-    Args:
-        text: its output.
-        libraries: anonymous bytes of the process that ran it, which it counts as the libraries'.
-    """
-
-    def sized(pattern: str) -> float:
-        number, unit = re.search(pattern + r" ([\d.e+]+) (B|KiB|MiB|GiB)\b", text, re.MULTILINE).groups()
-        return float(number) * _UNITS[unit]
-
-    rows = re.findall(r"\((\d+) rows, (\d+) tokens of ", text)
+def read_check(found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that are compared, of those that `mergekit-slta check --json` has printed."""
     return {
-        "num_rows": sum(int(each) for each, _ in rows),
-        "num_tokens": sum(int(each) for _, each in rows),
-        "predicted_flops": 1e12 * float(re.search(r"^computes +([\d.e+-]+) TFLOP", text, re.MULTILINE)[1]),
-        "predicted_read_bytes": sized(r"^reads +"),
-        "predicted_peak_bytes": max(0.0, sized(r"^memory +about") - libraries),
+        "num_rows": sum(expert["rows"] for expert in found["experts"]),
+        "num_tokens": sum(expert["tokens"] for expert in found["experts"]),
+        "predicted_flops": found["flops"],
+        "predicted_read_bytes": found["read_bytes"],
+        "predicted_peak_bytes": found["peak_bytes"],
+        "predicted_seconds": {phase["name"]: phase["seconds"] for phase in found["phases"]},
     }
 
 
@@ -110,20 +98,20 @@ def calibrate_with_floor(
 
     import mergekit_slta
 
-    predicted = _checked(clock, recipe)
+    predicted = checked(clock, recipe)
     sizes = [tuple(size) for size in matrices]
     floors = [floor(sizes, predicted["num_tokens"])]
     profile = None
     with clock.phase("work"):
         if profiled:
-            profile = _profile(lambda: mergekit_slta.calibrate(recipe))
+            profile = profile_of(lambda: mergekit_slta.calibrate(recipe))
         else:
             mergekit_slta.calibrate(recipe)
     floors.append(floor(sizes, predicted["num_tokens"]))
     return {"num_tokens": predicted["num_tokens"], "floors": floors, "profile": profile}
 
 
-def _profile(call: Callable[[], Any]) -> dict[str, Any]:
+def profile_of(call: Callable[[], Any]) -> dict[str, Any]:
     """Where a call's time goes: by function itself, and by function of the package with what it calls."""
     import cProfile
     import pstats
@@ -177,7 +165,15 @@ def count(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
     return {"read_bytes": sum(handed), "distinct_bytes": sum(distinct.values()), "flops": dict(products.flops)}
 
 
-def merge(clock: Clock, recipe: dict[str, Any], out: str) -> None:
+def phases(clock: Clock, recipe: dict[str, Any], out: str) -> dict[str, Any]:
+    """`mergekit-slta check --json`, then `run_merge`: what was predicted, and the record of what each phase took."""
+    predicted = checked(clock, recipe)
+    merge(clock, recipe, out)
+    took = json.loads(Path(out, "slta_merge.json").read_text(encoding="utf-8"))["took"]
+    return {**predicted, "took": took}
+
+
+def merge(clock: Clock, recipe: dict[str, Any], out: str, device: str = "cpu") -> None:
     """mergekit's `run_merge`."""
     import mergekit.merge
     from mergekit.config import MergeConfiguration
@@ -186,9 +182,15 @@ def merge(clock: Clock, recipe: dict[str, Any], out: str) -> None:
     import mergekit_slta  # noqa: F401 - registers the method where .pth files are not read
 
     configuration = MergeConfiguration.model_validate(recipe)
-    options = MergeOptions(quiet=True, write_model_card=False)
+    options = MergeOptions(quiet=True, write_model_card=False, device=device)
     with clock.phase("work"):
         mergekit.merge.run_merge(configuration, out, options)
+
+
+def demo(clock: Clock, folder: str) -> None:
+    """The demo's models, hardly trained; not measured."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _command("demo", folder, "--quick")
 
 
 def naive(clock: Clock, base: str, experts: list[str], data: list[str], save: str) -> None:
@@ -208,21 +210,24 @@ def naive(clock: Clock, base: str, experts: list[str], data: list[str], save: st
     Path(save).write_text(json.dumps(alphas), encoding="utf-8")
 
 
-JOBS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "make": (make_workload, _TRANSFORMERS),
-    "calibrate": (calibrate, _PACKAGE),
-    "calibrate_with_floor": (calibrate_with_floor, _PACKAGE),
-    "count": (count, _PACKAGE),
-    "merge": (merge, _PACKAGE),
-    "naive": (naive, _TRANSFORMERS),
-}
+Jobs = dict[str, tuple[Callable[..., Any], tuple[str, ...]]]
 """Name -> the job, and what is imported before it."""
+JOBS: Jobs = {
+    "make": (make_workload, TRANSFORMERS),
+    "calibrate": (calibrate, PACKAGE),
+    "calibrate_with_floor": (calibrate_with_floor, PACKAGE),
+    "count": (count, PACKAGE),
+    "merge": (merge, PACKAGE),
+    "phases": (phases, PACKAGE),
+    "demo": (demo, PACKAGE),
+    "naive": (naive, TRANSFORMERS),
+}
 
 
-def main() -> None:
+def main(jobs: Jobs) -> None:
     """Run the job of the request, and write what it took."""
     request = json.loads(sys.argv[1])
-    job, modules = JOBS[request["job"]]
+    job, modules = jobs[request["job"]]
     begin = time.perf_counter()
     for module in modules:
         importlib.import_module(module)
@@ -244,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOBS)

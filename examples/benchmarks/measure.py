@@ -62,14 +62,17 @@ class Clock:
         }  # fmt: skip
 
 
-def run_job(job: str, *, folder: Path, threads: int, tree: Path | None = None, **arguments: Any) -> dict[str, Any]:
-    """Run a job of `jobs.py` in a process of its own.
+def run_job(
+    job: str, *, folder: Path, threads: int, tree: Path | None = None, script: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """Run a job in a process of its own.
 
     Args:
         job: its name.
         folder: for temporary files, and for the caches of the libraries.
         threads: of the matrix products.
         tree: a source tree of the package that the job is to import, in the place of the installed one.
+        script: the file that has the job, `jobs.py` by default.
         arguments: the job's own.
 
     Returns:
@@ -85,7 +88,7 @@ def run_job(job: str, *, folder: Path, threads: int, tree: Path | None = None, *
         target, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, str(JOBS), request, str(target)],
+                [sys.executable, str(script or JOBS), request, str(target)],
                 stdout=file, stderr=subprocess.STDOUT, env=environment(folder, threads, tree),
             )  # fmt: skip
             try:

@@ -29,7 +29,8 @@ def floor(matrices: Sequence[tuple[int, int, int]], num_tokens: int) -> dict[str
 
     Returns:
         flops; seconds and cpu_seconds: each distinct product is timed by itself and counted as often as it occurs. The
-        least of several times is taken: whatever else the machine does only adds to it, and a floor must not be high.
+        least of several times is taken, by MKL and by oneDNN: what else the machine does only adds to it, and a floor
+        must not be high.
     """
     total: Counter[str] = Counter()
     pieces, rest = divmod(num_tokens, TOKENS)
@@ -48,15 +49,20 @@ def floor(matrices: Sequence[tuple[int, int, int]], num_tokens: int) -> dict[str
 
 def _time_product(tokens: int, inputs: int, outputs: int) -> tuple[float, float]:
     features, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
-    torch.nn.functional.linear(features, weight)
     seconds: list[float] = []
     processor: list[float] = []
-    until = time.perf_counter() + MIN_SECONDS
-    while len(seconds) < 3 or (time.perf_counter() < until and len(seconds) < MAX_REPEATS):
-        begin, begun = time.perf_counter(), time.process_time()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for precision in ("none", "bf16"):  # the second one is oneDNN, which rounds only where a CPU has AMX
+        torch.backends.mkldnn.matmul.fp32_precision = precision
         torch.nn.functional.linear(features, weight)
-        seconds.append(time.perf_counter() - begin)
-        processor.append(time.process_time() - begun)
+        until, runs = time.perf_counter() + MIN_SECONDS, 0
+        while runs < 3 or (time.perf_counter() < until and runs < MAX_REPEATS):
+            begin, begun = time.perf_counter(), time.process_time()
+            torch.nn.functional.linear(features, weight)
+            seconds.append(time.perf_counter() - begin)
+            processor.append(time.process_time() - begun)
+            runs += 1
+    torch.backends.mkldnn.matmul.fp32_precision = before
     return min(seconds), min(processor)
 
 

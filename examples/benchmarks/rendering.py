@@ -57,11 +57,13 @@ def floor(found: Mapping[str, Any]) -> str:
             f"{model['attention_flops'] / 1e9:.3g} GFLOP ({share['attention_flops']:.2f}%). The products' speed after "
             f"the calibration against before it: {drift}. {profiled}{warning}"
         )
-        parts.append(_profile(model["title"], model["profile"]))
+        parts.append(profile(model["title"], model["profile"]))
     return "\n\n".join(parts)
 
 
-def _profile(title: str, profile: Mapping[str, Any]) -> str:
+def profile(title: str, profile: Mapping[str, Any]) -> str:
+    """A calibration's profile, see `jobs.profile_of`."""
+
     def lines(entries: Sequence[Sequence[Any]]) -> list[str]:
         return [
             f"{100 * seconds / profile['seconds']:6.1f}%  {seconds:9.3f} s  {calls:9d} calls  {label}"
@@ -175,6 +177,22 @@ def check(found: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def minutes(found: Mapping[str, Any]) -> str:
+    """Predicted over measured, of all phases and of each."""
+    names = list(dict.fromkeys(name for line in found["lines"] for name in line["predicted"]))
+
+    def cell(line: Mapping[str, Any], name: str) -> str:
+        predicted, measured = line["predicted"].get(name), line["measured"].get(name)
+        return "-" if predicted is None or not measured else f"{predicted / measured:.2f} ({measured:.3g})"
+
+    rows = [
+        [line["job"], str(line["num_tokens"]), f"{line['ratio']:.2f} ({sum(line['measured'].values()):.3g})",
+         *(cell(line, name) for name in names)]
+        for line in found["lines"]
+    ]  # fmt: skip
+    return table(["predicted / measured (measured: s)", "tokens", "all", *names], rows)
+
+
 def limit(found: Mapping[str, Any]) -> str:
     """Within 3 GB, or not."""
     if "skipped" in found:
@@ -220,6 +238,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "growth": ("Growth of time and memory", growth),
     "startup": ("Interpreter start", startup),
     "check": ("What check predicts", check),
+    "minutes": ("How long check says that it takes", minutes),
     "limit": ("1.1B models in 3 GB", limit),
     "versions": ("This version against another", versions),
 }

@@ -36,17 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
         "large": not options.no_large,
     }
     other = options.other and options.other.resolve()
-    bench = Bench(options.workdir.absolute(), log=_log, other=other, **settings)
+    bench = Bench(options.workdir.absolute(), log=log, other=other, **settings)
     try:
         for name in options.only or BENCHMARKS:
             if name == "versions" and other is None and not options.only:
                 continue
             own = {**settings, "other": revision(other)} if name == "versions" and other else settings
-            found = None if options.again else _kept(options.workdir / f"{name}.json", own)
+            found = None if options.again else kept(options.workdir / f"{name}.json", own)
             if found is None:
-                _log(f"{name} ...")
+                log(f"{name} ...")
                 found = BENCHMARKS[name](bench)
-                _write(options.workdir / f"{name}.json", {"settings": own, "machine": machine(), "found": found})
+                write_json(options.workdir / f"{name}.json", {"settings": own, "machine": machine(), "found": found})
             print(section(name, found), flush=True)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,7 +95,7 @@ def machine() -> dict[str, Any]:
     return {"CPU": model, "cores": os.cpu_count(), "GiB": round(gib), "Python": platform.python_version(), **versions}
 
 
-def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier run has found.
 
     Raises:
@@ -109,7 +109,7 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise BenchmarkError(
             f"{path.name} was measured with other settings ({other}): add --again, or take another WORKDIR"
         )
-    _log(f"{path.stem}: there already")
+    log(f"{path.stem}: there already")
     return content["found"]
 
 
@@ -125,21 +125,21 @@ def _write_results(folder: Path, settings: dict[str, Any]) -> None:
                 machines.append(content["machine"])
     if found:
         about = machines[-1]
-        _write(folder / "results.json", {"machine": about, "settings": settings, "benchmarks": found})
-        _replace(folder / "results.md", document(about, settings, found))
+        write_json(folder / "results.json", {"machine": about, "settings": settings, "benchmarks": found})
+        write_text(folder / "results.md", document(about, settings, found))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _log(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

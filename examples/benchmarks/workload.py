@@ -12,13 +12,19 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 STEP = 0.05
 """An expert's distance from the base, in standard deviations of each tensor."""
+BLOCK = 2**26 - 5
+"""Numbers of a `RandomBlock`. A prime, so that no two rows of a matrix that is larger are equal."""
+
+MakeTensor = Callable[[str, tuple[int, ...], int], Any]
+"""(name, shape, number of the model) -> the tensor; the number 0 is the base."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Shape:
     def multiplied(self) -> int:
         """Parameters that a token is multiplied with; the embedding is looked up."""
         return sum(count * inputs * outputs for count, inputs, outputs in self.matrices())
+
+    def model_bytes(self) -> int:
+        """Bytes of a bfloat16 checkpoint."""
+        return 2 * sum(math.prod(size) for size in self.tensors().values())
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes in the checkpoint, in the order of a forward pass."""
@@ -118,7 +128,7 @@ class Workload:
             "merge_method": "submodule_linear",
             "base_model": str(self.base),
             "models": [{"model": str(model), "parameters": {"dataset": str(data)}} for model, data in pairs],
-            "parameters": {"granularity": "attn_mlp", "compute_dtype": "float32", **parameters},
+            "parameters": {"granularity": "attn_mlp", **parameters},
         }
 
 
@@ -139,24 +149,33 @@ def place(folder: Path, shape: Shape, num_experts: int, data: str) -> Workload:
     )
 
 
-def make(workload: Workload, lengths: Sequence[Sequence[int]]) -> None:
+def make(
+    workload: Workload, lengths: Sequence[Sequence[int]], tensor: MakeTensor | None = None, threads: int = 1
+) -> None:
     """Make what is not there yet of a workload.
 
     Args:
         workload: see `place`.
         lengths: for each expert's data the tokens of every row.
+        tensor: makes the weights; by default every tensor has random numbers of its own.
+        threads: checkpoints that are written at a time; each takes the memory of a shard.
     """
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("aeiounrstldm", k=rng.randint(2, 9))) for _ in range(400)]
     tokenizer = make_tokenizer(vocabulary, min(workload.shape.vocab, 1200))
-    for number, path in enumerate(workload.paths):
+
+    def write(number: int) -> None:
+        path = workload.paths[number]
         if not path.exists():
             partial = path.with_name(path.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_checkpoint(partial, workload.shape, number)
+            write_checkpoint(partial, workload.shape, number, tensor or _tensor)
             tokenizer.save_pretrained(partial)
             os.replace(partial, path)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(len(workload.paths))))
     for task, (path, own) in enumerate(zip(workload.data, lengths, strict=True)):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +184,7 @@ def make(workload: Workload, lengths: Sequence[Sequence[int]]) -> None:
             os.replace(partial, path)
 
 
-def write_checkpoint(folder: Path, shape: Shape, number: int) -> None:
+def write_checkpoint(folder: Path, shape: Shape, number: int, tensor: MakeTensor) -> None:
     """A bfloat16 checkpoint in shards: number 0 is the base, any other an expert a small random step away from it."""
     import torch
     from safetensors.torch import save_file
@@ -184,13 +203,12 @@ def write_checkpoint(folder: Path, shape: Shape, number: int) -> None:
     for index, shard in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         save_file(
-            {name: _tensor(name, size, number).to(torch.bfloat16) for name, size in shard.items()},
+            {name: tensor(name, size, number).to(torch.bfloat16).cpu() for name, size in shard.items()},
             folder / file,
             metadata={"format": "pt"},
         )
         places |= dict.fromkeys(shard, file)
-    total = 2 * sum(math.prod(size) for size in shape.tensors().values())
-    index_file = {"metadata": {"total_size": total}, "weight_map": places}
+    index_file = {"metadata": {"total_size": shape.model_bytes()}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
     LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
@@ -212,6 +230,36 @@ def _tensor(name: str, size: tuple[int, ...], number: int) -> Any:
 
     tensor = noise(0).add_(1.0 if len(size) == 1 else 0.0)
     return tensor.add_(noise(number), alpha=STEP) if number else tensor
+
+
+class RandomBlock:
+    """Weights like those of `_tensor`, as quickly as memory is copied: every tensor is cut out of one block of random
+    bfloat16 numbers, at a place of its own.
+
+    Args:
+        device: where they are made.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        generator = torch.Generator(device).manual_seed(0)
+        self._numbers = torch.randn(BLOCK, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def __call__(self, name: str, size: tuple[int, ...], number: int) -> Any:
+        width = 1 / math.sqrt(size[-1]) if len(size) > 1 else 0.1
+        tensor = self._cut(name, size).mul_(width).add_(1.0 if len(size) == 1 else 0.0)
+        return tensor.add_(self._cut(f"{name} {number}", size), alpha=STEP * width) if number else tensor
+
+    def _cut(self, key: str, size: tuple[int, ...]) -> Any:
+        """Numbers from a place that depends on `key`; after the block's end comes its start."""
+        tensor = self._numbers.new_empty(size)
+        flat, filled, start = tensor.view(-1), 0, random.Random(key).randrange(BLOCK)
+        while filled < len(flat):
+            part = self._numbers[start : start + len(flat) - filled]
+            flat[filled : filled + len(part)] = part
+            filled, start = filled + len(part), 0
+        return tensor
 
 
 def make_tokenizer(vocabulary: Sequence[str], size: int) -> Any:

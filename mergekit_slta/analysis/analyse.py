@@ -93,7 +93,7 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     with (
         ResumeStore(resume_folder(path), fingerprint, job.day) as resume,
         torch.inference_mode(),
-        job.advice_on_memory(),
+        job.computing(subtracts=True),
     ):
         resume.open()
         passes = [(granularity, _submodules(job, granularity)) for granularity in _GRANULARITIES]

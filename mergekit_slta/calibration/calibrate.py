@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_slta.calibration.assemble import assemble, warn_of_quality
 from mergekit_slta.calibration.evaluate import evaluate
-from mergekit_slta.data.batches import BATCH_TOKENS, PADDING
+from mergekit_slta.data.batches import BATCH_TOKENS, GRADIENT_TOKENS, PADDING
 from mergekit_slta.errors import RecipeError
 from mergekit_slta.files.alphas_file import Alphas, describe_far
 from mergekit_slta.files.identity import hash_identity
@@ -118,7 +118,11 @@ def statistics_fingerprint(job: Job) -> str:
 def work_fingerprint(job: Job) -> str:
     """Hash of the statistics' fingerprint, the library versions and the device; the last two change the rounding."""
     versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
-    plan = {"device": job.device.type, "batches": f"{BATCH_TOKENS} {PADDING} {HEAD_ELEMENTS}"}
+    plan = {
+        "device": job.device.type,
+        "batches": f"{BATCH_TOKENS} {GRADIENT_TOKENS} {PADDING} {HEAD_ELEMENTS}",
+        "products": str(job.skeleton.products),
+    }
     return hash_identity({"statistics": statistics_fingerprint(job), **versions, **plan})
 
 

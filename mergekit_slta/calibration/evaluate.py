@@ -49,7 +49,8 @@ def evaluate(job: Job, alphas: Alphas) -> Alphas:
         for entry in alphas.submodules
     }
     with (
-        job.advice_on_memory(),
+        job.clock.phase("measuring"),
+        job.computing(),
         Progress("Evaluating", 1, quiet=job.options.quiet) as progress,
         Passes(job, None, ALONE, progress) as passes,
     ):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mergekit_slta.data.batches import plan_task_batches
 from mergekit_slta.files.alphas_file import REROUTED, Alphas
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
@@ -33,11 +34,13 @@ def measure_routing(job: Job, alphas: Alphas) -> Alphas:
         entry.name: torch.tensor([entry.alpha[alphas.models.index(name)] for name in layout.canonical]).double()
         for entry in alphas.submodules
     }
-    lengths = [len(example.row.ids) for example in examples]
-    with job.advice_on_memory(), Progress("Routing", job.skeleton.num_layers, quiet=job.options.quiet) as progress:
+    # One row per batch: padding tokens have experts, too.
+    batches = plan_task_batches([example.row.ids for example in examples], [example.task for example in examples], 0)
+    lengths = [sum(batch.lengths) for batch in batches]
+    with job.computing(), Progress("Routing", job.skeleton.num_layers, quiet=job.options.quiet) as progress:
         lanes = Lanes(
-            job.skeleton, job.checkpoints(), examples, [merge_at(job, layout, alpha)],
-            lambda _: ActivationStore(lengths, 2, 0, job.skeleton.width, job.dtype, None),
+            job.skeleton, job.checkpoints(), examples, batches, [merge_at(job, layout, alpha)],
+            lambda _: ActivationStore(lengths, 2, 0, job.skeleton.width, job.dtype, None, job.device),
             with_routes=True, announce=progress.announce,
         )  # fmt: skip
         lanes.forward()

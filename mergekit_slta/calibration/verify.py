@@ -70,7 +70,7 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     state.coefficients = [[expert, "merged"] for expert in experts]
     errors = {name: torch.zeros(len(examples), dtype=torch.float64) for name in statistics.by_submodule}
     num_groups = len({submodule.forward_group for submodule in job.submodules})
-    with job.advice_on_memory(), Progress("Verifying", num_groups, quiet=job.options.quiet) as progress:
+    with job.computing(subtracts=True), Progress("Verifying", num_groups, quiet=job.options.quiet) as progress:
         state.announce = progress.announce
         for evaluation in evaluate_submodules(state, job.submodules):
             progress.work_on(evaluation.submodule.forward_group)

@@ -140,7 +140,7 @@ class Checkpoints:
         placed = tensor.to(device=self.device, dtype=self.dtype)
         if not all_finite(placed):
             raise ModelError(
-                f"{show(name)} of {self._name(model)} holds NaN or Inf: "
+                f"{show(name)} of {show(self.model_name(model))} holds NaN or Inf: "
                 "fetch that checkpoint again, or leave the model out",
                 code="not-finite-weights",
             )
@@ -175,8 +175,9 @@ class Checkpoints:
         """Those of some models that are checkpoints."""
         return [self.plan.models[number] for number in numbers if number < len(self.plan.models)]
 
-    def _name(self, model: int) -> str:
-        return show(self.names[self.plan.models[model]]) if model < len(self.plan.models) else "the direction"
+    def model_name(self, model: int) -> str:
+        """Name of a model in messages."""
+        return self.names[self.plan.models[model]] if model < len(self.plan.models) else "the direction"
 
     def _build_tokenizer(self, task: Task) -> TokenizerInfo:
         if self._tokenizer is None:

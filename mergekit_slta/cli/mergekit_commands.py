@@ -6,6 +6,7 @@ peft. Everything else is imported inside the commands.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,22 +61,25 @@ _verify_option = click.option(
 
 @_with_merge_options
 @click.argument("recipe", type=click.Path())
-def check(merge_options: MergeOptions, recipe: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the plan and its cost as JSON: bytes, operations, seconds")
+def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     """Check RECIPE, its models and its data; print the plan and its cost.
 
     No weights are read or downloaded: of models on the Hub, file sizes and the headers of weights are looked at. What
-    `merge` would refuse is refused here, too. The device is not used, and may be on another machine.
+    `merge` would refuse is refused here, too. The device may be on another machine. If it is on this one, about a
+    second of work on it tells how long calibration and merge will take.
     """
     from mergekit_slta.calibration.recorded_day import recorded_day
     from mergekit_slta.calibration.reuse import check_before_reading
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target
+    from mergekit_slta.job.forecast import forecast
     from mergekit_slta.job.preflight import prepare
     from mergekit_slta.objectives.registry import estimate
     from mergekit_slta.recipe.load import load_config
     from mergekit_slta.recipe.read import read_recipe
-    from mergekit_slta.reporting.terminal import describe_job
+    from mergekit_slta.reporting.terminal import describe_job, numbers_of_job
 
     merge_options.apply_global_options()
     read = read_recipe(load_config(recipe)[0])
@@ -87,8 +91,11 @@ def check(merge_options: MergeOptions, recipe: str) -> None:
         read, merge_options, need_rows=not (named and named.exists()), day=recorded_day(places), plan_only=True
     )
     check_before_reading(job, Path.cwd(), places, named=named is not None)
-    if not merge_options.quiet:
-        click.echo(describe_job(job, estimate(job)))
+    if merge_options.quiet and not as_json:
+        return
+    costs = estimate(job)
+    seconds = forecast(job, costs.phases)
+    click.echo(json.dumps(numbers_of_job(job, costs, seconds)) if as_json else describe_job(job, costs, seconds))
 
 
 @_with_merge_options

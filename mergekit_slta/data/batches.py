@@ -5,8 +5,10 @@ Scope: planning and reshaping. The plan depends only on the rows, not on machine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,26 @@ from torch import Tensor
 BATCH_TOKENS = 1024
 """Tokens of a micro-batch. Enough for efficient matrix products; few enough that activations take less memory than
 weights, and that several processes get equal shares."""
+GRADIENT_TOKENS = 1024
+"""The same for passes with gradients."""
 PADDING = 1.06
 """Maximum ratio of padded tokens to real tokens in a batch."""
+
+
+class TokenRows(NamedTuple):
+    """The rows that the tokens of a padded batch belong to.
+
+    Attributes:
+        index: [b, s] int64, the row of each token.
+        first: the row of the first token.
+        is_single: all tokens belong to one row.
+        is_by_sequence: the tokens of each of the b sequences belong to one row.
+    """
+
+    index: Tensor
+    first: int
+    is_single: bool
+    is_by_sequence: bool
 
 
 @dataclass(frozen=True)
@@ -42,17 +62,37 @@ class Batch:
             return packed[None]
         return torch.nn.utils.rnn.pad_sequence(list(packed.split(list(self.lengths))), batch_first=True)
 
+    @property
+    def positions(self) -> list[slice]:
+        """[b] each row's tokens among the packed ones."""
+        ends = list(itertools.accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    @property
+    def token_rows(self) -> TokenRows:
+        """The row of each token."""
+        rows = torch.tensor(self.rows, dtype=torch.int64)[:, None].expand(self.ids.shape)
+        return TokenRows(rows, self.rows[0], is_single=len(self.rows) == 1, is_by_sequence=True)
+
+    def alone(self) -> list[Batch]:
+        """A batch for each row."""
+        return [
+            Batch((row,), (length,), ids[None, :length])
+            for row, length, ids in zip(self.rows, self.lengths, self.ids, strict=True)
+        ]
+
 
 def plan_batches(
-    rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float = PADDING
+    rows: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS, padding: float | None = None
 ) -> list[Batch]:
     """Group rows of similar length into batches.
 
     Args:
         rows: token ids of each row.
         max_tokens: maximum padded tokens of a batch of several rows; 0 puts each row into its own batch.
-        padding: maximum ratio of padded tokens to real tokens.
+        padding: maximum ratio of padded tokens to real tokens; None means `PADDING`.
     """
+    padding = PADDING if padding is None else padding
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), row))
     groups: list[list[int]] = []
     for row in order:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,12 +50,52 @@ def recorded(folder: Path) -> Mapping[str, str]:
 
 
 def _read(folder: Path) -> dict[str, str] | None:
+    record = _content(folder)
+    return record["files"] if isinstance(record.get("files"), dict) else None
+
+
+def _content(folder: Path) -> dict[str, Any]:
     try:
         record: Any = json.loads((folder / MERGE_RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
     is_record = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
-    return record["files"] if is_record and isinstance(record.get("files"), dict) else None
+    return record if is_record else {}
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a merge took. It differs from run to run, so it is kept beside the hashes, and not with the alphas.
+
+    Attributes:
+        seconds: phase -> seconds; of a run that went on where another stopped, or used alphas that were there, only its
+            own.
+        device, threads: the device of the calibration, and the number of threads of its computations on the CPU.
+        device_bytes: memory of the device in use at the peak; None on a CPU.
+    """
+
+    seconds: dict[str, float]
+    device: str
+    threads: int
+    device_bytes: int | None = None
+
+
+def record_took(folder: Path, took: Took) -> None:
+    """Add what a merge took to its folder's record."""
+    _write(folder, recorded(folder), asdict(took))
+
+
+def recorded_took(folder: Path) -> Took | None:
+    """What a folder's merge took; None if the record does not say it."""
+    found = _content(folder).get("took")
+    try:
+        seconds = {str(name)[:40]: float(value) for name, value in found["seconds"].items()}
+        is_valid = bool(seconds) and all(map(math.isfinite, seconds.values()))
+        size = found.get("device_bytes")
+        took = Took(seconds, str(found["device"]), int(found["threads"]), None if size is None else int(size))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return took if is_valid else None
 
 
 def _is_inside(name: str) -> bool:
@@ -77,9 +119,15 @@ def hash_in(folder: Path, name: str) -> str:
 
 
 def record(folder: Path, names: Iterable[str]) -> None:
-    """Add files, as they are now, to a folder's record."""
-    files = {**recorded(folder), **{name: hash_in(folder, name) for name in names}}
-    content = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items()))}
+    """Add files, as they are now, to a folder's record. The record itself is left out."""
+    hashes = {name: hash_in(folder, name) for name in names if name != MERGE_RECORD_NAME}
+    _write(folder, {**recorded(folder), **hashes}, _content(folder).get("took"))
+
+
+def _write(folder: Path, files: Mapping[str, str], took: object) -> None:
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items()))}
+    if took is not None:
+        content["took"] = took
     write_text_atomically(folder / MERGE_RECORD_NAME, json.dumps(content, indent=1) + "\n")
 
 

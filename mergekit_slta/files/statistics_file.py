@@ -83,15 +83,21 @@ class Statistics:
             lengths: tokens of each row.
             base: [N, d], subtracted from the outputs; None if they are differences already.
         """
-        self.begin(name)
-        places = torch.as_tensor(list(rows), device="cpu")
-        self.by_submodule[name].index_add_(0, places, row_grams(outputs, lengths, base))
+        grams = row_grams(outputs, lengths, base)
+        self.begin(name, grams.device)
+        self.by_submodule[name].index_add_(0, torch.as_tensor(list(rows)).to(grams.device), grams)
 
-    def begin(self, name: str) -> None:
-        """Set the matrices of `name` to zeros if it has none yet."""
+    def begin(self, name: str, device: torch.device | str = "cpu") -> None:
+        """Set the matrices of `name` to zeros if it has none yet. They stay on `device` until `finish`."""
         if name not in self.by_submodule:
             shape = (len(self.row_task), self.num_models, self.num_models)
-            self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            self.by_submodule[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def finish(self, name: str) -> Tensor:
+        """Move the matrices of `name` to the CPU, zeros if it has none, and return them."""
+        self.begin(name)
+        self.by_submodule[name] = self.by_submodule[name].cpu()
+        return self.by_submodule[name]
 
     def select(self, rows: Tensor) -> Statistics:
         """The statistics of some rows, without the metadata, which describes all rows. Not for form "point".

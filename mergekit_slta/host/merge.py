@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -28,6 +29,7 @@ from mergekit_slta.calibration.reuse import (
 from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
+from mergekit_slta.files.merge_record import Took, record_took
 from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, direction_folder
 from mergekit_slta.files.output_folder import (
     calibrating,
@@ -41,6 +43,7 @@ from mergekit_slta.files.targets import check_alphas_target, save_results, write
 from mergekit_slta.host.finish import finish_output
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.job.direction import StoredDirection
+from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.libraries.mergekit_plan import defined
@@ -164,8 +167,10 @@ def _run(
         with staged(out, overwrite=overwrite) as folder, active(key, merge), defined(key, job.plan.definition):
             alphas.of_merge(rule).save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
-            result = merge_into(folder, config)
-            finish_output(job, folder)
+            with job.clock.phase("merge"):
+                result = merge_into(folder, config)
+                finish_output(job, folder)
+            record_took(folder, _took(job))
             if options.write_model_card:
                 add_section(folder)
         if alphas.evaluation is not None:
@@ -177,6 +182,13 @@ def _run(
         return result
     finally:
         forget_loaders(recipe.models)
+
+
+def _took(job: Job) -> Took:
+    """What the job has taken so far."""
+    peak = torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else None
+    seconds = {phase: round(taken, 3) for phase, taken in job.clock.seconds.items()}
+    return Took(seconds, str(job.device), torch.get_num_threads(), peak)
 
 
 def _keep_statistics(statistics: Statistics | None, alphas: Alphas, path: Path, folder: Path) -> None:

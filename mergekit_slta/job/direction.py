@@ -121,7 +121,11 @@ def with_direction(job: Job, folder: Path | None = None, ranks: Ranks = ALONE) -
         missing = ranks.broadcast(missing)
         directions = DirectionStore(job, store)
         quiet = job.options.quiet or not ranks.is_first
-        with job.advice_on_memory(), Progress("Combining", len(missing), quiet=quiet) as progress:
+        with (
+            job.clock.phase("direction"),
+            job.computing(subtracts=True),
+            Progress("Combining", len(missing), quiet=quiet) as progress,
+        ):
             for place in ranks.share([job.plan.num_elements(name) for name in missing]):
                 progress.work_on(missing[place])
                 directions.read(missing[place])

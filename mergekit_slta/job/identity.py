@@ -74,7 +74,10 @@ def _settings(settings: Settings) -> dict[str, object]:
     left_out = {"alphas", "own", "stated", "uncalibrated", *ROW_SETTINGS} - (
         {"seed"} if settings.own.uses_seed else set()
     )
-    return {**settings.model_dump(exclude=left_out), **settings.own.effective()}
+    found = {**settings.model_dump(exclude=left_out), **settings.own.effective()}
+    if settings.compute_dtype == "auto" and not settings.allows_bfloat16:
+        found["compute_dtype"] = settings.tensor_dtype  # "auto" is the same then
+    return found
 
 
 def statistics_identity(recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:

@@ -7,9 +7,9 @@ change the results.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,12 @@ from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.draw import missing_dataset
 from mergekit_slta.data.rows import Example, TaskRows
 from mergekit_slta.files.alphas_file import Direction
+from mergekit_slta.libraries.torch import product_precision
 from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.runtime.clock import Clock
 from mergekit_slta.runtime.progress import advice_on_memory
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Job:
         chat_template: the recipe's top-level key, with `auto` replaced by the template that it stands for.
         directions: the models without a task, in canonical order.
         read_direction: name -> tensor of the closed form among them; see `job.direction`.
+        clock: how long the phases of `objectives.costs` take.
     """
 
     recipe: Recipe
@@ -64,6 +67,7 @@ class Job:
     chat_template: str | None = None
     directions: tuple[Direction, ...] = ()
     read_direction: Callable[[str], Tensor] | None = None
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +77,7 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the forward passes."""
-        return getattr(torch, self.recipe.settings.compute_dtype)
+        return getattr(torch, self.recipe.settings.tensor_dtype)
 
     @property
     def experts(self) -> tuple[ModelReference, ...]:
@@ -167,10 +171,21 @@ class Job:
             self.plan, self.skeleton, self.recipe.names, self.device, self.dtype, self.tokenizer, self.read_direction
         )  # fmt: skip
 
-    def advice_on_memory(self) -> AbstractContextManager[None]:
-        """Turn a failed allocation in the block into an error that names this job's settings."""
+    @contextmanager
+    def computing(self, *, subtracts: bool = False) -> Iterator[None]:
+        """Compute in the recipe's precision inside the context.
+
+        Args:
+            subtracts: outputs of models are subtracted, which under `auto` forbids TF32.
+
+        Raises:
+            RunError: out of memory; the message names this job's settings.
+        """
         settings = self.recipe.settings
-        return advice_on_memory(self.device, max_seq_length=settings.max_seq_length, num_samples=settings.num_samples)
+        knobs = {"max_seq_length": settings.max_seq_length, "num_samples": settings.num_samples}
+        uses_tf32 = settings.compute_dtype == "tf32" or (settings.allows_bfloat16 and not subtracts)
+        with product_precision(self.device, tf32=uses_tf32), advice_on_memory(self.device, **knobs):
+            yield
 
     def say(self, text: str) -> None:
         """Print a line to stderr, unless --quiet."""

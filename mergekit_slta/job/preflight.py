@@ -31,6 +31,7 @@ from mergekit_slta.job.identity import ROW_SETTINGS, job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
 from mergekit_slta.libraries.mergekit import chat_template_names, forget_loaders
+from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
@@ -68,11 +69,11 @@ def prepare(
         ModelError, DataError, RunError: the first check that fails.
         OutputError: the disk has no room for the downloads.
     """
-    _check_device(options, plan_only)
+    _check_device(options, recipe.settings.compute_dtype, plan_only)
     _check_chat_template(recipe.config.chat_template)
     recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
-    dtype = getattr(torch, recipe.settings.compute_dtype)
+    dtype = getattr(torch, recipe.settings.tensor_dtype)
     if dtype in (torch.bfloat16, torch.float16) and recipe.settings.own.needs_rows:
         LOG.warning(
             "compute_dtype %s: differences of outputs cancel badly; residuals and alphas may mislead",
@@ -86,7 +87,8 @@ def prepare(
         )  # fmt: skip
     device = torch.device("cpu" if plan_only else options.device or "cpu")
     config = configs[recipe.base]
-    skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code)
+    products = torch.bfloat16 if recipe.settings.allows_bfloat16 and has_fast_bfloat16(device) else None
+    skeleton = Skeleton(config, recipe.names[recipe.base], dtype, device, options.trust_remote_code, products)
     stated, recipe = recipe, _within_positions(recipe, skeleton.max_positions)
     templates = Templates(recipe, options, tokenizer, day or today())
     templates.warn_of_differing_tokens()
@@ -202,18 +204,21 @@ def _warn_of_cut_rows(recipe: Recipe, rows: Sequence[TaskRows | None]) -> None:
             )  # fmt: skip
 
 
-def _check_device(options: MergeOptions, plan_only: bool) -> None:
+def _check_device(options: MergeOptions, precision: str, plan_only: bool) -> None:
     try:
         device = torch.device(options.device or "cpu")
-        if plan_only:
-            return
-        torch.empty(0, device=device)
+        if not plan_only:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RunError(
             f"device {show(options.device)} cannot be used here ({show(error)}): drop --cuda or --device",
             code="unusable-device",
         ) from error
-    if options.multi_gpu and not torch.accelerator.is_available():
+    if precision == "tf32" and device.type != "cuda":
+        raise RunError(
+            f"`compute_dtype` is tf32, and {device} is no CUDA GPU: use auto, or add --cuda", code="unusable-device"
+        )
+    if options.multi_gpu and not plan_only and not torch.accelerator.is_available():
         raise RunError("--multi-gpu needs an accelerator, and there is none here: drop it", code="unusable-device")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -47,3 +50,74 @@ class NoMeta(TorchDispatchMode):
         if len({tensor.is_meta for tensor in tensors}) == 2:
             raise ValueError("a tensor that was not loaded is used")
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def product_precision(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Set how float32 matrix products are computed inside the context.
+
+    On CUDA in float32, or in TF32 if asked for. On a CPU by oneDNN where its products are exact: MKL, the default, does
+    not use all instructions of an AMD CPU, and takes twice as long there.
+
+    Args:
+        device: the device of the products.
+        tf32: use TF32, 10 bits of mantissa.
+    """
+    settings: dict[Any, dict[str, Any]] = {}
+    if device.type == "cuda":
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+        if hasattr(products, "fp32_precision"):
+            own = {"fp32_precision": "tf32" if tf32 else "ieee"}
+            settings = {products: own, convolutions.conv: own}
+        else:  # torch < 2.9
+            settings = {products: {"allow_tf32": tf32}, convolutions: {"allow_tf32": tf32}}
+    elif device.type == "cpu" and _is_onednn_exact():
+        settings = {torch.backends.mkldnn.matmul: {"fp32_precision": "bf16"}}
+    before = {module: {key: getattr(module, key) for key in values} for module, values in settings.items()}
+    try:
+        _set(settings)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(settings: Mapping[Any, Mapping[str, Any]]) -> None:
+    for module, values in settings.items():
+        for key, value in values.items():
+            setattr(module, key, value)
+
+
+@cache
+def _is_onednn_exact() -> bool:
+    """Whether oneDNN computes float32 products as exactly as MKL where it is allowed to use bfloat16.
+
+    It rounds to bfloat16 only on CPUs with instructions for that (AMX).
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):  # torch < 2.9
+        return False
+    left, right = torch.rand((2, 512, 512), generator=torch.Generator().manual_seed(0))
+    exact, before = left.double() @ right.double(), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        found = left @ right
+    finally:
+        matmul.fp32_precision = before
+    return bool(((found - exact).abs() <= 1e-5 * exact).all())
+
+
+def attention_kernel(hidden: Tensor, num_heads: int) -> AbstractContextManager[Any]:
+    """The kernel of scaled dot product attention, for hidden states [b, s, d]: on a CPU by plain matrix products where
+    the scores fit its cache, which is faster, most of all backward."""
+    limit = 2**22 if torch.is_grad_enabled() else 2**20
+    if hidden.device.type == "cpu" and num_heads * hidden.shape[0] * hidden.shape[1] ** 2 <= limit:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 by instructions of its own."""
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.10
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -17,8 +17,8 @@ def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | 
         base: [N, d] outputs to subtract; None if `outputs` already are differences.
 
     Returns:
-        [rows, T, T] float64 on the CPU. Products and sums are always in float64, because df is a small difference of
-        large outputs and G squares it.
+        [rows, T, T] float64, on the outputs' device. Products and sums are in float64, because df is a small difference
+        of large outputs and G squares it.
     """
     if outputs[0].device.type == "mps":  # the only backend without float64
         outputs, base = [part.cpu() for part in outputs], None if base is None else base.cpu()
@@ -33,4 +33,4 @@ def row_grams(outputs: Sequence[Tensor], lengths: Sequence[int], base: Tensor | 
             into.copy_(part[own] if base is None else part[own] - base[own])
         flat = changes.flatten(1)  # [T, tokens * d]
         grams.append(flat @ flat.T)
-    return torch.stack(grams).cpu()
+    return torch.stack(grams)

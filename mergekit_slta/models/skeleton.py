@@ -18,11 +18,11 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from mergekit_slta.errors import ModelError, RunError, listing, show
-from mergekit_slta.libraries.torch import NoMeta, replaced_forwards
+from mergekit_slta.libraries.torch import NoMeta, attention_kernel, replaced_forwards
 from mergekit_slta.libraries.transformers import make_model
 from mergekit_slta.maths.task_arithmetic import all_finite
 from mergekit_slta.models.anatomy import Block, LayerAnatomy, unknown_blocks, without
-from mergekit_slta.models.hooks import ModuleCall, record_calls
+from mergekit_slta.models.hooks import ModuleCall, cast_linear_maps, record_calls
 from mergekit_slta.models.running import (
     BaseOutput,
     LayerCall,
@@ -50,6 +50,8 @@ class Skeleton:
             would round values that the model computes when it is built (Gemma's embedding scale).
         device: device of buffers and inputs.
         trust_remote_code: as in transformers.
+        products: dtype of the matrix products inside the layers, with weights from `for_products`; None means `dtype`.
+            Routers are left out, since rounding sends tokens to other experts.
 
     Attributes:
         model: the transformers model.
@@ -64,6 +66,7 @@ class Skeleton:
         max_positions: number of positions, if the model has learned an embedding for each; None if it has not.
         anatomy: names and structure, for `partition`.
         routers: see `Structure`.
+        products: as given.
 
     Raises:
         ModelError: transformers makes no model of the config, it is no decoder-only language model, or its layers are
@@ -77,6 +80,7 @@ class Skeleton:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        products: torch.dtype | None = None,
     ) -> None:
         try:
             with init_empty_weights(include_buffers=False):
@@ -92,6 +96,8 @@ class Skeleton:
         inner = [key for key, value in vars(whole).items() if value is self.config]
         self.vocabulary_key = ".".join([*inner[:1], "vocab_size"])
         self.dtype = dtype
+        heads = getattr(self.config, "num_attention_heads", None) or 1
+        self._num_heads = heads if isinstance(heads, int) else max(heads)
         try:
             embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         except NotImplementedError:
@@ -124,6 +130,18 @@ class Skeleton:
         for module in self.model.modules():
             for key, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, key, buffer.to(self.device))
+        self.products, self._linear_maps = products, frozenset[str]()
+        if products is not None:
+            routers = {part for router, _ in self.routers.values() for part in router.modules()}
+            called = {path: self.model.get_submodule(path) for path in self.anatomy.modules}
+            maps = {path: part for path, part in called.items() if type(part) is nn.Linear and part not in routers}
+            self._linear_maps = cast_linear_maps(maps, dtype)
+
+    def for_products(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cast the linear maps' weights to the dtype in which the layers' products are computed, if there is one."""
+        return {
+            name: tensor.to(self.products) if name in self._linear_maps else tensor for name, tensor in weights.items()
+        }
 
     def embed(self, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run everything before the first layer.
@@ -249,7 +267,8 @@ class Skeleton:
     def _run_layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor], call: LayerCall) -> Tensor:
         prefix = f"{self.layers_path}.{index}."
         local = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-        output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
+        with attention_kernel(hidden, self._num_heads):
+            output = functional_call(self.layers[index], local, (hidden, *call.args), call.kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def head(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -309,20 +328,21 @@ def _can_group_experts(model: nn.Module, dtype: torch.dtype) -> bool:
     return not experts or (dtype != torch.float64 and aligned)
 
 
-def check_finite(features: Tensor, where: str) -> Tensor:
+def check_finite(features: Tensor, where: str, model: str | None = None) -> Tensor:
     """Check features or gradients for NaN and Inf, and return them.
 
     Args:
         features: any shape.
         where: their submodule or layer, for the message.
+        model: name of the model, for the message.
 
     Raises:
         RunError: they hold NaN or Inf.
     """
     if not all_finite(features):
         raise RunError(
-            f"the features behind {show(where)} hold NaN or Inf in {str(features.dtype).removeprefix('torch.')}: "
-            "use `compute_dtype: float32`, or check the models",
+            f"the features {f'of {show(model)} ' if model else ''}behind {show(where)} hold NaN or Inf in "
+            f"{str(features.dtype).removeprefix('torch.')}: use `compute_dtype: float32`, or check the models",
             code="not-finite",
         )
     return features

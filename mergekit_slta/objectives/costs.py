@@ -5,25 +5,30 @@ Floating point operations and bytes are exact counts. Memory is a sum of named p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
-
-from mergekit_slta.checkpoints.headers import DTYPE_NAMES
 from mergekit_slta.checkpoints.plan import total_bytes
-from mergekit_slta.data.batches import BATCH_TOKENS
+from mergekit_slta.data.batches import BATCH_TOKENS, GRADIENT_TOKENS
 from mergekit_slta.job.job import Job
-from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.maths.gauss_newton import STEPS_KEPT
 from mergekit_slta.maths.ridges import FIRST_RIDGES, RIDGE_FACTORS
 from mergekit_slta.models.submodules import partition
+from mergekit_slta.objectives.phases import (
+    Measured,
+    direction_phase,
+    evaluation,
+    features_phase,
+    measuring_phase,
+    merge_phase,
+    steps_phase,
+)
+from mergekit_slta.objectives.sizes import Sizes
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.head_loss import LOGIT_GRADIENTS
 from mergekit_slta.runner.row_losses import measured_rows
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.activations import activation_bytes
+from mergekit_slta.runtime.rates import Phase
 
 MEMORY_MARGIN = 1.5
 """Ratio of peak memory to the sum of its parts. The allocator keeps freed blocks for later tensors of the same size."""
@@ -31,11 +36,6 @@ SOLVE_MATRICES = 5
 """Number of matrices [rows x draws, rows x draws] that a joint solve holds at a time."""
 _DERIVATIVE_COPIES = 6
 """Number of copies of all derivatives in memory while they are rebased, joined and solved."""
-_EIGH_FLOPS, _EIGH_MATRICES = 10.0, 4
-"""Floating point operations of a symmetric eigenproblem of size n over n^3, and number of its matrices [n, n]."""
-_PRODUCTS = 6.0
-"""Floating point operations of a closed form's products, over out x in x n, for a matrix and an expert. About this
-many: it depends on how many directions lead."""
 _SAME_GROUPS = {"model": "layer", "layer": "layer", "attn_mlp": "attn_mlp", "head_mlp": "attn_mlp", "linear": "linear"}
 """granularity -> the granularity whose forward groups hold the same tensors."""
 
@@ -53,6 +53,8 @@ class Costs:
         scratch_bytes: bytes of activations and of a closed form on disk during the calibration.
         combine_flops: floating point operations of the closed form; those of its eigenproblems count as ten times the
             cube of their size.
+        phases: the work of each phase, in order. Losses and their gradients are computed for the tokens of answers, so
+            the products of all phases are fewer than `flops` where rows have prompts.
     """
 
     flops: float
@@ -62,109 +64,12 @@ class Costs:
     written_bytes: int
     scratch_bytes: int = 0
     combine_flops: float = 0.0
+    phases: tuple[Phase, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
         """Bytes of anonymous memory at the peak, without the libraries."""
         return int(MEMORY_MARGIN * sum(self.memory.values()))
-
-
-class _Sizes:
-    """Sizes that both estimates use."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.models = 1 + len(job.labels)
-        self.item = torch.finfo(job.dtype).bits // 8
-        self.parameters = {name: math.prod(job.skeleton.shapes.get(name, ())) for name in job.plan.tensors}
-        self.table = job.skeleton.embedding_weight
-        self.head = self.table if job.plan.is_tied else job.skeleton.head_weight
-        config = job.skeleton.config
-        self.width = int(config.hidden_size)
-        self.inner_width = max(int(getattr(config, "intermediate_size", 0) or 4 * self.width), self.width)
-        self.row_lengths = [len(row.ids) for drawn in job.rows if drawn is not None for row in drawn.rows]
-        examples = job.examples() if None not in job.rows else []
-        self.measured_tokens = sum(len(examples[row].row.ids) for row in measured_rows(examples))
-        held_out = job.held_out_examples() if examples else []
-        self.held_out_tokens = sum(len(example.row.ids) for example in held_out)
-        self.longest = max(self.row_lengths, default=job.recipe.settings.max_seq_length)
-
-    @cached_property
-    def layers(self) -> list[int]:
-        """Number of parameters of every decoder layer."""
-        prefix = self.job.skeleton.layers_path + "."
-        sizes = [0] * self.job.skeleton.num_layers
-        for name, size in self.parameters.items():
-            if name.startswith(prefix):
-                sizes[int(name[len(prefix) :].partition(".")[0])] += size
-        return sizes
-
-    @property
-    def largest_weight(self) -> int:
-        """Bytes of the largest tensor but the embeddings and the output projection, which are read in parts."""
-        ends = (self.table, self.head)
-        return max((size * self.item for name, size in self.parameters.items() if name not in ends), default=0)
-
-    def copies(self, name: str) -> int:
-        """Number of models in which a tensor is cast or moved to a device, which needs extra memory.
-
-        In the other models the memory-mapped file is used.
-        """
-        job = self.job
-        if job.device.type != "cpu":
-            return self.models
-        count = 0
-        for model in job.plan.models:
-            headers = job.plan.headers.get(model, {})
-            found = [headers.get(source) for source in job.plan.names_in(name, model)]
-            is_mapped = len(found) == 1 and found[0] is not None and found[0].dtype == DTYPE_NAMES.get(job.dtype)
-            count += not is_mapped
-        return count
-
-    @cached_property
-    def combine_flops(self) -> float:
-        """Floating point operations of a closed form; see `Costs`."""
-        form = self.job.recipe.closed_form
-        if form is None:
-            return 0.0
-        direction, experts = self.job.directions[-1], len(self.job.experts)
-        shapes = [
-            shape
-            for name in self.job.plan.tensors
-            if is_matrix(len(shape := self.job.skeleton.shapes[name]))
-            and not {*self.job.plan.tensors[name].names} & {*direction.averaged}
-        ]
-        total = 0.0
-        for shape in shapes:
-            rows, columns = shape[-2:]
-            size = min(columns, experts * rows)
-            total += math.prod(shape[:-2]) * (_EIGH_FLOPS * size**3 + experts * _PRODUCTS * rows * columns * size)
-        return total
-
-    @property
-    def direction_bytes(self) -> int:
-        """Bytes of a closed form on disk, in float32."""
-        return 0 if self.job.recipe.closed_form is None else 4 * sum(self.parameters.values())
-
-    @property
-    def combining(self) -> dict[str, int]:
-        """Memory in bytes of the widest eigenproblem of a closed form."""
-        if self.job.recipe.closed_form is None:
-            return {}
-        widest = max((shape[-1] for shape in self.job.skeleton.shapes.values() if is_matrix(len(shape))), default=0)
-        return {"eigenvectors of the direction's widest matrix": _EIGH_MATRICES * widest**2 * 8}
-
-    def written_bytes(self) -> int:
-        """Bytes of the merged model."""
-        config, plan = self.job.recipe.config, self.job.plan
-        sizes = {name: plan.num_elements(name) for name in plan.outputs}
-        dtype = config.out_dtype or config.dtype
-        if dtype is not None and all(sizes.values()):
-            return sum(sizes.values()) * getattr(torch, dtype.removeprefix("torch.")).itemsize
-        dtypes = {name: plan.merged_dtype(name) for name in sizes}
-        if not all(sizes.values()) or not any(dtypes.values()):  # pickled, on the Hub
-            return total_bytes(plan, [plan.models[0]])
-        return sum(sizes[name] * dtype.itemsize for name, dtype in dtypes.items() if dtype is not None)
 
 
 def estimate_features(job: Job) -> Costs:
@@ -176,7 +81,7 @@ def estimate_features(job: Job) -> Costs:
     Memory peaks in a layer (weights of a forward group of every model, and features of a pack), in the head (a part of
     the vocabulary, and its logits) or in the embeddings.
     """
-    sizes = _Sizes(job)
+    sizes = Sizes(job)
     models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
     group_bytes: dict[str, int] = {}  # without memory-mapped files
     in_layers = 0
@@ -216,12 +121,18 @@ def estimate_features(job: Job) -> Costs:
         written_bytes=sizes.written_bytes(),
         scratch_bytes=sizes.direction_bytes,
         combine_flops=sizes.combine_flops,
+        phases=(
+            *direction_phase(sizes),
+            *features_phase(sizes, sizes.examples, with_losses=True),
+            *measuring_phase(sizes, evaluation(sizes)),
+            *merge_phase(sizes),
+        ),
     )
 
 
 def estimate_merge(job: Job) -> Costs:
     """Estimate `objective: data_free`: a merge, and a forward pass of base, merge and expert over held-out rows."""
-    sizes = _Sizes(job)
+    sizes = Sizes(job)
     head_size = sizes.parameters[sizes.head]
     measures = sizes.held_out_tokens > 0
     return Costs(
@@ -236,20 +147,22 @@ def estimate_merge(job: Job) -> Costs:
         written_bytes=sizes.written_bytes(),
         scratch_bytes=sizes.direction_bytes * measures,
         combine_flops=sizes.combine_flops,
+        phases=(*direction_phase(sizes), *measuring_phase(sizes, evaluation(sizes)), *merge_phase(sizes)),
     )
 
 
 def estimate_gradients(job: Job) -> Costs:
     """Estimate `objective: joint`: at most this, since `steps: auto` may stop early.
 
-    A full pass is a forward pass, then a backward pass that repeats the forward pass of each layer. With steps, the
+    A full pass is a forward pass, then a backward pass: it repeats the forward pass of each layer, goes back to the
+    layer's input for each loss, and takes the products of its inputs with every expert's task vectors. With steps, the
     rows of the first step make a pass of `features`, and the held-out rows run through their experts and the starting
     points. In each step its rows run through their experts, and make a full pass through the merged model; the held-out
     rows run through each trial. Without held-out rows there is only the pass of `features`. Without steps, all rows
     make a full pass through their experts, and the first rows of each task go through the base. The activations of all
     layers are on disk, for one pass at a time.
     """
-    settings, sizes = job.recipe.settings.own, _Sizes(job)
+    settings, sizes = job.recipe.settings.own, Sizes(job)
     assert isinstance(settings, JointSettings)
     models, item, width, longest = sizes.models, sizes.item, sizes.width, sizes.longest
     steps, draws = settings.max_steps, max(1, settings.label_samples)
@@ -261,29 +174,46 @@ def estimate_gradients(job: Job) -> Costs:
     is_unmeasured = steps > 0 and has_rows and not sizes.held_out_tokens  # the result is that of `features`
     if is_unmeasured:
         tokens, read_bytes = models * parts[0], total_bytes(job.plan)
+        phases = features_phase(sizes, examples[0])
     elif steps:
-        trials = len(FIRST_RIDGES) + (steps - 1) * len(RIDGE_FACTORS) if job.recipe.settings.ridge is None else steps
+        one = job.recipe.settings.ridge is not None
+        tried = [1] * steps if one else [len(FIRST_RIDGES)] + [len(RIDGE_FACTORS)] * (steps - 1)
         tokens = (
             models * parts[0]
-            + sum(parts) * (3 + 2 * derivatives)
-            + sizes.held_out_tokens * (4 + len(job.directions) + trials)
+            + sum(parts) * (3 + derivatives + models - 1)
+            + sizes.held_out_tokens * (4 + len(job.directions) + sum(tried))
         )
         read_bytes = (2 + 3 * steps) * total_bytes(job.plan)
+        starts = 2 + len(job.directions)  # merged models, beside the base
+        trials = [Measured(sizes.held_out, merged=count, others=0) for count in tried]
+        phases = [
+            *features_phase(sizes, examples[0]),
+            *steps_phase(sizes, examples, draws=draws, is_merged=True),
+            *measuring_phase(sizes, [Measured(sizes.held_out, merged=starts, others=2), *trials]),
+        ]
     else:
-        tokens = job.num_tokens * (2 + 2 * draws) + 2 * sizes.measured_tokens + 3 * sizes.held_out_tokens
+        tokens = job.num_tokens * (2 + draws + models - 1) + 2 * sizes.measured_tokens + 3 * sizes.held_out_tokens
         read_bytes = (3 + (sizes.held_out_tokens > 0)) * total_bytes(job.plan)
         read_bytes += total_bytes(job.plan, job.experts)  # layer by layer, for the repeated forward pass
+        losses = [Measured([examples[0][row] for row in measured_rows(examples[0])], merged=0, others=2)]
+        phases = steps_phase(sizes, examples, draws=draws, is_merged=False)
+        phases += measuring_phase(sizes, losses + evaluation(sizes))
     head_size = sizes.parameters[sizes.head]
     logits = min(LOGIT_GRADIENTS, longest * head_size // width) * item  # of a row, or of some of its positions
+    batch = max(longest, min(GRADIENT_TOKENS, max(parts)))
     moments = (
         {
             "weights of a layer of every model": (models + 1 + (steps > 0)) * max(sizes.layers, default=0) * item,
-            "activations of a row": longest * (6 * sizes.inner_width + 12 * width) * item,
+            # Of each loss the gradients by all outputs, and the changes of one output along the task vectors.
+            "activations of a batch": batch
+            * item
+            * ((6 + 3 * derivatives + models - 1) * sizes.inner_width + (12 + 4 * derivatives) * width),
         },
         {
             "output projections": head_size * item * ((sizes.copies(sizes.head) > 0) + (steps > 0)),
-            # With steps, also the teacher's logits. The gradients are held twice.
-            "logits and their gradients": (5 + 2 * derivatives + 2 * (steps > 0)) * logits,
+            # Logits, probabilities, their sums in float64, and gradients of as many positions that wait for the
+            # projection; with steps, also the teacher's.
+            "logits and their gradients": (9 + 4 * (steps > 0)) * logits,
         },
         {
             "matrices of the solve": SOLVE_MATRICES * (draws * kept_rows) ** 2 * 8,
@@ -301,8 +231,9 @@ def estimate_gradients(job: Job) -> Costs:
         flops=tokens * 2.0 * (sum(sizes.layers) + head_size),
         read_bytes=read_bytes,
         memory=max(moments, key=lambda parts: sum(parts.values())),
-        largest_bytes=max(sizes.largest_weight, logits * derivatives),
+        largest_bytes=max(sizes.largest_weight, 2 * logits),
         written_bytes=sizes.written_bytes(),
         scratch_bytes=sizes.direction_bytes + (0 if is_unmeasured else max(stepping, measuring)),
         combine_flops=sizes.combine_flops,
+        phases=(*direction_phase(sizes), *phases, *merge_phase(sizes)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from mergekit_slta.data.batches import BATCH_TOKENS, plan_batches, plan_packs
 from mergekit_slta.errors import RunError, show
@@ -67,10 +68,11 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
             return
         finished.add(group)
         for name in by_group[group]:
-            statistics.begin(name)
+            grams = statistics.finish(name)
+            _check_finite(name, grams, job.model_names)
             if name in averaged:
-                statistics.by_submodule[name][:, -1] = statistics.by_submodule[name][..., -1] = 0
-            ranks.all_reduce_(statistics.by_submodule[name])
+                grams[:, -1] = grams[..., -1] = 0
+            ranks.all_reduce_(grams)
         found = {name: statistics.by_submodule[name] for name in by_group[group]}
         if group == last:
             statistics.losses = losses.losses()
@@ -108,7 +110,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
         take_logits=losses.add,
     )
     quiet = job.options.quiet or not ranks.is_first
-    with job.advice_on_memory(), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
+    with job.computing(subtracts=True), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
         state.announce = progress.announce
         progress.advance(len(finished))
         group = ""
@@ -117,7 +119,7 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
                 finish(group)
             group = evaluation.submodule.forward_group
             progress.work_on(group)
-            _accumulate(statistics, losses, state, evaluation, job.model_names)
+            _accumulate(statistics, losses, state, evaluation)
             del evaluation  # frees this group's weights before the next group's are loaded
         for group in by_group:
             finish(group)
@@ -148,9 +150,7 @@ def _load_finished(
     return set(finished)
 
 
-def _accumulate(
-    statistics: Statistics, losses: RowLosses, state: ForwardState, evaluation: Evaluation, names: Sequence[str]
-) -> None:
+def _accumulate(statistics: Statistics, losses: RowLosses, state: ForwardState, evaluation: Evaluation) -> None:
     name, base = evaluation.submodule.name, evaluation.base
     models = [state.model_coefficients(model) for model in range(1, state.num_models)]
     outputs = [evaluation.outputs_at(coefficients) for coefficients in models]  # K x [N, d]
@@ -160,10 +160,17 @@ def _accumulate(
         for model, logits in enumerate([base, *outputs] if whole_models else [base]):
             for row, part in zip(evaluation.rows, logits.split(list(evaluation.lengths)), strict=True):
                 losses.add(row, model, part)
-    grams = statistics.by_submodule[name][list(evaluation.rows)]  # [rows, K, K]
+
+
+def _check_finite(name: str, grams: Tensor, models: Sequence[str]) -> None:
+    """Check a submodule's Gram matrices [rows, K, K].
+
+    Raises:
+        RunError: they hold NaN or Inf; the message names the model.
+    """
     diagonal = grams.diagonal(dim1=1, dim2=2)  # [rows, K]
     if not torch.isfinite(diagonal).all():
-        model = names[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
+        model = models[int((~torch.isfinite(diagonal)).any(0).nonzero()[0])]
         raise RunError(
             f"the features of {show(model)} behind {show(name)} hold NaN or Inf: "
             "use `compute_dtype: float32`, or check that expert",

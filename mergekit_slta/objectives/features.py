@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def _gather(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
     from mergekit_slta.objectives.feature_pass import gather_grams
 
-    return gather_grams(job, resume=resume, ranks=ranks)
+    with job.clock.phase("features"):
+        return gather_grams(job, resume=resume, ranks=ranks)
 
 
 def _solve(statistics: Statistics, layout: Layout) -> Solved:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -17,12 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mergekit_slta.data.batches import GRADIENT_TOKENS, Batch, plan_task_batches
 from mergekit_slta.data.rows import Example
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
 from mergekit_slta.objectives.merging import Point, merge_at
 from mergekit_slta.runner.backward import BackwardPass, backward_layers
 from mergekit_slta.runner.lanes import Lanes, Measured
+from mergekit_slta.runner.part_derivatives import Part
 from mergekit_slta.runner.row_weights import MergeWeights
 from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
 from mergekit_slta.runtime.distributed import Ranks
@@ -51,6 +54,7 @@ class Passes:
         self._layout = layout_of(job)
         self.layers = backward_layers(job.skeleton)
         self._teachers: ActivationStore | None = None
+        self._parts: dict[str, Part] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Passes:
@@ -83,7 +87,7 @@ class Passes:
             ModelError, RunError: NaN or Inf in weights or features, out of memory, or another process has ended.
             OutputError: no disk space for the activations of all layers.
         """
-        places = self._ranks.share([len(example.row.ids) for example in examples])
+        batches, places = self._share(examples)
         own = [examples[place] for place in places]
         losses = max(1, label_samples) + (point is not None)
         shape = (len(examples), losses, len(self._job.labels))
@@ -102,9 +106,9 @@ class Passes:
         elif own:
             at = [] if point is None else [merge_at(self._job, self._layout, point)]
             depths = [(2, 0)] * len(at) + [(self._job.skeleton.num_layers + 1, losses)]
-            with self._stores(label, own, depths) as stores:
+            with self._stores(label, batches, depths) as stores:
                 lanes = Lanes(
-                    self._job.skeleton, self._checkpoints, own, at, stores, announce=self._progress.announce
+                    self._job.skeleton, self._checkpoints, own, batches, at, stores, announce=self._progress.announce
                 )  # fmt: skip
                 lane = lanes.others[0] if at else lanes.experts
                 if not finished.issuperset(keys[: lane.store.layers_done]):
@@ -115,7 +119,7 @@ class Passes:
                 lanes.forward()
                 backward = BackwardPass(
                     lane, self._job.submodules, own, label_samples=label_samples, seed=seed,
-                    experts=lanes.experts if at else None, announce=self._progress.announce,
+                    experts=lanes.experts if at else None, parts=self._parts, announce=self._progress.announce,
                 )  # fmt: skip
                 for layer, parts in backward.run():
                     add(parts)
@@ -139,7 +143,7 @@ class Passes:
         Raises:
             ModelError, RunError, OutputError: see `derivatives`.
         """
-        places = self._ranks.share([len(example.row.ids) for example in examples])
+        batches, places = self._share(examples)
         own = [examples[place] for place in places]
         shape = (len(examples), len(points))
         found = Measured(*(torch.zeros(each, dtype=torch.float64) for each in (shape, shape, shape[:1])))
@@ -150,17 +154,17 @@ class Passes:
             at: list[MergeWeights | Literal["base"]] = [
                 "base" if point is None else merge_at(self._job, self._layout, point) for point in points
             ]
-            with self._stores(label, own, [(2, 0)] * len(at)) as stores:
+            with self._stores(label, batches, [(2, 0)] * len(at)) as stores:
 
                 def make_store(lane: int) -> ActivationStore:
                     if lane:
                         return stores(lane - 1)
                     if self._teachers is None:
-                        self._teachers = self._stack.enter_context(self._stores(_TEACHERS, own, [(2, 0)]))(0)
+                        self._teachers = self._stack.enter_context(self._stores(_TEACHERS, batches, [(2, 0)]))(0)
                     return self._teachers
 
                 lanes = Lanes(
-                    self._job.skeleton, self._checkpoints, own, at, make_store, trial=True,
+                    self._job.skeleton, self._checkpoints, own, batches, at, make_store, trial=True,
                     announce=self._progress.announce,
                 )  # fmt: skip
                 lanes.forward()
@@ -173,13 +177,24 @@ class Passes:
             self._ranks.all_reduce_(part)
         return found
 
+    def _share(self, examples: Sequence[Example]) -> tuple[list[Batch], list[int]]:
+        """This process's batches, their rows numbered from 0, and the place of each of these rows in `examples`."""
+        planned = plan_task_batches(
+            [example.row.ids for example in examples], [example.task for example in examples], GRADIENT_TOKENS
+        )
+        # Batches are not split, so products do not depend on the number of processes.
+        own = [planned[place] for place in self._ranks.share([sum(batch.lengths) for batch in planned])]
+        places = sorted(row for batch in own for row in batch.rows)
+        number = {place: row for row, place in enumerate(places)}
+        return [replace(batch, rows=tuple(number[row] for row in batch.rows)) for batch in own], places
+
     def _put(self, key: str, found: Mapping[str, Tensor]) -> None:
         if self._resume is not None:
             self._resume.put(key, found)
 
     @contextmanager
     def _stores(
-        self, label: str, own: Sequence[Example], sizes: Sequence[tuple[int, int]]
+        self, label: str, batches: Sequence[Batch], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[Callable[[int], ActivationStore]]:
         """Yield the function that makes each lane's activation store.
 
@@ -187,10 +202,10 @@ class Passes:
 
         Args:
             label: prefix of the folders' names.
-            own: the rows.
-            sizes: (stored depths, gradients per row) of each lane, see `ActivationStore`.
+            batches: this process's batches.
+            sizes: (stored depths, gradients per token) of each lane, see `ActivationStore`.
         """
-        lengths = [len(example.row.ids) for example in own]
+        lengths = [sum(batch.lengths) for batch in batches]
         width, dtype = self._job.skeleton.width, self._job.dtype
         size = sum(activation_bytes(sum(lengths), *each, width, dtype) for each in sizes)
         with ExitStack() as stack:
@@ -200,7 +215,7 @@ class Passes:
 
             def make(lane: int) -> ActivationStore:
                 folder = self._folder(label, lane) if self._resume is not None else temporary and temporary / str(lane)
-                return ActivationStore(lengths, *sizes[lane], width, dtype, folder)
+                return ActivationStore(lengths, *sizes[lane], width, dtype, folder, self._job.device)
 
             yield make
 

@@ -60,14 +60,16 @@ def gather_at_experts(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Sta
     first = [examples[row] for row in measured_rows(examples)]
     quiet = job.options.quiet or not ranks.is_first
     with (
-        job.advice_on_memory(),
+        job.computing(),
         Progress("Calibrating", job.skeleton.num_layers + 3, quiet=quiet) as progress,
         Passes(job, resume, ranks, progress) as passes,
     ):
-        slopes = passes.derivatives(
-            "experts-", examples, None, label_samples=own.label_samples, seed=settings.seed
-        )  # fmt: skip
-        measured = passes.measure("losses-", first, [None])
+        with job.clock.phase("steps"):
+            slopes = passes.derivatives(
+                "experts-", examples, None, label_samples=own.label_samples, seed=settings.seed
+            )  # fmt: skip
+        with job.clock.phase("measuring"):
+            measured = passes.measure("losses-", first, [None])
     losses = torch.full((len(examples), 2), float("nan"), dtype=torch.float64)
     losses[measured_rows(examples)] = measured.losses_per_token(first)
     numbers: dict[tuple[int, ...], int] = {}
@@ -102,7 +104,7 @@ def search(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
     total = 1 + max_steps * (job.skeleton.num_layers + 3)
     quiet = job.options.quiet or not ranks.is_first
     with (
-        job.advice_on_memory(),
+        job.computing(),
         Progress("Calibrating", total, quiet=quiet) as progress,
         Passes(job, resume, ranks, progress) as passes,
     ):
@@ -203,7 +205,8 @@ class _Search:
         self._settings = job.recipe.settings
         self._importance = layout_of(job).importance
         start = starting_points(job, features)
-        measured = passes.measure("start-", held_out, [None, *list(start.values())[1:]])
+        with job.clock.phase("measuring"):
+            measured = passes.measure("start-", held_out, [None, *list(start.values())[1:]])
         self._found = _Found(job, held_out)
         for column, (name, point) in enumerate(start.items()):
             if measured.is_finite[column]:
@@ -229,15 +232,17 @@ class _Search:
             if self._weighted(before) <= CONVERGED * self._weighted(found.divergences[:, 0]):
                 break
             examples = self._job.examples(step - 1)
-            slopes = self._passes.derivatives(
-                f"step-{step}-", examples, point, label_samples=own.label_samples, seed=self._settings.seed + step
-            )  # fmt: skip
-            quadratics.add(step, point, row_tasks(examples), slopes)
-            trials = gauss_newton_steps(
-                quadratics.slopes, quadratics.task, point, self._scales, ridges=ridges, row_step=quadratics.step,
-                importance=self._importance,
-            )  # fmt: skip
-            measured = self._passes.measure(f"trials-{step}-", self._held_out, trials)
+            with self._job.clock.phase("steps"):
+                slopes = self._passes.derivatives(
+                    f"step-{step}-", examples, point, label_samples=own.label_samples, seed=self._settings.seed + step
+                )  # fmt: skip
+                quadratics.add(step, point, row_tasks(examples), slopes)
+                trials = gauss_newton_steps(
+                    quadratics.slopes, quadratics.task, point, self._scales, ridges=ridges, row_step=quadratics.step,
+                    importance=self._importance,
+                )  # fmt: skip
+            with self._job.clock.phase("measuring"):
+                measured = self._passes.measure(f"trials-{step}-", self._held_out, trials)
             finite = torch.tensor(measured.is_finite)
             values = self._weighted(measured.divergences.T).masked_fill(~finite, torch.inf)
             new, name = int(values.argmin()), f"step {step}"

@@ -69,7 +69,8 @@ def features_point(job: Job, resume: ResumeStore | None, ranks: Ranks) -> tuple[
     blocks = replace(
         job, recipe=job.recipe.model_copy(update={"settings": settings}), rows=rows, submodules=tuple(submodules)
     )
-    statistics = gather_grams(blocks, resume=resume, ranks=ranks, with_losses=False)
+    with job.clock.phase("features"):
+        statistics = gather_grams(blocks, resume=resume, ranks=ranks, with_losses=False)
     layout = layout_of(blocks)
     ridgeless = layout.model_copy(update={"solve": layout.solve.model_copy(update={"ridge": 0.0})})
     of_tensor: dict[str, tuple[Tensor, Tensor]] = {}

@@ -18,7 +18,7 @@ from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition, methods_with
 from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
 from mergekit_slta.recipe.recipe import Recipe, Task, map_models
-from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, ComputeDtype, Settings, to_number
+from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, Dtype, Settings, to_number
 from mergekit_slta.recipe.tokenizer_section import check_tokenizer_section
 
 _TOP_KEYS = (*MergeConfiguration.model_fields, "name")
@@ -126,9 +126,9 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
         )
     for key in ("dtype", "out_dtype"):
         dtype = getattr(config, key)
-        if dtype is not None and dtype.removeprefix("torch.") not in get_args(ComputeDtype):
+        if dtype is not None and dtype.removeprefix("torch.") not in get_args(Dtype):
             raise RecipeError(
-                f"`{key}` is {show(dtype)!r}: choose one of {listing(get_args(ComputeDtype))}", code="invalid-value"
+                f"`{key}` is {show(dtype)!r}: choose one of {listing(get_args(Dtype))}", code="invalid-value"
             )
     labels: dict[ModelReference, str] = {}
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 METHOD = "submodule_linear"
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
-ComputeDtype = Literal["float32", "float64", "bfloat16", "float16"]
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "tf32", Dtype]
 
 
 def to_number(value: object) -> object:
@@ -131,7 +132,7 @@ class Settings(BaseModel):
     evaluate: Annotated[bool, Field(strict=True)] = False
     direction: Literal["none", "swudi_a"] = "none"
     uncalibrated: Literal["error", "base", "average"] = "error"
-    compute_dtype: ComputeDtype = "float32"
+    compute_dtype: ComputeDtype = "auto"
     alphas: Annotated[str, Field(min_length=1)] | None = None
     own: SerializeAsAny[ObjectiveSettings] = ObjectiveSettings()
     stated: frozenset[str] = frozenset()
@@ -140,6 +141,17 @@ class Settings(BaseModel):
     def needs_rows(self) -> bool:
         """Whether rows are read at all."""
         return self.own.needs_rows or self.evaluate
+
+    @property
+    def tensor_dtype(self) -> Dtype:
+        """Name of the dtype of weights and features in the forward passes."""
+        return "float32" if self.compute_dtype in ("auto", "tf32") else self.compute_dtype
+
+    @property
+    def allows_bfloat16(self) -> bool:
+        """Whether the layers' products may be computed in bfloat16, and all others on a GPU in TF32: no outputs are
+        subtracted."""
+        return self.compute_dtype == "auto" and self.own.needs_answers
 
 
 TASK_KEYS = tuple(TaskSettings.model_fields)

@@ -20,8 +20,10 @@ from mergekit_slta.files.alphas_file import (
     describe_ridge,
 )
 from mergekit_slta.files.evaluation import EVALUATION_HEADER, describe_flags, evaluation_cells, evaluation_note
+from mergekit_slta.files.merge_record import Took
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
+from mergekit_slta.runtime.clock import describe_phases
 
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
 _SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
@@ -52,13 +54,16 @@ def replace_section(card: str, section: str) -> str:
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
 
 
-def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0) -> str:
+def section(
+    alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0, took: Took | None = None
+) -> str:
     """Write the section, with the two markers around it.
 
     Args:
         alphas: the alphas of the merge.
         figures: description and file name (beside the card) of each figure.
         scale: the recipe's `lambda`, which multiplies every weight; None if it differs between tensors.
+        took: what the merge took.
     """
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     parts = [
@@ -72,6 +77,7 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         *([_scaled(scale)] if scale != 1.0 else []),
         "### Calibration",
         _calibration(alphas),
+        *([_took(took)] if took is not None else []),
         *_evaluation(alphas),
         "### Weights",
         _weights(alphas, measured),
@@ -84,6 +90,12 @@ def section(alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | N
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _took(took: Took) -> str:
+    threads = f", {took.threads} thread{'s' * (took.threads != 1)}" if took.device == "cpu" else ""
+    memory = "" if took.device_bytes is None else f", {took.device_bytes / 2**30:.1f} GiB of its memory"
+    return f"The merge took {show(describe_phases(took.seconds), 200)} (on {code(took.device)}{threads}{memory})."
 
 
 def _scaled(scale: float | None) -> str:

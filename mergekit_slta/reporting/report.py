@@ -17,7 +17,7 @@ from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_atomically
 from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
-from mergekit_slta.files.merge_record import has_record, hash_in, record, recorded
+from mergekit_slta.files.merge_record import has_record, hash_in, record, recorded, recorded_took
 from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_overwrite, check_writable
@@ -133,7 +133,7 @@ def _write_section(out: Path) -> Path:
         ) from error
     tags = metadata.get("tags") or []
     tags = list(tags) if isinstance(tags, list) else [tags]
-    text = replace_section(card, section(alphas, figures, _scale(out)))
+    text = replace_section(card, section(alphas, figures, _scale(out), recorded_took(out)))
     if path.exists() and text == card and METHOD in tags:
         return path
 

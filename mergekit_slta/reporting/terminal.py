@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -13,6 +14,7 @@ from mergekit_slta.errors import listing, show
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas, describe_loss
 from mergekit_slta.files.evaluation import EVALUATION_HEADER, Evaluation, evaluation_cells, evaluation_note
 from mergekit_slta.files.output_folder import free_bytes
+from mergekit_slta.runtime.clock import describe_phases
 from mergekit_slta.runtime.devices import is_here
 
 if TYPE_CHECKING:
@@ -27,8 +29,13 @@ _MOST_NAMES = 12
 """At most this many submodules are named per flag; the others are counted."""
 
 
-def describe_job(job: Job, costs: Costs) -> str:
-    """Describe the plan of a job and its costs, for `check`."""
+def describe_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None = None) -> str:
+    """Describe the plan of a job and its costs, for `check`.
+
+    Args:
+        job, costs: the job, and its estimated costs.
+        seconds: of each phase, see `job.forecast`; None if they are not known.
+    """
     from mergekit_slta.job.templates import describe_template  # imports mergekit, which other tables do not need
 
     recipe, settings = job.recipe, job.recipe.settings
@@ -74,8 +81,7 @@ def describe_job(job: Job, costs: Costs) -> str:
     lines += [
         f"device      {_device(job)}",
         f"reads       {_bytes(costs.read_bytes)} for calibration, once more for the merge",
-        f"computes    {costs.flops / 1e12:.3g} TFLOP"
-        + (f", and {costs.combine_flops / 1e12:.3g} TFLOP in float64 for the direction" if costs.combine_flops else ""),
+        f"takes       {_takes(job, seconds)}",
         *_measuring(job),
         f"memory      about {_bytes(costs.peak_bytes + _libraries())} at the peak of calibration; the largest "
         f"allocation is {_bytes(costs.largest_bytes)}",
@@ -117,6 +123,48 @@ def _measuring(job: Job) -> list[str]:
         *["            at most: `steps: auto` ends when a step gains nothing"] * (steps == "auto"),
         f"measures    {len(held_out)} held-out rows, {num_tokens} tokens: a forward pass through {how}",
     ]
+
+
+def _takes(job: Job, seconds: Mapping[str, float] | None) -> str:
+    if seconds is None:
+        return f"a time that is not known: it needs a trial on {job.device}, which cannot be used here now"
+    if not job.plan.downloads:
+        return f"about {describe_phases(seconds)}"
+    return f"about {describe_phases(seconds)}; the download comes on top"
+
+
+def numbers_of_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None) -> dict[str, Any]:
+    """The same as `describe_job`, as numbers: what `check --json` prints. Sizes are in bytes."""
+    phases = [{**asdict(phase), "seconds": seconds and seconds[phase.name]} for phase in costs.phases]
+    return {
+        "base": job.recipe.names[job.recipe.base],
+        "experts": [
+            {
+                "model": job.recipe.names[task.model],
+                "rows": 0 if drawn is None else len(drawn.rows),
+                "tokens": 0 if drawn is None else drawn.num_tokens,
+                "held_out_rows": 0 if drawn is None else len(drawn.acceptance),
+            }
+            for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
+        ],
+        "objective": job.recipe.settings.objective,
+        "granularity": job.recipe.settings.granularity,
+        "submodules": len(job.submodules),
+        "device": str(job.device),
+        "device_is_here": is_here(job.device),
+        "seconds": sum(seconds.values()) if seconds else None,
+        "phases": phases,
+        "flops": costs.flops,
+        "combine_flops": costs.combine_flops,
+        "read_bytes": costs.read_bytes,
+        "written_bytes": costs.written_bytes,
+        "scratch_bytes": costs.scratch_bytes,
+        "download_bytes": sum(load.num_bytes for load in job.plan.downloads),
+        "peak_bytes": costs.peak_bytes,
+        "library_bytes": _libraries(),
+        "largest_bytes": costs.largest_bytes,
+        "memory": costs.memory,
+    }
 
 
 def _downloads(job: Job) -> list[str]:

@@ -1,12 +1,11 @@
 """The backward pass, layer by layer: derivatives of each row's losses along each submodule's task vectors.
 
-Scope: one backward pass of all rows, through their own experts or a merged model; `lanes.py` has run them forward. One
-layer of every model is in memory at a time. Nothing is solved here. For submodule m, loss s of a row, and expert t:
+Scope: one backward pass of all batches, through their own experts or a merged model; `lanes.py` has run them forward.
+One layer of every model is in memory at a time. Nothing is solved here. For submodule m, loss s of a row, and expert t:
 
     u[s, t] = <d loss_s / d theta^m, theta_t^m - theta_0^m>      at the weights used for the row
 
-The losses are those of `head_loss.py`. The weight gradients of linear maps are never stored completely:
-`directional.py` computes and uses them block by block. All other gradients are from autograd.
+The losses are those of `head_loss.py`; `part_derivatives.py` computes the inner products.
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Weights
+from mergekit_slta.data.batches import Batch
 from mergekit_slta.data.rows import Example
-from mergekit_slta.models.hooks import record_calls
 from mergekit_slta.models.skeleton import Skeleton, check_finite
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.runner.directional import DirectionalDerivatives, task_vectors
 from mergekit_slta.runner.head_loss import HeadLoss
 from mergekit_slta.runner.lanes import Lane
+from mergekit_slta.runner.part_derivatives import Part, PartDerivatives, look_at_part
 from mergekit_slta.runner.row_weights import RowEmbeddings
 
 
@@ -34,7 +34,7 @@ def backward_layers(skeleton: Skeleton) -> list[str]:
 
 
 class BackwardPass:
-    """The backward pass of all rows of a lane, after its forward pass.
+    """The backward pass of all batches of a lane, after its forward pass.
 
     Args:
         lane: the rows, their weights and their features; its store holds the features of all depths.
@@ -44,6 +44,7 @@ class BackwardPass:
         seed: seed of the sampled labels.
         experts: the lane that ran every row through its expert. If given, the divergence from the expert is an
             additional loss, the first one.
+        parts: what is known of the layers, and of what is before and after them; completed by this pass.
         announce: called with the name of the current layer.
     """
 
@@ -56,14 +57,14 @@ class BackwardPass:
         label_samples: int,
         seed: int,
         experts: Lane | None = None,
+        parts: dict[str, Part] | None = None,
         announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._weights, self._store, self._announce = lane.weights, lane.store, announce
         self._skeleton, self._checkpoints = lane.weights.skeleton, lane.weights.checkpoints
-        self._rows = self._weights.rows
+        self._parts: dict[str, Part] = {} if parts is None else parts
         self._head = HeadLoss(lane, experts, examples, label_samples=label_samples, seed=seed)
-        self._num_losses = self._head.num_losses
-        shape = (len(self._rows), self._num_losses, self._weights.num_models)
+        shape = (len(self._weights.rows), self._head.num_losses, self._weights.num_models)
         self._derivatives = DirectionalDerivatives(submodules, shape)
 
     def run(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -80,76 +81,83 @@ class BackwardPass:
                 continue
             self._announce(name)
             if name == "head":
-                self._head.run(self._derivatives)
+                self._head.run(self._derivatives, self._parts)
             elif name == "embed":
                 self._embeddings_backward()
             else:
                 self._layer_backward(self._skeleton.num_layers - number)
+            if name != "embed":
+                check_finite(self._store.new_gradients(), name)
             self._checkpoints.flush()
             yield name, self._derivatives.take()
             self._store.finish_layer()
 
     def _layer_backward(self, layer: int) -> None:
         """Compute a decoder layer's derivatives, and the gradients with respect to its input."""
-        skeleton, store = self._skeleton, self._store
+        skeleton = self._skeleton
         names = self._weights.layer_tensors(layer)
         loaded = self._checkpoints.load(names)
         shared = self._weights.shared(loaded)
         # `pop` frees each tensor after its task vectors are computed, so that only one tensor exists twice.
         vectors = {name: task_vectors([weights.pop(name) for weights in loaded]) for name in names}
-        linears: dict[str, nn.Linear] | None = None
-        for weights, rows in self._weights.load(names, shared):
-            if linears is None:
-                linears = self._linear_maps(layer, names, weights, rows[0])
-            others = [name for name in names if name.removesuffix(".weight") not in linears]
-            for row in rows:
-                hidden = store.features(layer, row).to(skeleton.device).detach().requires_grad_()
-                own = {name: weights[name].detach().requires_grad_() for name in others}
-                with torch.enable_grad(), record_calls(linears) as recorded:
-                    output = skeleton.layer(layer, hidden[None], {**weights, **own})[0]
-                grad_out = store.gradients(row).to(hidden.device)  # [losses, tokens, d]
-                grad_in = torch.empty_like(grad_out)
-                for loss in range(self._num_losses):
-                    gradients = torch.autograd.grad(
-                        output, [hidden, *own.values()], grad_out[loss], retain_graph=loss < self._num_losses - 1,
-                        allow_unused=True,
-                    )  # fmt: skip
-                    grad_in[loss] = check_finite(gradients[0], f"{skeleton.layers_path}.{layer}")
-                    self._derivatives.add_each(own, row, loss, gradients[1:], vectors)
-                    for path, calls in recorded.items():
-                        name = f"{path}.weight"
-                        for call in calls:
-                            self._derivatives.add_linear(name, row, loss, call.inputs[0], call.gradient, vectors[name])
-                store.put_gradients(row, grad_in)
+        vectors = skeleton.for_products(vectors)
+        # A router sends the tokens of all rows that run together through the same modules, in another order.
+        is_routed = layer in skeleton.routers
+        name = f"{skeleton.layers_path}.{layer}"
 
-    def _linear_maps(self, layer: int, names: Sequence[str], weights: Weights, row: int) -> dict[str, nn.Linear]:
-        """A layer's linear maps by path: modules of the exact class nn.Linear that the layer's forward calls."""
-        skeleton, prefix = self._skeleton, f"{self._skeleton.layers_path}.{layer}."
-        paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-        modules = {path: skeleton.layers[layer].get_submodule(path.removeprefix(prefix)) for path in paths}
-        linears = {path: module for path, module in modules.items() if type(module) is nn.Linear}
-        hidden = self._store.features(layer, row).to(skeleton.device)[None]
-        with record_calls(linears) as recorded:
-            skeleton.layer(layer, hidden, weights)
-        return {path: module for path, module in linears.items() if recorded[path]}
+        def backward(batch: Batch, features: Tensor, grad_out: Tensor, weights: Weights) -> Tensor:
+            """[tokens, d] features and [S, tokens, d] gradients -> [S, tokens, d] gradients by the features."""
+            hidden = batch.pad(features.to(skeleton.device)).detach().requires_grad_()
+            run = None
+            if len(batch.rows) == 1 or not (is_routed or self._parts[name].others):
+                run = part.run(lambda own: skeleton.layer(layer, hidden, own), weights, hidden)
+            if run is None or not part.tells_apart(run, batch.token_rows):
+                each = zip(batch.alone(), batch.positions, strict=True)
+                alone = [backward(row, features[tokens], grad_out[:, tokens], weights) for row, tokens in each]
+                return torch.cat(alone, dim=1)
+            gradients = [batch.pad(gradient) for gradient in grad_out.to(skeleton.device)]
+            found = part.backward(run, run.output, gradients, batch.token_rows, weights)
+            return torch.stack([batch.pack(gradient) for gradient in found])
+
+        for weights, indices in self._weights.load(names, shared):
+            if name not in self._parts:
+                first, tokens = (
+                    self._weights.batches[indices[0]].alone()[0],
+                    self._weights.batches[indices[0]].positions[0],
+                )
+                leaf = first.pad(self._store.features(layer, indices[0])[tokens].to(skeleton.device)).requires_grad_()
+                self._parts[name] = look_at_part(
+                    skeleton.model, names, lambda own: skeleton.layer(layer, leaf, own), weights, leaf  # noqa: B023
+                )  # fmt: skip
+            part = PartDerivatives(self._parts[name], vectors, self._derivatives)
+            for index in indices:
+                features, grad_out = self._store.features(layer, index), self._store.gradients(index)
+                self._store.put_gradients(index, backward(self._weights.batches[index], features, grad_out, weights))
 
     def _embeddings_backward(self) -> None:
         """Compute the derivatives of everything before the layers."""
-        table = self._skeleton.embedding_weight
+        skeleton = self._skeleton
         embeddings = RowEmbeddings(self._weights)
-        for row in range(len(self._rows)):
-            weights, ids = embeddings.of_row(row, self._weights)
-            models = [embeddings.of_model(row, model)[0] for model in range(self._weights.num_models + 1)]
-            vectors = {name: task_vectors([tensors[name] for tensors in models]) for name in weights}
-            own = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
-            with torch.enable_grad():
-                output = self._skeleton.embed(ids, own)[0]
-            grad_out = self._store.gradients(row).to(output.device)  # [losses, tokens, d]
-            for loss in range(self._num_losses):
-                gradients = torch.autograd.grad(
-                    output, list(own.values()), grad_out[loss], retain_graph=loss < self._num_losses - 1,
-                    allow_unused=True,
-                )  # fmt: skip
-                for name, gradient in zip(own, gradients, strict=True):
-                    if gradient is not None:
-                        self._derivatives.add(name, row, loss, gradient, vectors[name], whole=name == table)
+
+        def backward(index: int, batch: Batch, grad_out: Tensor) -> None:
+            """Add the derivatives of batch `index`, or of some of its rows; [S, tokens, d] gradients."""
+            every = [embeddings.of_model(batch, model) for model in range(self._weights.num_models + 1)]
+            weights, ids = embeddings.of_batch(index, self._weights, batch)
+            vectors = {name: task_vectors([tensors[name] for tensors, _ in every]) for name in weights}
+
+            def forward(own: Weights) -> Tensor:
+                return skeleton.embed(ids, own)
+
+            if "embed" not in self._parts:
+                self._parts["embed"] = look_at_part(skeleton.model, list(weights), forward, weights, None)
+            part = PartDerivatives(self._parts["embed"], vectors, self._derivatives)
+            run = part.run(forward, weights, None)
+            if not part.tells_apart(run, batch.token_rows):
+                for row, tokens in zip(batch.alone(), batch.positions, strict=True):
+                    backward(index, row, grad_out[:, tokens])
+                return
+            gradients = [batch.pad(gradient) for gradient in grad_out.to(skeleton.device)]
+            part.backward(run, run.output, gradients, batch.token_rows, weights)
+
+        for index, batch in enumerate(self._weights.batches):
+            backward(index, batch, self._store.gradients(index))

@@ -30,12 +30,12 @@ def evaluate_embeddings(state: ForwardState, submodule: Submodule) -> Iterator[E
         evaluation = Evaluation(submodule, index, batch.rows, batch.lengths, outputs_at, state.base_coefficients)
         if submodule.forward_group not in state.skip:
             yield evaluation
-        state.hidden.append(evaluation.base.cpu())
+        state.hidden.append(state.keep(evaluation.base))
         del evaluation
     for model, beside in state.beside.items():
-        beside.hidden = [embedded(batch, state.model_coefficients(model)).cpu() for batch in beside.batches]
+        beside.hidden = [state.keep(embedded(batch, state.model_coefficients(model))) for batch in beside.batches]
     if state.merged_inputs:
-        state.hidden = [embedded(batch, "merged").cpu() for batch in state.batches]
+        state.hidden = [state.keep(embedded(batch, "merged")) for batch in state.batches]
 
 
 def _used_embeddings(
@@ -125,7 +125,8 @@ def _evaluate_logits(
             weights = {**norms, **interpolated(state.model_coefficients(model))}
             for batch, hidden in zip(beside.batches, beside.hidden, strict=True):
                 logits = state.skeleton.head(hidden[None].to(state.skeleton.device), weights)[0]
-                state.take_logits(batch.rows[0], model, check_finite(logits, submodule.name))
+                name = checkpoints.model_name(model)
+                state.take_logits(batch.rows[0], model, check_finite(logits, submodule.name, name))
 
 
 def evaluate_model(state: ForwardState, submodule: Submodule) -> Iterator[Evaluation]:

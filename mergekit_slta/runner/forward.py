@@ -51,4 +51,5 @@ def evaluate_submodules(state: ForwardState, submodules: Sequence[Submodule]) ->
             yield from layers.evaluate_block(state, group[0])
         else:  # a single norm: it feeds both blocks, or the head
             yield from layers.evaluate_norm(state, group[0])
+        state.finish_checks()
         state.checkpoints.flush()

@@ -4,25 +4,51 @@ Scope: final norm and output projection, for a backward pass. A loss is the next
 row's completion. The labels are sampled S times from the model's own distribution, so that the second moment of the
 gradients is the true Fisher information. With S = 0 the labels are the row's own tokens. With teachers there is an
 additional loss, the first: KL(expert of the row's task || model), summed over the completion.
+
+The gradient of a cross-entropy with respect to the logits is p - e_y (probabilities, one-hot label), that of the
+divergence p - q. So all losses share the products with p, and a label needs one row of the output projection.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_slta.checkpoints.tensors import Weights
 from mergekit_slta.data.rows import Example
-from mergekit_slta.models.hooks import record_calls
-from mergekit_slta.models.skeleton import check_finite
+from mergekit_slta.errors import ModelError
 from mergekit_slta.runner.directional import DirectionalDerivatives, block_rows, task_vectors
-from mergekit_slta.runner.lanes import Head, Lane
+from mergekit_slta.runner.lanes import Lane
+from mergekit_slta.runner.output_head import AnswerPart, Head, answer_part
+from mergekit_slta.runner.part_derivatives import Part, PartDerivatives, look_at_part
 
 LOGIT_GRADIENTS = 2**24
-"""Maximum number of logit gradients in memory, over rows, losses, positions and vocabulary."""
+"""Maximum number of logit gradients in memory, over positions and vocabulary."""
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """Losses at some positions, for the derivatives of the output projection.
+
+    Attributes:
+        part: the positions.
+        inputs: [n, d] inputs of the projection.
+        probs: [P, n, V] p, and with teachers q; each times d logit / d output of the projection.
+        labels: [S, n] int64.
+        label_weights: [S, n] d logit / d output of the projection, at the label.
+        products: [n, 1 + S or S, T] inner products with the task vectors, so far.
+    """
+
+    part: AnswerPart
+    inputs: Tensor
+    probs: Tensor
+    labels: Tensor
+    label_weights: Tensor
+    products: Tensor
 
 
 class HeadLoss:
@@ -47,110 +73,161 @@ class HeadLoss:
         self._label_samples, self._seed = label_samples, seed
         self.num_losses = max(1, label_samples) + (experts is not None)
 
-    def run(self, derivatives: DirectionalDerivatives) -> None:
+    def run(self, derivatives: DirectionalDerivatives, parts: dict[str, Part]) -> None:
         """Compute all rows' losses and gradients.
 
         Args:
             derivatives: the derivatives of all tensors after the layers are added to it.
+            parts: what is known of the model's parts; "head" is added.
 
         Raises:
-            ModelError: a weight holds NaN or Inf.
-            RunError: a gradient holds NaN or Inf.
+            ModelError: a weight holds NaN or Inf, or the logits are no function of the projection's outputs one by one.
         """
+        skeleton = self._skeleton
         head = Head(self._weights)
         vectors = {name: task_vectors([weights[name] for weights in head.loaded]) for name in head.names}
+        bias = vectors.pop(skeleton.head_weight.removesuffix("weight") + "bias", None)
         shared = head.shared(self._weights)
-        max_positions = max(1, LOGIT_GRADIENTS // head.vocabulary)
-        for task, rows in self._weights.by_task.items():
+        size = max(1, LOGIT_GRADIENTS // head.vocabulary)
+        for task, batches in self._weights.by_task.items():
             expert = head.of_expert(task)
-            waiting: list[tuple[int, Tensor, Tensor]] = []  # (row, inputs [n, d], gradients [losses, n, V])
-            for row in rows:
-                parts = self._row_loss(row, head, shared or expert, expert, vectors, max_positions, derivatives)
-                for inputs, gradients in parts:
-                    waiting.append((row, inputs, gradients))
-                    if sum(kept.numel() for *_, kept in waiting) >= LOGIT_GRADIENTS:
-                        self._add_projection(waiting, head, derivatives)
+            waiting: list[_Projected] = []
+            for index in batches:
+                features = self._store.features(skeleton.num_layers, index).to(skeleton.device)
+                grad_in = features.new_zeros((self.num_losses, *features.shape))
+                if "head" not in parts:
+                    leaf = features[None, :1].detach().requires_grad_()
+                    parts["head"] = look_at_part(
+                        skeleton.model, list(vectors), lambda own: skeleton.head(leaf, own), shared or expert, leaf  # noqa: B023
+                    )  # fmt: skip
+                outer = PartDerivatives(parts["head"], vectors, derivatives)
+                for part in answer_part(self._weights, index).split(size, by_row=bool(parts["head"].others)):
+                    waiting.append(self._losses(index, part, features, head, shared or expert, expert, outer, grad_in))
+                    if sum(each.probs[0].numel() for each in waiting) >= LOGIT_GRADIENTS:
+                        self._add_projection(waiting, head, bias, derivatives)
                         waiting = []
-            self._add_projection(waiting, head, derivatives)
+                self._store.put_gradients(index, grad_in)
+            self._add_projection(waiting, head, bias, derivatives)
 
-    def _row_loss(
+    def _losses(
         self,
-        row: int,
+        index: int,
+        part: AnswerPart,
+        features: Tensor,
         head: Head,
         weights: Weights,
         expert: Weights,
-        vectors: Mapping[str, Tensor],
-        max_positions: int,
-        derivatives: DirectionalDerivatives,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute a row's losses, at most `max_positions` positions at a time.
+        outer: PartDerivatives,
+        grad_in: Tensor,
+    ) -> _Projected:
+        """Compute the losses at some positions of batch `index`, whose features are [tokens, d].
 
-        Stores the gradients with respect to the last layer's output, and adds the derivatives of all tensors except
-        the output projection.
-
-        Yields:
-            The inputs [n, d] of the output projection at n positions, and the gradients [losses, n, V] with respect to
-            its outputs.
+        Puts the gradients with respect to the features into `grad_in` [losses, tokens, d], and adds the derivatives of
+        all tensors except the output projection.
         """
-        skeleton, num_tokens = self._skeleton, len(self._weights.rows[row].ids)
-        features = self._store.features(skeleton.num_layers, row).to(skeleton.device)
-        grad_in = features.new_zeros((self.num_losses, *features.shape))
-        for start in range(self._weights.rows[row].completion - 1, num_tokens - 1, max_positions):
-            positions = slice(start, min(start + max_positions, num_tokens - 1))
-            hidden = features[positions].detach().requires_grad_()
-            own = {name: weights[name].detach().requires_grad_() for name in vectors}
-            with torch.enable_grad(), record_calls({"head": skeleton.model.get_output_embeddings()}) as calls:
-                logits = skeleton.head(hidden[None], {**weights, **own})[0]
-            log_probs = torch.log_softmax(logits.detach().float(), dim=-1)
-            call, collected = calls["head"][0], []
-            for loss, grad_out in enumerate(self._logit_gradients(row, positions, log_probs, head, expert)):
-                gradients = torch.autograd.grad(
-                    logits, [hidden, *own.values()], grad_out.to(logits.dtype),
-                    retain_graph=loss < self.num_losses - 1, allow_unused=True,
-                )  # fmt: skip
-                grad_in[loss, positions] = check_finite(gradients[0], "head")
-                derivatives.add_each(own, row, loss, gradients[1:], vectors)
-                collected.append(call.gradient.flatten(0, -2))
-            yield call.inputs[0].detach().flatten(0, -2), torch.stack(collected)
-        self._store.put_gradients(row, grad_in)
-
-    def _logit_gradients(
-        self, row: int, positions: slice, log_probs: Tensor, head: Head, expert: Weights
-    ) -> Iterator[Tensor]:
-        """Yield, for every loss, the gradients [n, V] with respect to the logits at `positions`.
-
-        `log_probs` [n, V] are the model's.
-        """
-        own, probs = self._weights.rows[row], log_probs.exp()
-        first = positions.start - own.completion + 1  # position within the completion
+        skeleton = self._skeleton
+        positions = part.positions.to(features.device)
+        hidden = features[positions].detach().requires_grad_()
+        projection, outputs = skeleton.model.get_output_embeddings(), []
+        handle = projection.register_forward_hook(lambda *call: outputs.append((call[1][0], call[2])))
+        run = outer.run(lambda own: skeleton.head(hidden[None], own), weights, hidden)
+        handle.remove()
+        (inputs, projected), logits = outputs[0], run.output
+        slopes = _slopes(logits, projected)
+        probs = [torch.softmax(logits[0].detach().float(), dim=-1)]
+        labels = self._labels(part, probs[0])
         if self._experts is not None:
-            taught = self._experts.store.features(self._skeleton.num_layers, row)[positions]
-            yield probs - head.log_probs(taught, expert).exp()
-        uniforms = label_uniforms(self._examples[row], self._label_samples, self._seed)
-        for sample in range(max(1, self._label_samples)):
-            if uniforms is None:
-                labels = torch.as_tensor(list(own.ids[positions.start + 1 : positions.stop + 1]), device=probs.device)
-            else:
-                labels = sample_labels(probs, uniforms[sample, first : first + len(probs)])
-            gradient = probs.clone()
-            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
-            yield gradient
+            taught = self._experts.store.features(skeleton.num_layers, index)
+            probs.append(head.log_probs(taught, part, expert).exp_())
+        stacked = torch.stack(probs).to(projected.dtype)
+        label_weights = torch.ones_like(labels, dtype=projected.dtype)
+        if slopes is not None:
+            stacked *= slopes
+            label_weights = slopes.gather(1, labels.T).T
+        matrix = weights[skeleton.head_weight]
+        products = stacked @ matrix  # [P, n, d]
+        gradients = [products[0] - products[1]] if self._experts is not None else []
+        for label, weight in zip(labels, label_weights, strict=True):
+            gradients.append(products[0] - weight[:, None] * matrix[label])
+        gradients = [gradient.view_as(inputs) for gradient in gradients]
+        grad_in[:, positions] = outer.backward(run, inputs, gradients, part.token_rows, weights)
+        sums = stacked.new_zeros((len(positions), self.num_losses, self._weights.num_models))
+        return _Projected(part, inputs.detach()[0], stacked, labels, label_weights, sums)
+
+    def _labels(self, part: AnswerPart, probs: Tensor) -> Tensor:
+        """[max(1, S), n] int64 labels of the cross-entropies."""
+        uniforms = []
+        for row in part.rows.unique_consecutive().tolist():
+            drawn = label_uniforms(self._examples[row], self._label_samples, self._seed)
+            if drawn is None:
+                return part.labels[None].to(probs.device)
+            uniforms.append(drawn[:, part.places[part.rows == row]])
+        return sample_labels(probs, torch.cat(uniforms, dim=1))
 
     def _add_projection(
-        self, waiting: Sequence[tuple[int, Tensor, Tensor]], head: Head, derivatives: DirectionalDerivatives
+        self,
+        waiting: Sequence[_Projected],
+        head: Head,
+        bias: Tensor | None,
+        derivatives: DirectionalDerivatives,
     ) -> None:
-        """Add the output projection's derivatives, in parts of the vocabulary."""
+        """Add the derivatives of the output projection, in parts of the vocabulary, and of its bias [T, V]."""
         if not waiting:
             return
-        block = block_rows(head.raw[0])
+        block = block_rows(head.raw[0].shape[1], self._skeleton.device)
         for start in range(0, head.vocabulary, block):
             part = slice(start, min(start + block, head.vocabulary))
-            vectors = task_vectors(
+            along = task_vectors(
                 [self._checkpoints.place(tensor[part], head.source, model) for model, tensor in enumerate(head.raw)]
             )
-            for row, inputs, gradients in waiting:
-                for loss in range(self.num_losses):
-                    derivatives.add(head.source, row, loss, gradients[loss][:, part].T @ inputs, vectors, start)
+            for each in waiting:
+                changes = nn.functional.linear(each.inputs, along.flatten(0, 1))  # [n, T * block]
+                _add_products(each, changes.view(len(each.inputs), len(along), -1), part)
+        _flush(head.source, waiting, derivatives)
+        if bias is not None:
+            for each in waiting:
+                _add_products(each, bias[None].expand(len(each.inputs), -1, -1), slice(0, head.vocabulary))
+            _flush(self._skeleton.head_weight.removesuffix("weight") + "bias", waiting, derivatives)
+
+
+def _flush(name: str, waiting: Sequence[_Projected], derivatives: DirectionalDerivatives) -> None:
+    """Add the inner products so far to a tensor's derivatives, and reset them."""
+    for each in waiting:
+        derivatives.add_products(name, each.part.rows, each.products)
+        each.products.zero_()
+
+
+def _add_products(to: _Projected, changes: Tensor, part: slice) -> None:
+    """Add the inner products of all losses' gradients with the changes [n, T, v] of the outputs `part`."""
+    shared = torch.bmm(to.probs[:, :, part].transpose(0, 1), changes.transpose(1, 2))  # [n, P, T]
+    num_labels = len(to.labels)
+    if shared.shape[1] > 1:
+        to.products[:, 0] += shared[:, 0] - shared[:, 1]
+    inside = (to.labels >= part.start) & (to.labels < part.stop)
+    places = torch.where(inside, to.labels - part.start, 0)
+    chosen = changes[torch.arange(len(changes), device=changes.device), :, places]  # [S, n, T]
+    weights = torch.where(inside, to.label_weights, 0)
+    to.products[:, -num_labels:] += shared[:, :1] - (weights[..., None] * chosen).transpose(0, 1)
+
+
+def _slopes(logits: Tensor, outputs: Tensor) -> Tensor | None:
+    """The derivative [n, V] of every logit by the output of the projection that it is computed from; None if all are 1.
+
+    Raises:
+        ModelError: a logit depends on several outputs.
+    """
+    if logits is outputs:
+        return None
+    (slopes,) = torch.autograd.grad(logits, outputs, torch.ones_like(logits), retain_graph=True)
+    probe = torch.linspace(0, 1, logits.shape[-1], dtype=logits.dtype, device=logits.device).expand_as(logits)
+    (probed,) = torch.autograd.grad(logits, outputs, probe, retain_graph=True)
+    if not torch.allclose(probed, probe.to(outputs.dtype) * slopes, rtol=1e-3, atol=1e-6):
+        raise ModelError(
+            "a logit of this model depends on several outputs of its output projection: use `objective: features`, and "
+            "please report the model",
+            code="unknown-blocks",
+        )
+    return slopes[0]
 
 
 def label_uniforms(example: Example, samples: int, seed: int) -> Tensor | None:
@@ -168,8 +245,10 @@ def label_uniforms(example: Example, samples: int, seed: int) -> Tensor | None:
 
 
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample [n] int64 tokens from distributions [n, V] and uniform numbers [n], by inverse transform sampling."""
+    """Sample [S, n] int64 tokens from probabilities [n, V] and uniforms [S, n], by inverse transform sampling."""
     source = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     cumulative = source.double().cumsum(-1)
-    labels = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * cumulative[:, -1:])
-    return labels.flatten().clamp(max=probs.shape[1] - 1).to(probs.device)
+    labels = torch.searchsorted(
+        cumulative, uniforms.T.contiguous().to(cumulative.device) * cumulative[:, -1:]
+    )  # [n, S]
+    return labels.T.clamp(max=probs.shape[1] - 1).to(probs.device)

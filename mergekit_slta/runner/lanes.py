@@ -5,7 +5,7 @@ Scope: forward passes. Each layer of every model is read once for all lanes, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
+from mergekit_slta.data.batches import Batch
 from mergekit_slta.data.rows import Example
 from mergekit_slta.models.skeleton import Skeleton, check_finite
+from mergekit_slta.runner.output_head import Head, answer_parts, cross_entropy, divergence, sum_dtype
 from mergekit_slta.runner.row_weights import MergeWeights, RowEmbeddings, RowWeights
 from mergekit_slta.runtime.activations import ActivationStore
 
@@ -34,13 +36,15 @@ class Lane:
     store: ActivationStore
     is_trial: bool = False
 
-    def check(self, features: Tensor, where: str) -> Tensor:
-        """Return features that are finite.
+    def finish_depth(self, where: str) -> None:
+        """Record that all features behind `where` are stored.
 
         Raises:
             RunError: they hold NaN or Inf, and this is no trial.
         """
-        return features if self.is_trial else check_finite(features, where)
+        if not self.is_trial:
+            check_finite(self.store.new_features(), where)
+        self.store.finish_depth()
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ class Lanes:
         skeleton: the model's code.
         checkpoints: every model's tensors; experts in canonical order.
         examples: the calibration rows.
+        batches: batches of the rows, see `RowWeights`.
         at: the weights of the other lanes, see `RowWeights`.
-        make_store: (number of the lane, 0 is the experts') -> its activation store. A filled store is used as it is.
+        make_store: (number of the lane, 0 is the experts') -> its activation store, of batches. A filled store is used
+            as it is.
         trial: NaN and Inf are allowed in lanes with merged weights.
-        with_routes: count the tokens that are sent to other experts than in the first lane, for `rerouted`.
+        with_routes: count the tokens that are sent to other experts than in the first lane, for `rerouted`; batches
+            hold one row then.
         announce: called with the name of the current layer.
     """
 
@@ -97,6 +104,7 @@ class Lanes:
         skeleton: Skeleton,
         checkpoints: Checkpoints,
         examples: Sequence[Example],
+        batches: Sequence[Batch],
         at: Sequence[MergeWeights | Literal["experts", "base"]],
         make_store: Callable[[int], ActivationStore],
         *,
@@ -108,9 +116,12 @@ class Lanes:
         self._with_routes = with_routes
         self.rerouted = torch.zeros((len(examples), len(at), 2), dtype=torch.int64)
         self.experts, *self.others = (
-            Lane(RowWeights(skeleton, checkpoints, examples, where), make_store(number), trial and callable(where))
+            Lane(
+                RowWeights(skeleton, checkpoints, examples, batches, where), make_store(number),
+                trial and callable(where),
+            )
             for number, where in enumerate(("experts", *at))
-        )
+        )  # fmt: skip
 
     @property
     def _all(self) -> list[Lane]:
@@ -144,29 +155,35 @@ class Lanes:
             for number, lane in enumerate(self._all):
                 if lane.store.depths_done != layer + 1:
                     continue
-                for own, rows in lane.weights.groups(loaded):
-                    for row in rows:
-                        hidden = lane.store.features(layer, row).to(skeleton.device)[None]
+                for own, indices in lane.weights.groups(loaded):
+                    for index in indices:
+                        batch = weights.batches[index]
+                        hidden = batch.pad(lane.store.features(layer, index).to(skeleton.device))
                         if self._with_routes:
-                            output = self._route(layer, hidden, own, row, number, routes)[0]
+                            output = self._route(layer, hidden, own, batch.rows[0], number, routes)
                         else:
-                            output = skeleton.layer(layer, hidden, own)[0]
-                        lane.store.put_features(layer + 1, row, lane.check(output, f"layer {layer}"))
-                lane.store.finish_depth()
+                            output = skeleton.layer(layer, hidden, own)
+                        lane.store.put_features(layer + 1, index, batch.pack(output))
+                lane.finish_depth(f"layer {layer}")
             del loaded
             self._checkpoints.flush()
 
     def _embeddings(self) -> None:
-        """Run every row through the embeddings; also in a resumed run, because this sets positions and masks."""
+        """Run every batch through the embeddings; also in a resumed run, because this sets positions and masks. A
+        backward pass may take the rows of a batch one by one, so these are set for each row, too."""
         embeddings = RowEmbeddings(self.experts.weights)
+        for batch in self.experts.weights.batches:
+            for row in batch.alone() if len(batch.rows) > 1 else []:
+                weights, ids = embeddings.of_model(row, 0)
+                self._skeleton.embed(ids, weights)
         for lane in self._all:
-            for row in range(len(lane.weights.rows)):
-                weights, ids = embeddings.of_row(row, lane.weights)
-                embedded = self._skeleton.embed(ids, weights)[0]
+            for index, batch in enumerate(lane.weights.batches):
+                weights, ids = embeddings.of_batch(index, lane.weights)
+                embedded = batch.pack(self._skeleton.embed(ids, weights))
                 if lane.store.depths_done == 0:
-                    lane.store.put_features(0, row, lane.check(embedded, "embed"))
+                    lane.store.put_features(0, index, embedded)
             if lane.store.depths_done == 0:
-                lane.store.finish_depth()
+                lane.finish_depth("embed")
 
     def measure(self) -> Measured:
         """Measure the other lanes, after `forward`.
@@ -176,85 +193,22 @@ class Lanes:
         """
         self._announce("head")
         head = Head(self.experts.weights)
-        shape = (len(self.experts.weights.rows), len(self.others))
-        found = Measured(*(torch.zeros(each, dtype=torch.float64) for each in (shape, shape, shape[:1])))
+        num_rows, device = len(self.experts.weights.rows), self._skeleton.device
+        divergences, losses, expert_losses = (
+            torch.zeros((num_rows, count), dtype=sum_dtype(device), device=device)
+            for count in (len(self.others), len(self.others), 1)
+        )
         for number, lane in enumerate(self.others):
-            self._measure(number, lane, head, found)
-        self._checkpoints.flush()
-        return found
-
-    def _measure(self, number: int, lane: Lane, head: Head, found: Measured) -> None:
-        """Measure one lane; its results are column `number`."""
-        weights, last = lane.weights, self._skeleton.num_layers
-        shared = head.shared(weights)
-        for task, rows in weights.by_task.items():
-            expert = head.of_expert(task)
-            for row in rows:
-                for positions, labels in answer_positions(weights, row, head.vocabulary):
-                    ours = head.log_probs(lane.store.features(last, row)[positions], shared or expert)
-                    taught = head.log_probs(self.experts.store.features(last, row)[positions], expert)
-                    found.divergences[row, number] += divergence(taught, ours)
-                    found.losses[row, number] += cross_entropy(ours, labels)
+            shared = head.shared(lane.weights)
+            for task, batches in lane.weights.by_task.items():
+                expert = head.of_expert(task)
+                for index, part in answer_parts(lane.weights, batches, POSITION_LOGITS // head.vocabulary):
+                    ours = head.log_probs(lane.store.features(self._skeleton.num_layers, index), part, shared or expert)
+                    taught = head.log_probs(self.experts.store.features(self._skeleton.num_layers, index), part, expert)
+                    rows = part.rows.to(device)
+                    divergences[:, number].index_add_(0, rows, divergence(taught, ours))
+                    losses[:, number].index_add_(0, rows, cross_entropy(ours, part.labels))
                     if number == 0:
-                        found.expert_losses[row] += cross_entropy(taught, labels)
-
-
-class Head:
-    """Final norm and output projection of every model.
-
-    Args:
-        weights: any lane's; its rows are not used.
-
-    Attributes:
-        names: the tensors after the layers, without the output projection.
-        source: name of the output projection; that of the embedding table if the two are tied.
-        raw: the output projection of every model, see `Checkpoints.raw`.
-        loaded: the tensors `names` of every model.
-        vocabulary: V, the number of rows that every projection has.
-    """
-
-    def __init__(self, weights: RowWeights) -> None:
-        self._skeleton, self._checkpoints = weights.skeleton, weights.checkpoints
-        plan, skeleton = self._checkpoints.plan, self._skeleton
-        self.names = weights.outer_tensors()[1]
-        tied = plan.is_tied or skeleton.head_weight not in plan.tensors
-        self.source = skeleton.embedding_weight if tied else skeleton.head_weight
-        self.raw = self._checkpoints.raw(self.source)
-        self.loaded = self._checkpoints.load(self.names)
-        self.vocabulary = min(tensor.shape[0] for tensor in self.raw)
-
-    def of_expert(self, task: int) -> Weights:
-        """The tensors of a task's expert."""
-        projection = self._checkpoints.place(self.raw[task + 1][: self.vocabulary], self.source, task + 1)
-        return {**self.loaded[task + 1], self._skeleton.head_weight: projection}
-
-    def shared(self, weights: RowWeights) -> Weights | None:
-        """The tensors that all rows of a lane use; None if each row uses its own expert's."""
-        shared = weights.shared(self.loaded)
-        if shared is not None:
-            shared[self._skeleton.head_weight] = weights.shared_projection(self.raw, self.source)
-        return shared
-
-    def log_probs(self, features: Tensor, weights: Weights) -> Tensor:
-        """[n, V] float32 log-probabilities from the last layer's outputs [n, d]."""
-        logits = self._skeleton.head(features.to(self._skeleton.device)[None], weights)[0]
-        return torch.log_softmax(logits.float(), dim=-1)
-
-
-def divergence(taught: Tensor, log_probs: Tensor) -> float:
-    """KL(expert || model) in nats, summed over positions, from log-probabilities [n, V]."""
-    return float((taught.exp() * (taught - log_probs)).sum(dtype=torch.float64))
-
-
-def cross_entropy(log_probs: Tensor, labels: Tensor) -> float:
-    """Cross-entropy of labels [n] in nats, summed over positions, from log-probabilities [n, V]."""
-    return -float(log_probs.gather(1, labels.to(log_probs.device)[:, None]).sum(dtype=torch.float64))
-
-
-def answer_positions(weights: RowWeights, row: int, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the positions that predict a row's answer, in parts of bounded memory, and the labels [n] of each part."""
-    own = weights.rows[row]
-    size = max(1, POSITION_LOGITS // vocabulary)
-    for start in range(own.completion - 1, len(own.ids) - 1, size):
-        part = slice(start, min(start + size, len(own.ids) - 1))
-        yield part, torch.tensor(own.ids[part.start + 1 : part.stop + 1], dtype=torch.int64)
+                        expert_losses[:, 0].index_add_(0, rows, cross_entropy(taught, part.labels))
+        self._checkpoints.flush()
+        return Measured(*(found.cpu().double() for found in (divergences, losses, expert_losses[:, 0])))

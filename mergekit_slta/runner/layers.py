@@ -181,7 +181,7 @@ def evaluate_matrices(state: ForwardState, group: Sequence[Submodule]) -> Iterat
 
             yield Evaluation(submodule, index, batch.rows, (1,), outputs_at, state.base_coefficients)
         if not state.merged_inputs:
-            state.hidden[index] = output.cpu()
+            state.hidden[index] = state.keep(output)
     _advance_others(state, Submodule(group[0].forward_group, "layer", layer, ()), interpolated, {})
 
 

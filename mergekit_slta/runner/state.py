@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mergekit_slta.checkpoints.tensors import Checkpoints, Weights
 from mergekit_slta.data.batches import Batch
+from mergekit_slta.maths.task_arithmetic import all_finite
 from mergekit_slta.models.skeleton import Skeleton, check_finite
 from mergekit_slta.models.submodules import Submodule
+from mergekit_slta.runtime.devices import holds_features
 
 Coefficients = tuple[float, ...] | Literal["merged"]
 """The weights to evaluate: c_t in theta_0 + sum_t c_t (theta_t - theta_0), or "merged": the result of `merge`."""
@@ -77,7 +79,7 @@ class ForwardState:
             pass has loaded; one row per batch. Not for whole models.
         take_logits: called with a row of `beside`, the index of its model, and logits [tokens, v], part by part of the
             vocabulary.
-        hidden: per batch, [tokens, d] on the CPU: the input of the next forward group.
+        hidden: per batch, [tokens, d]: the input of the next forward group; see `keep`.
         norms: merged norms that feed both blocks of a layer; used to compute the next features.
     """
 
@@ -99,6 +101,7 @@ class ForwardState:
     norms: Weights = field(default_factory=dict)
     _attention_outputs: list[Tensor] = field(default_factory=list)
     _checked: int = -1
+    _unchecked: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.packs = self.packs or [[index] for index in range(len(self.batches))]
@@ -146,11 +149,11 @@ class ForwardState:
         """
         assert submodule.layer is not None
         if submodule.kind == "layer" or not self.skeleton.layer_anatomy(submodule.layer).parallel:
-            self.hidden[index] = output.cpu()
+            self.hidden[index] = self.keep(output)
         elif submodule.kind == "attention":
-            self._attention_outputs.append(output.cpu())
+            self._attention_outputs.append(self.keep(output))
         else:
-            self.hidden[index] = (self._attention_outputs.pop(0).to(output.device) + (output - hidden)).cpu()
+            self.hidden[index] = self.keep(self._attention_outputs.pop(0).to(output.device) + (output - hidden))
 
     def context(self, *group: Submodule) -> Weights:
         """Load the base's tensors that a block's forward needs and that are not the block's own.
@@ -182,13 +185,34 @@ class ForwardState:
         skeleton.check_blocks(layer, self.batches[0].pad(self.hidden[0].to(skeleton.device)), weights)
         self._checked = layer
 
+    @cached_property
+    def _keeps_on_device(self) -> bool:
+        batches = [*self.batches, *(batch for beside in self.beside.values() for batch in beside.batches)]
+        tokens = sum(sum(batch.lengths) for batch in batches)
+        # Twice: parallel blocks keep the outputs of attention, too.
+        return holds_features(self.skeleton.device, 2 * tokens * self.skeleton.width * self.checkpoints.dtype.itemsize)
+
+    def keep(self, features: Tensor) -> Tensor:
+        """Features of a batch for the next forward group: on the device where all fit, else on the CPU."""
+        return features if self._keeps_on_device else features.cpu()
+
     def check_finite(self, features: Tensor, submodule: Submodule, coefficients: Coefficients) -> Tensor:
-        """Check the base's features for NaN and Inf; return the features. The caller checks those of other models.
+        """Note the base's features for `finish_checks`, and return the features. The caller checks those of other
+        models."""
+        if coefficients == self.base_coefficients:
+            self._unchecked.append((submodule.name, torch.stack(features.aminmax())))
+        return features
+
+    def finish_checks(self) -> None:
+        """Check the base's features of a forward group, all batches at once.
 
         Raises:
-            RunError: the base's features hold NaN or Inf.
+            RunError: they hold NaN or Inf.
         """
-        return check_finite(features, submodule.name) if coefficients == self.base_coefficients else features
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked and not all_finite(torch.stack([extremes for _, extremes in unchecked])):
+            for name, extremes in unchecked:
+                check_finite(extremes, name)
 
 
 class InterpolatedWeights:

@@ -1,4 +1,4 @@
-"""Whether a device is on this machine."""
+"""Whether a device is on this machine, and what is free there."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def is_here(device: torch.device) -> bool:
     except RuntimeError:  # this build of torch does not know the type
         return False
     return bool(module.is_available()) and (device.index or 0) < module.device_count()
+
+
+FEATURES_SHARE = 0.2
+"""Share of a device's free memory that the features of all rows may take."""
+
+
+def holds_features(device: torch.device, size: int) -> bool:
+    """Whether features of `size` bytes can stay on a device. Always on the CPU."""
+    if device.type != "cuda":
+        return True
+    return size <= FEATURES_SHARE * torch.cuda.mem_get_info(device)[0]
