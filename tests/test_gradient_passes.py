@@ -4,8 +4,10 @@ killed runs; shared rows; files."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from mergekit_slta.maths.ridges import FIRST_RIDGES
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.objectives import gradient_passes
 from mergekit_slta.objectives.gradient_passes import Passes
-from mergekit_slta.runner import head_loss, lanes
+from mergekit_slta.runner import backward, head_loss, lanes
 from mergekit_slta.runtime.distributed import ALONE
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
@@ -104,6 +106,30 @@ def test_batches_equal_single_rows(specimen, with_rows, monkeypatch, name):
     assert_close(together, alone, 1e-7)
     for one, other in zip(vars(measured).values(), vars(measured_together).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_no_layer_outlives_its_backward_pass(specimen, monkeypatch):
+    """Task vectors are freed by reference counts alone: waiting for the garbage collector, memory would grow."""
+    kept = []
+    original = backward.task_vectors
+
+    def watched(tensors):
+        vectors = original(tensors)
+        kept.append(weakref.ref(vectors))
+        return vectors
+
+    monkeypatch.setattr(backward, "task_vectors", watched)
+    job = stepping(specimen("llama"))
+    gc.collect()
+    gc.disable()
+    try:
+        with passes_of(job) as passes:
+            passes.derivatives("", job.examples(), some_point(job), label_samples=1, seed=0)
+        assert len(kept) >= 20
+        assert not [ref for ref in kept if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -67,6 +67,7 @@ class Skeleton:
         anatomy: names and structure, for `partition`.
         routers: see `Structure`.
         products: as given.
+        calls: (b, s) -> the layers' masks and positions, from `embed`.
 
     Raises:
         ModelError: transformers makes no model of the config, it is no decoder-only language model, or its layers are
@@ -125,7 +126,7 @@ class Skeleton:
         self.shapes = {key: tuple(state[key].shape) for key in found.used}
         self.unused = tuple(key for key in state if key not in self.shapes)
         self.max_positions = learned_positions(self.model, self.config)
-        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self.calls: dict[tuple[int, int], list[LayerCall]] = {}
         self.device = torch.device(device)
         for module in self.model.modules():
             for key, buffer in list(module.named_buffers(recurse=False)):
@@ -157,12 +158,12 @@ class Skeleton:
         """
         found = self._structure
         hidden, calls = enter_layers(self.model, found.layers, found.returned, ids, weights)
-        self._calls[ids.shape[0], ids.shape[1]] = calls
+        self.calls[ids.shape[0], ids.shape[1]] = calls
         return hidden
 
     def layer(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run a decoder layer, [b, s, d] -> [b, s, d]; `embed` must have run before with the same (b, s)."""
-        call = self._calls[(hidden.shape[0], hidden.shape[1])][index]
+        call = self.calls[(hidden.shape[0], hidden.shape[1])][index]
         return self._run_layer(index, hidden, weights, call)
 
     def layer_anatomy(self, index: int) -> LayerAnatomy:
@@ -209,7 +210,7 @@ class Skeleton:
 
     def _any_call(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Run a layer with the arguments of rows of any shape: only attention reads positions and masks."""
-        return self._run_layer(index, hidden, weights, next(iter(self._calls.values()))[index])
+        return self._run_layer(index, hidden, weights, next(iter(self.calls.values()))[index])
 
     def check_blocks(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Compute a layer from its blocks, and compare the result with the layer's own output.

@@ -105,42 +105,46 @@ class BackwardPass:
         is_routed = layer in skeleton.routers
         name = f"{skeleton.layers_path}.{layer}"
 
-        def backward(batch: Batch, features: Tensor, grad_out: Tensor, weights: Weights) -> Tensor:
-            """[tokens, d] features and [S, tokens, d] gradients -> [S, tokens, d] gradients by the features."""
+        # Not recursive: a function that refers to itself keeps the layer's weights until the garbage collector runs.
+        def backward(batch: Batch, features: Tensor, grad_out: Tensor, weights: Weights) -> Tensor | None:
+            """[tokens, d] features and [S, tokens, d] gradients -> [S, tokens, d] gradients by the features; None if
+            the rows must run one by one."""
             hidden = batch.pad(features.to(skeleton.device)).detach().requires_grad_()
             run = None
             if len(batch.rows) == 1 or not (is_routed or self._parts[name].others):
                 run = part.run(lambda own: skeleton.layer(layer, hidden, own), weights, hidden)
             if run is None or not part.tells_apart(run, batch.token_rows):
-                each = zip(batch.alone(), batch.positions, strict=True)
-                alone = [backward(row, features[tokens], grad_out[:, tokens], weights) for row, tokens in each]
-                return torch.cat(alone, dim=1)
+                return None
             gradients = [batch.pad(gradient) for gradient in grad_out.to(skeleton.device)]
             found = part.backward(run, run.output, gradients, batch.token_rows, weights)
             return torch.stack([batch.pack(gradient) for gradient in found])
 
         for weights, indices in self._weights.load(names, shared):
             if name not in self._parts:
-                first, tokens = (
-                    self._weights.batches[indices[0]].alone()[0],
-                    self._weights.batches[indices[0]].positions[0],
-                )
-                leaf = first.pad(self._store.features(layer, indices[0])[tokens].to(skeleton.device)).requires_grad_()
+                batch, features = self._weights.batches[indices[0]], self._store.features(layer, indices[0])
+                leaf = features[None, batch.positions[0]].to(skeleton.device).detach().requires_grad_()
                 self._parts[name] = look_at_part(
                     skeleton.model, names, lambda own: skeleton.layer(layer, leaf, own), weights, leaf  # noqa: B023
                 )  # fmt: skip
             part = PartDerivatives(self._parts[name], vectors, self._derivatives)
             for index in indices:
-                features, grad_out = self._store.features(layer, index), self._store.gradients(index)
-                self._store.put_gradients(index, backward(self._weights.batches[index], features, grad_out, weights))
+                batch, features = self._weights.batches[index], self._store.features(layer, index)
+                grad_out = self._store.gradients(index)
+                grad_in = backward(batch, features, grad_out, weights)
+                if grad_in is None:
+                    each = zip(batch.alone(), batch.positions, strict=True)
+                    alone = [backward(row, features[tokens], grad_out[:, tokens], weights) for row, tokens in each]
+                    grad_in = torch.cat([found for found in alone if found is not None], dim=1)
+                self._store.put_gradients(index, grad_in)
 
     def _embeddings_backward(self) -> None:
         """Compute the derivatives of everything before the layers."""
         skeleton = self._skeleton
         embeddings = RowEmbeddings(self._weights)
 
-        def backward(index: int, batch: Batch, grad_out: Tensor) -> None:
-            """Add the derivatives of batch `index`, or of some of its rows; [S, tokens, d] gradients."""
+        def backward(index: int, batch: Batch, grad_out: Tensor) -> bool:
+            """Add the derivatives of batch `index`, or of some of its rows; [S, tokens, d] gradients. Returns whether
+            it was done; else the rows must run one by one."""
             every = [embeddings.of_model(batch, model) for model in range(self._weights.num_models + 1)]
             weights, ids = embeddings.of_batch(index, self._weights, batch)
             vectors = {name: task_vectors([tensors[name] for tensors, _ in every]) for name in weights}
@@ -153,11 +157,13 @@ class BackwardPass:
             part = PartDerivatives(self._parts["embed"], vectors, self._derivatives)
             run = part.run(forward, weights, None)
             if not part.tells_apart(run, batch.token_rows):
-                for row, tokens in zip(batch.alone(), batch.positions, strict=True):
-                    backward(index, row, grad_out[:, tokens])
-                return
+                return False
             gradients = [batch.pad(gradient) for gradient in grad_out.to(skeleton.device)]
             part.backward(run, run.output, gradients, batch.token_rows, weights)
+            return True
 
         for index, batch in enumerate(self._weights.batches):
-            backward(index, batch, self._store.gradients(index))
+            grad_out = self._store.gradients(index)
+            if not backward(index, batch, grad_out):
+                for row, tokens in zip(batch.alone(), batch.positions, strict=True):
+                    backward(index, row, grad_out[:, tokens])

@@ -172,6 +172,7 @@ class Lanes:
         """Run every batch through the embeddings; also in a resumed run, because this sets positions and masks. A
         backward pass may take the rows of a batch one by one, so these are set for each row, too."""
         embeddings = RowEmbeddings(self.experts.weights)
+        self._skeleton.calls.clear()  # those of other rows
         for batch in self.experts.weights.batches:
             for row in batch.alone() if len(batch.rows) > 1 else []:
                 weights, ids = embeddings.of_model(row, 0)
