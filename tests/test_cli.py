@@ -26,7 +26,7 @@ def command(name: str) -> click.Command:
 
 def test_commands_are_listed_in_the_order_of_use():
     """First look, then compute, merge, look at the result; the demo last."""
-    order = ["check", "calibrate", "merge", "report", "solve", "export", "linearity", "demo"]
+    order = ["check", "calibrate", "merge", "report", "solve", "export", "linearity", "env", "demo"]
     assert main.list_commands(click.Context(main)) == list(COMMANDS) == order
     listed = [
         line.split()[0] for line in slta("--help").output.partition("Commands:\n")[2].splitlines() if line[2:3] > " "
@@ -48,7 +48,7 @@ def test_help_loads_nothing_heavy():
         "import sys\n"
         "from click.testing import CliRunner\n"
         "from mergekit_slta.cli.main import main\n"
-        "for arguments in [], ['report'], ['solve'], ['export'], ['demo']:\n"
+        "for arguments in [], ['report'], ['solve'], ['export'], ['env'], ['demo']:\n"
         "    assert CliRunner().invoke(main, [*arguments, '--help']).exit_code == 0\n"
         "print(sorted({'torch', 'mergekit', 'transformers', 'peft', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)))"
     )

@@ -33,6 +33,7 @@ COMMANDS = {
     "solve": _Entry(_PLAIN, "Compute new weights from saved statistics, with other settings."),
     "export": _Entry(_PLAIN, "Write a stock mergekit recipe that gives the same merge."),
     "linearity": _Entry(_MERGEKIT, "Measure how linear the experts of RECIPE are."),
+    "env": _Entry("mergekit_slta.cli.environment", "Print versions and devices, for bug reports."),
     "demo": _Entry(_PLAIN, "Train tiny models, merge them, and compare with other methods."),
 }
 """The commands in the order of use. Each summary is the first line of the command's docstring; a test compares them."""
