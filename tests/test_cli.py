@@ -104,7 +104,7 @@ def test_verbose_shows_the_traceback(tmp_path, name, code, flag):
 def test_an_unexpected_error_is_one_line(tmp_path, monkeypatch, flag):
     """Its type and text, and how to see where it came from."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("mergekit_slta.reporting.report.report", fail)

@@ -16,8 +16,9 @@ from mergekit_slta.errors import show
 @with_verbose
 @click.command()
 @click.argument("target", metavar="OUT_OR_FILE", type=click.Path(exists=True, path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the figures  [default: beside]")
-def report(target: Path, output: Path | None) -> None:
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for what is written  [default: beside]")
+@click.option("--html", is_flag=True, help="Also write slta_report.html: one page to look at, which needs no network")
+def report(target: Path, output: Path | None, html: bool) -> None:
     """Draw the figures of a saved file or of a merged model.
 
     OUT_OR_FILE is an alphas, statistics or linearity file, or the folder of a merged model. A merged model's card
@@ -25,7 +26,7 @@ def report(target: Path, output: Path | None) -> None:
     """
     from mergekit_slta.reporting.report import report
 
-    for path in report(target, output):
+    for path in report(target, output, html=html):
         click.echo(f"Written: {show(path)}", err=True)
 
 

@@ -1,4 +1,5 @@
-"""The record `slta_merge.json` of an output folder: the files that a merge of this package put there, with hashes.
+"""The record `slta_merge.json` of an output folder: the files that a merge of this package put there, with hashes; what
+the merge took; and which of its models and datasets are on the Hub.
 
 Scope: paths are relative to the folder, with `/` between their parts. Files that are changed or added later are not the
 merge's any more.
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.identity import hash_text
@@ -82,7 +85,7 @@ class Took:
 
 def record_took(folder: Path, took: Took) -> None:
     """Add what a merge took to its folder's record."""
-    _write(folder, recorded(folder), asdict(took))
+    _update(folder, took=asdict(took))
 
 
 def recorded_took(folder: Path) -> Took | None:
@@ -96,6 +99,48 @@ def recorded_took(folder: Path) -> Took | None:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     return took if is_valid else None
+
+
+class Source(BaseModel):
+    """Where a model or a dataset of a merge comes from. It may not be known any more when a card is written.
+
+    Attributes:
+        hub: ids on the Hub, of a model and of its adapter; None in place of what is a local folder or file.
+        license: what its own card says of its licence, by key: `license`, `license_name`, `license_link`. Empty if it
+            says nothing, or there is no card.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    hub: tuple[str | None, ...]
+    license: dict[str, str] = {}
+
+
+class Sources(BaseModel):
+    """The sources of a merge.
+
+    Attributes:
+        models: name in the alphas file -> source; of the base, too.
+        datasets: name in the alphas file -> source.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    models: dict[str, Source] = {}
+    datasets: dict[str, Source] = {}
+
+
+def record_sources(folder: Path, sources: Sources) -> None:
+    """Add the sources of a merge to its folder's record."""
+    _update(folder, sources=sources.model_dump(mode="json"))
+
+
+def recorded_sources(folder: Path) -> Sources:
+    """The sources of a folder's merge; empty if the record does not say them."""
+    try:
+        return Sources.model_validate(_content(folder).get("sources", {}))
+    except ValidationError:
+        return Sources()
 
 
 def _is_inside(name: str) -> bool:
@@ -121,13 +166,11 @@ def hash_in(folder: Path, name: str) -> str:
 def record(folder: Path, names: Iterable[str]) -> None:
     """Add files, as they are now, to a folder's record. The record itself is left out."""
     hashes = {name: hash_in(folder, name) for name in names if name != MERGE_RECORD_NAME}
-    _write(folder, {**recorded(folder), **hashes}, _content(folder).get("took"))
+    _update(folder, files=dict(sorted({**recorded(folder), **hashes}.items())))
 
 
-def _write(folder: Path, files: Mapping[str, str], took: object) -> None:
-    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items()))}
-    if took is not None:
-        content["took"] = took
+def _update(folder: Path, **changes: object) -> None:
+    content = {"format": FORMAT, "version": VERSION, "files": {}, **_content(folder), **changes}
     write_text_atomically(folder / MERGE_RECORD_NAME, json.dumps(content, indent=1) + "\n")
 
 

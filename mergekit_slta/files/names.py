@@ -67,6 +67,7 @@ ACTIVATIONS_MARKER_NAME = "activations.json"
 """Beside `ACTIVATIONS_NAME`: the depths and layers that are stored in it."""
 
 FIGURE_PREFIX = "slta"
+PAGE_NAME = "slta_report.html"
 
 
 _JSON, _STATISTICS = ".json", ".stats.safetensors"

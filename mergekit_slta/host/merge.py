@@ -29,7 +29,7 @@ from mergekit_slta.calibration.reuse import (
 from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
-from mergekit_slta.files.merge_record import Took, record_took
+from mergekit_slta.files.merge_record import Took, record_sources, record_took
 from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, direction_folder
 from mergekit_slta.files.output_folder import (
     calibrating,
@@ -42,6 +42,7 @@ from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
 from mergekit_slta.host.finish import finish_output
 from mergekit_slta.host.method import ActiveMerge, active, register
+from mergekit_slta.host.sources import sources_of
 from mergekit_slta.job.direction import StoredDirection
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
@@ -129,6 +130,7 @@ def _run(
 ) -> Any:
     _check_source(config_source)
     recipe = read_recipe(merge_config)
+    sources = sources_of(recipe, options)
     out = Path(out_path)
     inputs = [path.path for model in recipe.models for path in (model.model, model.lora) if path is not None]
     replaced = check_output(out, inputs, overwrite=overwrite)
@@ -171,6 +173,7 @@ def _run(
                 result = merge_into(folder, config)
                 finish_output(job, folder)
             record_took(folder, _took(job))
+            record_sources(folder, sources)
             if options.write_model_card:
                 add_section(folder)
         if alphas.evaluation is not None:

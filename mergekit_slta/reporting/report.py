@@ -15,16 +15,25 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 from mergekit_slta.calibration.resolve import solve_again
 from mergekit_slta.errors import AlphasError, OutputError, show
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.atomic import write_atomically
+from mergekit_slta.files.atomic import write_atomically, write_text_atomically
 from mergekit_slta.files.linearity_file import Linearity, is_linearity_file
-from mergekit_slta.files.merge_record import has_record, hash_in, record, recorded, recorded_took
-from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, figure_name
+from mergekit_slta.files.merge_record import (
+    has_record,
+    hash_in,
+    record,
+    recorded,
+    recorded_sources,
+    recorded_took,
+)
+from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, LINEARITY_NAME, MERGED_RECIPE_NAME, PAGE_NAME, figure_name
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_overwrite, check_writable
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.settings import METHOD
 from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
+from mergekit_slta.reporting.names import PublicNames
+from mergekit_slta.reporting.page import is_page, write_page
 
 LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {
@@ -36,7 +45,7 @@ _DESCRIPTIONS = {
 """Figures of the card, by file name."""
 
 
-def report(target: Path, folder: Path | None = None) -> list[Path]:
+def report(target: Path, folder: Path | None = None, *, html: bool = False) -> list[Path]:
     """Draw the figures of a file or of a merged model's folder; a merged model's card also gets its section.
 
     A README that neither a merge of this package nor mergekit wrote is left as it is.
@@ -44,6 +53,7 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
     Args:
         target: an alphas, statistics or linearity file, or a folder that holds a merge.
         folder: folder for the figures; None writes them beside the files. If it is given, no card is written.
+        html: also write the page `slta_report.html`; it replaces only a page of this package.
 
     Returns:
         The files that were written.
@@ -54,16 +64,52 @@ def report(target: Path, folder: Path | None = None) -> list[Path]:
     """
     if folder is not None:
         check_writable(folder)
-    if target.is_dir():
-        written = _draw_folder(target, folder or target)
-        if folder is None and (target / ALPHAS_NAME).is_file() and has_record(target):
-            written += _update_card(target)
-        return written
-    if is_linearity_file(target):
-        return draw(Linearity.load(target), folder or target.parent)
-    if is_statistics_file(target):
-        return draw(solve_again(Statistics.load(target)), folder or target.parent)
-    return draw(Alphas.load(target), folder or target.parent)
+    beside = target if target.is_dir() else target.parent
+    page = (folder or beside) / PAGE_NAME
+    if html:
+        check_overwrite(page, "page of this package", is_page, remedy="choose another folder with -o")
+    alphas, linearity = _read(target)
+    written: list[Path] = []
+    for source in (alphas, linearity):
+        written += draw(source, folder or beside) if source is not None else []
+    has_merge = target.is_dir() and alphas is not None and has_record(target)
+    if has_merge and folder is None:
+        written += _update_card(target)
+    if html:
+        sources, took, scale = (
+            (recorded_sources(target), recorded_took(target), _scale(target)) if has_merge else (None, None, 1.0)
+        )
+        names = None if alphas is None else PublicNames.of_alphas(alphas, sources)
+        title = target.resolve().name if target.is_dir() else target.name
+        write_text_atomically(page, write_page(title, alphas, linearity, names, scale=scale, took=took))
+        written.append(page)
+        if has_merge and folder is None:
+            record(target, [PAGE_NAME])  # a later merge removes it
+    return written
+
+
+def _read(target: Path) -> tuple[Alphas | None, Linearity | None]:
+    """The alphas and the linearity of a file, or of a folder.
+
+    Raises:
+        AlphasError: there are none, or a file is damaged.
+    """
+    if not target.is_dir():
+        if is_linearity_file(target):
+            return None, Linearity.load(target)
+        if is_statistics_file(target):
+            return solve_again(Statistics.load(target)), None
+        return Alphas.load(target), None
+    alphas, linearity = target / ALPHAS_NAME, target / LINEARITY_NAME
+    if not alphas.is_file() and not linearity.is_file():
+        raise AlphasError(
+            f"{show(target)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder, or a file",
+            code="nothing-to-draw",
+        )
+    return (
+        Alphas.load(alphas) if alphas.is_file() else None,
+        Linearity.load(linearity) if linearity.is_file() else None,
+    )
 
 
 def _update_card(out: Path) -> list[Path]:
@@ -95,26 +141,13 @@ def _is_mergekits_card(path: Path) -> bool:
 def add_section(out: Path) -> None:
     """Draw the figures and write the card's section after a merge. A failure is logged and does not fail the merge."""
     try:
-        _draw_folder(out, out)
+        for source in filter(None, _read(out)):
+            draw(source, out)
         _write_section(out)
     except Exception as error:
         LOG.warning(
             "the model card lacks its section on the merge (%s): `mergekit-slta report OUT` adds it", show(error)
         )
-
-
-def _draw_folder(source: Path, folder: Path) -> list[Path]:
-    written: list[Path] = []
-    if (source / ALPHAS_NAME).is_file():
-        written += draw(Alphas.load(source / ALPHAS_NAME), folder)
-    if (source / LINEARITY_NAME).is_file():
-        written += draw(Linearity.load(source / LINEARITY_NAME), folder)
-    if not written:
-        raise AlphasError(
-            f"{show(source)} holds neither {ALPHAS_NAME} nor {LINEARITY_NAME}: name a merged model's folder, or a file",
-            code="nothing-to-draw",
-        )
-    return written
 
 
 def _write_section(out: Path) -> Path:
