@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import Models, assert_refused, mergekit_yaml, slta, tensors
 from hub_server import TOKEN, HubServer, serving
 from huggingface_hub import constants, hf_api
@@ -278,3 +279,20 @@ def test_another_cache_keeps_the_chat_template(hub, recipe, large, write_recipe,
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
     assert list((tmp_path / "other").rglob("*.safetensors"))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_recipe_from_cards_on_the_hub(hub, large, tmp_path):
+    """A card and an adapter's settings name the base; no weights are downloaded. A path in a stranger's card is not
+    looked at."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(large.base), LoraConfig(target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.save_pretrained(hub.folder / "org" / "adapter")
+    front = f"base_model: org/base\ndatasets: {large.datasets[0]}"
+    (hub.folder / "org" / "one" / "README.md").write_text(f"---\n{front}\n---\n")
+    result = slta("init", "org/one", "org/adapter")
+    assert result.exit_code == 0, result.output
+    assert "named by one (its card), adapter (its adapter_config.json)" in result.stderr
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    content = yaml.safe_load(Path("recipe.yml").read_text())
+    assert content["base_model"] == "org/base"
+    assert content["models"] == [{"model": "org/one"}, {"model": "org/base+org/adapter"}]

@@ -31,13 +31,15 @@ WORDING: dict[str, str] = {
     r"the vocabularies differ: add `tokenizer: \{source: base(, pad_to_multiple_of: \d+)?\}`)",
     "disk-full": r"(needs .+ GiB.* and its disk has .+ GiB left: free some|cannot write .+; choose a folder that is "
     r"writable and has room|cannot keep .+ GiB of features in .+: free some room)",
-    "duplicate-model": r"(is listed twice; list each expert once|--importance names .+ twice: give it one weight"
+    "duplicate-model": r"(is listed twice; list each expert once"
+    r"|--(importance|data) names .+ twice: give it one (weight|dataset)"
     r"|a model is named .+, as the direction is: give its folder another name)",
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
     r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
     r"|holds the alphas of other models \(.+\) and is not overwritten: name another file with -o, or remove it"
-    r"|holds the weights of a calibration and is not overwritten: name another file with -o, or give --overwrite)",
+    r"|(holds the weights of a calibration|is there already) and is not overwritten: name another file with -o, or "
+    r"give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
     r"them with `mergekit-slta merge --overwrite`|somebody put other weights into .+: move them away and merge again)",
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
@@ -56,13 +58,16 @@ WORDING: dict[str, str] = {
     r"|takes no parameters; give them to the experts)",
     "missing-adapter": r"the adapter .+ has no .+: check the path or Hub id",
     "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
-    "missing-base": r"needs the model that the experts were fine-tuned from: add `base_model:`",
+    "missing-base": r"(needs the model that the experts were fine-tuned from: add `base_model:`"
+    r"|the base is not clear: .+; name the base first, or with --base)",
     "missing-chat-template": r"(has a chat template for the column `.+`: set `chat_template`, or choose another column"
     r"|`chat_template` of .+ is .+, and there is no such chat template .+: set another, or choose a column)",
     "missing-column": r"(the columns of .+, .*, hold none of what is found without `text` \(.+\): set `text` to"
+    r"|the columns of .+ hold none of what is found without `text`: run this on a terminal without --yes, .+, or give"
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
-    "missing-dataset": r".+ has no `dataset`: name its calibration rows, or an existing file with `alphas`",
+    "missing-dataset": r"(.+ has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+    r"|no rows are known for .+: add --data .+=FILE_OR_ID)",
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them"
     r"|combines experts, and there is one: add another, or (set `direction: none`|change `objective`))",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",

@@ -162,7 +162,7 @@ def end_tokens(
         output: the tokenizer that generates: its own, or the merged model's.
     """
     try:
-        generation = json.loads(_text_of(model.model, "generation_config.json") or "{}").get("eos_token_id")
+        generation = json.loads(text_of(model.model, "generation_config.json") or "{}").get("eos_token_id")
     except (ValueError, AttributeError):  # it is damaged
         generation = None
     tokens = {number: str(token) for token, number in own.get_vocab().items()}
@@ -210,7 +210,7 @@ def _may_have_files(place: ModelPath) -> bool:
 def _templates_beside(place: ModelPath) -> tuple[str | None, str | None]:
     """Read the chat templates of a model that has no tokenizer: the usual one, and that for tools; None for neither."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
-        text, for_tools = _text_of(place, name), None
+        text, for_tools = text_of(place, name), None
         try:
             found = text if name.endswith(".jinja") else json.loads(text or "{}").get("chat_template")
             if isinstance(found, list):  # several templates, as transformers once stored them
@@ -219,12 +219,12 @@ def _templates_beside(place: ModelPath) -> tuple[str | None, str | None]:
         except (ValueError, AttributeError, KeyError, TypeError):  # it is damaged
             continue
         if found:
-            for_tools = for_tools or _text_of(place, _TOOL_TEMPLATE)
+            for_tools = for_tools or text_of(place, _TOOL_TEMPLATE)
             return str(found), for_tools
     return None, None
 
 
-def _text_of(place: ModelPath, name: str) -> str | None:
+def text_of(place: ModelPath, name: str) -> str | None:
     """Text of a model's file; None if there is no such file."""
     try:
         return Path(cached_file(place.path, name, revision=place.revision) or "").read_text(encoding="utf-8")

@@ -130,17 +130,23 @@ def _missing(token: str, wanted: str, name: str) -> ModelError:
     )
 
 
-def vocabulary_advice(recipe: Recipe, base: PretrainedConfig, options: MergeOptions) -> str:
-    """What to add to a recipe whose models have different vocabularies.
+def shared_vocabulary(recipe: Recipe, base: PretrainedConfig, options: MergeOptions) -> dict[str, object]:
+    """The `tokenizer` section with which models of different vocabularies merge over the base's.
 
     mergekit makes as many rows as the tokenizer has tokens. A base with more rows keeps their number by padding.
     """
-    section = "{source: base}"
+    section: dict[str, object] = {"source": "base"}
     try:
         rows, tokens = int(base.vocab_size), len(load_tokenizer(recipe, options)[0].get_vocab())
         if tokens < rows:
             multiple = next((size for size in _MULTIPLES if -(-tokens // size) * size == rows), rows)
-            section = f"{{source: base, pad_to_multiple_of: {multiple}}}"
+            section["pad_to_multiple_of"] = multiple
     except (DataError, TypeError):  # no tokenizer: another message says so
         pass
-    return f"the vocabularies differ: add `tokenizer: {section}` to the recipe"
+    return section
+
+
+def vocabulary_advice(recipe: Recipe, base: PretrainedConfig, options: MergeOptions) -> str:
+    """What to add to a recipe whose models have different vocabularies."""
+    section = ", ".join(f"{key}: {value}" for key, value in shared_vocabulary(recipe, base, options).items())
+    return f"the vocabularies differ: add `tokenizer: {{{section}}}` to the recipe"

@@ -26,6 +26,7 @@ class _Entry(NamedTuple):
 
 _MERGEKIT, _PLAIN = "mergekit_slta.cli.mergekit_commands", "mergekit_slta.cli.plain_commands"
 COMMANDS = {
+    "init": _Entry("mergekit_slta.cli.init_command", "Write a recipe from what models say of themselves."),
     "check": _Entry(_MERGEKIT, "Check RECIPE, its models and its data; print the plan and its cost."),
     "calibrate": _Entry(_MERGEKIT, "Compute the merging weights of RECIPE, without merging."),
     "merge": _Entry(_MERGEKIT, "Calibrate RECIPE and merge it into OUT."),

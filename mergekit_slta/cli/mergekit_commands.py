@@ -22,12 +22,12 @@ _READING = ("check", "calibrate", "linearity")
 _COMPUTING = ("calibrate", "linearity")
 ACTING_OPTIONS = {
     "unsafe_truncate_embeddings": _READING,
-    "transformers_cache": _READING,
-    "lora_merge_cache": _READING,
+    "transformers_cache": ("init", *_READING),
+    "lora_merge_cache": ("init", *_READING),
     "lora_merge_dtype": _READING,
     "cuda": _READING,
     "device": _READING,
-    "trust_remote_code": _READING,
+    "trust_remote_code": ("init", *_READING),
     "gpu_rich": _READING,
     "quiet": _READING,
     "multi_gpu": ("check",),
@@ -41,7 +41,7 @@ ACTING_OPTIONS = {
 """
 
 
-def _with_merge_options(function: Callable[..., None]) -> click.Command:
+def with_merge_options(function: Callable[..., None]) -> click.Command:
     """Turn a function that takes `merge_options` into a command with `-v` and the mergekit options that it uses."""
     name = function.__name__
     command = click.command(cls=PrettyPrintHelp)(add_merge_options(function))
@@ -59,7 +59,7 @@ _verify_option = click.option(
 )
 
 
-@_with_merge_options
+@with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print the plan and its cost as JSON: bytes, operations, seconds")
 def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
@@ -98,7 +98,7 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     click.echo(json.dumps(numbers_of_job(job, costs, seconds)) if as_json else describe_job(job, costs, seconds))
 
 
-@_with_merge_options
+@with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option(
     "-o", "--output", type=click.Path(),
@@ -146,7 +146,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
 
 
-@_with_merge_options
+@with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
 @_verify_option
@@ -179,7 +179,7 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool, over
     run_merge(config, out, options=quiet_options, config_source=source, verify_residuals=verify, overwrite=overwrite)
 
 
-@_with_merge_options
+@with_merge_options
 @click.argument("recipe", type=click.Path())
 @click.option(
     "-o", "--output", type=click.Path(),

@@ -10,6 +10,8 @@ from pathlib import Path
 ALPHAS_NAME = "slta_alphas.json"
 STATISTICS_NAME = "slta_stats.safetensors"
 LINEARITY_NAME = "slta_linearity.json"
+RECIPE_NAME = "recipe.yml"
+"""The recipe that `init` writes."""
 STOCK_RECIPE_NAME = "stock.yml"
 """The recipe that `export -o FOLDER/` writes."""
 MERGE_RECORD_NAME = "slta_merge.json"

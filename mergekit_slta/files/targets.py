@@ -69,6 +69,25 @@ def check_overwrite(
         raise OutputError(f"{show(path)} is no {noun} and is not overwritten: {remedy}", code="foreign-file")
 
 
+def check_new_recipe(path: Path, overwrite: bool, sources: Sequence[Path | None] = ()) -> None:
+    """Check that a drafted recipe may be written: it replaces no file, unless the user says so.
+
+    Args:
+        path: the recipe.
+        overwrite: whether any file that is none of `sources` may be replaced.
+        sources: the rows and models that the recipe is about.
+
+    Raises:
+        OutputError: see `check_overwrite`; or there is such a file.
+    """
+    check_overwrite(path, "recipe", lambda _: True, sources=sources)
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{show(path)} is there already and is not overwritten: name another file with -o, or give --overwrite",
+            code="foreign-file",
+        )
+
+
 def check_alphas_target(path: Path, out: Path | None = None) -> None:
     """Check that alphas may be written: they replace only an alphas file, because recipes may come from strangers.
 
