@@ -110,7 +110,7 @@ def init(
             draft = checked(replace(draft, objective=objective), merge_options)[0]
     _say(f"Objective: {draft.objective}" + (f" ({draft.why_objective})" if draft.why_objective else ""))
     write_text_atomically(path, recipe_text(draft))
-    _say(f"Written: {path}\nNext: mergekit-slta check {draft.path}")
+    _say(f"Written: {draft.path}\nNext: mergekit-slta check {draft.path}")
 
 
 def is_terminal() -> bool:
