@@ -351,7 +351,7 @@ def heads_of(species: Species) -> str:
 
 
 def table() -> str:
-    """The README's table: classes of one family and with one answer are a row."""
+    """The table of docs/models.md: classes of one family and with one answer are a row."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for species in ZOO.values():
         merge = f"no: {species.refused}" if species.refused else "yes"

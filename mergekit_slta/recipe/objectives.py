@@ -23,16 +23,13 @@ MAX_STEPS = 12
 
 
 class FeaturesSettings(ObjectiveSettings):
-    """The keys of `objective: features`.
-
-    Attributes:
-        inputs: features that are the inputs of a submodule: "base": those of the base (the paper); "merged": those of
-            the merged submodules before it (A.5.3).
-    """
+    """The keys of `objective: features`."""
 
     measures_residuals = True
 
     inputs: Literal["base", "merged"] = "base"
+    """Features that enter a submodule: those of the base (`base`, the paper), or those of the submodules merged
+    before it (`merged`, A.5.3)."""
 
     @property
     def inputs_are_merged(self) -> bool:
@@ -44,21 +41,20 @@ class FeaturesSettings(ObjectiveSettings):
 
 
 class JointSettings(ObjectiveSettings):
-    """The keys of `objective: joint`.
-
-    Attributes:
-        label_samples: labels sampled per position; 0 uses the row's own tokens.
-        steps: number of Gauss-Newton steps; "auto" stops when two steps together gain less than the standard error of
-            their gain, after at most `MAX_STEPS`.
-        fresh_rows: whether every step has its own rows, as far as there are enough.
-    """
+    """The keys of `objective: joint`."""
 
     needs_answers = True
     uses_seed = True
 
     label_samples: Annotated[Count, Field(ge=0)] = 2
+    """Labels sampled from the expert at each position of an answer. 0 takes the row's own tokens; this needs `steps:
+    0`."""
     steps: Literal["auto"] | Annotated[Count, Field(ge=0)] = "auto"
+    """Number of Gauss-Newton steps. `auto` stops when two steps together gain less than the standard error of their
+    gain, and after 12 at the latest. 0 solves once, from derivatives at the experts."""
     fresh_rows: Annotated[bool, Field(strict=True)] = True
+    """Every step has `num_samples` rows of its own, and keeps what earlier rows gave. With false all steps have the
+    same `num_samples` rows."""
 
     @property
     def max_steps(self) -> int:

@@ -1,7 +1,8 @@
 """The keys of a recipe: their names, types and defaults, and the method's name.
 
 Scope: pydantic models. mergekit is not imported, so that registering the method stays cheap. `objectives.py` has the
-own keys of each objective.
+own keys of each objective. The docstring below a key is its description in docs/recipe.md, which `docs/generate.py`
+writes.
 """
 
 from __future__ import annotations
@@ -40,23 +41,36 @@ Count = Annotated[int, BeforeValidator(_to_count), Field(strict=True)]
 
 
 class TaskSettings(BaseModel):
-    """The keys of one model: the calibration rows of its task, and the task's importance in the objective.
-
-    Attributes:
-        role: "direction": a model without a task. It has no other keys; its weights are found from the others' rows.
-    """
+    """The keys of one model: the calibration rows of its task, and the task's importance in the objective."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Literal["task", "direction"] = "task"
+    """`direction`: a model without rows and without a task. Its weights are found from the other models' rows. It
+    takes no other keys."""
     dataset: str | None = None
+    """Calibration rows of this model's task: an id on the Hub, a file, a folder or a glob pattern. Required unless
+    `alphas` names an existing file or `objective` is `data_free`."""
     dataset_config: str | None = None
+    """Name of the dataset's configuration, as in `datasets.load_dataset`."""
     split: str = "train"
+    """Split of the dataset. Slices such as `train[:2000]` work. The rows of a file are its split `train`."""
     text: str | None = None
+    """A column, which may hold messages, or a template over columns, such as `"{question} {answer}"`. Without it the
+    format is found from the columns."""
     completion: str | None = None
+    """Column or template of the answer. It follows `text` without a separator. Of messages, the last one is the
+    answer."""
     completion_eos: Annotated[bool, Field(strict=True)] = True
+    """Whether the tokenizer's end token follows an answer that no chat template wrote, unless the answer ends with it
+    already. With false a merge may forget to stop."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Template that renders this model's chats: `model` (the expert's own), `output` (the merged model's), `base`,
+    `alpaca`, `chatml`, `exaone`, `llama3`, `mistral`, a `.jinja` file, or a template. Without it the recipe's
+    top-level `chat_template` is used, else the expert's own, else the merged model's. The tokens are always those of
+    the merged model's tokenizer."""
     importance: Annotated[Number, Field(gt=0)] = 1.0
+    """The task's share in the objective."""
 
 
 class ObjectiveSettings(BaseModel):
@@ -110,12 +124,6 @@ class Settings(BaseModel):
     """The keys shared by all models, except `lambda`, which mergekit resolves for each tensor at merge time.
 
     Attributes:
-        ridge: relative ridge; None if the solve chooses it.
-        evaluate: whether rows are held out, and the merge is measured on them.
-        direction: closed form of the experts that is one model more; "none" for no such model. A default applies to
-            two experts or more.
-        uncalibrated: what becomes of tensors that text does not run through (a vision tower) if they differ between the
-            models: "error" refuses the merge, "base" keeps the base's, "average" averages the experts'.
         own: the objective's own keys.
         stated: the keys that the recipe states; all others have their defaults.
     """
@@ -123,17 +131,45 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     objective: str = "features"
+    """What the weights minimise. `features` (the paper): the difference between the outputs of merged and expert
+    submodules. `joint`: the divergence of the merged model's answers from the experts' answers, over all submodules
+    together. `data_free`: nothing, the merge is a closed form of the weights and reads no rows."""
     granularity: Granularity = "attn_mlp"
+    """What gets a weight of its own for each expert: the whole `model`; each `layer`; each attention and each MLP
+    block (`attn_mlp`); each key/value group of attention heads and each MLP block (`head_mlp`); each matrix and norm
+    (`linear`)."""
     num_samples: Annotated[Count, Field(ge=1)] = 30
+    """Rows per task, drawn without replacement. With `fresh_rows` this many for each step of `joint`, as far as there
+    are enough. Rows that are held out come on top."""
     max_seq_length: Annotated[Count, Field(ge=2)] = 512
+    """Tokens of a row. A longer row loses its end. A model with learned positions (GPT-2) limits it to their
+    number."""
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
+    """Seed of the draw of rows, and under `joint` of sampled answers. The global random state is not touched."""
     balance: Annotated[bool, Field(strict=True)] = True
+    """Under `features` every row has the same weight, whatever its length and the size of its features (Eq. 33-34).
+    Under `joint` each task is divided by the base's mean divergence from its expert, so that tasks have the same
+    weight; within a task long answers have more."""
     ridge: Annotated[Number, Field(ge=0)] | None = 0.0
+    """Relative ridge. It pulls weights towards 1/T for T experts, and those of directions towards 0. Under `joint` it
+    pulls towards the weights of the step before: each step measures several values and takes the best, unless one is
+    given (0.001 or more). With `steps: 0` it pulls towards 1, and leaving rows out chooses it."""
     evaluate: Annotated[bool, Field(strict=True)] = False
+    """Hold out the last fifth of each task's rows, at most 30, and measure the merge on the first half of them. The
+    steps of `joint` need it."""
     direction: Literal["none", "swudi_a"] = "none"
+    """`swudi_a`: a closed form of the experts' weights is merged as one model more. As a default it applies to two
+    experts or more."""
     uncalibrated: Literal["error", "base", "average"] = "error"
+    """What becomes of tensors that text does not run through (a vision tower, heads for several tokens) if they
+    differ between the models. `error` refuses the merge, `base` keeps the base's, `average` takes the mean of the
+    experts'. Tensors that agree are copied."""
     compute_dtype: ComputeDtype = "auto"
+    """Precision of the forward and backward passes. `auto`: float32; the matrix products inside the layers in
+    bfloat16 under `joint`, on devices that have instructions for it."""
     alphas: Annotated[str, Field(min_length=1)] | None = None
+    """The alphas file, or its folder, from which weights are read if it exists, and to which they are written
+    otherwise."""
     own: SerializeAsAny[ObjectiveSettings] = ObjectiveSettings()
     stated: frozenset[str] = frozenset()
 
