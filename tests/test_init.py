@@ -244,7 +244,9 @@ def test_what_check_refuses_is_not_written(tiny, tmp_path, make_models):
     other = make_models("llama", hidden_size=16)
     path = tmp_path / "recipe.yml"
     assert_refused(slta("init", tiny.base, other.experts[0], tiny.experts[0], "-o", path), "differing-sizes")
-    assert_refused(slta("init", tiny.base, tmp_path / "none", "-o", path), "missing-model", tmp_path / "none")
+    for name in (tmp_path / "none", "./none", "a+b+c", "org/a b", "a+"):
+        assert_refused(slta("init", tiny.base, name, "-o", path), "missing-model", name)
+    assert_refused(slta("init", "--base", tmp_path / "none", tiny.experts[0], "-o", path), "missing-dataset")
     assert_refused(slta("init", tiny.base, tiny.experts[0], tiny.experts[0], "-o", path), "duplicate-model")
     assert_refused(slta("init", "org/none", tiny.experts[0], "-o", path), "hub-unreachable", "org/none")
     assert not path.exists()
@@ -392,3 +394,32 @@ def test_everything_is_told(tiny: Models, tmp_path):
     result = slta("init", tiny.base, model, tiny.experts[1], "-o", tmp_path / "recipe.yml")
     assert result.exit_code == 0, result.output
     assert f"Warning: {model} names org/other as its base" in result.stderr
+
+
+def test_splits_and_configs_of_a_folder(tiny, tmp_path):
+    """Where there is no split `train`, or there are several configs, one is written into the recipe."""
+    tests, several = tmp_path / "tests", tmp_path / "several"
+    for folder in (tests, several):
+        folder.mkdir()
+    answers(tests / "test.jsonl", 6)
+    for name in ("socratic", "main"):
+        answers(several / f"{name}.jsonl", 6)
+    card(several, "configs:\n" + "".join(
+        f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("socratic", "main")
+    ))  # fmt: skip
+    data = [f"--data=expert1={tests}", f"--data=expert2={several}"]
+    result = slta("init", tiny.base, *tiny.experts[:2], *data, "-o", tmp_path / "recipe.yml")
+    assert result.exit_code == 0, result.output
+    one, two = (entry["parameters"] for entry in accepted(tmp_path / "recipe.yml")["models"])
+    assert (one["split"], one.get("dataset_config")) == ("test", None)
+    assert (two.get("split"), two["dataset_config"]) == (None, "main")
+
+
+def test_an_adapter_folder_with_a_config(tmp_path):
+    """Some trainers put the base's config beside an adapter: without weights it is an adapter all the same."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    (tmp_path / "config.json").write_text('{"_name_or_path": "org/other"}')
+    assert read_origin(str(tmp_path)).is_adapter
+    assert read_origin(str(tmp_path)).base == "org/base"
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert not read_origin(str(tmp_path)).is_adapter

@@ -11,10 +11,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath, ModelReference
 
 from mergekit_slta.checkpoints.hub import is_local
@@ -22,6 +23,7 @@ from mergekit_slta.checkpoints.hub_errors import explain
 from mergekit_slta.checkpoints.tokenizers import text_of
 from mergekit_slta.errors import ModelError, show
 from mergekit_slta.files.names import ADAPTER_CONFIG_NAME, CARD_NAME, CONFIG_NAME, INDEX_ENDING, WEIGHTS_NAMES
+from mergekit_slta.recipe.settings import Dtype
 
 LOG = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -87,13 +89,13 @@ def read_origin(name: str) -> Origin:
         ModelError: there is no such model, or the Hub cannot be reached and the cache does not hold the model.
     """
     name = name.rstrip("/\\") or name
-    if not os.path.isdir(name) and name.startswith((".", "/", "~")):
-        raise missing_folder(name)
+    place = _path(name)
     if "+" in name and not os.path.isdir(name):
         base, _, adapter = name.rpartition("+")
+        if not (base and adapter):
+            raise missing_folder(name)
         card = _front_matter(_path(adapter), name)
         return Origin(name, False, base, "its name", True, _datasets(card, adapter))
-    place = _path(name)
     files = _files(place)
     weights = {stem + ending for stem in WEIGHTS_NAMES for ending in ("", INDEX_ENDING)}
     is_adapter = ADAPTER_CONFIG_NAME in files and not files & weights
@@ -124,17 +126,30 @@ def missing_folder(name: str) -> ModelError:
 
 
 def config_dtype(name: str) -> str | None:
-    """The dtype in the config of a model ("bfloat16"); None if it has none or cannot be read."""
+    """The dtype in the config of a model ("bfloat16"); None if there is none, or it cannot be merged."""
     config = _json(_path(name), CONFIG_NAME)
     for part in (config, config.get("text_config")):
         found = part.get("dtype") or part.get("torch_dtype") if isinstance(part, Mapping) else None
-        if isinstance(found, str):
+        if isinstance(found, str) and found.removeprefix("torch.") in get_args(Dtype):
             return found.removeprefix("torch.")
     return None
 
 
 def _path(name: str) -> ModelPath:
-    return ModelPath(path=name) if os.path.isdir(name) else ModelReference.parse(name).model
+    """The place of a model; of `base+adapter`, the base's.
+
+    Raises:
+        ModelError: it is neither a folder here nor an id.
+    """
+    if os.path.isdir(name):
+        return ModelPath(path=name)
+    try:
+        place = ModelReference.parse(name).model
+    except (RuntimeError, ValueError) as error:  # mergekit's own
+        raise missing_folder(name) from error
+    if place.path.startswith((".", "/", "~")) and not os.path.isdir(place.path):
+        raise missing_folder(name)
+    return place
 
 
 def _files(place: ModelPath) -> set[str]:
@@ -148,6 +163,8 @@ def _files(place: ModelPath) -> set[str]:
     with explain(place):
         try:
             return set(HfApi().list_repo_files(place.path, revision=place.revision))
+        except HFValidationError as error:  # no id
+            raise missing_folder(place.path) from error
         except Exception as error:  # the Hub is switched off, cannot be reached, or refuses
             try:
                 return set(os.listdir(snapshot_download(place.path, revision=place.revision, local_files_only=True)))
@@ -169,8 +186,11 @@ def _json(place: ModelPath, name: str) -> Mapping[str, Any]:
 
 def _front_matter(place: ModelPath, name: str) -> Mapping[str, Any]:
     """The front matter of a model's card; empty if there is none, or it is damaged."""
+    text = text_of(place, CARD_NAME) or ""
+    if not text.lstrip().startswith("---"):
+        return {}
     try:
-        return ModelCard(text_of(place, CARD_NAME) or "", ignore_metadata_errors=True).data.to_dict()
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         LOG.warning("the front matter of the card of %s cannot be read (%s): it is left out", show(name), show(error))
         return {}

@@ -80,9 +80,10 @@ def init(
         _say(f"Warning: {named} as its base: right only if these are the same weights")
     sources: list[Source | None] = []
     for expert in lineage.experts:
-        source = look_at(given[expert.name]) if expert.name in given else from_card(expert)
-        if asks and expert.name not in given:
-            source = _ask_for_rows(expert, source)
+        if expert.name in given:
+            source = look_at(given[expert.name])
+        else:
+            source = _ask_for_rows(expert) if asks else from_card(expert)
         if asks and source is not None and (source.keys is None or source.keys.is_guess):
             source = _ask_for_keys(source)
         _say(f"Expert: {expert.name}, {_described(source)}")
@@ -103,6 +104,7 @@ def init(
     )
     draft = complete(draft, merge_options)
     if asks and has_rows:
+        _say(draft.why_objective)
         objective = click.prompt(
             "Objective", type=click.Choice(["features", "joint"]), default=draft.objective, err=True
         )
@@ -144,22 +146,20 @@ def _find_lineage(origins: list[Origin], base: str | None, asks: bool) -> Lineag
     return found
 
 
-def _ask_for_rows(expert: Origin, found: Source | None) -> Source | None:
-    """Ask for an expert's rows until they can be read; None for no rows."""
+def _ask_for_rows(expert: Origin) -> Source | None:
+    """Ask for an expert's rows until they can be read; None for no rows. Its card proposes some."""
     from mergekit_slta.job.draft import look_at
 
+    proposed = iter(expert.datasets)
     while True:
-        default = _NO_ROWS if found is None else found.name
         name = click.prompt(
             f"Rows of {show(expert.name)} (file, folder, pattern or Hub id; {_NO_ROWS} for none)",
-            default=default, err=True,
+            default=next(proposed, _NO_ROWS), err=True,
         )  # fmt: skip
         if name == _NO_ROWS:
             return None
-        if found is not None and name == found.name:
-            return found
         try:
-            return look_at(name)
+            return replace(look_at(name), is_from_card=name in expert.datasets)
         except DataError as error:
             _say(f"Error: {error.message}")
 
