@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -237,6 +238,11 @@ def test_rows_for_some_experts_only(tiny, tmp_path):
     result = slta("init", tiny.base, tiny.experts[0], "-o", tmp_path / "recipe.yml")
     assert_refused(result, "missing-dataset", "--data expert1=FILE_OR_ID")
     assert not list(tmp_path.iterdir())
+    twins = [copy(tiny.experts[0], tmp_path / number / "final") for number in "ab"]
+    options = ("-o", tmp_path / "recipe.yml", "--data")
+    assert_refused(slta("init", tiny.base, *twins, *options, "final=x.jsonl"), "unknown-model", "several", *twins)
+    result = slta("init", tiny.base, *twins, *options, f"{twins[0]}={tiny.datasets[0]}")
+    assert_refused(result, "missing-dataset", f"--data {twins[1]}=FILE_OR_ID")
 
 
 def test_what_check_refuses_is_not_written(tiny, tmp_path, make_models):
@@ -296,6 +302,7 @@ def test_rules_for_the_base():
     assert lineage(("c", None), ("a", "x/y"), ("+b", "x/z")) == ("c", ["a", "c+b"])
     assert lineage(("c", "?/old/place"), ("a", None)) == ("c", ["a"])
     assert lineage(("c", None), ("a", "?c")) == ("c", ["a"])
+    assert lineage(("c", None), ("a", "c"), ("b", "?old/place")) == ("c", ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -423,3 +430,20 @@ def test_an_adapter_folder_with_a_config(tmp_path):
     assert read_origin(str(tmp_path)).base == "org/base"
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert not read_origin(str(tmp_path)).is_adapter
+
+
+def test_the_recipe_in_the_documentation_is_what_is_written():
+    """docs/init.md shows the text of today."""
+    document = (Path(__file__).parents[1] / "docs" / "init.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    tasks = [
+        DraftTask("models/math", ("4000 rows: `question` and `answer`.",), "data/math.jsonl", text="{question} ",
+                  completion="{answer}"),
+        DraftTask("models/words", ("4000 rows: `messages`.", "Chats are rendered with its own chat template "
+                                   "(`<|assistant|>`)."), "data/words.jsonl"),
+        DraftTask("models/numbers", ("4000 rows: `text`.",), "data/numbers.jsonl"),
+    ]  # fmt: skip
+    why = "`joint` needs 30 rows with answers for every task; too few for models/numbers."
+    draft = Draft("recipe.yml", "models/base", "named first", tasks, why_objective=why, out_dtype="bfloat16")
+    assert recipe_text(draft) == shown
+    assert why in document

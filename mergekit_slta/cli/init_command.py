@@ -36,7 +36,7 @@ _NO_ROWS = "-"
     "-o", "--output", type=click.Path(), default="recipe.yml", show_default=True,
     help="Recipe to write, or its folder",
 )  # fmt: skip
-@click.option("--yes", is_flag=True, help="Ask nothing, take the defaults; so it is without a terminal, too")
+@click.option("--yes", is_flag=True, help="Ask nothing and take the defaults, as where there is no terminal")
 @click.option("--overwrite", is_flag=True, help="Replace the file to write, if there is one")
 def init(
     merge_options: MergeOptions,
@@ -49,15 +49,19 @@ def init(
 ) -> None:
     """Write a recipe from what models say of themselves.
 
-    Models are folders, ids on the Hub, LoRA adapters, or BASE+ADAPTER. The base is --base; or the given model that the
-    others name as theirs; or the one that all name; or the first, if it names none itself. Models name their base in
-    adapter_config.json, in their card, or in config.json.
+    Models are folders, ids on the Hub, LoRA adapters, or BASE+ADAPTER. They name their base in adapter_config.json, in
+    their card, or in config.json. The first rule that applies finds the base:
 
-    Rows come from --data, or from the datasets of an expert's card. With at least 30 rows with answers for every expert
-    the recipe has `objective: joint`, with other rows `features`, without any `data_free`, which merges by the experts'
-    weights alone.
+    \b
+    1. --base.
+    2. The given model that the others name as their base.
+    3. The model that all of them name as their base; it need not be given.
+    4. The first given model, if it names no base itself.
 
-    The recipe passes `mergekit-slta check`. On a terminal each choice is asked, with its default.
+    Rows come from --data, or from the datasets of an expert's card. The recipe has `objective: joint` if there are at
+    least 30 rows with answers for every expert, `features` with other rows, and `data_free` without any rows.
+
+    On a terminal each choice is asked, with its default. The recipe passes `mergekit-slta check`.
     """
     from mergekit_slta.checkpoints.origins import config_dtype, read_origin
     from mergekit_slta.files.atomic import write_text_atomically

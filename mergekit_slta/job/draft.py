@@ -218,7 +218,9 @@ def check_data(experts: Sequence[Origin], sources: Sequence[Source | None]) -> N
     """
     missing = [one for one, source in zip(experts, sources, strict=True) if source is None]
     if missing and (len(missing) < len(experts) or len(experts) == 1):
-        line = " ".join(f"--data {show(one.short)}=FILE_OR_ID" for one in missing)
+        shorts = [one.short for one in experts]
+        names = [one.short if shorts.count(one.short) == 1 else one.name for one in missing]
+        line = " ".join(f"--data {show(name)}=FILE_OR_ID" for name in names)
         raise DataError(
             f"no rows are known for {listing(one.name for one in missing)}: add {line}", code="missing-dataset"
         )
