@@ -22,11 +22,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Alphas": "mergekit_slta.files.alphas_file",
+    "Comparison": "mergekit_slta.files.comparison_file",
     "Linearity": "mergekit_slta.files.linearity_file",
     "Recipe": "mergekit_slta.recipe.recipe",
     "Solution": "mergekit_slta.maths.closed_form",
     "Statistics": "mergekit_slta.files.statistics_file",
     "calibrate": "mergekit_slta.calibration.calibrate",
+    "compare": "mergekit_slta.comparison.compare",
     "load_config": "mergekit_slta.recipe.load",
     "non_linearity_score": "mergekit_slta.maths.linearity",
     "read_recipe": "mergekit_slta.recipe.read",

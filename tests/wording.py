@@ -8,6 +8,7 @@ WORDING: dict[str, str] = {
     "adapter-on-tied-head": r"the adapter .+ adapts .+, which its base ties to the embeddings: .+ without this adapter",
     "adapter-without-base": r".+ is an adapter without its base: write `.+\+.+`",
     "alphas-of-another-merge": r"the alphas file .+ is for another merge \(other .+\): calibrate again, or correct",
+    "benchmark-failed": r"lm_eval ended with exit code -?\d+ \(.+\): read what it printed, then run the same command",
     "cannot-join-processes": r"the processes cannot be joined \(.+\): start them with torchrun",
     "cannot-merge-adapter": r"mergekit cannot merge the adapter .+ into a copy \(.*\): merge it with peft first"
     r"|the change of the adapter .+ is not in the weights and cannot be merged: leave it out",
@@ -15,7 +16,7 @@ WORDING: dict[str, str] = {
     "cannot-write": r"cannot (write|keep) .+(choose (a|another) folder|free some room)",
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text`, .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
-    r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective|: drop `\w+`)"
+    r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective|: drop `\w+`|: drop `alphas`, and they)"
     r"|.+ has `role: direction`, and .+: (drop `\w+`|leave the model out, or change `objective`))",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
@@ -36,8 +37,9 @@ WORDING: dict[str, str] = {
     r"|a model is named .+, as the direction is: give its folder another name)",
     "file-too-large": r".+ is larger than \d+ MiB, hence no .+: name the file that",
     "foreign-file": r"(holds files that no demo wrote: choose a new or empty folder"
-    r"|is no .+ and is not overwritten: (name another file|choose another folder|put the model card)"
+    r"|is no .+ and is not overwritten: (name another (file|folder)|choose another folder|put the model card)"
     r"|holds the alphas of other models \(.+\) and is not overwritten: name another file with -o, or remove it"
+    r"|holds the comparison of other models \(.+\) and is not overwritten: name another folder with -o, or remove it"
     r"|(holds the weights of a calibration|is there already) and is not overwritten: name another file with -o, or "
     r"give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
@@ -49,8 +51,8 @@ WORDING: dict[str, str] = {
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
     r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
-    "invalid-value": r"(`\w+`|--\w+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least|: write `auto`"
-    r"|: name a model and)",
+    "invalid-value": r"(`\w+`|--[\w-]+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least"
+    r"|: write `auto`|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
     "lost-process": r"process \d+ of \d+ has lost another one .+: see that one's message, then run the same command",
     "merge-failed": r"(the merge failed \(\w+\): .*|mergekit-yaml ended with exit code .+ \(.*\): .+); -v shows where",
@@ -125,7 +127,8 @@ WORDING: dict[str, str] = {
     "stale-copy": r"the merged copy .+ of .+ (is not whole|is older than .+): remove it, and it is made again",
     "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
     r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
-    "too-few-rows": r"has no rows: choose another `dataset` or `split`",
+    "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
+    r"|leaves \d+ rows to compare merges on, and \d+ are needed: give 20 or more different rows per task)",
     "uncalibrated-tensors": r"text does not run through .+: add `uncalibrated: base`",
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
     "unexpected-error": r"\w+: .*",

@@ -30,6 +30,7 @@ COMMANDS = {
     "check": _Entry(_MERGEKIT, "Check RECIPE, its models and its data; print the plan and its cost."),
     "calibrate": _Entry(_MERGEKIT, "Compute the merging weights of RECIPE, without merging."),
     "merge": _Entry(_MERGEKIT, "Calibrate RECIPE and merge it into OUT."),
+    "compare": _Entry(_MERGEKIT, "Merge RECIPE's models by several methods, and score all on held-out rows."),
     "report": _Entry(_PLAIN, "Draw the figures of a saved file or of a merged model."),
     "solve": _Entry(_PLAIN, "Compute new weights from saved statistics, with other settings."),
     "export": _Entry(_PLAIN, "Write a stock mergekit recipe that gives the same merge."),

@@ -18,8 +18,8 @@ from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
 from mergekit_slta.libraries.mergekit import PrettyPrintHelp, add_merge_options
 
-_READING = ("check", "calibrate", "linearity")
-_COMPUTING = ("calibrate", "linearity")
+_READING = ("check", "calibrate", "linearity", "compare")
+_COMPUTING = ("calibrate", "linearity", "compare")
 ACTING_OPTIONS = {
     "unsafe_truncate_embeddings": _READING,
     "transformers_cache": ("init", *_READING),
@@ -30,7 +30,9 @@ ACTING_OPTIONS = {
     "trust_remote_code": ("init", *_READING),
     "gpu_rich": _READING,
     "quiet": _READING,
-    "multi_gpu": ("check",),
+    "multi_gpu": ("check", "compare"),
+    "low_cpu_memory": ("compare",),
+    "random_seed": ("compare",),
     "lazy_unpickle": _COMPUTING,
     "read_to_gpu": _COMPUTING,
     "num_threads": _COMPUTING,
@@ -215,3 +217,44 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     if not merge_options.quiet:
         click.echo(describe_linearity(measured))
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
+
+
+@with_merge_options
+@click.argument("recipe", type=click.Path())
+@click.option(
+    "--methods", metavar="A,B",
+    help="average, task_arithmetic (or task_arithmetic:0.4), ties, dare, data_free, features, joint, recipe  "
+    "[default: all]",
+)  # fmt: skip
+@click.option("--rows", type=int, help="Score on the first so many held-out rows of each task  [default: all]")
+@click.option(
+    "-o", "--output", type=click.Path(), default="slta_compare", show_default=True, help="Folder of the results"
+)
+@click.option(
+    "--lm-eval", metavar="TASKS", help="Print the lm_eval commands for these tasks; run them if it is installed"
+)
+def compare(
+    merge_options: MergeOptions, recipe: str, methods: str | None, rows: int | None, output: str, lm_eval: str | None
+) -> None:
+    """Merge RECIPE's models by several methods, and score all on held-out rows.
+
+    The base, the experts and one merge at a time are scored on rows of the recipe's own data that no calibration uses.
+    A merge is written into a hidden folder inside the output folder, and removed after it. A run that was killed goes
+    on where it stopped.
+
+    Writes slta_compare.json, .md, .png and .svg, the recipe of each merge, and the weights that were calibrated.
+    """
+    from mergekit_slta.comparison.compare import compare as run
+    from mergekit_slta.comparison.tables import describe_comparison
+    from mergekit_slta.files.names import COMPARISON_NAME
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("compare")
+    merge_options.apply_global_options()
+    quiet_options = merge_options.model_copy(update={"verbosity": 0})  # the group prints the traceback
+    found = run(load_config(recipe)[0], output, quiet_options, methods=methods, rows=rows, lm_eval=lm_eval)
+    if lines := found.settings.get("lm_eval"):
+        click.echo("\n".join([*lines, ""]))
+    click.echo(describe_comparison(found))
+    click.echo(f"Written: {show(Path(output) / COMPARISON_NAME)}", err=True)

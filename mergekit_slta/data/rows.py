@@ -85,6 +85,11 @@ class TaskRows:
         return self.held_out[: (len(self.held_out) + 1) // 2]
 
     @property
+    def comparison(self) -> tuple[Row, ...]:
+        """The second half of the held-out rows: neither fitted nor used to choose a merge. `compare` scores on them."""
+        return self.held_out[len(self.acceptance) :]
+
+    @property
     def sha256(self) -> str:
         """Hash of the fitted rows, see `hash_rows`."""
         return hash_rows(self.rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergekit_slta.errors import AlphasError, OutputError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.comparison_file import is_comparison_file
 from mergekit_slta.files.json_file import OTHER_VERSION
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.names import ALPHAS_NAME, HIDDEN_PREFIX, statistics_path
@@ -161,6 +162,15 @@ def check_linearity_target(path: Path) -> None:
         OutputError: see `check_overwrite`.
     """
     check_overwrite(path, "linearity file", _is_linearity_file)
+
+
+def check_comparison_target(path: Path) -> None:
+    """Check that a comparison file may be written: it replaces only a comparison file.
+
+    Raises:
+        OutputError: see `check_overwrite`.
+    """
+    check_overwrite(path, "comparison file", is_comparison_file, remedy="name another folder with -o")
 
 
 def _is_alphas_file(path: Path) -> bool:

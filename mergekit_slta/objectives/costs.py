@@ -143,7 +143,7 @@ def estimate_merge(job: Job) -> Costs:
             {"weights of a layer of every model": sizes.models * max(sizes.layers, default=0) * sizes.item * measures},
             key=lambda parts: sum(parts.values()),
         ),
-        largest_bytes=max(sizes.largest_weight, *sizes.combining.values()),
+        largest_bytes=max([sizes.largest_weight, *sizes.combining.values()]),
         written_bytes=sizes.written_bytes(),
         scratch_bytes=sizes.direction_bytes * measures,
         combine_flops=sizes.combine_flops,
