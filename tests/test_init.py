@@ -303,6 +303,9 @@ def test_rules_for_the_base():
     assert lineage(("c", "?/old/place"), ("a", None)) == ("c", ["a"])
     assert lineage(("c", None), ("a", "?c")) == ("c", ["a"])
     assert lineage(("c", None), ("a", "c"), ("b", "?old/place")) == ("c", ["a", "b"])
+    assert lineage(("a", "?org/c")) == ("org/c", ["a"])
+    here = str(Path(__file__).parent)
+    assert lineage(("a", f"?{here}"), ("b", f"?{here}")) == (here, ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -315,12 +318,18 @@ def test_rules_for_the_base():
         [("+a", None), ("b", None)],
         [("c", None), ("d", "c"), ("e", "d")],
         [("c", None), ("a", "c"), ("b", "org/x")],
+        [("copy-of-c", "?org/c"), ("a", "?org/c")],
+        [("copy-of-c", "?org/c"), ("a", "org/c")],
         [("runs/checkpoint-100", "org/x"), ("a", "/train/checkpoint-100")],
     ],
 )
 def test_a_base_that_is_not_clear(models):
     """One line with what every model names."""
-    with refused(RecipeError, "missing-base", *(f"{name.lstrip('+')} names {base or 'none'}" for name, base in models)):
+    with refused(
+        RecipeError,
+        "missing-base",
+        *(f"{name.lstrip('+')} names {(base or 'none').lstrip('?')}" for name, base in models),
+    ):
         lineage(*models)
 
 

@@ -109,15 +109,12 @@ def read_origin(name: str) -> Origin:
         base, said_by, is_sure = _text(_json(place, CONFIG_NAME), "_name_or_path"), "its config.json", False
         if base is not None and same_model(base, name):
             base = None
-    if base is not None and not is_usable(base, place):
-        LOG.info("%s names %s in %s, which is not here", show(name), show(base), said_by)
     return Origin(name, is_adapter, base, said_by if base else "", is_sure, _datasets(card, name))
 
 
-def is_usable(name: str, named_by: ModelPath | None = None) -> bool:
-    """Whether a name is a folder here or may be an id on the Hub. What the Hub says names no folder."""
-    from_hub = named_by is not None and not is_local(named_by)
-    return bool(HUB_ID.fullmatch(name)) or (not from_hub and os.path.isdir(name))
+def is_usable(name: str) -> bool:
+    """Whether a name is a folder here or may be an id on the Hub."""
+    return bool(HUB_ID.fullmatch(name)) or os.path.isdir(name)
 
 
 def missing_folder(name: str) -> ModelError:
@@ -209,11 +206,9 @@ def _base_in(card: Mapping[str, Any]) -> str | None:
 
 
 def _datasets(card: Mapping[str, Any], model: str) -> tuple[str, ...]:
-    """The datasets that a card names: ids of the Hub, and paths that exist if the model is a folder here."""
+    """The datasets that a card names: ids of the Hub. The card of a folder here may name paths, too."""
     found = card.get("datasets")
     names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
-    return tuple(
-        dict.fromkeys(
-            name for name in names if HUB_ID.fullmatch(name) or (os.path.isdir(model) and os.path.exists(name))
-        )
-    )
+    is_here = os.path.isdir(model)
+    fitting = [name for name in names if (is_here if os.path.exists(name) else HUB_ID.fullmatch(name))]
+    return tuple(dict.fromkeys(fitting))

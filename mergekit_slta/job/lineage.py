@@ -5,6 +5,7 @@ Scope: names, and what the models say of themselves (`checkpoints.origins`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def find_lineage(origins: Sequence[Origin], base: str | None = None) -> Lineage:
     3. The model that all given models name as their base.
     4. The first given model, if it names no base itself.
 
-    Names in `config.json` count for the rules 2 and 3 alone, because they may be of an earlier place of the same model.
+    `config.json` names the place that a model was loaded from, which may be an earlier place of the same model. So it
+    counts for rule 2 alone, and for rule 3 if one model is given or the place is a folder here.
 
     Args:
         origins: the given models.
@@ -61,13 +63,14 @@ def find_lineage(origins: Sequence[Origin], base: str | None = None) -> Lineage:
             by = [origin for origin in experts if _names(origin, found.name)]
             return Lineage(found.name, _why(by), experts)
     elif not named:
-        spelled = next((origin.base for origin in origins if origin.base), None)
-        if spelled and all(_names(origin, spelled) for origin in origins):
+        shared = next((origin.base for origin in origins if origin.base), None)
+        if shared and all(_names(origin, shared) for origin in origins):
             usable = next((origin.base for origin in origins if origin.base and is_usable(origin.base)), None)
-            if usable is not None:
+            if usable and (len(origins) == 1 or os.path.isdir(usable) or all(origin.is_sure for origin in origins)):
                 return Lineage(usable, _why(origins), tuple(origins))
         first, *rest = origins
-        if rest and not first.is_adapter and (first.base is None or not first.is_sure):
+        is_free = first.base is None or not (first.is_sure or any(_names(other, first.base) for other in rest))
+        if rest and not first.is_adapter and is_free:
             return Lineage(first.name, "named first", tuple(rest), _others(rest, first.name))
     said = listing(
         (f"{show(one.name)} names {show(one.base)} ({one.said_by})" if one.base else f"{show(one.name)} names none")
