@@ -150,7 +150,7 @@ def test_the_table_is_printed_and_in_the_card(joint):
     alphas = Alphas.load(out / ALPHAS_NAME)
     assert_table(printed, alphas, "on rows that were not fitted")
     card = (out / "README.md").read_text()
-    assert_table(card, alphas, "### How good it is")
+    assert_table(card, alphas, "## How good it is")
     assert "at lambda 1" in printed
     assert "at lambda 1" in card
     assert "these rows chose the merge" in card
@@ -212,7 +212,7 @@ def test_features_can_be_evaluated(plenty, features):
     assert [point.name for point in alphas.evaluation.points] == ["base", "merge"]
     assert_table(printed, alphas, "on rows that were not fitted")
     card = (out / "README.md").read_text()
-    assert_table(card, alphas, "### How good it is")
+    assert_table(card, alphas, "## How good it is")
     assert "these rows chose the merge" not in card
     assert "slta_divergence" not in card  # no steps, no figure of them
     assert "slta_residuals.png" in card

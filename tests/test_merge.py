@@ -198,7 +198,7 @@ def test_model_card_and_config_show_the_users_recipe(tiny, write_recipe, tmp_pat
     path = write_recipe(tiny.recipe(2))
     assert mergekit_yaml(path, tmp_path / "out", *QUIET, card=True).exit_code == 0
     assert (tmp_path / "out" / "mergekit_config.yml").read_text() == path.read_text()
-    assert "Submodule Linear (SLTA)" in (tmp_path / "out" / "README.md").read_text()
+    assert "merge_method: submodule_linear" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_base_listed_last_and_sharded_output(tiny, write_recipe, tmp_path):

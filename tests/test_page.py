@@ -297,7 +297,7 @@ const found = [], pages = [360, 1440].map((width) => {
   const frame = document.createElement("iframe");
   frame.width = width; frame.height = 900; frame.srcdoc = PAGE;
   frame.onload = () => {
-    const page = frame.contentDocument, view = frame.contentWindow, column = page.querySelector(".column");
+    const page = frame.contentDocument, view = frame.contentWindow, column = page.querySelector("#weights .column");
     column.dispatchEvent(new view.PointerEvent("pointerenter", { clientX: 50, clientY: 50 }));
     const field = page.querySelector("[data-filter]"), box = page.querySelector("[data-curve]");
     field.value = "q_proj"; field.dispatchEvent(new view.Event("input"));
@@ -340,7 +340,7 @@ def test_a_browser_shows_it(tmp_path):
         assert page["smallest"] >= 9
         assert page["tip"].startswith("layer 0\n")
         assert page["rows"] == 3
-        assert page["hidden"] > 1
+        assert page["hidden"] > 0
 
 
 def test_every_flag_is_documented():

@@ -182,14 +182,18 @@ EVALUATION_HEADER = ("rows", "divergence", "of the base", "share left", "loss", 
 
 def evaluation_cells(task: TaskEvaluation) -> list[str]:
     """The cells of a task in a table, without its model."""
-    share = task.share and percent(task.share)
     return [
         str(len(task.rows)),
         _cell(task.divergence),
         _cell(task.divergence_base),
-        "-" if share is None else f"{_cell(share)}%",
+        percent_left(task),
         *map(_cell, (task.loss, task.loss_base, task.loss_expert)),
     ]
+
+
+def percent_left(task: TaskEvaluation) -> str:
+    """The share of the base's divergence that is left, with its error; "-" if the base equals the expert."""
+    return "-" if task.share is None else f"{_cell(percent(task.share))}%"
 
 
 FEW_ROWS = 5

@@ -129,8 +129,7 @@ def _run(
     overwrite: bool,
 ) -> Any:
     _check_source(config_source)
-    recipe = read_recipe(merge_config)
-    sources = sources_of(recipe, options)
+    recipe = stated = read_recipe(merge_config)
     out = Path(out_path)
     inputs = [path.path for model in recipe.models for path in (model.model, model.lora) if path is not None]
     replaced = check_output(out, inputs, overwrite=overwrite)
@@ -173,7 +172,7 @@ def _run(
                 result = merge_into(folder, config)
                 finish_output(job, folder)
             record_took(folder, _took(job))
-            record_sources(folder, sources)
+            record_sources(folder, sources_of(stated, options))
             if options.write_model_card:
                 add_section(folder)
         if alphas.evaluation is not None:

@@ -1,61 +1,87 @@
 """Write the section about a merge for the model card, in Markdown.
 
-Scope: makes text from an alphas file. Names may come from strangers' recipes, so each is shown as inline code.
+Scope: makes text from an alphas file, and from what is known of the model's folder; `templates/card.md.jinja` orders
+it. Names may come from strangers' recipes, so each is shown as inline code, or is a Hub id. Local paths are left out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from mergekit_slta import __version__
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import (
-    REROUTED,
     TOO_FEW_ROWS,
     Alphas,
     SubmoduleAlphas,
     describe_far,
-    describe_loss,
     describe_no_better,
-    describe_ridge,
 )
-from mergekit_slta.files.evaluation import EVALUATION_HEADER, describe_flags, evaluation_cells, evaluation_note
-from mergekit_slta.files.merge_record import Took
+from mergekit_slta.files.evaluation import (
+    EVALUATION_HEADER,
+    describe_flags,
+    evaluation_cells,
+    evaluation_note,
+    percent_left,
+)
+from mergekit_slta.files.merge_record import Sources, Took
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
-from mergekit_slta.recipe.objectives import OBJECTIVES, ObjectiveRow, all_shared_keys
+from mergekit_slta.recipe.objectives import DATA_FREE, OBJECTIVES, ObjectiveRow
+from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of
+from mergekit_slta.reporting.meanings import KINDS
+from mergekit_slta.reporting.metadata import describe_license
+from mergekit_slta.reporting.names import PublicNames
+from mergekit_slta.reporting.templating import environment
+from mergekit_slta.reporting.usage import Usage
 from mergekit_slta.runtime.clock import describe_phases
 
 START, END = "<!-- mergekit-slta: begin -->", "<!-- mergekit-slta: end -->"
 _SECTION = re.compile(re.escape(START) + "(?:(?!" + re.escape(START) + ").)*?" + re.escape(END), re.DOTALL)
+_MERGEKITS = re.compile(
+    r"This is a merge of pre-trained language models created using \[mergekit\]\([^)\n]*\)\.\n\n## Merge Details\n"
+    r"(?:(?!\n## ).)*?\n### Configuration\n(?:(?!\n## ).)*?\n```yaml\n.*?\n```\n",
+    re.DOTALL,
+)
+"""What mergekit writes below the title of a card. It names local models by their paths."""
 _MOST_FLAGS = 20
 """At most this many submodules are named per flag; the others are counted."""
-_KINDS = {
-    "model": "whole model",
-    "layer": "decoder layers",
-    "attention": "attention blocks",
-    "attention_head": "attention heads",
-    "mlp": "MLP blocks",
-    "linear": "matrices",
-    "norm": "norms",
-}
-_MEANINGS = {
-    "unchanged": "an expert equals the base here; its weight is 0",
-    "rank_deficient": "experts change the same thing here; of all solutions the one of smallest norm was taken",
-    "ill_conditioned": "experts are hard to tell apart here; the weights may be far off (`ridge` helps)",
-    "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)",
-    "nonlinear": "the measured residual differs from the one that linearity predicts",
-}
+_PROJECT = "https://github.com/mergekit-slta/mergekit-slta"
+_PAPER = (
+    "@inproceedings{dai2025submodule,\n"
+    "  title = {Leveraging Submodule Linearity Enhances Task Arithmetic Performance in {LLMs}},\n"
+    "  author = {Dai, Rui and Hu, Sile and Shen, Xu and Zhang, Yonggang and Tian, Xinmei and Ye, Jieping},\n"
+    "  booktitle = {International Conference on Learning Representations},\n"
+    "  year = {2025},\n"
+    "  url = {https://arxiv.org/abs/2504.10902}\n}"
+)
+_CLOSED_FORM = (
+    "@misc{wei2026spectral,\n"
+    "  title = {Closed-Form Spectral Regularization for Multi-Task Model Merging},\n"
+    "  author = {Wei and others},\n"
+    "  year = {2026},\n"
+    "  url = {https://arxiv.org/abs/2606.07289}\n}"
+)
 
 
 def replace_section(card: str, section: str) -> str:
-    """Replace the section in a card, or append it if there is none."""
-    if _SECTION.search(card):
-        return _SECTION.sub(lambda _: section, card, count=1)
+    """Replace the section in a card. If there is none, replace mergekit's own part, or append the section."""
+    for part, text in ((_SECTION, section), (_MERGEKITS, section + "\n")):
+        if part.search(card):
+            return part.sub(lambda _, text=text: text, card, count=1)
     return card.rstrip("\n") + "\n\n" + section + "\n" if card.strip() else section + "\n"
 
 
 def section(
-    alphas: Alphas, figures: Sequence[tuple[str, str]], scale: float | None = 1.0, took: Took | None = None
+    alphas: Alphas,
+    figures: Sequence[tuple[str, str]],
+    scale: float | None = 1.0,
+    took: Took | None = None,
+    *,
+    sources: Sources | None = None,
+    usage: Usage | None = None,
+    recipe: str | None = None,
 ) -> str:
     """Write the section, with the two markers around it.
 
@@ -64,32 +90,37 @@ def section(
         figures: description and file name (beside the card) of each figure.
         scale: the recipe's `lambda`, which multiplies every weight; None if it differs between tensors.
         took: what the merge took.
+        sources: where its models and datasets come from.
+        usage: how the model is used.
+        recipe: the recipe without local paths.
     """
+    names = PublicNames.of_alphas(alphas, sources)
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
-    parts = [
-        START,
-        "## Submodule-wise merge (SLTA)",
-        _source(alphas),
-        f"Base: {code(alphas.base_model)}. {len(alphas.submodules)} submodules, granularity "
-        f"{code(alphas.granularity)}, merged with mergekit-slta {show(alphas.provenance.get('mergekit_slta', ''))} and "
-        f"mergekit {show(alphas.provenance.get('mergekit', ''))}.",
-        *_directions(alphas),
-        *([_scaled(scale)] if scale != 1.0 else []),
-        "### Calibration",
-        _calibration(alphas),
-        *([_took(took)] if took is not None else []),
-        *_evaluation(alphas),
-        "### Weights",
-        _weights(alphas, measured),
-        *(f"![{description}]({name})" for description, name in figures),
-        _residual_note(alphas, measured),
-        "### Flagged",
-        _flagged(alphas),
-        "### Reproduce",
-        _reproduce(alphas),
-        END,
-    ]
-    return "\n\n".join(parts)
+    fences = [len(run) for run in re.findall("`+", recipe or "")]
+    text = environment(autoescape=False).get_template("card.md.jinja").render(
+        start=START,
+        end=END,
+        summary=_summary(alphas, names),
+        directions=_directions(alphas, names),
+        scaled=_scaled(scale) if scale != 1.0 else "",
+        evaluation=_evaluation(alphas, names),
+        usage=usage.code if usage is not None else "",
+        models=_models(alphas, names),
+        license=describe_license(sources or Sources(), names, code),
+        calibration=_calibration(alphas, names),
+        took=_took(took) if took is not None else "",
+        weights=_weights(alphas, names, measured),
+        figures=figures,
+        residuals=_residual_note(alphas, measured),
+        flagged=_flagged(alphas),
+        recipe_name=MERGED_RECIPE_NAME,
+        alphas_name=ALPHAS_NAME,
+        can_export=alphas.granularity != "head_mlp",
+        recipe=recipe,
+        fence="`" * max(3, 1 + max(fences, default=0)),
+        citation=_citation(alphas),
+    )  # fmt: skip
+    return text.strip()
 
 
 def _took(took: Took) -> str:
@@ -116,60 +147,93 @@ def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _calibration(alphas: Alphas) -> str:
-    used = alphas.calibration
-    tasks = used.get("tasks", [])
-    measured = any(task.get("loss_expert") is not None for task in tasks)
-    rows = [["expert", "data", "rows", "tokens", "SHA-256 of the rows", *["base's loss", "expert's loss"] * measured]]
-    for task in tasks:
-        data = " ".join(str(task[key]) for key in ("dataset", "dataset_config", "split") if task.get(key))
-        rows.append(
-            [
-                code(task["model"]),
-                code(data),
-                str(len(task["rows"])),
-                str(task["tokens"] or "-"),
-                code(str(task["sha256"] or "-")[:16]),
-                *[describe_loss(task.get(key)) for key in ("loss_base", "loss_expert") if measured],
-            ]
+def _summary(alphas: Alphas, names: PublicNames) -> str:
+    """What the model is made of, how, and how good it is."""
+    experts = [_name(alphas, names, model) for model in alphas.experts]
+    listed = experts[0] if len(experts) == 1 else f"{', '.join(experts[:-1])} and {experts[-1]}"
+    objective = code(alphas.calibration.get("objective", "features"))
+    made = (
+        f"This model is {_name(alphas, names, alphas.base_model)} with {listed} merged into it, by "
+        f"[mergekit](https://github.com/arcee-ai/mergekit) {code(alphas.provenance.get('mergekit', ''))} and "
+        f"[mergekit-slta]({_PROJECT}) {code(alphas.provenance.get('mergekit_slta', ''))}: objective {objective}, "
+        f"granularity {code(alphas.granularity)}, {len(alphas.submodules)} submodules."
+    )
+    parts = [made, _source(alphas)]
+    if alphas.evaluation is not None:
+        shares = ", ".join(
+            f"{percent_left(task)} for {code(names.model(task.model))}" for task in alphas.evaluation.tasks
         )
-    settings = [
-        f"{key} {code(describe_ridge(used) if key == 'ridge' else used[key])}"
-        for key in all_shared_keys()
-        if key in used
-    ]
-    parts = [_table(rows, names=2) if tasks else "No calibration data."]
-    parts += [f"**Warning.** {line}." for line in describe_no_better(used, code)]
-    parts += [f"**Warning.** {line}" for line in describe_far(used, code)]
-    if measured:
-        measure = "means over the rows that were measured (under `features` a task's first 10)"
-        parts.append(f"Losses are in nats per token of the answers, {measure}.")
-    if any(REROUTED in task for task in tasks):
-        shares = ", ".join(f"{code(task['model'])} {task[REROUTED]:.1%}" for task in tasks if REROUTED in task)
-        parts.append(f"Tokens that the merge sends to other experts (MoE) than the task's model does: {shares}.")
-    parts += [f"{', '.join(settings)}."] if settings else []
+        parts.append(
+            f"**How near it is to the experts.** Of the base's divergence from each expert this much is left, on rows "
+            f"that were not fitted (0% is the expert, 100% no better than the base): {shares}."
+        )
+    elif alphas.is_fitted and not any(TOO_FEW_ROWS in task.get("flags", ()) for task in _tasks(alphas)):
+        parts.append("How near it is to the experts was not measured (`evaluate: true` does that).")
     return "\n\n".join(parts)
 
 
-def _evaluation(alphas: Alphas) -> list[str]:
-    """How far the merge is from the experts on held-out rows."""
+def _name(alphas: Alphas, names: PublicNames, label: str) -> str:
+    """The name of a model: a link to the Hub for each part that the merge recorded as there."""
+    parts, ids = names.model(label).split(" + "), names.hub_models.get(label, ())
+    links = {part: f"[{code(part)}](https://huggingface.co/{part.partition('@')[0]})" for part in parts
+             if part.partition("@")[0] in ids}  # fmt: skip
+    return " + ".join(links.get(part, code(part)) for part in parts)
+
+
+def _tasks(alphas: Alphas) -> Sequence[dict[str, Any]]:
+    return alphas.calibration.get("tasks", ())
+
+
+def _models(alphas: Alphas, names: PublicNames) -> str:
+    forms = {direction.model: direction.closed_form for direction in alphas.directions}
+    rows = [["model", "role"], [_name(alphas, names, alphas.base_model), "base"]]
+    for label in alphas.models:
+        role = "expert" if label not in forms else "direction" if forms[label] is None else "closed-form direction"
+        rows.append([_name(alphas, names, label), role])
+    return _table(rows, names=2)
+
+
+def _calibration(alphas: Alphas, names: PublicNames) -> str:
+    used, tasks = alphas.calibration, calibration_tasks(alphas, names)
+    measured = any(task.is_measured for task in tasks)
+    rows = [["expert", "data", "rows", "tokens", "SHA-256 of the rows", *["base's loss", "expert's loss"] * measured]]
+    for task in tasks:
+        counts = [str(task.rows or 0), str(task.tokens or "-"), code(task.sha256)]
+        losses = [task.loss_base, task.loss_expert] if measured else []
+        rows.append([code(task.model), code(task.data), *counts, *losses])
+    parts = [_table(rows, names=2) if tasks else "No calibration data."]
+    name = lambda model: code(names.model(model))  # noqa: E731
+    parts += [f"**Warning.** {line}." for line in describe_no_better(used, name)]
+    parts += [f"**Warning.** {line}" for line in describe_far(used, name)]
+    if measured:
+        measure = "means over the rows that were measured (under `features` a task's first 10)"
+        parts.append(f"Losses are in nats per token of the answers, {measure}.")
+    shares = ", ".join(f"{code(task.model)} {task.rerouted:.1%}" for task in tasks if task.rerouted is not None)
+    if shares:
+        parts.append(f"Tokens that the merge sends to other experts (MoE) than the task's model does: {shares}.")
+    settings = ", ".join(f"{key} {code(value)}" for key, value in settings_of(alphas))
+    return "\n\n".join([*parts, *([f"{settings}."] if settings else [])])
+
+
+def _evaluation(alphas: Alphas, names: PublicNames) -> str:
+    """How far the merge is from the experts on held-out rows; empty if it was not to be measured."""
     found = alphas.evaluation
     if found is None:
-        tasks = alphas.calibration.get("tasks", ())
-        few = ", ".join(code(task["model"]) for task in tasks if TOO_FEW_ROWS in task.get("flags", ()))
+        few = ", ".join(
+            code(names.model(task["model"])) for task in _tasks(alphas) if TOO_FEW_ROWS in task.get("flags", ())
+        )
         start = " So no step could be measured: the weights are those of `features`." * bool(
             alphas.calibration.get("steps")
         )
-        return ["### How good it is", f"Not measured: too few rows to hold any out of {few}.{start}"] if few else []
-    table = _table(
-        [["expert", *EVALUATION_HEADER], *([code(task.model), *evaluation_cells(task)] for task in found.tasks)]
-    )
-    warnings = [f"**Warning.** {line}." for line in describe_flags(found, code, fitted=alphas.is_fitted)]
+        return f"Not measured: too few rows to hold any out of {few}.{start}" if few else ""
+    table = _table([["expert", *EVALUATION_HEADER],
+                    *([code(names.model(task.model)), *evaluation_cells(task)] for task in found.tasks)])  # fmt: skip
+    lines = describe_flags(found, lambda model: code(names.model(model)), fitted=alphas.is_fitted)
     note = (
         "On rows that were not fitted. The divergence is KL(expert ‖ model) in nats, summed over a row's answer; the "
         f"share is what is left of the base's. Losses are in nats per token; {evaluation_note(found)}."
     )
-    return ["### How good it is", table, *warnings, note]
+    return "\n\n".join([table, *(f"**Warning.** {line}." for line in lines), note])
 
 
 def _objective(alphas: Alphas) -> ObjectiveRow | None:
@@ -192,15 +256,14 @@ def _source(alphas: Alphas) -> str:
     )
 
 
-def _directions(alphas: Alphas) -> list[str]:
+def _directions(alphas: Alphas, names: PublicNames) -> list[str]:
     """What the models without a task are."""
-    lines = [
-        f"{code(direction.model)} is a direction: "
+    return [
+        f"{code(names.model(direction.model))} is a direction: "
         + ("computed from the weights of base and experts (SWUDI-A, arXiv 2606.07289)." if direction.closed_form
            else "a model without a task; its weights were found from the rows of the others.")
         for direction in alphas.directions
     ]  # fmt: skip
-    return ["\n\n".join(lines)] if lines else []
 
 
 def _solves(alphas: Alphas) -> str:
@@ -209,8 +272,8 @@ def _solves(alphas: Alphas) -> str:
     return f", in {count} Gauss-Newton step{'s' * (count > 1)}" if count else ""
 
 
-def _weights(alphas: Alphas, measured: bool) -> str:
-    header = ["submodules", "number", *(code(model) for model in alphas.models), "residual"]
+def _weights(alphas: Alphas, names: PublicNames, measured: bool) -> str:
+    header = ["submodules", "number", *(code(names.model(model)) for model in alphas.models), "residual"]
     rows = [header + ["measured"] * measured]
     for label, members in _groups(alphas):
         cells = [label, str(len(members))]
@@ -236,13 +299,13 @@ def _groups(alphas: Alphas) -> list[tuple[str, list[SubmoduleAlphas]]]:
         third = -1 if entry.layer is None else 3 * entry.layer // num_layers
         groups.setdefault((third, entry.kind), []).append(entry)
     kinds = list(dict.fromkeys(entry.kind for entry in alphas.submodules if entry.layer is not None))
-    ordered = [("embeddings", groups.get((-1, "embed"))), (_KINDS["model"], groups.get((-1, "model")))]
+    ordered = [("embeddings", groups.get((-1, "embed"))), (KINDS["model"], groups.get((-1, "model")))]
     for kind in kinds:
         for third in range(3):
             members = groups.get((third, kind), [])
             layers = sorted({entry.layer for entry in members if entry.layer is not None})
             span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}" if layers else ""
-            ordered.append((f"{_KINDS.get(kind, kind)}, layers {span}", members))
+            ordered.append((f"{KINDS.get(kind) or code(kind)}, layers {span}", members))
     ordered += [("final norm", groups.get((-1, "norm"))), ("head", groups.get((-1, "head")))]
     return [(label, members) for label, members in ordered if members]
 
@@ -258,26 +321,23 @@ def _residual_note(alphas: Alphas, measured: bool) -> str:
 
 
 def _flagged(alphas: Alphas) -> str:
-    flagged = [entry for entry in alphas.submodules if entry.flags]
-    if not flagged:
-        return "Nothing."
     lines = []
-    for flag in dict.fromkeys(flag for entry in flagged for flag in entry.flags):
-        names = [entry.name for entry in flagged if flag in entry.flags]
-        rest = f" and {len(names) - _MOST_FLAGS} more" if len(names) > _MOST_FLAGS else ""
-        meaning = f" ({_MEANINGS[flag]})" if flag in _MEANINGS else ""
-        lines.append(f"- {code(flag)}{meaning}: {', '.join(code(name) for name in names[:_MOST_FLAGS])}{rest}")
-    return "\n".join(lines)
+    for flag, meaning, members in flagged(alphas):
+        rest = f" and {len(members) - _MOST_FLAGS} more" if len(members) > _MOST_FLAGS else ""
+        shown = ", ".join(code(name) for name in members[:_MOST_FLAGS])
+        lines.append(f"- {code(flag)}{f' ({meaning})' if meaning else ''}: {shown}{rest}")
+    return "\n".join(lines) or "Nothing."
 
 
-def _reproduce(alphas: Alphas) -> str:
-    own = (
-        "With the plugin, from the recipe (the models and data named above must be at hand):\n\n"
-        f"```sh\npip install mergekit-slta\nmergekit-yaml {MERGED_RECIPE_NAME} out/\n```"
+def _citation(alphas: Alphas) -> str:
+    """BibTeX of the project, and of the method whose weights these are; `joint` is the project's own."""
+    objective = alphas.calibration.get("objective")
+    version = str(alphas.provenance.get("mergekit_slta", ""))
+    project = (
+        "@software{mergekit_slta,\n"
+        "  title = {mergekit-slta: merging fine-tuned language models submodule by submodule},\n"
+        "  author = {{The mergekit-slta contributors}},\n"
+        f"  version = {{{version if re.fullmatch(r'[0-9A-Za-z.+-]+', version) else __version__}}},\n"
+        f"  url = {{{_PROJECT}}}\n}}"
     )
-    if alphas.granularity == "head_mlp":
-        return own + "\n\nA stock mergekit recipe cannot express weights of single attention heads."
-    return own + (
-        "\n\nWithout it: this writes a stock mergekit recipe with all weights in it, which gives the same merge.\n\n"
-        f"```sh\nmergekit-slta export {ALPHAS_NAME} -o stock.yml\nmergekit-yaml stock.yml out/\n```"
-    )
+    return "\n\n".join([project, *{"features": [_PAPER], DATA_FREE: [_CLOSED_FORM]}.get(str(objective), [])])

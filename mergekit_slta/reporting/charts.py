@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit_slta.reporting.meanings import KINDS
@@ -159,6 +159,13 @@ def charts(submodules: Sequence[Any], curves: Sequence[Curve], scale: Scale, *, 
         title = "outside the layers" if inside else ""
         found.append(_chart(title, "", columns, len(outside), curves, scale, joined=False, is_depth=False))
     return found
+
+
+def path_chart(points: Sequence[Any], names: Sequence[str], curves: Sequence[Curve], scale: Scale) -> Chart:
+    """A chart over points in turn, such as steps; they are counted from 0."""
+    columns = [(place, name, [point]) for place, (name, point) in enumerate(zip(names, points, strict=True))]
+    chart = _chart("", "", columns, len(points), curves, scale, joined=True, is_depth=False)
+    return replace(chart, ticks=_layer_ticks(len(points), _INNER_WIDTH / len(points)))
 
 
 def _detail(entry: Any) -> str:

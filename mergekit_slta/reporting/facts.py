@@ -66,7 +66,7 @@ def calibration_tasks(alphas: Alphas, names: PublicNames) -> list[CalibrationTas
                 tokens=tokens if isinstance(tokens, int) else None,
                 held_out=len(held_out) if isinstance(held_out, list) else None,
                 numbers=", ".join(show(number, 12) for number in numbers[:30]) + ", …" * (len(numbers) > 30),
-                sha256=show(task.get("sha256") or "-", 16),
+                sha256=show(task.get("sha256") or "-")[:16],
                 template=_template_name(template),
                 text=show(task["text"], 300) if task.get("text") else None,
                 completion=show(task["completion"], 300) if task.get("completion") else None,
@@ -101,7 +101,7 @@ def settings_of(alphas: Alphas) -> list[tuple[str, str]]:
     return [
         (key, describe_ridge(used) if key == "ridge" else show(used[key], 100))
         for key in all_shared_keys()
-        if used.get(key) is not None or (key == "ridge" and key in used)
+        if used.get(key) is not None or (key == "ridge" and used.get("ridge_used") is not None)
     ]
 
 

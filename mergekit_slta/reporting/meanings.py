@@ -18,7 +18,7 @@ KINDS = {
 }
 """kind of submodule -> its name, from the whole to the parts."""
 SUBMODULE_FLAGS = {
-    "unchanged": "an expert equals the base here; its weight is 0",
+    "unchanged": "an expert equals the base here, or a closed form only averages the experts; its weight is 0",
     "rank_deficient": "experts change the same thing here; of all solutions the one of smallest norm was taken",
     "ill_conditioned": "experts are hard to tell apart here; the weights may be far off (`ridge` helps)",
     "extreme": "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)",

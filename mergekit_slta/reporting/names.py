@@ -68,7 +68,8 @@ class PublicNames:
 
     def model(self, label: object) -> str:
         """The name of a model to show."""
-        return self.models.get(str(label)) or last_parts([str(label)])[0]
+        text = str(label)
+        return self.models.get(text) or (text if _is_like_hub_id(text) else last_parts([text])[0])
 
     def dataset(self, name: object) -> str:
         """The name of a dataset to show: an id on the Hub, or the last part of a path."""

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mergekit_slta.files.evaluation import describe_flags, evaluation_note
 from mergekit_slta.files.linearity_file import Linearity, MeanStd
 from mergekit_slta.files.merge_record import Took
 from mergekit_slta.recipe.objectives import OBJECTIVES
-from mergekit_slta.reporting.charts import HEIGHT, WIDTH, Chart, Curve, Scale, charts
+from mergekit_slta.reporting.charts import HEIGHT, WIDTH, Chart, Curve, Scale, charts, path_chart
 from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of
 from mergekit_slta.reporting.figures.evaluation import path_of
 from mergekit_slta.reporting.meanings import KINDS
@@ -123,7 +123,8 @@ def _merge(
         and {
             "note": evaluation_note(evaluation),
             "tasks": [(names.model(task.model), task) for task in evaluation.tasks],
-            "path": _path(alphas),
+            "path": (path := _path(alphas)),
+            "path_chart": path and _path_chart(path, [names.model(task.model) for task in evaluation.tasks]),
             "starts": [point for point in evaluation.points if point.ridge is None],
             "trials": evaluation.trials,
         },
@@ -152,14 +153,24 @@ def _path(alphas: Alphas) -> list[dict[str, Any]]:
         return []
     found = []
     base = evaluation.points[0].divergence
-    for label, number in path_of(evaluation):
+    for _, number in path_of(evaluation):
         point = evaluation.points[number]
         shares = [
             each.mean / own.mean if own.mean > 0 else None for each, own in zip(point.divergence, base, strict=True)
         ]
-        found.append({"label": label, "name": point.name, "ridge": point.ridge, "weighted": point.weighted,
+        found.append({"name": point.name, "ridge": point.ridge, "weighted": point.weighted,
                       "shares": shares, "is_merge": number == evaluation.merge})  # fmt: skip
     return found if len(found) > 1 else []
+
+
+def _path_chart(path: Sequence[dict[str, Any]], models: Sequence[str]) -> Chart:
+    def share_of(place: int) -> Callable[[Any], float | None]:
+        return lambda point: None if (share := point["shares"][place]) is None else 100 * share
+
+    curves = [Curve(model, share_of(place)) for place, model in enumerate(models)]
+    values = [value for point in path for curve in curves if (value := curve.value(point)) is not None]
+    scale = replace(Scale.of(values, floor=0.0), text="{:.3g}%".format)
+    return path_chart(path, [point["name"] for point in path], curves, scale)
 
 
 def _weight_charts(alphas: Alphas, models: Sequence[str]) -> list[Chart]:

@@ -32,8 +32,11 @@ from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.settings import METHOD
 from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
+from mergekit_slta.reporting.metadata import front_matter
 from mergekit_slta.reporting.names import PublicNames
 from mergekit_slta.reporting.page import is_page, write_page
+from mergekit_slta.reporting.public_recipe import public_recipe
+from mergekit_slta.reporting.usage import Usage
 
 LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {
@@ -143,37 +146,57 @@ def add_section(out: Path) -> None:
     try:
         for source in filter(None, _read(out)):
             draw(source, out)
-        _write_section(out)
+        _write_section(out, is_new=True)
     except Exception as error:
         LOG.warning(
             "the model card lacks its section on the merge (%s): `mergekit-slta report OUT` adds it", show(error)
         )
 
 
-def _write_section(out: Path) -> Path:
-    """Write the section into the card, and the tag into its front matter; calling it again changes nothing."""
+def _write_section(out: Path, *, is_new: bool = False) -> Path:
+    """Write the section into the card, and the front matter of a card that is not tagged as one of this method.
+
+    Calling it again changes nothing.
+
+    Args:
+        out: the folder of the merge.
+        is_new: whether all of the card is mergekit's, which the section replaces.
+
+    Raises:
+        OutputError: the card is no file, or its front matter is no YAML.
+    """
     path = out / CARD_NAME
     check_overwrite(path, "model card", Path.is_file, remedy="put the model card in its place")
-    alphas = Alphas.load(out / ALPHAS_NAME)
-    figures = [(text, name) for name, text in _DESCRIPTIONS.items() if (out / name).is_file()]
-    card = path.read_bytes().decode("utf-8") if path.exists() else f"# {show(out.resolve().name)}\n"
+    alphas, sources, name = Alphas.load(out / ALPHAS_NAME), recorded_sources(out), show(out.resolve().name, 100)
+    names = PublicNames.of_alphas(alphas, sources)
+    usage, recipe = Usage.of(name, out), out / MERGED_RECIPE_NAME
+    text = section(
+        alphas,
+        [(text, figure) for figure, text in _DESCRIPTIONS.items() if (out / figure).is_file()],
+        _scale(out),
+        recorded_took(out),
+        sources=sources,
+        usage=usage,
+        recipe=public_recipe(recipe.read_text(encoding="utf-8"), names) if recipe.is_file() else None,
+    )
+    card = path.read_bytes().decode("utf-8") if path.exists() and not is_new else f"# {name}\n"
     try:
-        metadata = dict((metadata_load(path) if path.exists() else None) or _fresh_metadata())
+        given = dict((metadata_load(path) if path.exists() else None) or {})
     except (ValueError, yaml.YAMLError) as error:
         raise OutputError(
             f"the front matter of {show(path)} is no valid YAML ({show(error, 120)}): mend it, then run this again",
             code="not-yaml",
         ) from error
-    tags = metadata.get("tags") or []
-    tags = list(tags) if isinstance(tags, list) else [tags]
-    text = replace_section(card, section(alphas, figures, _scale(out), recorded_took(out)))
-    if path.exists() and text == card and METHOD in tags:
+    has_tag = METHOD in (given.get("tags") or ())
+    text = replace_section(card, text)
+    if path.exists() and text == card and has_tag:
         return path
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode("utf-8"))
-        if METHOD not in tags:  # otherwise the front matter is not reformatted
-            metadata_save(temporary, {**metadata, "tags": [*tags, METHOD]})
+        if not has_tag or is_new:  # otherwise the front matter is not reformatted
+            is_causal = usage is not None and usage.is_causal
+            metadata_save(temporary, front_matter(alphas, names, sources, name, is_causal=is_causal, given=given))
 
     write_atomically(path, write)
     return path
@@ -186,7 +209,3 @@ def _scale(out: Path) -> float | None:
         return 1.0
     found = (load_config(recipe)[0].parameters or {}).get("lambda", 1.0)
     return float(found) if isinstance(found, (int, float)) else None
-
-
-def _fresh_metadata() -> dict[str, object]:
-    return {"library_name": "transformers", "tags": ["mergekit", "merge"]}
