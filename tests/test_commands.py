@@ -19,7 +19,7 @@ def test_a_mistake_of_ours_is_one_line(tiny, write_recipe, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("mergekit_slta.job.preflight.prepare", fail)
+    monkeypatch.setattr("mergekit_slta.host.api.prepare", fail)
     result = slta("check", write_recipe(tiny.recipe()))
     assert_refused(result, "unexpected-error", "ZeroDivisionError: division by zero; -v shows where", exit_code=1)
 

@@ -13,7 +13,8 @@ from mergekit import merge_methods
 from mergekit.merge_methods import TensorGroup
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError
-from mergekit_slta.files.alphas_file import Alphas, Direction, SubmoduleAlphas
+from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.host import method as module
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.wrap import wrap_run_merge

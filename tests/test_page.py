@@ -13,7 +13,8 @@ import pytest
 from conftest import assert_refused, slta
 from test_figures import KINDS, make_alphas, make_linearity
 
-from mergekit_slta.files.alphas_file import Alphas, Direction
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.files.evaluation import Evaluation, Measure, MeasuredPoint, TaskEvaluation, Trial
 from mergekit_slta.files.merge_record import recorded
 from mergekit_slta.reporting.meanings import SUBMODULE_FLAGS, TASK_FLAGS

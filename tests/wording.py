@@ -77,6 +77,7 @@ WORDING: dict[str, str] = {
     "missing-model": r"(there is no model folder .+(; paths start at the current one|: check the path or id; to read a)"
     r"|.+ has no revision .+ on the Hub: choose one of those at"
     r"|mergekit reads `@` and `\+` in .+ as a revision and an adapter: rename the folder)",
+    "missing-package": r".+ is not installed: run `pip install .+`",
     "missing-tensor": r".+ (lacks the tensor|is missing in) .+: (all models of a merge need the same tensors"
     r"|fetch the model again, or (set `tie_word_embeddings: true`|correct its config\.json))",
     "missing-token": r"`tokenizer.tokens` takes .+ from .+ of .+, which has no such token: name another model or token",
@@ -141,6 +142,7 @@ WORDING: dict[str, str] = {
     "unknown-model": r"(.+ (names several|is none of the) models?: name one of"
     r"|the alphas file .+ knows no model .+; it is for .+: calibrate again)",
     "unknown-objective": r"the objective is .*, and this release knows .+: calibrate again",
+    "unknown-submodule": r".+ is none of the submodules: there is .+",
     "unknown-tensor": r"tensor .+ belongs to no submodule that is known here; please report the model",
     "unreadable-checkpoint": r"cannot open the checkpoint of .+ \(.*\): (a file is missing or corrupt, fetch it again"
     r"|check the path or Hub id|fetch (its weights|the index)|load it with transformers|name the folder)",

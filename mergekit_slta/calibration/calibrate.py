@@ -56,18 +56,34 @@ def calibrate(
 
     Raises:
         SltaError: the recipe, the data or the models are wrong; the message is one line.
+
+    Examples:
+        >>> alphas = mergekit_slta.calibrate("recipe.yml")
+        >>> alphas["model.layers.0.mlp"]
+        SubmoduleAlphas('model.layers.0.mlp', alpha=(...))
     """
-    if options is not None and not isinstance(options, MergeOptions):
-        raise RecipeError(
-            f"`options` is of type {type(options).__name__}: it must be a `MergeOptions` of mergekit",
-            code="invalid-value",
-        )
+    options = checked_options(options)
     read = recipe if isinstance(recipe, Recipe) else read_recipe(as_config(recipe))
-    job = prepare(read, options or MergeOptions(quiet=True), for_merge=False)
+    job = prepare(read, options, for_merge=False)
     with with_direction(job) if job.recipe.settings.needs_rows else nullcontext(job) as ready:
         alphas = evaluate(ready, solve_job(ready, gather_statistics(ready)))
     warn_of_quality(alphas)
     return alphas
+
+
+def checked_options(options: object) -> MergeOptions:
+    """The options that a caller gives; mergekit's own defaults, quiet, if there are none.
+
+    Raises:
+        RecipeError: they are no `MergeOptions`.
+    """
+    if options is None:
+        return MergeOptions(quiet=True)
+    if isinstance(options, MergeOptions):
+        return options
+    raise RecipeError(
+        f"`options` is of type {type(options).__name__}: it must be a `MergeOptions` of mergekit", code="invalid-value"
+    )
 
 
 def solve_job(job: Job, statistics: Statistics) -> Alphas:

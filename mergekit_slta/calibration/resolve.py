@@ -19,11 +19,41 @@ from mergekit_slta.calibration.assemble import assemble, warn_of_quality
 from mergekit_slta.errors import AlphasError, RecipeError, listing, show
 from mergekit_slta.files.alphas_file import SOLVED_FROM, Alphas
 from mergekit_slta.files.identity import held_out_label, importance_label, role_label, rows_label, weights_label
+from mergekit_slta.files.inside import statistics_in
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.statistics_file import Statistics
 
 _DIRECTION = {"role": "direction"}
+
+
+def solve(
+    statistics: Statistics | str | os.PathLike[str],
+    *,
+    ridge: float | None = None,
+    importance: Mapping[str, float] | None = None,
+    balance: bool | None = None,
+    rows: int | None = None,
+    without: Sequence[str] = (),
+) -> Alphas:
+    """Compute new alphas from saved statistics, with other settings; reads no model and writes nothing.
+
+    Args:
+        statistics: a statistics file, the folder that holds it (that of a merge), or `Statistics`.
+        ridge, importance, balance, rows, without: see `solve_again`; what is not given stays as it was.
+
+    Raises:
+        AlphasError: the statistics are missing or damaged.
+        RecipeError: a value is out of range, a model is unknown, or a new calibration is needed.
+
+    Examples:
+        >>> alphas = mergekit_slta.solve("merged", ridge=0.1)
+        >>> alphas.save("softer.json")
+    """
+    if not isinstance(statistics, Statistics):
+        usable = isinstance(statistics, (str, os.PathLike))
+        statistics = Statistics.load(statistics_in(Path(statistics)) if usable else statistics)
+    return solve_again(statistics, ridge=ridge, importance=importance, balance=balance, rows=rows, without=without)
 
 
 def solve_again(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from mergekit.options import MergeOptions
@@ -71,32 +70,14 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     `merge` would refuse is refused here, too. The device may be on another machine. If it is on this one, about a
     second of work on it tells how long calibration and merge will take.
     """
-    from mergekit_slta.calibration.recorded_day import recorded_day
-    from mergekit_slta.calibration.reuse import check_before_reading
-    from mergekit_slta.files.inside import output_path
-    from mergekit_slta.files.names import ALPHAS_NAME
-    from mergekit_slta.files.targets import check_alphas_target
-    from mergekit_slta.job.forecast import forecast
-    from mergekit_slta.job.preflight import prepare
-    from mergekit_slta.objectives.registry import estimate
-    from mergekit_slta.recipe.load import load_config
-    from mergekit_slta.recipe.read import read_recipe
+    from mergekit_slta.host.api import check_job, costs_of
     from mergekit_slta.reporting.terminal import describe_job, numbers_of_job
 
     merge_options.apply_global_options()
-    read = read_recipe(load_config(recipe)[0])
-    named = output_path(read.settings.alphas, ALPHAS_NAME) if read.settings.alphas else None
-    if named:
-        check_alphas_target(named)
-    places = [named] if named else []
-    job = prepare(
-        read, merge_options, need_rows=not (named and named.exists()), day=recorded_day(places), plan_only=True
-    )
-    check_before_reading(job, Path.cwd(), places, named=named is not None)
+    job = check_job(recipe, merge_options)
     if merge_options.quiet and not as_json:
         return
-    costs = estimate(job)
-    seconds = forecast(job, costs.phases)
+    costs, seconds = costs_of(job)
     click.echo(json.dumps(numbers_of_job(job, costs, seconds)) if as_json else describe_job(job, costs, seconds))
 
 
@@ -162,23 +143,13 @@ def merge(merge_options: MergeOptions, recipe: str, out: str, verify: bool, over
     or mergekit could load in its place. Other files stay; one whose name a new file takes, or that
     transformers would read as the merge's, is kept as NAME.old.
     """
-    import mergekit.merge
-
-    from mergekit_slta.host.method import register
-    from mergekit_slta.host.wrap import wrap_run_merge
-    from mergekit_slta.recipe.load import load_config
-    from mergekit_slta.recipe.read import read_recipe
+    from mergekit_slta.host.api import merge
     from mergekit_slta.runtime.distributed import refuse_several
 
     refuse_several("merge")
     merge_options.apply_global_options()
-    register()
-    wrap_run_merge(mergekit.merge)
-    config, source = load_config(recipe)
-    read_recipe(config)
-    run_merge: Any = mergekit.merge.run_merge
     quiet_options = merge_options.model_copy(update={"verbosity": 0})  # the group prints the traceback
-    run_merge(config, out, options=quiet_options, config_source=source, verify_residuals=verify, overwrite=overwrite)
+    merge(recipe, out, quiet_options, verify=verify, overwrite=overwrite)
 
 
 @with_merge_options

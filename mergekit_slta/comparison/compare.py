@@ -19,6 +19,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_slta.calibration.calibrate import checked_options
 from mergekit_slta.calibration.recorded_day import recorded_day
 from mergekit_slta.calibration.reuse import check_disk_space
 from mergekit_slta.comparison.benchmarks import Benchmarks
@@ -87,16 +88,12 @@ def compare(
         SltaError: the recipe, the data or the models are refused, a method is unknown, a task has too few rows, or a
             merge failed; the message is one line.
 
-    Example:
-        >>> comparison = compare("recipe.yml", methods=["average", "features"])  # doctest: +SKIP
-        >>> comparison.best, comparison.verdict  # doctest: +SKIP
+    Examples:
+        >>> comparison = mergekit_slta.compare("recipe.yml", "compared", methods=["average"])
+        >>> [result.name for result in comparison.results]
+        ['base', 'models/math', 'models/words', 'average']
     """
-    if options is not None and not isinstance(options, MergeOptions):
-        raise RecipeError(
-            f"`options` is of type {type(options).__name__}: it must be a `MergeOptions` of mergekit",
-            code="invalid-value",
-        )
-    options = options or MergeOptions(quiet=True)
+    options = checked_options(options)
     if rows is not None and rows < MIN_ROWS:
         raise RecipeError(f"--rows is {rows}: use at least {MIN_ROWS} rows of each task", code="invalid-value")
     names, config, out = parse_methods(methods), as_config(recipe), Path(output)

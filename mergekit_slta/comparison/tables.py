@@ -77,7 +77,7 @@ def _cells(comparison: Comparison) -> list[list[str]]:
                 show(model.label, 48),
                 *(_number(task.loss) for task in result.tasks),
                 _percent(result.recovered),
-                *([f"{100 * sum(exact) / len(exact):.0f}%"] * shorts),
+                *([f"{100 * sum(exact) / len(exact):.0f}%"] if shorts else []),
                 "" if model.kind != "merge" else behind,
             ]
         )

@@ -9,20 +9,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from mergekit_slta.errors import ModelError, show
+from mergekit_slta.errors import AlphasError, RunError, listing, show
+from mergekit_slta.files.alphas_parts import Direction, Part, SubmoduleAlphas
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.evaluation import Evaluation, Finite
+from mergekit_slta.files.evaluation import Evaluation
 from mergekit_slta.files.json_file import DocumentType, read_document
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pandas import DataFrame
 
     from mergekit_slta.maths.task_arithmetic import WeightedSlice
 
@@ -51,94 +53,15 @@ SHARED_ROWS = "shared_rows"
 TOO_FEW_ROWS = "too_few_rows"
 """Flag of a task: it has too few rows to hold any out, so that no merge is measured."""
 
-Part = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-"""[axis, start, stop)"""
-
-
-class Direction(BaseModel):
-    """A model of the file that has no task.
-
-    Attributes:
-        model: its name among the file's models.
-        closed_form: how it is computed from the base and the experts, see `maths.directions`; None for a checkpoint.
-        transposed: its matrices that are stored as [in, out].
-        averaged: its tensors of two or three dimensions that are averaged.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    closed_form: Literal["swudi_a"] | None = None
-    transposed: tuple[str, ...] = ()
-    averaged: tuple[str, ...] = ()
-
-    def combine(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """A tensor of the closed form, from that of the base and of every expert; see `maths.directions.combine`.
-
-        Raises:
-            ModelError: a tensor holds NaN or Inf.
-        """
-        from mergekit_slta.maths.directions import combine  # imports torch, which reading a file does not need
-        from mergekit_slta.maths.task_arithmetic import all_finite
-
-        if not all(map(all_finite, (base, *experts))):
-            raise ModelError(
-                f"{show(name)} of {'the base' if not all_finite(base) else 'an expert'} holds NaN or Inf: fetch that "
-                "checkpoint again, or leave the model out",
-                code="not-finite-weights",
-            )
-        return combine(
-            self.closed_form, base, experts,
-            is_transposed=name in self.transposed, is_averaged=name in self.averaged,
-        )  # fmt: skip
-
-
-class SubmoduleAlphas(BaseModel):
-    """One submodule of the file.
-
-    Attributes:
-        name, kind, layer, tensors: see `submodules.Submodule`; tensor names are those of the merged model.
-        alpha: one weight per model of the file.
-        stderr: jackknife standard errors of `alpha` over the calibration rows; None if a task has a single row, and
-            after steps of `objective: joint`.
-        condition: condition number of the linear system; None if it is rank-deficient.
-        rank: rank of that system; None if no system was solved.
-        residual: predicted share of the experts' changes that the merge loses; under `objective: joint` see its
-            documentation. None if it is not known.
-        residual_measured: the same share, measured on the merged submodule's features; None if it was not measured.
-        slices: for tensors of which the submodule owns a part: [axis, start, stop], or a list of such parts.
-        flags: "unchanged", "rank_deficient", "ill_conditioned" (see `closed_form.Solution`); "extreme": a weight is
-            outside the expected range; "nonlinear": the measured residual differs from the predicted one.
-        unchanged: models whose submodule equals the base's, and closed forms that only average the experts there; their
-            alpha is 0.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kind: str
-    layer: int | None
-    tensors: tuple[str, ...]
-    slices: dict[str, Part | tuple[Part, ...]] = {}
-    alpha: tuple[Finite, ...]
-    stderr: tuple[Finite, ...] | None
-    condition: Finite | None
-    rank: int | None
-    residual: Finite | None
-    residual_measured: Finite | None = None
-    flags: tuple[str, ...] = ()
-    unchanged: tuple[str, ...] = ()
-
-    def parts(self, tensor: str) -> tuple[Part, ...]:
-        """The slices of a tensor that the submodule owns; empty if it owns the whole tensor."""
-        slices = self.slices.get(tensor, ())
-        return (slices,) if slices and isinstance(slices[0], int) else slices  # type: ignore[return-value]
-
 
 class Alphas(BaseModel):
-    """An alphas file. `models` are the recipe's models in the recipe's order, base left out, then a closed form.
+    """The weights of a merge: for every submodule one weight per model. This is the content of an alphas file.
+
+    `alphas["model.layers.3.mlp"]` is the entry of a submodule, see `SubmoduleAlphas`.
 
     Attributes:
+        models: the recipe's models in the recipe's order, base left out, then a closed form.
+        submodules: the entries, in the order of the model.
         directions: those of the models that are no experts.
         copied: tensors that text does not run through. They have no weights: those that are equal in all models are
             copied, for the others `calibration.uncalibrated` of a merge says what was done.
@@ -149,6 +72,13 @@ class Alphas(BaseModel):
         evaluation: how good the merge is on held-out rows; None if it was not measured.
         provenance: versions, the identity (see `identity`) and its hash, the `fingerprint`; of a file that `solve`
             wrote, `solved_from`, too.
+
+    Examples:
+        >>> alphas = mergekit_slta.Alphas.load("merged/slta_alphas.json")
+        >>> alphas["model.layers.0.mlp"].alpha[alphas.models.index("models/math")] > 0
+        True
+        >>> alphas.to_frame().loc["model.layers.0.mlp", "kind"]
+        'mlp'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -205,6 +135,50 @@ class Alphas(BaseModel):
             if tensor in whole or len({part[0] for part in ordered}) > 1 or ordered[0][1] != 0 or gaps:
                 raise ValueError(f"the slices of {show(tensor)} overlap or leave a gap")
         return self
+
+    def __repr__(self) -> str:
+        kept = f"{len(self.submodules)} submodules, {self.granularity}"
+        return f"Alphas({kept}, {listing(self.models, 5)}, base {show(self.base_model, 80)})"
+
+    __str__ = __repr__
+
+    def __contains__(self, name: object) -> bool:
+        return any(submodule.name == name for submodule in self.submodules)
+
+    def __getitem__(self, name: str) -> SubmoduleAlphas:
+        """The entry of a submodule, by its name.
+
+        Raises:
+            AlphasError: there is no such submodule.
+        """
+        for submodule in self.submodules:
+            if submodule.name == name:
+                return submodule
+        names = [submodule.name for submodule in self.submodules]
+        near = listing(get_close_matches(str(name), names, 3, 0) or names)
+        raise AlphasError(f"{show(name)} is none of the submodules: there is {near}", code="unknown-submodule")
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table with a row for each submodule.
+
+        The index is the submodule's name. Columns: `kind`, `layer`, one for each model with its weight, `residual`, and
+        `flags` (joined by commas).
+
+        Raises:
+            RunError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise RunError("pandas is not installed: run `pip install pandas`", code="missing-package") from error
+        rows = [
+            {"kind": entry.kind, "layer": entry.layer}
+            | dict(zip(self.models, entry.alpha, strict=True))
+            | {"residual": entry.residual, "flags": ",".join(entry.flags)}
+            for entry in self.submodules
+        ]
+        names = pandas.Index([entry.name for entry in self.submodules], name="submodule")
+        return pandas.DataFrame(rows, index=names).astype({"layer": "Int64", "residual": float})
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -286,7 +260,7 @@ def is_alphas_file(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return f'"format": "{FORMAT}"'.encode() in file.read(200)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

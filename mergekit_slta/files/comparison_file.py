@@ -160,6 +160,11 @@ class Comparison(BaseModel):
         verdict: which merge is best, and by how much, in one line.
         settings: `rows`, `max_seq_length`, `seed`, `compute_dtype` and the `date` that chat templates saw.
         provenance: versions, and the fingerprint of rows and models.
+
+    Examples:
+        >>> comparison = mergekit_slta.Comparison.load("compared/slta_compare.json")
+        >>> comparison.best
+        'average'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

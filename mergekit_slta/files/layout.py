@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_slta.errors import AlphasError, show
-from mergekit_slta.files.alphas_file import Direction
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.files.statistics_file import Statistics
 
 KEY = "layout"

@@ -147,6 +147,11 @@ class Linearity(BaseModel):
         submodules: in the order of a forward pass: layers, blocks, then the whole model.
         levels: kind of submodule -> averages over its submodules.
         provenance: versions and fingerprint.
+
+    Examples:
+        >>> linearity = mergekit_slta.Linearity.load("slta_linearity.json")
+        >>> sorted(linearity.levels)
+        ['attention', 'attention_head', 'embed', 'head', 'layer', 'mlp', 'model']
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

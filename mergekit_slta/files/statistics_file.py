@@ -53,6 +53,11 @@ class Statistics:
         losses: [rows, 2] float64, the mean loss over a row's answer in nats per token, of the base and of the expert of
             the row's task; NaN where it was not measured. None if no row was measured. Form "point": [rows, P + 1], of
             every model and of the expert.
+
+    Examples:
+        >>> statistics = mergekit_slta.Statistics.load("merged/slta_stats.safetensors")
+        >>> statistics.by_submodule["model.layers.0.mlp"].shape
+        torch.Size([4, 2, 2])
     """
 
     row_task: Tensor

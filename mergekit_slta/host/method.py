@@ -227,6 +227,9 @@ def register() -> None:
 
     Raises:
         RegistrationError: mergekit is missing or too old, or another package has taken the name.
+
+    Examples:
+        >>> mergekit_slta.register()
     """
     instance = method()
     from mergekit import merge_methods

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.errors import OutputError
-from mergekit_slta.files.alphas_file import Alphas, Direction
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.files.identity import hash_identity, weights_label
 from mergekit_slta.job.job import Job
 from mergekit_slta.maths.directions import is_matrix

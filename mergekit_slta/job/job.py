@@ -23,7 +23,7 @@ from mergekit_slta.checkpoints.plan import Plan
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.draw import missing_dataset
 from mergekit_slta.data.rows import Example, TaskRows
-from mergekit_slta.files.alphas_file import Direction
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.libraries.torch import product_precision
 from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton

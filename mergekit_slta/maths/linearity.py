@@ -46,6 +46,11 @@ def non_linearity_score(features: Tensor) -> float:
 
     Raises:
         DataError: they are no such tensor, or not finite.
+
+    Examples:
+        >>> points = torch.linspace(0, 1, 11)[:, None]
+        >>> mergekit_slta.non_linearity_score(points * torch.ones(3)) < 1e-9
+        True
     """
     usable = isinstance(features, Tensor) and features.is_floating_point() and features.layout == torch.strided
     if not usable or features.is_meta or features.dim() < 2 or len(features) < 2:

@@ -23,6 +23,11 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
 
     Raises:
         RecipeError: the file is missing, is not YAML, or is not a recipe that mergekit accepts.
+
+    Examples:
+        >>> config, source = mergekit_slta.load_config("recipe.yml")
+        >>> config.merge_method
+        'submodule_linear'
     """
     if not isinstance(path, (str, os.PathLike)):
         raise no_recipe(path)

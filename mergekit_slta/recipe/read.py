@@ -106,6 +106,11 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
     Raises:
         RecipeError: the recipe has another method, `slices` or `modules`, no base, no expert, an expert twice, an
             unknown key or value, or a value that differs between tensors; or it is no configuration.
+
+    Examples:
+        >>> recipe = mergekit_slta.read_recipe(mergekit_slta.load_config("recipe.yml")[0])
+        >>> recipe.settings.num_samples
+        2
     """
     if not isinstance(config, MergeConfiguration):
         raise no_recipe(config)
