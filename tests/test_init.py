@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from conftest import Models, assert_refused, refused, slta, write_rows
+from conftest import Models, assert_refused, make_tokenizer, refused, slta, write_rows
 from test_checkpoints import adapter
 from transformers import AutoModelForCausalLM
 
@@ -208,6 +208,23 @@ def test_columns_that_are_not_clear_are_asked_for(tiny, tmp_path, monkeypatch):
     result = on_a_terminal(monkeypatch, ["", "{left} {right}", "", ""], *arguments)
     assert result.exit_code == 0, result.output
     assert accepted(tmp_path / "recipe.yml")["models"][0]["parameters"]["text"] == "{left} {right}"
+
+
+def test_a_chat_template_is_asked_for(tiny, tmp_path, monkeypatch):
+    """Where the rows are chats and no model has a template, and again if the tokenizer splits its tokens."""
+    models = [copy(path, tmp_path / path.name) for path in (tiny.base, tiny.experts[0])]
+    for model in models:
+        make_tokenizer(None).save_pretrained(model)
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(
+        '{"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "and"}]}\n' * 3
+    )
+    arguments = (*models, "--data", f"expert1={rows}", "-o", tmp_path / "recipe.yml")
+    assert_refused(slta("init", *arguments), "missing-chat-template")
+    result = on_a_terminal(monkeypatch, ["", "chatml", "", ""], *arguments)
+    assert result.exit_code == 0, result.output
+    assert accepted(tmp_path / "recipe.yml")["chat_template"] == "alpaca"
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

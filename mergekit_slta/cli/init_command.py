@@ -19,6 +19,7 @@ from mergekit_slta.errors import DataError, RecipeError, listing, show
 if TYPE_CHECKING:
     from mergekit_slta.checkpoints.origins import Origin
     from mergekit_slta.job.draft import Source
+    from mergekit_slta.job.draft_text import Draft
     from mergekit_slta.job.lineage import Lineage
 
 _NO_ROWS = "-"
@@ -68,7 +69,7 @@ def init(
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import RECIPE_NAME
     from mergekit_slta.files.targets import check_new_recipe
-    from mergekit_slta.job.draft import check_data, checked, complete, draft_task, from_card, look_at, parse_data
+    from mergekit_slta.job.draft import check_data, checked, draft_task, from_card, look_at, parse_data
     from mergekit_slta.job.draft_text import Draft, recipe_text
     from mergekit_slta.recipe.objectives import DATA_FREE
 
@@ -106,7 +107,7 @@ def init(
         objective="features" if has_rows else DATA_FREE,
         out_dtype=config_dtype(lineage.base),
     )
-    draft = complete(draft, merge_options)
+    draft = _completed(draft, merge_options, asks)
     if asks and has_rows:
         _say(draft.why_objective)
         objective = click.prompt(
@@ -185,6 +186,25 @@ def _ask_for_keys(source: Source) -> Source:
     answer = None if completion == _NO_ROWS else _untyped(completion)
     used = [name for name in source.columns if name in (text, answer) or f"{{{name}}}" in f"{text}{answer}"]
     return replace(source, keys=Keys(" with ".join(used), _untyped(text), answer))
+
+
+def _completed(draft: Draft, options: MergeOptions, asks: bool) -> Draft:
+    """Complete a draft; ask for a chat template where the rows are chats and no model has one."""
+    from mergekit_slta.job.draft import complete
+    from mergekit_slta.libraries.mergekit import chat_template_names
+
+    while True:
+        try:
+            return complete(draft, options)
+        except DataError as error:
+            if not asks or not (error.code == "missing-chat-template" or draft.chat_template):
+                raise
+            _say(error.message)
+        named = click.prompt(
+            "Chat template that the experts were trained with", type=click.Choice(chat_template_names()),
+            default="alpaca", err=True,
+        )  # fmt: skip
+        draft = replace(draft, chat_template=named)
 
 
 def _typed(text: str) -> str:

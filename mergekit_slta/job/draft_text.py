@@ -50,6 +50,7 @@ class Draft:
         out_dtype: value of the key; None if the base's config has no dtype.
         tokenizer: the `tokenizer` section; empty if none is needed.
         uncalibrated: value of the key; None if it is not needed.
+        chat_template: name of one of mergekit's templates, if the rows are chats and no model has one; else None.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Draft:
     out_dtype: str | None = None
     tokenizer: dict[str, object] = field(default_factory=dict)
     uncalibrated: str | None = None
+    chat_template: str | None = None
 
 
 _TEMPLATE = """\
@@ -138,6 +140,11 @@ parameters:
 {%- if uncalibrated is not none %}
   # Tensors that text does not run through (of a vision tower, say) differ between the models: the base's are kept.
   uncalibrated: {{ uncalibrated }}
+{%- endif %}
+{%- if chat_template is not none %}
+
+# Renders the rows that are chats, and becomes the merged model's: the models have no chat template of their own.
+chat_template: {{ chat_template }}
 {%- endif %}
 {%- if tokenizer %}
 
