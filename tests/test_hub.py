@@ -14,7 +14,7 @@ import transformers
 import yaml
 from conftest import Models, assert_refused, mergekit_yaml, slta, tensors
 from hub_server import TOKEN, HubServer, serving
-from huggingface_hub import constants, hf_api
+from huggingface_hub import ModelCard, constants, hf_api
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -75,9 +75,14 @@ def test_check_reads_headers_only(hub, recipe, write_recipe, tmp_path):
 
 
 def test_merging_from_the_hub(hub, recipe, large, write_recipe, tmp_path):
-    """The result is that of the same models in local folders, and every file is downloaded once."""
-    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out")
+    """The result is that of the same models in local folders, and every file is downloaded once. The card names the
+    models by their ids, and claims the licence that their cards state."""
+    for name in NAMES:
+        (hub.folder / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out", card=True)
     assert result.exit_code == 0, result.output
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data.license) == ([*NAMES], "mit")
     local = mergekit_yaml(write_recipe(large.recipe(2), "local.yml"), tmp_path / "local")
     assert local.exit_code == 0, local.output
     found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "local")

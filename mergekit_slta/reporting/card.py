@@ -151,12 +151,12 @@ def _summary(alphas: Alphas, names: PublicNames) -> str:
     """What the model is made of, how, and how good it is."""
     experts = [_name(alphas, names, model) for model in alphas.experts]
     listed = experts[0] if len(experts) == 1 else f"{', '.join(experts[:-1])} and {experts[-1]}"
-    objective = code(alphas.calibration.get("objective", "features"))
+    objective, count = code(alphas.calibration.get("objective", "features")), len(alphas.submodules)
     made = (
         f"This model is {_name(alphas, names, alphas.base_model)} with {listed} merged into it, by "
         f"[mergekit](https://github.com/arcee-ai/mergekit) {code(alphas.provenance.get('mergekit', ''))} and "
         f"[mergekit-slta]({_PROJECT}) {code(alphas.provenance.get('mergekit_slta', ''))}: objective {objective}, "
-        f"granularity {code(alphas.granularity)}, {len(alphas.submodules)} submodules."
+        f"granularity {code(alphas.granularity)}, {count} submodule{'s' * (count != 1)}."
     )
     parts = [made, _source(alphas)]
     if alphas.evaluation is not None:
@@ -164,8 +164,9 @@ def _summary(alphas: Alphas, names: PublicNames) -> str:
             f"{percent_left(task)} for {code(names.model(task.model))}" for task in alphas.evaluation.tasks
         )
         parts.append(
-            f"**How near it is to the experts.** Of the base's divergence from each expert this much is left, on rows "
-            f"that were not fitted (0% is the expert, 100% no better than the base): {shares}."
+            "**How near it is to the experts.** On rows that were not fitted, this share of the base's divergence from "
+            f"each expert is left (0%: it predicts what the expert does; 100%: it is no better than the base): "
+            f"{shares}."
         )
     elif alphas.is_fitted and not any(TOO_FEW_ROWS in task.get("flags", ()) for task in _tasks(alphas)):
         parts.append("How near it is to the experts was not measured (`evaluate: true` does that).")
@@ -202,9 +203,8 @@ def _calibration(alphas: Alphas, names: PublicNames) -> str:
         losses = [task.loss_base, task.loss_expert] if measured else []
         rows.append([code(task.model), code(task.data), *counts, *losses])
     parts = [_table(rows, names=2) if tasks else "No calibration data."]
-    name = lambda model: code(names.model(model))  # noqa: E731
-    parts += [f"**Warning.** {line}." for line in describe_no_better(used, name)]
-    parts += [f"**Warning.** {line}" for line in describe_far(used, name)]
+    parts += [f"**Warning.** {line}." for line in describe_no_better(used, lambda model: code(names.model(model)))]
+    parts += [f"**Warning.** {line}" for line in describe_far(used, lambda model: code(names.model(model)))]
     if measured:
         measure = "means over the rows that were measured (under `features` a task's first 10)"
         parts.append(f"Losses are in nats per token of the answers, {measure}.")

@@ -88,7 +88,8 @@ def _ticks(low: float, high: float) -> list[tuple[float, str]]:
     step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= rough)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    return [(number * step, f"{number * step + 0.0:.{digits}f}") for number in numbers]
+    form = f".{digits}f" if max(-low, high) < 1e4 else ".1e"
+    return [(number * step, format(number * step + 0.0, form)) for number in numbers]
 
 
 @dataclass
@@ -117,7 +118,8 @@ class Chart:
 
     Attributes:
         title, detail: heading; `detail` is the part of the submodules' names behind the layer.
-        several: whether a layer has several of them; the lines are then means.
+        several: whether a layer has several of them; points are then means, and bars ranges.
+        is_dense: whether there are so many columns that points must be small.
         ticks: (place, label) of the horizontal axis.
         levels: (place, label) of the vertical axis.
     """
@@ -126,6 +128,7 @@ class Chart:
     detail: str
     several: bool
     is_depth: bool
+    is_dense: bool
     ticks: list[tuple[float, str]]
     levels: list[tuple[float, str]]
     reference: float | None
@@ -192,6 +195,7 @@ def _chart(
         detail,
         any(len(members) > 1 for *_, members in columns),
         is_depth,
+        count > 40,
         _layer_ticks(count, width) if is_depth else _name_ticks([name for _, name, _ in columns], width),
         [(scale.place(value), label) for value, label in scale.ticks],
         None if scale.reference is None else scale.place(scale.reference),
@@ -209,13 +213,13 @@ def _chart(
                 continue
             line = chart.lines[number]
             mean = scale.place(statistics.fmean(values))
-            line.dots += "".join(f"M{middle:.1f} {scale.place(value):.1f}h0" for value in values)
+            line.dots += f"M{middle:.1f} {mean:.1f}h0"
             if joined:
                 line.path += f"{'L' if last.get(number) == place - 1 else 'M'}{middle:.1f} {mean:.1f}"
                 last[number] = place
-            error = curve.error(members[0]) if len(members) == 1 else None
-            if error:
-                top, foot = scale.place(values[0] + error), scale.place(values[0] - error)
+            error = (curve.error(members[0]) or 0.0) if len(members) == 1 else 0.0
+            if error or len(values) > 1:
+                top, foot = scale.place(max(values) + error), scale.place(min(values) - error)
                 line.bars += f"M{middle:.1f} {top:.1f}V{foot:.1f}"
         flags = {flag for entry in members for flag in getattr(entry, "flags", ())} - {"unchanged"}
         flagged = _TOP - 5 if flags else None

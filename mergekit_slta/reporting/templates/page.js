@@ -46,6 +46,16 @@
     apply();
   }
 
+  for (const button of document.querySelectorAll("button[data-all]")) {
+    button.addEventListener("click", () => {
+      const boxes = [...button.parentElement.querySelectorAll("input")], some = boxes.some((box) => box.checked);
+      for (const box of boxes) {
+        box.checked = !some;
+        box.dispatchEvent(new Event("change"));
+      }
+    });
+  }
+
   for (const field of document.querySelectorAll("input[data-filter]")) {
     const rows = document.getElementById(field.dataset.filter).tBodies[0].rows;
     const apply = () => {
