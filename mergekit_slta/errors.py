@@ -8,11 +8,15 @@
     ├── OutputError          exit 2       a file or folder cannot be written, or holds something else
     ├── RegistrationError    exit 1       mergekit is too old, or the method's name is taken
     └── RunError             exit 1       a valid job failed while it ran
+        └── InterruptionError exit 130     Ctrl-C
 
 They derive from `click.ClickException`, so mergekit's own commands print them as one line and exit with `exit_code`.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import IO, Any
 
 import click
 
@@ -88,3 +92,15 @@ class RegistrationError(SltaError):
 
 class RunError(SltaError):
     """A valid job failed while it ran."""
+
+
+class InterruptionError(RunError):
+    """Ctrl-C. The message says what is kept, and how the command goes on."""
+
+    exit_code = 130
+    """As a shell reports a process that the signal has ended."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message; on a terminal it begins a line of its own, behind the `^C`."""
+        stream = sys.stderr if file is None else file
+        click.echo("\n" * stream.isatty() + self.message, file=stream)

@@ -18,11 +18,12 @@ from mergekit_slta.data import batches
 from mergekit_slta.job.job import Job
 from mergekit_slta.objectives import costs, joint_search
 from mergekit_slta.objectives.costs import estimate_features, estimate_gradients
-from mergekit_slta.reporting.terminal import describe_job
+from mergekit_slta.reporting.plan import describe_job
 from mergekit_slta.runner import backward
 from mergekit_slta.runner.backward import BackwardPass
 from mergekit_slta.runner.directional import DirectionalDerivatives
 from mergekit_slta.runtime.resume import ResumeStore
+from mergekit_slta.runtime.screen import plain
 
 
 class Counted:
@@ -130,7 +131,7 @@ def test_costs_of_derivatives_are_counted(specimen, with_rows, monkeypatch, tmp_
     assert told.flops == 2 * (inner + sizes[job.skeleton.head_weight]) * counted.passes
     assert told.read_bytes == pytest.approx(total_bytes(job.plan) * counted.readings)
     assert told.scratch_bytes == counted.scratch
-    lines = describe_job(job, told)
+    lines = plain(*describe_job(job, told))
     assert f"keeps       {told.scratch_bytes / 2**10:.3g} KiB of features" in lines
     assert "None" not in lines
 
@@ -144,7 +145,7 @@ def test_costs_without_held_out_rows_are_those_of_features(specimen, monkeypatch
     assert told.flops == 2 * (inner + sizes[job.skeleton.head_weight]) * counted.passes
     assert told.read_bytes == total_bytes(job.plan)
     assert told.scratch_bytes == counted.scratch == 0
-    assert "no steps: there are too few rows" in describe_job(job, told)
+    assert "no steps: the weights are those of `features`" in plain(*describe_job(job, told))
 
 
 @pytest.mark.parametrize("inputs", ["base", "merged"])

@@ -250,7 +250,7 @@ def test_role_direction(tiny, with_rows, write_recipe, tmp_path, parameters):
     path, out = write_recipe(recipe), tmp_path / "out"
     checked = slta("check", path)
     assert checked.exit_code == 0, checked.output
-    assert "no task" in checked.output
+    assert "without a task" in checked.output
     assert "computed from the experts" in checked.output
     result = mergekit_yaml(path, out, *QUIET)
     assert result.exit_code == 0, result.output

@@ -20,7 +20,7 @@ TREES = {
     for path in sorted((ROOT / "mergekit_slta").rglob("*.py"))
     if path.name != "errors.py"
 }
-ROW = re.compile(r"\| `(?P<code>[^`]+)` \| (?P<exit>\d) \| (?P<what>[^|]+) \| (?P<remedy>[^|]+) \|")
+ROW = re.compile(r"\| `(?P<code>[^`]+)` \| (?P<exit>\d+) \| (?P<what>[^|]+) \| (?P<remedy>[^|]+) \|")
 
 
 def codes_of(value: ast.expr, tree: ast.Module) -> Iterator[str]:

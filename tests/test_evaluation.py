@@ -389,14 +389,15 @@ def test_check_says_what_is_held_out_and_what_it_costs(plenty, tiny, write_recip
         return result.output
 
     plain, evaluated = told(plenty), told(plenty, evaluate=True)
-    assert "held" not in plain
-    assert evaluated.count("6 more rows are held out; the first 3 of them measure the merge") == 2
-    assert "measures    6 held-out rows" in evaluated
+    assert [line.split()[-1] for line in plain.splitlines() if line.startswith("expert")] == ["0", "0"]
+    assert "held-out" not in plain
+    assert [line.split()[-1] for line in evaluated.splitlines() if line.startswith("expert")] == ["6", "6"]
+    assert "measures    the merge, on the first half of the held-out rows: 6 rows" in evaluated
     assert "the base, the merge and their expert; this reads the checkpoints once more" in evaluated
     auto, one = told(plenty, **PLAIN_JOINT), told(plenty, **PLAIN_JOINT, steps=1)
-    assert "at most: `steps: auto`" in auto
+    assert "at most (`steps: auto`" in auto
     assert "at most" not in one
     assert "every model that is tried" in one
     few = told(tiny, **PLAIN_JOINT)
-    assert few.count("too few rows to hold any out: the merge is not measured") == 3
-    assert "no steps: there are too few rows to hold any out" in few
+    assert f"nothing: too few rows to hold any out of {', '.join(map(str, tiny.experts))}" in few
+    assert "no steps: the weights are those of `features`" in few

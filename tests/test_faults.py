@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mergekit.io.tensor_writer
+import mergekit.merge
 import pytest
 import torch
-from conftest import assert_refused, fork, mergekit_yaml, tensors
+from conftest import assert_refused, check_message, fork, mergekit_yaml, slta, tensors
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -21,6 +24,7 @@ from mergekit_slta.files import output_folder as outfolder
 from mergekit_slta.files import statistics_file as gram
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.host import method
+from mergekit_slta.job import preflight
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.runtime import activations as tape
 from mergekit_slta.runtime import resume as records
@@ -47,7 +51,7 @@ def failing(function: Callable, error: BaseException | Callable[[], None], call:
     return wrapped
 
 
-ABORTED = None
+INTERRUPTED = "interrupted"
 # where it strikes, what it does, which call of it, the code of the error, what the line names
 FAULTS = {
     "disk full at a record": (records, "save_file", FULL, 2, "disk-full", "No space left on device"),
@@ -59,11 +63,12 @@ FAULTS = {
     "disk full at the features": (tape, "mapped", FULL, 1, "disk-full", "use fewer rows"),
     "no memory in a block": (Skeleton, "block", NO_MEMORY, 5, "out-of-memory", "`max_seq_length`"),
     "no memory in a merge": (method, "merge_tensor", MemoryError(), 4, "merge-failed", "(MemoryError)"),
-    "interrupted in a block": (Skeleton, "block", KeyboardInterrupt(), 5, ABORTED, ""),
-    "interrupted in a backward pass": (torch.autograd, "grad", KeyboardInterrupt(), 20, ABORTED, ""),
-    "interrupted in a merge": (method, "merge_tensor", KeyboardInterrupt(), 4, ABORTED, ""),
+    "interrupted in a block": (Skeleton, "block", KeyboardInterrupt(), 5, INTERRUPTED, "1 finished part is kept"),
+    "interrupted in a backward pass": (torch.autograd, "grad", KeyboardInterrupt(), 20, INTERRUPTED, "are kept"),
+    "interrupted in a merge": (method, "merge_tensor", KeyboardInterrupt(), 4, INTERRUPTED, "the weights of the"),
     "interrupted at a shard": (
-        mergekit.io.tensor_writer.safetensors.torch, "save_file", KeyboardInterrupt(), 1, ABORTED, ""),
+        mergekit.io.tensor_writer.safetensors.torch, "save_file", KeyboardInterrupt(), 1, INTERRUPTED,
+        "the weights of the"),
     "an input/output error in a merge": (method, "merge_tensor", OSError(errno.EIO, os.strerror(errno.EIO)), 2,
                                          "merge-failed", "(OSError): [Errno 5] Input/output error"),
 }  # fmt: skip
@@ -115,6 +120,14 @@ def assert_runs_again(recipe: Path, out: Path, alphas, merged) -> None:
     assert not left
 
 
+def assert_interrupted(result, *values: object) -> None:
+    """One line, and the exit code of a process that the signal has ended."""
+    assert result.exit_code == 130
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Interrupted")]
+    assert line == result.output.splitlines()[-1]
+    check_message(line, "interrupted", *values)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_said_and_leaves_nothing_half_done(sound, tmp_path, monkeypatch, fault):
     place, name, error, call, code, value = FAULTS[fault]
@@ -123,13 +136,46 @@ def test_a_fault_is_said_and_leaves_nothing_half_done(sound, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(place, name, failing(getattr(place, name), error, call))
         result = mergekit_yaml(recipe, out, "--quiet")
-    if code is ABORTED:
-        assert result.exit_code == 1
-        assert result.output.splitlines()[-1] == "Aborted!"
+    if code == INTERRUPTED:
+        assert_interrupted(result, value)
     else:
         assert_refused(result, code, value, exit_code=2 if code == "disk-full" else 1)
     assert_no_half_model(out, None)
     assert_runs_again(recipe, out, alphas, merged)
+
+
+@pytest.mark.parametrize(("settings", "call", "said"), [
+    ({"granularity": "model"}, 1, "a calibration with `granularity: model` starts over"),
+    ({}, 1, "nothing is finished yet"),
+    ({"direction": "swudi_a"}, 1, "the finished part of the direction is kept"),
+], ids=["model", "first block", "after the direction"])  # fmt: skip
+def test_an_interruption_says_how_to_go_on(tiny, tmp_path, write_recipe, monkeypatch, settings, call, said):
+    """What goes on, and what starts over: in the stock command and the project's own."""
+    recipe = write_recipe(tiny.recipe(2, num_samples=2, **settings))
+    for number, command in enumerate((mergekit_yaml, lambda *given: slta("merge", *given))):
+        with monkeypatch.context() as patch:
+            for name in ("block", "layer"):
+                patch.setattr(Skeleton, name, failing(getattr(Skeleton, name), KeyboardInterrupt(), call))
+            result = command(recipe, tmp_path / f"out{number}")
+        assert_interrupted(result, said)
+        assert_no_half_model(tmp_path / f"out{number}", None)
+
+
+def test_an_interruption_before_the_calibration(tiny, tmp_path, write_recipe, monkeypatch):
+    """Nothing is there yet but what was downloaded."""
+    monkeypatch.setattr(preflight, "load_tokenizer", failing(preflight.load_tokenizer, KeyboardInterrupt()))
+    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out")
+    assert_interrupted(result, "finished downloads are kept")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_gets_its_own_interrupt(tiny, tmp_path, monkeypatch, capsys):
+    """Who calls `run_merge` from Python gets the line and the KeyboardInterrupt; other merges are not touched."""
+    monkeypatch.setattr(Skeleton, "block", failing(Skeleton.block, KeyboardInterrupt(), 5))
+    configuration = MergeConfiguration.model_validate(tiny.recipe(2, num_samples=2))
+    with pytest.raises(KeyboardInterrupt):
+        mergekit.merge.run_merge(configuration, str(tmp_path / "out"), MergeOptions(quiet=True))
+    assert capsys.readouterr().err.startswith("Interrupted: 1 finished part is kept; run the same command again")
 
 
 def test_a_shard_that_goes_missing_meanwhile(make_models, tmp_path, write_recipe, monkeypatch):

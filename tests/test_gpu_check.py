@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+
+from mergekit_slta.runtime.progress import Progress
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
@@ -188,20 +188,17 @@ def test_waits_for_the_gpu_are_counted_by_line_of_the_package():
 
 
 def test_progress_bars_are_told_apart():
-    """A bar of the same title and length that starts anew is another one; what is written goes through."""
-    from gpu_jobs import Bars
-    from tqdm import tqdm
+    """Each phase of each bar, in order, with its seconds."""
+    from gpu_jobs import phases_noted
 
-    through = io.StringIO()
-    bars = Bars(through)
-    for verb, total in (("Calibrating", 2), ("Calibrating", 2), ("Evaluating", 1)):
-        with tqdm(total=total, desc=verb, file=bars) as bar:
-            bar.set_description(f"{verb} model.layers.0")
-            for _ in range(total):
-                bar.update()
-    assert [title for title, _ in bars.seconds()] == ["Calibrating (2)", "Calibrating (2)", "Evaluating (1)"]
-    assert all(one[2] <= two[1] for one, two in pairwise(bars.bars))
-    assert "Calibrating" in through.getvalue()
+    with phases_noted() as found:
+        for phase in ("features", "features"):
+            with Progress(phase, 2, quiet=True) as progress:
+                progress.advance(2)
+        with Progress("step 1", 1, quiet=True) as progress:
+            progress.begin("step 1, backward", 3)
+    assert [title for title, _ in found] == ["features (2)", "features (2)", "step 1 (1)", "step 1, backward (3)"]
+    assert all(seconds >= 0 for _, seconds in found)
 
 
 def test_weights_of_two_devices_are_compared():

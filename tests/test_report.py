@@ -19,6 +19,7 @@ from mergekit_slta.reporting import report as module
 from mergekit_slta.reporting.card import END, START, code, replace_section, section
 from mergekit_slta.reporting.report import add_section
 from mergekit_slta.reporting.terminal import describe_alphas
+from mergekit_slta.runtime.screen import plain
 
 
 def alphas_of(num_layers: int = 7, models: tuple[str, ...] = ("org/math", "org/code"), **changes) -> Alphas:
@@ -304,7 +305,7 @@ def test_the_evaluation_is_a_table_with_its_warnings():
     assert "**Warning.** the merge is the base: " in section(alphas.model_copy(update={"evaluation": at_base}), [])
     assert "**Warning.** `other` hardly differs from the base (divergence 2 nats per row)" in text
     assert "in 1 Gauss-Newton step, without" in text
-    printed = describe_alphas(alphas)
+    printed = plain(*describe_alphas(alphas))
     assert all(cell in printed for cell in cells)
     assert "at lambda 1" in printed
     assert "How good it is" not in section(alphas_of(), [])

@@ -20,6 +20,7 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.objectives.solving import EXPECTED_ALPHA
 from mergekit_slta.reporting.card import section
 from mergekit_slta.reporting.terminal import describe_alphas
+from mergekit_slta.runtime.screen import plain
 
 
 def warnings_of(caplog, recipe: dict) -> str:
@@ -113,9 +114,10 @@ def test_extreme_weights_are_flagged_with_what_helps(tiny, tmp_path, write_recip
     flagged = [entry.model_copy(update={"flags": ("extreme",)}) for entry in found.submodules]
     text = section(found.model_copy(update={"submodules": tuple(flagged)}), [])
     assert "weights outside [-0.5, 1.5] (`ridge`, more rows or a coarser `granularity` reduce them)" in text
-    lines = describe_alphas(found.model_copy(update={"submodules": tuple(flagged)})).splitlines()
-    assert sum(line.endswith(": extreme") for line in lines) == 13  # twelve by name
-    assert lines[-1] == f"and {len(flagged) - 12} more: extreme"
+    lines = plain(*describe_alphas(found.model_copy(update={"submodules": tuple(flagged)}))).splitlines()
+    named = ", ".join(entry.name for entry in flagged[:12])
+    assert lines[-1].startswith(f"extreme     {len(flagged)} submodules, weights outside [-0.5, 1.5] (`ridge`, more")
+    assert lines[-1].endswith(f": {named}, … ({len(flagged) - 12} more)")
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(1.51, True), (1.49, False), (-0.49, False), (-0.51, True)])

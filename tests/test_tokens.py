@@ -139,7 +139,8 @@ def test_a_tokenizer_without_offsets(saved):
     words = _Words(**saved)
     start = TEXT.index("lazy")
     number = TEXT.split().index("lazy")
-    ids, first = encode(TEXT, words, 99, add_special_tokens=True, answer=start)
+    ids, first, num_cut = encode(TEXT, words, 99, add_special_tokens=True, answer=start)
     assert ids == (0, *words.convert_tokens_to_ids(TEXT.split()))
     assert first == 1 + number
-    assert encode(TEXT, words, 4, add_special_tokens=True, answer=start) == (ids[:4], 4)
+    assert encode(TEXT, words, 4, add_special_tokens=True, answer=start) == (ids[:4], 4, len(ids) - 4)
+    assert num_cut == 0

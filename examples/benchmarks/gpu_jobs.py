@@ -6,7 +6,6 @@ Scope: what is measured on a device, by what users do: `mergekit_slta.calibrate`
 
 from __future__ import annotations
 
-import io
 import re
 import statistics
 import sys
@@ -14,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from workload import make as make_models
 
 MIN_SECONDS = 0.3
 """A rate is measured for at least so long."""
-_BAR = re.compile(r"^\s*([A-Z][a-z]+)\b.*?\b(\d+)/(\d+) \[")
 _SYNCHRONIZES = "synchronizing CUDA operation"
 
 
@@ -130,37 +128,33 @@ def _seconds(device: str, call: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-class Bars(io.TextIOBase):
-    """Takes the place of stderr, and notes when each progress bar begins and ends.
+@contextmanager
+def phases_noted() -> Iterator[list[tuple[str, float]]]:
+    """Yield a list that gets each phase of a progress bar inside the context: "title (parts)", and its seconds."""
+    from unittest.mock import patch
 
-    Args:
-        through: where everything is written to.
+    from mergekit_slta.runtime.progress import Progress
 
-    Attributes:
-        bars: [title, begin, end] of each, in `time.monotonic` seconds.
-    """
+    found: list[tuple[str, float]] = []
+    begun: list[tuple[str, float]] = []
+    begin, end = Progress.begin, Progress.__exit__
 
-    def __init__(self, through: Any) -> None:
-        self._through = through
-        self._last: tuple[str, int, int] | None = None
-        self.bars: list[list[Any]] = []
+    def finish() -> None:
+        while begun:
+            title, since = begun.pop()
+            found.append((title, time.monotonic() - since))
 
-    def write(self, text: str) -> int:
-        for piece in re.split(r"[\r\n]", text):
-            if seen := _BAR.match(piece):
-                verb, done, total = seen[1], int(seen[2]), int(seen[3])
-                if self._last is None or (verb, total) != self._last[:2] or done < self._last[2]:
-                    self.bars.append([f"{verb} ({total})", time.monotonic(), 0.0])
-                self._last = verb, total, done
-                self.bars[-1][2] = time.monotonic()
-        return self._through.write(text)
+    def noted_begin(self: Progress, phase: str, total: int) -> None:
+        finish()
+        begun.append((f"{phase} ({total})", time.monotonic()))
+        begin(self, phase, total)
 
-    def flush(self) -> None:
-        self._through.flush()
+    def noted_end(self: Progress, *error: Any) -> None:
+        end(self, *error)
+        finish()
 
-    def seconds(self) -> list[tuple[str, float]]:
-        """Title and seconds of each bar."""
-        return [(title, end - begin) for title, begin, end in self.bars]
+    with patch.object(Progress, "begin", noted_begin), patch.object(Progress, "__exit__", noted_end):
+        yield found
 
 
 @contextmanager
@@ -208,21 +202,20 @@ def calibrate(
         profiled: under cProfile.
 
     Returns:
-        predicted, real: what `check` predicts of the two; bars: seconds of each progress bar; peaks of memory.
+        predicted, real: what `check` predicts of the two; bars: each phase and its seconds; peaks of memory.
     """
     found: dict[str, Any] = {"predicted": checked(clock, recipe, "--device", device)}
     if real is not None:
         found["real"] = checked(clock, real, "--device", device, phase="check of the real one")
     kept: list[Any] = []
-    bars = Bars(sys.stderr)
-    with _on(device) as peaks, clock.phase("work"), redirect_stderr(bars):
+    with _on(device) as peaks, clock.phase("work"), phases_noted() as bars:
         if profiled:
             found["profile"] = profile_of(lambda: kept.append(_calibrated(recipe, device, quiet=False)))
         else:
             kept.append(_calibrated(recipe, device, quiet=False))
     if save:
         kept[0].save(save)
-    return {**found, **peaks, "bars": bars.seconds()}
+    return {**found, **peaks, "bars": bars}
 
 
 def compare(clock: Clock, recipes: Mapping[str, dict[str, Any]], device: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.recipe.settings import ObjectiveSettings
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import HEAD_ELEMENTS, ForwardState
+from mergekit_slta.runtime.interruption import interruptible
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
 
@@ -92,13 +93,15 @@ def analyse(job: Job, path: Path, num_rows: int | None = None) -> tuple[Linearit
     entries: list[SubmoduleLinearity] = []
     with (
         ResumeStore(resume_folder(path), fingerprint, job.day) as resume,
+        interruptible(lambda: "the finished parts are kept; run the same command again, and it goes on"),
         torch.inference_mode(),
         job.computing(subtracts=True),
     ):
         resume.open()
         passes = [(granularity, _submodules(job, granularity)) for granularity in _GRANULARITIES]
         total = sum(len({submodule.forward_group for submodule in submodules}) for _, submodules in passes)
-        with Progress("Measuring", total, quiet=job.options.quiet) as progress:
+        num_layers = job.skeleton.num_layers
+        with Progress("linearity", total, quiet=job.options.quiet, num_layers=num_layers) as progress:
             for granularity, submodules in passes:
                 _measure(job, rows, granularity, submodules, resume, progress)
                 entries += _entries(granularity, submodules, resume)

@@ -61,6 +61,7 @@ def assemble(statistics: Statistics, layout: Layout) -> Alphas:
         calibration={
             **layout.settings,
             "tasks": [_task(task, statistics, layout.canonical.index(task.model)) for task in layout.tasks],
+            **({"products": layout.products} if layout.products else {}),
             "balance": solve.balance,
             "ridge": solve.ridge,
             **chosen,

@@ -109,7 +109,8 @@ def gather_statistics(job: Job, resume: ResumeStore | None = None, ranks: Ranks 
     for line in describe_far({"far_from_base": far}):
         LOG.warning("%s", line)
     statistics = objective(job.recipe.settings.objective).gather(job, resume, ranks)
-    layout = layout_of(job).model_copy(update={"far_from_base": far})
+    products = job.layer_products if job.recipe.settings.needs_rows else None
+    layout = layout_of(job).model_copy(update={"far_from_base": far, "products": products})
     statistics.metadata |= {"fingerprint": statistics_fingerprint(job), KEY: layout.to_metadata()}
     return statistics
 
@@ -122,8 +123,10 @@ def with_settings_of(job: Job, statistics: Statistics) -> Statistics:
 
 def _layout(job: Job, statistics: Statistics) -> Layout:
     """The layout of a job, with what was found when its statistics were gathered."""
-    far = Layout.of(statistics).far_from_base if KEY in statistics.metadata else {}
-    return layout_of(job).model_copy(update={"far_from_base": far})
+    if KEY not in statistics.metadata:
+        return layout_of(job)
+    found = Layout.of(statistics)
+    return layout_of(job).model_copy(update={"far_from_base": found.far_from_base, "products": found.products})
 
 
 def statistics_fingerprint(job: Job) -> str:

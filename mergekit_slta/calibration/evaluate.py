@@ -51,10 +51,10 @@ def evaluate(job: Job, alphas: Alphas) -> Alphas:
     with (
         job.clock.phase("measuring"),
         job.computing(),
-        Progress("Evaluating", 1, quiet=job.options.quiet) as progress,
+        Progress("measuring", 1, quiet=job.options.quiet, num_layers=job.skeleton.num_layers) as progress,
         Passes(job, None, ALONE, progress) as passes,
     ):
-        measured = passes.measure("", held_out, [None, alpha])
+        measured = passes.measure("", held_out, [None, alpha], title="measuring the merge")
     found = Statistics(
         row_tasks(held_out), len(job.labels), form="point", divergences=measured.divergences,
         tokens=answer_tokens(held_out),

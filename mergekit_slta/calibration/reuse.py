@@ -37,6 +37,7 @@ from mergekit_slta.job.identity import ROW_SETTINGS
 from mergekit_slta.job.job import Job
 from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.runtime.distributed import ALONE, Ranks
+from mergekit_slta.runtime.interruption import interruptible
 from mergekit_slta.runtime.resume import ResumeStore
 
 LOG = logging.getLogger(__name__)
@@ -44,8 +45,24 @@ LOG = logging.getLogger(__name__)
 
 @contextmanager
 def resumable(job: Job, path: Path) -> Iterator[ResumeStore]:
-    """Keep the finished parts of a calibration that writes `path`, until its results are written."""
-    with ResumeStore(resume_folder(path), work_fingerprint(job), job.day) as resume:
+    """Keep the finished parts of a calibration that writes `path`, until its results are written.
+
+    Raises:
+        InterruptionError: Ctrl-C in a command.
+    """
+
+    def how() -> str:
+        if resume.finished:
+            count = len(resume.finished)
+            kept = f"{count} finished parts are" if count > 1 else "1 finished part is"
+            return f"{kept} kept; run the same command again, and it goes on"
+        if direction_folder(path).is_dir():
+            return "the finished part of the direction is kept; run the same command again, and it goes on"
+        if job.recipe.settings.granularity == "model":
+            return "a calibration with `granularity: model` starts over; run the same command again"
+        return "nothing is finished yet; run the same command again, and it starts over"
+
+    with ResumeStore(resume_folder(path), work_fingerprint(job), job.day) as resume, interruptible(how):
         yield resume
         resume.remove()  # the results have been written
 

@@ -37,11 +37,12 @@ def measure_routing(job: Job, alphas: Alphas) -> Alphas:
     # One row per batch: padding tokens have experts, too.
     batches = plan_task_batches([example.row.ids for example in examples], [example.task for example in examples], 0)
     lengths = [sum(batch.lengths) for batch in batches]
-    with job.computing(), Progress("Routing", job.skeleton.num_layers, quiet=job.options.quiet) as progress:
+    num_layers = job.skeleton.num_layers
+    with job.computing(), Progress("routing", num_layers, quiet=job.options.quiet, num_layers=num_layers) as progress:
         lanes = Lanes(
             job.skeleton, job.checkpoints(), examples, batches, [merge_at(job, layout, alpha)],
             lambda _: ActivationStore(lengths, 2, 0, job.skeleton.width, job.dtype, None, job.device),
-            with_routes=True, announce=progress.announce,
+            with_routes=True, announce=progress.work_on,
         )  # fmt: skip
         lanes.forward()
     task = torch.tensor([example.task for example in examples])

@@ -70,7 +70,11 @@ def verify(job: Job, alphas: Alphas, statistics: Statistics) -> Alphas:
     state.coefficients = [[expert, "merged"] for expert in experts]
     errors = {name: torch.zeros(len(examples), dtype=torch.float64) for name in statistics.by_submodule}
     num_groups = len({submodule.forward_group for submodule in job.submodules})
-    with job.computing(subtracts=True), Progress("Verifying", num_groups, quiet=job.options.quiet) as progress:
+    num_layers = job.skeleton.num_layers
+    with (
+        job.computing(subtracts=True),
+        Progress("verifying", num_groups, quiet=job.options.quiet, num_layers=num_layers) as progress,
+    ):
         state.announce = progress.announce
         for evaluation in evaluate_submodules(state, job.submodules):
             progress.work_on(evaluation.submodule.forward_group)

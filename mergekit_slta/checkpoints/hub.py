@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.utils import tqdm
 from mergekit.common import ModelPath
-from tqdm import tqdm
 
 from mergekit_slta.checkpoints.headers import TensorHeader
 from mergekit_slta.checkpoints.hub_errors import explain

@@ -71,14 +71,18 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     second of work on it tells how long calibration and merge will take.
     """
     from mergekit_slta.host.api import check_job, costs_of
-    from mergekit_slta.reporting.terminal import describe_job, numbers_of_job
+    from mergekit_slta.reporting.plan import describe_job, numbers_of_job
+    from mergekit_slta.runtime.screen import print_parts
 
     merge_options.apply_global_options()
     job = check_job(recipe, merge_options)
     if merge_options.quiet and not as_json:
         return
     costs, seconds = costs_of(job)
-    click.echo(json.dumps(numbers_of_job(job, costs, seconds)) if as_json else describe_job(job, costs, seconds))
+    if as_json:
+        click.echo(json.dumps(numbers_of_job(job, costs, seconds)))
+    else:
+        print_parts(*describe_job(job, costs, seconds))
 
 
 @with_merge_options
@@ -107,6 +111,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas
     from mergekit_slta.runtime.distributed import joined, own_device
+    from mergekit_slta.runtime.screen import print_parts
 
     merge_options.apply_global_options()
     with joined() as ranks:
@@ -125,7 +130,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         ranks.broadcast((statistics_fingerprint(job), job.day))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
-        click.echo(describe_alphas(alphas))
+        print_parts(*describe_alphas(alphas))
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
 
 
@@ -175,6 +180,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_linearity
     from mergekit_slta.runtime.distributed import refuse_several
+    from mergekit_slta.runtime.screen import print_parts
 
     refuse_several("linearity")
     merge_options.apply_global_options()
@@ -186,7 +192,7 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
         click.echo(f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N takes fewer rows", err=True)
     measured, reused = analyse(job, path, rows)
     if not merge_options.quiet:
-        click.echo(describe_linearity(measured))
+        print_parts(describe_linearity(measured))
     click.echo(f"{'Already' if reused else 'Written'}: {show(path)}", err=True)
 
 

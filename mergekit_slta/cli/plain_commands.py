@@ -73,6 +73,7 @@ def solve(
     from mergekit_slta.files.statistics_file import Statistics
     from mergekit_slta.files.targets import check_alphas_target, check_solved_target
     from mergekit_slta.reporting.terminal import describe_alphas
+    from mergekit_slta.runtime.screen import print_parts
 
     stats = statistics_in(stats).absolute()
     path = output_path(output, solved_path(stats).name) if output else solved_path(stats)
@@ -89,7 +90,7 @@ def solve(
         source=stats.name,
     )
     alphas.save(path)
-    click.echo(describe_alphas(alphas))
+    print_parts(*describe_alphas(alphas))
     used = alphas.calibration
     click.echo(
         f"Solved with ridge {describe_ridge(used)}; balance {used['balance']}, {used['num_samples']} rows"

@@ -188,17 +188,18 @@ def _tokenize(
         raise DataError(f"{where} has NUL characters: is its file UTF-16? save it as UTF-8", code="unusable-row")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"{where} has half a surrogate pair, which is no character: mend the row", code="unusable-row")
-    ids, first = encode(
+    encoded = encode(
         text, template.tokenizer, max_length, add_special_tokens=not written.is_chat, answer=written.answer,
         completion_eos=completion_eos if written.is_completion else None,
     )  # fmt: skip
-    if not text.strip() or len(ids) < MIN_TOKENS:
+    num_tokens = len(encoded.ids)
+    if not text.strip() or num_tokens < MIN_TOKENS:
         raise DataError(
-            f"{where} is {'empty' if not text.strip() else 'too short'} ({len(ids)} tokens, {MIN_TOKENS} needed): "
+            f"{where} is {'empty' if not text.strip() else 'too short'} ({num_tokens} tokens, {MIN_TOKENS} needed): "
             "remove such rows or choose another `text`",
             code="unusable-row",
         )
-    return Row(number, text, ids, first)
+    return Row(number, text, *encoded)
 
 
 def missing_dataset(name: str) -> DataError:

@@ -25,12 +25,19 @@ class Row:
         ids: token ids, cut to `max_seq_length`.
         completion: position of the answer's first token; losses are taken over the answer. 1 if the whole row is the
             answer, because the first token of a row has no loss.
+        num_cut: number of tokens behind these that `max_seq_length` cut off.
     """
 
     number: int
     text: str
     ids: tuple[int, ...]
     completion: int = 1
+    num_cut: int = 0
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Number of tokens with a loss."""
+        return len(self.ids) - self.completion
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,16 @@ class TaskRows:
     def num_tokens(self) -> int:
         """Total number of tokens."""
         return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def num_cut(self) -> int:
+        """Number of rows that `max_seq_length` cut."""
+        return sum(row.num_cut > 0 for row in self.rows)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Number of tokens with a loss."""
+        return sum(row.num_answer_tokens for row in self.rows)
 
     def part(self, number: int, parts: int) -> tuple[Row, ...]:
         """Divide the rows into `parts` consecutive parts of equal size; return part `number`, from 0."""

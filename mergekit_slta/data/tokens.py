@@ -20,10 +20,12 @@ class Encoded(NamedTuple):
         ids: token ids.
         completion: position of the first token that holds a character of the answer: at least 1, and len(ids) if the
             answer was cut off.
+        num_cut: number of tokens that were cut off.
     """
 
     ids: tuple[int, ...]
     completion: int
+    num_cut: int = 0
 
 
 def encode(
@@ -81,7 +83,25 @@ def encode(
         ids = _with_end(ids, text, tokenizer, special, completion_eos)
     doubled = _doubled_bos(ids, tokenizer)
     kept = tuple(ids[doubled:][:max_length])
-    return Encoded(kept, min(max(1, first - doubled), len(kept)))
+    return Encoded(kept, min(max(1, first - doubled), len(kept)), len(ids) - doubled - len(kept))
+
+
+def decode_row(ids: Sequence[int], completion: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text before a row's answer, and the answer, as the model sees them: with special tokens.
+
+    Args:
+        ids: token ids of the row.
+        completion: position of the answer's first token.
+        tokenizer: the output's.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    whole, prompt = decode(ids), decode(ids[:completion])
+    if whole.startswith(prompt):  # an answer alone may lose the space that it begins with
+        return prompt, whole[len(prompt) :]
+    return prompt, decode(ids[completion:])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

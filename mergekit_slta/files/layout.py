@@ -99,6 +99,8 @@ class Layout(BaseModel):
         solve: the settings of the solve.
         solve_dependence: the recipe key that makes the statistics depend on earlier solves, or None; see
             `recipe.settings`.
+        products: precision of the products inside the layers in the passes that gathered the statistics, see
+            `Job.layer_products`; None if no pass ran.
         far_from_base: model -> distance from the base, for those that are suspiciously far (see
             `alphas_file.describe_far`).
         identity: label -> value, the inputs that the alphas depend on (see `files.identity`).
@@ -119,6 +121,7 @@ class Layout(BaseModel):
     tasks: tuple[LayoutTask, ...]
     solve: SolveSettings
     solve_dependence: str | None
+    products: str | None = None
     far_from_base: dict[str, float] = {}
     identity: dict[str, str]
     versions: dict[str, str]

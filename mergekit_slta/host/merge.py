@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.libraries.mergekit_plan import defined
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
-from mergekit_slta.reporting.terminal import describe_evaluation
+from mergekit_slta.reporting.terminal import describe_merge
+from mergekit_slta.runtime.interruption import interruptible
+from mergekit_slta.runtime.screen import print_parts
+from mergekit_slta.runtime.warnings_log import collected_warnings
 
 LOG = logging.getLogger(__name__)
 _MERGES = itertools.count(1)
@@ -81,15 +84,18 @@ def run(
         What mergekit's function returns.
 
     Raises:
-        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed. OUT then
-            holds the weights that it held before, and none of this run.
+        SltaError: the recipe, the data, the models or the output folder are refused, or the run failed or was
+            interrupted. OUT then holds the weights that it held before, and none of this run.
     """
 
     def merge_into(folder: Path, config: MergeConfiguration) -> Any:
         return original(config, str(folder), options, config_source or merge_config.to_yaml(), *args, **kwargs)
 
     try:
-        return _run(merge_into, merge_config, out_path, options, config_source, verify_residuals, overwrite)
+        with collected_warnings() as warnings:
+            return _run(
+                merge_into, merge_config, out_path, options, config_source, verify_residuals, overwrite, warnings
+            )
     except SltaError as error:
         if options.verbosity:
             LOG.exception("the merge was refused or failed")
@@ -127,6 +133,7 @@ def _run(
     config_source: str | None,
     verify_residuals: bool,
     overwrite: bool,
+    warnings: Sequence[str],
 ) -> Any:
     _check_source(config_source)
     recipe = stated = read_recipe(merge_config)
@@ -165,22 +172,29 @@ def _run(
     rule = recipe.settings.uncalibrated
     merge = ActiveMerge(alphas, columns, config.out_dtype is not None, direction.read, rule)
     try:
-        with staged(out, overwrite=overwrite) as folder, active(key, merge), defined(key, job.plan.definition):
+        with (
+            interruptible(lambda: "the weights of the experts are kept; run the same command again, and it merges"),
+            staged(out, overwrite=overwrite) as folder,
+            active(key, merge),
+            defined(key, job.plan.definition),
+        ):
             alphas.of_merge(rule).save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             with job.clock.phase("merge"):
                 result = merge_into(folder, config)
                 finish_output(job, folder)
-            record_took(folder, _took(job))
+            took = _took(job)
+            record_took(folder, took)
             record_sources(folder, sources_of(stated, options))
             if options.write_model_card:
                 add_section(folder)
-        if alphas.evaluation is not None:
-            job.say(describe_evaluation(alphas.evaluation))
         direction.remove()
         forget_calibration(out)
         if replaced:
             job.say(f"Replaced weights of another origin in {show(out)}: {listing(replaced)}")
+        if not options.quiet:
+            is_evaluated = recipe.settings.evaluate
+            print_parts(*describe_merge(alphas, out, took, warnings, is_evaluated=is_evaluated), err=True)
         return result
     finally:
         forget_loaders(recipe.models)

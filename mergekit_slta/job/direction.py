@@ -125,7 +125,7 @@ def with_direction(job: Job, folder: Path | None = None, ranks: Ranks = ALONE) -
         with (
             job.clock.phase("direction"),
             job.computing(subtracts=True),
-            Progress("Combining", len(missing), quiet=quiet) as progress,
+            Progress("direction", len(missing), quiet=quiet, num_layers=job.skeleton.num_layers) as progress,
         ):
             for place in ranks.share([job.plan.num_elements(name) for name in missing]):
                 progress.work_on(missing[place])

@@ -24,15 +24,18 @@ from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.draw import missing_dataset
 from mergekit_slta.data.rows import Example, TaskRows
 from mergekit_slta.files.alphas_parts import Direction
-from mergekit_slta.libraries.torch import product_precision
+from mergekit_slta.libraries.torch import has_fast_bfloat16, product_precision
 from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.runtime.clock import Clock
+from mergekit_slta.runtime.devices import is_here
 from mergekit_slta.runtime.progress import advice_on_memory
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mergekit_slta.libraries.mergekit import TokenizerInfo
 
 
@@ -52,6 +55,7 @@ class Job:
         directions: the models without a task, in canonical order.
         read_direction: name -> tensor of the closed form among them; see `job.direction`.
         clock: how long the phases of `objectives.costs` take.
+        row_tokenizer: the output's tokenizer, which has tokenized the rows.
     """
 
     recipe: Recipe
@@ -68,6 +72,7 @@ class Job:
     directions: tuple[Direction, ...] = ()
     read_direction: Callable[[str], Tensor] | None = None
     clock: Clock = field(default_factory=Clock, compare=False)
+    row_tokenizer: PreTrainedTokenizerBase | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +83,19 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Precision of the forward passes."""
         return getattr(torch, self.recipe.settings.tensor_dtype)
+
+    @property
+    def layer_products(self) -> str | None:
+        """Precision of the matrix products inside the layers: a dtype, or "tf32". None if the device decides it, and is
+        not on this machine."""
+        settings = self.recipe.settings
+        if not settings.allows_bfloat16:
+            return "tf32" if settings.compute_dtype == "tf32" else settings.tensor_dtype
+        if not is_here(self.device):
+            return None
+        if has_fast_bfloat16(self.device):
+            return "bfloat16"
+        return "tf32" if self.device.type == "cuda" else settings.tensor_dtype
 
     @property
     def experts(self) -> tuple[ModelReference, ...]:

@@ -110,7 +110,10 @@ def gather_grams(job: Job, *, resume: ResumeStore | None, ranks: Ranks, with_los
         take_logits=losses.add,
     )
     quiet = job.options.quiet or not ranks.is_first
-    with job.computing(subtracts=True), Progress("Calibrating", len(by_group), quiet=quiet) as progress:
+    with (
+        job.computing(subtracts=True),
+        Progress("features", len(by_group), quiet=quiet, num_layers=job.skeleton.num_layers) as progress,
+    ):
         state.announce = progress.announce
         progress.advance(len(finished))
         group = ""

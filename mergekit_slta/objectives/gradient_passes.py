@@ -44,7 +44,7 @@ class Passes:
         job: the recipe, prepared.
         resume: the finished layers of an earlier run; this run adds to them. None stores nothing.
         ranks: the processes that share the rows; each process gets all results.
-        progress: advances by one for each layer of a backward pass and for each measurement.
+        progress: gets a phase for each forward and each backward pass, and advances by one for each layer.
     """
 
     def __init__(self, job: Job, resume: ResumeStore | None, ranks: Ranks, progress: Progress) -> None:
@@ -68,7 +68,14 @@ class Passes:
             self._forget(_TEACHERS)
 
     def derivatives(
-        self, label: str, examples: Sequence[Example], point: Point | None, *, label_samples: int, seed: int
+        self,
+        label: str,
+        examples: Sequence[Example],
+        point: Point | None,
+        *,
+        label_samples: int,
+        seed: int,
+        title: str = "derivatives",
     ) -> dict[str, Tensor]:
         """Run rows forward and backward.
 
@@ -78,6 +85,7 @@ class Passes:
             point: the merged model; None runs every row through its own expert.
             label_samples: S, labels sampled per position; 0 uses the row's own tokens.
             seed: seed of the sampled labels.
+            title: what the pass is, for the progress bar.
 
         Returns:
             submodule -> [rows, max(1, S), K] float64 derivatives of the losses along the task vectors. At a merged
@@ -102,21 +110,22 @@ class Passes:
         if self._resume is not None and finished.issuperset(keys):
             for key in keys:
                 add(self._resume.get(key))
-            self._progress.advance(len(keys))
         elif own:
             at = [] if point is None else [merge_at(self._job, self._layout, point)]
             depths = [(2, 0)] * len(at) + [(self._job.skeleton.num_layers + 1, losses)]
             with self._stores(label, batches, depths) as stores:
                 lanes = Lanes(
-                    self._job.skeleton, self._checkpoints, own, batches, at, stores, announce=self._progress.announce
+                    self._job.skeleton, self._checkpoints, own, batches, at, stores, announce=self._progress.work_on
                 )  # fmt: skip
                 lane = lanes.others[0] if at else lanes.experts
                 if not finished.issuperset(keys[: lane.store.layers_done]):
                     lane.store.rewind()  # a stored layer was damaged: restart the backward pass
                 for key in keys[: lane.store.layers_done]:
                     add(self._resume.get(key) if self._resume is not None else {})
-                self._progress.advance(lane.store.layers_done)
+                self._progress.begin(f"{title}, forward", self._job.skeleton.num_layers)
                 lanes.forward()
+                self._progress.begin(f"{title}, backward", len(keys))
+                self._progress.advance(lane.store.layers_done)
                 backward = BackwardPass(
                     lane, self._job.submodules, own, label_samples=label_samples, seed=seed,
                     experts=lanes.experts if at else None, parts=self._parts, announce=self._progress.announce,
@@ -132,13 +141,16 @@ class Passes:
             found[name][..., -1] = 0
         return found
 
-    def measure(self, label: str, examples: Sequence[Example], points: Sequence[Point | None]) -> Measured:
+    def measure(
+        self, label: str, examples: Sequence[Example], points: Sequence[Point | None], *, title: str = "measuring"
+    ) -> Measured:
         """Measure merged models on the held-out rows, all in one reading of the checkpoints.
 
         Args:
             label: key of the result in the resume store.
             examples: the rows; the same in every call, since their experts' outputs are kept.
             points: P merged models; None is the base. If one is not finite, its results are NaN or Inf.
+            title: what is measured, for the progress bar.
 
         Raises:
             ModelError, RunError, OutputError: see `derivatives`.
@@ -151,6 +163,7 @@ class Passes:
         if self._resume is not None and key in self._resume.finished:
             found.put(places, Measured(**self._resume.get(key)))
         elif own:
+            self._progress.begin(title, self._job.skeleton.num_layers + 1)
             at: list[MergeWeights | Literal["base"]] = [
                 "base" if point is None else merge_at(self._job, self._layout, point) for point in points
             ]
@@ -165,14 +178,13 @@ class Passes:
 
                 lanes = Lanes(
                     self._job.skeleton, self._checkpoints, own, batches, at, make_store, trial=True,
-                    announce=self._progress.announce,
+                    announce=self._progress.work_on,
                 )  # fmt: skip
                 lanes.forward()
                 measured = lanes.measure()
             found.put(places, measured)
             self._put(key, vars(measured))
         self._forget(label)
-        self._progress.advance(1)
         for part in vars(found).values():
             self._ranks.all_reduce_(part)
         return found

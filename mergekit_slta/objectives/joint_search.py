@@ -11,7 +11,6 @@ gain less than the standard error of their gain.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
 
-LOG = logging.getLogger(__name__)
 PATIENCE = 2
 """`steps: auto` ends after so many steps in turn that together gain less than their standard error."""
 CONVERGED = 1e-4
@@ -61,15 +59,16 @@ def gather_at_experts(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Sta
     quiet = job.options.quiet or not ranks.is_first
     with (
         job.computing(),
-        Progress("Calibrating", job.skeleton.num_layers + 3, quiet=quiet) as progress,
+        Progress("rows at their experts", 1, quiet=quiet, num_layers=job.skeleton.num_layers) as progress,
         Passes(job, resume, ranks, progress) as passes,
     ):
         with job.clock.phase("steps"):
             slopes = passes.derivatives(
-                "experts-", examples, None, label_samples=own.label_samples, seed=settings.seed
+                "experts-", examples, None, label_samples=own.label_samples, seed=settings.seed,
+                title="rows at their experts",
             )  # fmt: skip
         with job.clock.phase("measuring"):
-            measured = passes.measure("losses-", first, [None])
+            measured = passes.measure("losses-", first, [None], title="losses of the base")
     losses = torch.full((len(examples), 2), float("nan"), dtype=torch.float64)
     losses[measured_rows(examples)] = measured.losses_per_token(first)
     numbers: dict[tuple[int, ...], int] = {}
@@ -100,15 +99,13 @@ def search(job: Job, resume: ResumeStore | None, ranks: Ranks) -> Statistics:
         found.names, found.points = [{"name": "features"}], [features]
         found.divergences, found.losses = (torch.zeros((0, width), dtype=torch.float64) for width in (1, 2))
         return found.statistics(changed)
-    max_steps = _settings(job).max_steps
-    total = 1 + max_steps * (job.skeleton.num_layers + 3)
     quiet = job.options.quiet or not ranks.is_first
     with (
         job.computing(),
-        Progress("Calibrating", total, quiet=quiet) as progress,
+        Progress("starting points", 1, quiet=quiet, num_layers=job.skeleton.num_layers) as progress,
         Passes(job, resume, ranks, progress) as passes,
     ):
-        return _Search(job, passes, held_out, features, changed).run()
+        return _Search(job, passes, progress, held_out, features, changed).run()
 
 
 class _Found:
@@ -199,14 +196,23 @@ class _Search:
     """The search of a job that has held-out rows."""
 
     def __init__(
-        self, job: Job, passes: Passes, held_out: Sequence[Example], features: Point, changed: Mapping[str, Tensor]
+        self,
+        job: Job,
+        passes: Passes,
+        progress: Progress,
+        held_out: Sequence[Example],
+        features: Point,
+        changed: Mapping[str, Tensor],
     ) -> None:
         self._job, self._passes, self._held_out, self._changed = job, passes, held_out, changed
+        self._say = progress.say
         self._settings = job.recipe.settings
         self._importance = layout_of(job).importance
         start = starting_points(job, features)
         with job.clock.phase("measuring"):
-            measured = passes.measure("start-", held_out, [None, *list(start.values())[1:]])
+            measured = passes.measure(
+                "start-", held_out, [None, *list(start.values())[1:]], title=f"measuring {len(start)} starting points"
+            )
         self._found = _Found(job, held_out)
         for column, (name, point) in enumerate(start.items()):
             if measured.is_finite[column]:
@@ -226,15 +232,17 @@ class _Search:
         ridges = FIRST_RIDGES if given is None else (given,)
         path = [int(self._weighted(found.divergences.T).argmin())]  # the model before each step, then the last one
         self._count_choice(found.divergences)
-        self._report("start", found.names[path[0]]["name"])
+        self._report("starting point", found.names[path[0]]["name"])
         for step in range(1, own.max_steps + 1):
             point, before = found.points[path[-1]], found.divergences[:, path[-1]]
             if self._weighted(before) <= CONVERGED * self._weighted(found.divergences[:, 0]):
                 break
             examples = self._job.examples(step - 1)
+            title = f"step {step} of {'at most ' * (own.steps == 'auto')}{own.max_steps}"
             with self._job.clock.phase("steps"):
                 slopes = self._passes.derivatives(
-                    f"step-{step}-", examples, point, label_samples=own.label_samples, seed=self._settings.seed + step
+                    f"step-{step}-", examples, point, label_samples=own.label_samples, seed=self._settings.seed + step,
+                    title=title,
                 )  # fmt: skip
                 quadratics.add(step, point, row_tasks(examples), slopes)
                 trials = gauss_newton_steps(
@@ -242,7 +250,9 @@ class _Search:
                     importance=self._importance,
                 )  # fmt: skip
             with self._job.clock.phase("measuring"):
-                measured = self._passes.measure(f"trials-{step}-", self._held_out, trials)
+                measured = self._passes.measure(
+                    f"trials-{step}-", self._held_out, trials, title=f"{title}, measuring {len(trials)} tries"
+                )
             finite = torch.tensor(measured.is_finite)
             values = self._weighted(measured.divergences.T).masked_fill(~finite, torch.inf)
             new, name = int(values.argmin()), f"step {step}"
@@ -255,7 +265,7 @@ class _Search:
                 found.add({"name": name, "ridge": ridges[new]}, trials[new], measured, new)
                 self._report(name, f"ridge {ridges[new]:.3g}")
             else:
-                LOG.info("%s is not taken: it makes the merge worse on held-out rows", name)
+                self._say(f"{name} is not taken: it makes the merge worse on held-out rows")
             path.append(len(found.points) - 1 if is_taken else path[-1])
             self._count_choice(torch.cat([before[:, None], measured.divergences[:, finite]], dim=1))
             if given is None:
@@ -264,7 +274,7 @@ class _Search:
             if own.steps == "auto" and step >= PATIENCE and not self._gains(path[-1 - PATIENCE], path[-1]):
                 break
         if path[-1] != path[0] and not self._gains(path[0], path[-1]):
-            LOG.info("the steps gain less than their standard error on held-out rows: none of them is taken")
+            self._say("The steps gain less than their standard error on held-out rows: none of them is taken")
             found.keep_starts()
         changed = {name: (part != 0).flatten(0, 1).any(0) for name, part in quadratics.slopes.items()}
         return found.statistics(changed or self._changed)
@@ -285,10 +295,10 @@ class _Search:
 
     def _report(self, name: str, how: object) -> None:
         values = self._weighted(self._found.divergences.T)
-        LOG.info(
-            "%s: %.1f%% of the base's divergence from the experts is left on held-out rows (%s)", name,
-            100 * float(values.min() / values[0]), how,
-        )  # fmt: skip
+        self._say(
+            f"{name}: {float(values.min() / values[0]):.1%} of the base's divergence from the experts is left on "
+            f"held-out rows ({how})"
+        )
 
 
 def _settings(job: Job) -> JointSettings:

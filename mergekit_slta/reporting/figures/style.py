@@ -81,13 +81,18 @@ def short_name(model: object, longest: int = 32) -> str:
 
 def short_names(models: Sequence[str], longest: int = 32) -> list[str]:
     """As `short_name`, but with enough parts of the paths to make the names different (`run1/final`, `run2/final`)."""
+    return list(map(escape, path_ends(models, longest)))
+
+
+def path_ends(models: Sequence[str], longest: int = 32) -> list[str]:
+    """As `short_names`, but not escaped."""
     paths = [[part for part in re.split(r"[/\\]", show(model, 4096)) if part] or [show(model)] for model in models]
     for depth in range(1, max(map(len, paths)) + 1):
         ends = ["/".join(path[-depth:]) for path in paths]
         if len(set(ends)) == len(ends):
             break
     keep = longest // 2
-    return [escape(end if len(end) <= longest else f"{end[: longest - keep - 1]}…{end[-keep:]}") for end in ends]
+    return [end if len(end) <= longest else f"{end[: longest - keep - 1]}…{end[-keep:]}" for end in ends]
 
 
 def escape(text: object, longest: int = 200) -> str:
