@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from conftest import mergekit_yaml, read, slta
@@ -20,6 +21,7 @@ from mergekit_slta.runtime import screen
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.warnings_log import collected_warnings
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 HOSTILE = "[bold red]x[/]\x1b[2J\x1b]0;title\x07 \u202ereversed\r\u0000"
 
 
@@ -108,6 +110,22 @@ def test_a_text_is_shown_safely_and_whole():
     assert not tail
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b  \nc ", ["a b␣␣↵", "c␣"]),
+        ("  a", ["␣␣a"]),
+        ("   ", ["␣␣␣"]),
+        ("\n", ["↵"]),
+        (" \n ", ["␣↵", "␣"]),
+        ("", []),
+    ],
+)
+def test_spaces_at_the_ends_are_seen(text, expected):
+    """A prompt that ends with a space is tokenized in another way than one that does not."""
+    assert row_view.visible_lines(text) == (expected, "", [])
+
+
 @pytest.mark.parametrize("text", ["word " * 1000, "x\n" * 300, "\n".join("y" * 90 for _ in range(40))])
 def test_a_long_text_is_shortened_in_the_middle(text):
     """The beginning and the end are there, and how much there is in all."""
@@ -115,7 +133,7 @@ def test_a_long_text_is_shortened_in_the_middle(text):
     assert sum(map(len, head + tail)) < 700
     assert len(head + tail) <= 12
     assert text.startswith(head[0].removesuffix("↵")[:50])
-    assert text.rstrip("\n").endswith(tail[-1].removesuffix("↵")[-50:])
+    assert text.rstrip("\n").endswith(tail[-1].removesuffix("↵").replace("␣", " ")[-50:])
     assert re.search(r"the middle of [\d,]+ (characters|lines) is not shown", note)
 
 
@@ -339,3 +357,22 @@ def test_warnings_are_collected_and_still_printed(capfd, monkeypatch):
         logging.getLogger("other").warning("theirs")
     assert found == ["odd: 3"]
     assert "odd: 3" in capfd.readouterr().err
+
+
+# --- transcripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["check", "merge"])
+def test_the_transcripts_of_the_documentation_are_what_is_printed(name, plenty, write_recipe, tmp_path):
+    """The same tables and keys; `python docs/transcripts.py` makes them anew."""
+    path = write_recipe(plenty.recipe_with_answers(num_samples=4, evaluate=True))
+    command = ("check", path) if name == "check" else ("merge", path, tmp_path / "out")
+    printed, kept = slta(*command, card=True).output, (DOCS / "output" / f"{name}.txt").read_text(encoding="utf-8")
+
+    def skeleton(text: str) -> set[str]:
+        keys = {line.split()[0] for line in text.splitlines() if re.match(r"[a-z]+ {2,}\S", line)}
+        headers = {" ".join(line.split()) for line in text.splitlines() if "  tokens  " in line or "  rows  " in line}
+        return keys | headers
+
+    assert skeleton(printed) - skeleton(kept) == set()
+    assert "/" + "tmp" not in kept

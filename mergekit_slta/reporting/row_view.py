@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CHARACTERS, _LINES = 600, 12
 """Longer texts are shortened in the middle."""
-_BREAK = "↵"
+_BREAK, _SPACE = "↵", "␣"
 _JOINERS = "\u200c\u200d"
 """Part of words in some scripts, and of emoji."""
 
@@ -48,7 +48,7 @@ def view_of_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
         label, style = part, "" if part == "prompt" else "green"
         for line in head or [""]:
             shown = Text(line, style)
-            shown.highlight_words([_BREAK], "dim")
+            shown.highlight_words([_BREAK, _SPACE], "dim")
             table.add_row(Text(f"{label} |", "bold"), shown)
             label = ""
         if note or not content:
@@ -61,12 +61,15 @@ def view_of_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
 
 
 def visible_lines(content: str) -> tuple[list[str], str, list[str]]:
-    """The lines of a text, each line break shown as a mark at the end of its line, and each other character that is not
-    printable as an escape sequence of Python.
+    """The lines of a text. Line breaks, and spaces at the ends of the text and of its lines, are shown as marks; other
+    characters that are not printable as escape sequences of Python.
 
     Returns:
         The lines; or, of a long text, those at its beginning, what is left out, and those at its end.
     """
+    inner = content.strip(" ")
+    before, after = (_SPACE * (len(content) - len(cut)) for cut in (content.lstrip(" "), content.rstrip(" ")))
+    content = before + inner + after if inner else before
     lines, ends = _lines(content), _LINES // 2
     if len(content) > _CHARACTERS:
         head, tail = _lines(content[: _CHARACTERS // 2]), _lines(content[-_CHARACTERS // 2 :])
@@ -78,6 +81,8 @@ def visible_lines(content: str) -> tuple[list[str], str, list[str]]:
 
 def _lines(content: str) -> list[str]:
     lines = content.split("\n")
+    bare = [line.rstrip(" ") for line in lines]
+    lines = [cut + _SPACE * (len(line) - len(cut)) for cut, line in zip(bare, lines, strict=True)]
     marked = [*(line + _BREAK for line in lines[:-1]), *([lines[-1]] if lines[-1] else [])]
     return ["".join(map(_visible, line)) for line in marked]
 
