@@ -51,7 +51,7 @@ def failing(function: Callable, error: BaseException | Callable[[], None], call:
     return wrapped
 
 
-INTERRUPTED = "interrupted"
+INTERRUPTED = "interrupted-run"
 # where it strikes, what it does, which call of it, the code of the error, what the line names
 FAULTS = {
     "disk full at a record": (records, "save_file", FULL, 2, "disk-full", "No space left on device"),
@@ -125,7 +125,7 @@ def assert_interrupted(result, *values: object) -> None:
     assert result.exit_code == 130
     (line,) = [line for line in result.output.splitlines() if line.startswith("Interrupted")]
     assert line == result.output.splitlines()[-1]
-    check_message(line, "interrupted", *values)
+    check_message(line, "interrupted-run", *values)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

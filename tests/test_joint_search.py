@@ -82,7 +82,7 @@ class Landscape:
         wish = torch.cat([torch.as_tensor(self._optimum(name), dtype=torch.float64) for name in self.names])
         return u, wish + self._noise * torch.randn(count, generator=generator, dtype=torch.float64)
 
-    def derivatives(self, label, examples, point, *, label_samples, seed):
+    def derivatives(self, label, examples, point, *, label_samples, seed, title=""):
         self.fitted.append((label, examples, point, seed))
         rows = []
         for example in examples:
@@ -92,7 +92,7 @@ class Landscape:
         parts = torch.stack(rows).split(self.experts, dim=2)
         return dict(zip(self.names, parts, strict=True))
 
-    def measure(self, label, examples, points):
+    def measure(self, label, examples, points, *, title=""):
         self.measured.append((label, examples, points))
         flat = torch.stack([self._flat(point) for point in points])  # [P, K]
         rows = [((flat - optimum) @ u.T).square().mean(1) / 2 for u, optimum in map(self._row, examples)]

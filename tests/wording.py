@@ -49,7 +49,7 @@ WORDING: dict[str, str] = {
     r"|in the cache, and the Hub cannot be reached at .+: check the network, or HF_ENDPOINT)",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
-    "interrupted": r"^Interrupted: .+; run the same command again",
+    "interrupted-run": r"^Interrupted: .+; run the same command again",
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
     r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
     "invalid-value": r"(`\w+`|--[\w-]+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least"

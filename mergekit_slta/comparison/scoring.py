@@ -123,7 +123,8 @@ class Scorer:
             place_loader(model, loader, self._job.options)
 
     def _progress(self, label: str) -> Progress:
-        return Progress(f"Scoring {label}", self._job.skeleton.num_layers, quiet=self._job.options.quiet)
+        num_layers = self._job.skeleton.num_layers
+        return Progress(f"scoring {label}", num_layers, quiet=self._job.options.quiet, num_layers=num_layers)
 
     def _checkpoints_of(self, model: ModelReference) -> Checkpoints:
         """The tensors of a merged model."""

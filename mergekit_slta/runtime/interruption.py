@@ -27,7 +27,7 @@ def interruptible(how: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        error = InterruptionError(f"Interrupted: {how()}", code="interrupted")
+        error = InterruptionError(f"Interrupted: {how()}", code="interrupted-run")
         if click.get_current_context(silent=True) is not None:
             raise error from None
         error.show(sys.stderr)
