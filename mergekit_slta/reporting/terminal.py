@@ -108,7 +108,7 @@ def _residuals(alphas: Alphas) -> Iterator[str]:
 
 
 def _flags(alphas: Alphas) -> Iterator[tuple[str, str]]:
-    """What is flagged: each flag with the submodules that have it. A closed form is unchanged where it is meant to be."""
+    """Each flag with its submodules, without those that only a closed form leaves unchanged, as it should."""
     form = alphas.closed_form and alphas.closed_form.model
     averaged = {entry.name for entry in alphas.submodules if {*entry.unchanged} == {form}}
     for flag, meaning, found in flagged(alphas):
