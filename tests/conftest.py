@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
+os.fsync = lambda _: None  # waiting for the disk is a good part of a tiny run, and no test cuts the power
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -145,6 +147,12 @@ def write_rows(path: Path, seed: int, count: int = 12) -> None:
                 "number": number, "tags": words[:2],
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no garbage collection needs to go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -370,6 +378,38 @@ NO_CARD = "--no-write-model-card"
 def mergekit_yaml(*arguments: object, card: bool = False) -> Result:
     """The stock command, in this process, where the plugin is registered; without a model card unless asked."""
     return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *([] if card else [NO_CARD])])
+
+
+STOCK_PROCESS = """
+import json, sys, traceback
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main
+
+for line in sys.stdin:
+    result = CliRunner().invoke(main, json.loads(line))
+    told = result.output + "".join(traceback.format_exception(*result.exc_info)) * (result.exit_code != 0)
+    print(json.dumps([result.exit_code, told, [name for name in sys.modules if name.startswith("mergekit_slta.")]]))
+    sys.stdout.flush()
+"""
+
+
+@pytest.fixture(scope="session")
+def stock_merge() -> Iterator[Callable[[Path, Path], tuple[int, str]]]:
+    """(recipe, OUT) -> (exit code, output) of the stock command, in a process that knows no plugin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOCK_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def merge(recipe: Path, out: Path) -> tuple[int, str]:
+        process.stdin.write(json.dumps([str(recipe), str(out), "--quiet"]) + "\n")
+        process.stdin.flush()
+        code, output, ours = json.loads(process.stdout.readline())
+        assert ours in ([], ["mergekit_slta._autoload"])
+        return code, output
+
+    yield merge
+    process.communicate(timeout=30)
 
 
 def slta(*arguments: object, card: bool = False) -> Result:

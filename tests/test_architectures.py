@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,9 @@ from mergekit_slta import Alphas
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.batches import plan_batches
+from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.runner.forward import evaluate_submodules
 from mergekit_slta.runner.state import ForwardState
@@ -44,6 +48,14 @@ def job_of(models: Models, *, trust_remote_code: bool = False, **parameters: obj
     recipe = models.recipe(**{"num_samples": 2, "max_seq_length": 12, **parameters})
     config = read_recipe(MergeConfiguration.model_validate(recipe))
     return prepare(config, MergeOptions(quiet=True, trust_remote_code=trust_remote_code), for_merge=False)
+
+
+def with_granularity(job: Job, granularity: str) -> Job:
+    """The same job at another granularity: only its submodules differ."""
+    recipe, plan = job.recipe, job.plan
+    settings = recipe.settings.model_copy(update={"granularity": granularity})
+    submodules = partition(plan.tensors, job.skeleton.anatomy, granularity, tied=plan.is_tied)
+    return replace(job, recipe=recipe.model_copy(update={"settings": settings}), submodules=tuple(submodules))
 
 
 def untied(model: torch.nn.Module) -> torch.nn.Module:
@@ -63,9 +75,10 @@ class Reference:
         self.base, *experts = (untied(load(path)) for path in (models.base, *models.experts))
         self.states = [model.state_dict() for model in (self.base, *experts)]
         self.calls = functools.cache(self._calls)
+        self.output = functools.cache(self._output)  # a submodule may be there at several granularities
 
     @torch.no_grad()
-    def run(self, ids: tuple[int, ...], model: int, names: list[str]) -> torch.Tensor:
+    def run(self, ids: tuple[int, ...], model: int, names: Sequence[str]) -> torch.Tensor:
         """The base's logits with the named tensors of a model."""
         state = {**self.states[0], **{name: self.states[model][name] for name in names}}
         return functional_call(self.base, state, (), {"input_ids": torch.tensor([ids]), "use_cache": False}).logits
@@ -124,7 +137,7 @@ class Reference:
         parts += layer.own if block == "mlp" else ()
         return [name for name in self.states[0] if name.startswith(tuple(prefix + part for part in parts))]
 
-    def output(self, submodule, tied: bool, ids: tuple[int, ...], model: int) -> torch.Tensor:
+    def _output(self, submodule: Submodule, tied: bool, ids: tuple[int, ...], model: int) -> torch.Tensor:
         """f(x; theta_t) of a submodule, up to what cancels in df."""
         names = list(submodule.tensors)
         head = f"{self.species.head}.weight"
@@ -266,8 +279,9 @@ def merged_by_stock(models: Models, folder: Path, *flags: str, **parameters: obj
 
 def assert_supported(species: Species, models: Models, reference: Reference, folder: Path, kind: type, **code) -> None:
     """All that is promised of an architecture; `code` is `trust_remote_code`, if its class needs that."""
+    prepared = job_of(models, **code)
     for granularity in GRANULARITIES:
-        job = job_of(models, granularity=granularity, **code)
+        job = with_granularity(prepared, granularity)
         assert_owned_once(job)
         expected = reference.alphas(job)
         if granularity == "head_mlp":  # whole tensors and slices

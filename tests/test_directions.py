@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -361,7 +359,7 @@ def test_lora_experts(make_models, write_recipe, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("parameters", [{"objective": "data_free"}, {"granularity": "linear"}], ids=["free", "linear"])
-def test_export_writes_the_closed_form(tiny, with_rows, write_recipe, tmp_path, parameters):
+def test_export_writes_the_closed_form(tiny, with_rows, write_recipe, tmp_path, stock_merge, parameters):
     """Stock mergekit gives the same bits from the checkpoint of the direction; without -o there is no place for it."""
     recipe = {**with_rows(tiny).recipe(**FORM, **parameters), "out_dtype": "bfloat16"}
     out = tmp_path / "out"
@@ -374,11 +372,8 @@ def test_export_writes_the_closed_form(tiny, with_rows, write_recipe, tmp_path, 
     for name, tensor in combined_of(tiny).items():
         assert direction[name].dtype == torch.float32
         torch.testing.assert_close(direction[name].double(), tensor, rtol=1e-5, atol=1e-6)
-    stock = subprocess.run(
-        [sys.executable, "-m", "mergekit.scripts.run_yaml", "stock.yml", "stock", "--quiet", "--no-write-model-card"],
-        cwd=tmp_path, env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert stock.returncode == 0, stock.stderr
+    code, output = stock_merge(tmp_path / "stock.yml", tmp_path / "stock")
+    assert code == 0, output
     found = tensors(tmp_path / "stock")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors(out).items())
 

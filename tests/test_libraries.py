@@ -18,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from peft import LoraConfig
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from mergekit_slta.libraries import mergekit, mergekit_files, peft, transformers
 from mergekit_slta.libraries.mergekit_plan import Definition, described, plan_tensors
@@ -139,21 +139,27 @@ def planned(tiny, options):
     """A recipe's models and planned tensors."""
     config = MergeConfiguration.model_validate(tiny.recipe(2))
     models = [config.base_model, *(entry.model for entry in config.models)]
+    configs = {model: model.config() for model in models}
     mergekit.forget_loaders(models)
     yield (
         models,
         {
             weight.name: (weight, task)
-            for weight, task in plan_tensors(config.model_copy(deep=True), options, models[0].config(), DEFINITION)
+            for weight, task in plan_tensors(config.model_copy(deep=True), options, models[0], configs, DEFINITION)
         },
     )
     mergekit.forget_loaders(models)
 
 
-def test_planning_writes_nothing(tiny, options, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_planning_writes_nothing_and_reads_no_config_again(tiny, options, tmp_path, monkeypatch):
+    """Each read of a config is a request where the model is on the Hub."""
     config = MergeConfiguration.model_validate(tiny.recipe(2))
-    plan_tensors(config, options, config.base_model.config(), DEFINITION)
+    configs = {model: model.config() for model in (config.base_model, *(entry.model for entry in config.models))}
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("a config is read again"))
+        plan_tensors(config, options, config.base_model, configs, DEFINITION)
+    assert config.base_model.config() is not configs[config.base_model]
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ def example():
         import claims
         import costs
         import data_free
+        import five_tasks
         import gaps
         import grids
         import merging
@@ -37,8 +39,8 @@ def example():
         import tables
 
         yield SimpleNamespace(
-            claims=claims, costs=costs, data_free=data_free, gaps=gaps, grids=grids, merging=merging, methods=methods,
-            repeat=repeat, run=run, tables=tables,
+            claims=claims, costs=costs, data_free=data_free, five_tasks=five_tasks, gaps=gaps, grids=grids,
+            merging=merging, methods=methods, repeat=repeat, run=run, tables=tables,
         )  # fmt: skip
     finally:
         sys.path[:] = path
@@ -429,6 +431,11 @@ def test_quick_run(example, tmp_path, monkeypatch):
     tokenizer.save_pretrained(base)
     config = make_config("llama", tied=True, hidden_size=16, intermediate_size=24, max_position_embeddings=2048)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    library = tmp_path / "library"  # some modules in place of the whole standard library
+    library.mkdir()
+    for name in ("argparse", "calendar", "inspect", "mailbox", "shutil", "tarfile"):
+        (library / f"{name}.py").symlink_to(Path(sysconfig.get_path("stdlib")) / f"{name}.py")
+    monkeypatch.setattr(example.five_tasks, "sysconfig", SimpleNamespace(get_path=lambda _: library))
     monkeypatch.chdir(tmp_path)
     command = [str(tmp_path / "work"), "--quick", "--base", str(base), "--processes", "1", "--threads", "1"]
     unknown = CliRunner().invoke(example.run.main, [*command, "--only", "RegMeans"])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,38 +30,6 @@ QUIET = ["--quiet"]
 def plugin_merge(*arguments: object) -> Result:
     """The stock command in this process, where the plugin is registered."""
     return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *QUIET])
-
-
-STOCK = """
-import json, sys, traceback
-from click.testing import CliRunner
-from mergekit.scripts.run_yaml import main
-
-for line in sys.stdin:
-    result = CliRunner().invoke(main, json.loads(line))
-    told = result.output + "".join(traceback.format_exception(*result.exc_info)) * (result.exit_code != 0)
-    print(json.dumps([result.exit_code, told, [name for name in sys.modules if name.startswith("mergekit_slta.")]]))
-    sys.stdout.flush()
-"""
-
-
-@pytest.fixture(scope="module")
-def stock_merge():
-    """(recipe, OUT) -> (exit code, output) of the stock command, in a process that knows no plugin."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "MERGEKIT_SLTA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-    def merge(recipe: Path, out: Path) -> tuple[int, str]:
-        process.stdin.write(json.dumps([str(recipe), str(out), *QUIET]) + "\n")
-        process.stdin.flush()
-        code, output, ours = json.loads(process.stdout.readline())
-        assert ours in ([], ["mergekit_slta._autoload"])
-        return code, output
-
-    yield merge
-    process.communicate(timeout=30)
 
 
 def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -41,13 +41,20 @@ def translate(rng: random.Random) -> Rows:
 
 
 @functools.cache
-def standard_library() -> list[ast.AST]:
-    """The parsed modules of the standard library of the running Python, in the order of their paths."""
-    modules: list[ast.AST] = []
+def standard_library() -> tuple[list[tuple[str, str]], list[str]]:
+    """What the tasks take from the standard library of the running Python, in the order of its paths: functions as
+    `completion_of` gives them, and the docstrings of modules and classes. (The trees themselves are some million
+    objects: kept, they would slow down every garbage collection.)"""
+    functions: list[tuple[str, str]] = []
+    documents: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):
-            modules.append(ast.parse(path.read_text(encoding="utf-8")))
-    return modules
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and (pair := completion_of(node)):
+                    functions.append(pair)
+                elif isinstance(node, (ast.Module, ast.ClassDef)):
+                    documents.append(ast.get_docstring(node) or "")
+    return functions, documents
 
 
 def completion_of(function: ast.FunctionDef) -> tuple[str, str] | None:
@@ -66,10 +73,8 @@ def completion_of(function: ast.FunctionDef) -> tuple[str, str] | None:
 def code(rng: random.Random) -> Rows:
     """Python: the body of a function of the standard library, from its head and docstring."""
     pairs: dict[str, str] = {}
-    for module in standard_library():
-        for node in ast.walk(module):
-            if isinstance(node, ast.FunctionDef) and (pair := completion_of(node)):
-                pairs.setdefault(*pair)
+    for pair in standard_library()[0]:
+        pairs.setdefault(*pair)
     bodies = {body: head for head, body in pairs.items()}  # a body that occurs twice must not be in both splits
     rows = [conversation(f"Write the body of this Python function.\n\n{head}", body) for body, head in bodies.items()]
     rng.shuffle(rows)
@@ -82,10 +87,7 @@ def documents() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from (text for _, text in sorted(topics.items()))
-    for module in standard_library():
-        for node in ast.walk(module):
-            if isinstance(node, (ast.Module, ast.ClassDef)):
-                yield ast.get_docstring(node) or ""
+    yield from standard_library()[1]
 
 
 def paragraphs() -> Iterator[str]:

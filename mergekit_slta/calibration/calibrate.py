@@ -9,7 +9,6 @@ import logging
 import os
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.direction import with_direction
 from mergekit_slta.job.identity import statistics_identity
 from mergekit_slta.job.job import Job
-from mergekit_slta.job.layout import layout_of
+from mergekit_slta.job.layout import layout_of, library_versions
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.objectives.registry import objective
 from mergekit_slta.recipe.load import as_config
@@ -136,13 +135,12 @@ def statistics_fingerprint(job: Job) -> str:
 
 def work_fingerprint(job: Job) -> str:
     """Hash of the statistics' fingerprint, the library versions and the device; the last two change the rounding."""
-    versions = {package: version(package) for package in ("mergekit-slta", "mergekit", "transformers", "torch")}
     plan = {
         "device": job.device.type,
         "batches": f"{BATCH_TOKENS} {GRADIENT_TOKENS} {PADDING} {HEAD_ELEMENTS}",
         "products": str(job.skeleton.products),
     }
-    return hash_identity({"statistics": statistics_fingerprint(job), **versions, **plan})
+    return hash_identity({"statistics": statistics_fingerprint(job), **library_versions(), **plan})
 
 
 def statistics_match(job: Job, statistics: Statistics) -> bool:

@@ -229,12 +229,7 @@ def make_plan(
         for model in recipe.models
     }
     try:
-        planned = plan_tensors(
-            recipe.config.model_copy(deep=True),
-            options,
-            recipe.base.config(trust_remote_code=options.trust_remote_code),
-            definition,
-        )
+        planned = plan_tensors(recipe.config.model_copy(deep=True), options, recipe.base, configs, definition)
     except Exception as error:
         raise ModelError(
             f"mergekit cannot plan this merge ({show(error)}): correct the recipe, or try a newer mergekit",

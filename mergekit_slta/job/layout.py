@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from typing import Any
 
@@ -41,11 +42,14 @@ def layout_of(job: Job) -> Layout:
         ),
         solve_dependence=settings.own.solve_dependence,
         identity=job.identity,
-        versions={
-            "mergekit_slta": version("mergekit-slta"),
-            **{package: version(package) for package in ("mergekit", "transformers", "torch")},
-        },
+        versions=dict(library_versions()),
     )
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that its numbers depend on."""
+    return {name: version(name) for name in ("mergekit_slta", "mergekit", "transformers", "torch")}
 
 
 def _submodule(job: Job, submodule: Submodule) -> LayoutSubmodule:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit.architecture import WeightInfo
+    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.graph import Task
     from mergekit.options import MergeOptions
@@ -20,6 +22,7 @@ USED = {
     "mergekit.architecture.ModuleArchitecture": "a definition of the tensors (`plan_tensors`, `defined`)",
     "mergekit.architecture.ModuleDefinition": "a definition of the tensors (`plan_tensors`, `defined`)",
     "mergekit.architecture.arch_info_for_config(config)": "mergekit's own definition (`stock_names`)",
+    "mergekit.common.ModelReference.config(trust_remote_code)": "replaced: `plan_tensors`",
     "mergekit.merge.get_architecture_info(config, options)": "replaced: `defined`",
     "mergekit.io.tasks.SaveTensor.tensor_task": "from the plan to the merge task (`plan_tensors`)",
     "mergekit.plan.MergePlanner(config, arch_info, options, out_model_config)": "`plan_tensors`",
@@ -119,8 +122,38 @@ def defined(key: str, definition: Definition) -> Iterator[None]:
         del _DEFINITIONS[key]
 
 
+_CONFIGS: ContextVar[Mapping[ModelReference, Any] | None] = ContextVar("configs", default=None)
+"""Configs that `ModelReference.config` returns instead of reading them."""
+
+
+@contextmanager
+def _known_configs(configs: Mapping[ModelReference, Any]) -> Iterator[None]:
+    """Let mergekit use configs that have been read: it reads each again for every use, which for a model on the Hub is
+    a request."""
+    from mergekit.common import ModelReference
+
+    original = ModelReference.config
+    if not hasattr(original, "__wrapped__"):
+
+        @functools.wraps(original)
+        def look_up(model: ModelReference, trust_remote_code: bool = False) -> Any:
+            own = (_CONFIGS.get() or {}).get(model)
+            return original(model, trust_remote_code) if own is None else own
+
+        ModelReference.config = look_up
+    token = _CONFIGS.set(configs)
+    try:
+        yield
+    finally:
+        _CONFIGS.reset(token)
+
+
 def plan_tensors(
-    config: MergeConfiguration, options: MergeOptions, out_config: Any, definition: Definition
+    config: MergeConfiguration,
+    options: MergeOptions,
+    base: ModelReference,
+    configs: Mapping[ModelReference, Any],
+    definition: Definition,
 ) -> list[tuple[WeightInfo, Task]]:
     """List the tensors that a merge writes, in order: (description, the task that reads it from every model).
 
@@ -130,14 +163,18 @@ def plan_tensors(
     Args:
         config: pass a copy, because the planner changes it.
         options: mergekit's options.
-        out_config: the base's config.
+        base: the model whose config the output gets.
+        configs: the models' configs.
         definition: the tensors.
     """
     from mergekit.io.tasks import SaveTensor
     from mergekit.plan import MergePlanner
 
-    planner = MergePlanner(config, _architecture(definition), options=options, out_model_config=out_config)
-    merged = [task.tensor_task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
+    architecture = _architecture(definition)
+    with _known_configs(configs):
+        planner = MergePlanner(config, architecture, options=options, out_model_config=configs[base])
+        planned = planner.plan_to_disk(out_path="")
+    merged = [task.tensor_task for task in planned if isinstance(task, SaveTensor)]
     return [(task.output_weight, task.gather_tensors) for task in merged]
 
 
