@@ -38,7 +38,8 @@ def test_a_broken_library_is_a_line(monkeypatch):
     assert any(line.split()[:3] == ["torch", "fails:", "ModuleNotFoundError:"] for line in lines)
     assert any(line.split()[:2] == ["psutil", "fails:"] for line in lines)
     assert any(line.split() == ["torch", version("torch")] for line in lines)
-    assert any(line.split() == ["memory", "unknown"] for line in lines)
+    for name in ("memory", "device"):
+        assert any(line.split() == [name, "unknown"] for line in lines)
     assert any(line.split()[:2] == ["mergekit", version("mergekit")] for line in lines)
 
 

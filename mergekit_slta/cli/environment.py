@@ -94,7 +94,8 @@ def describe(found: dict[str, Any]) -> str:
     for device in found["devices"]:
         rows.append(("device", f"{device['name']}{_sizes(device)}"))
     if not found["devices"]:
-        rows.append(("device", "no GPU that torch can use"))
+        is_known = not {"torch", "devices"} & found["import_errors"].keys()
+        rows.append(("device", "no GPU that torch can use" if is_known else "unknown"))
     cpu = found["cpu"]
     threads = f", {cpu['threads']} threads in torch" if cpu["threads"] else ""
     rows.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores{threads}"))
