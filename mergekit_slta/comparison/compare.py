@@ -178,11 +178,8 @@ class _Run:
 
     def run(self, earlier: Comparison | None) -> Comparison:
         """Score what is not scored yet, and write the files."""
-        job, dtype = self.job, self.job.recipe.config.out_dtype or self.job.recipe.config.dtype
-        if dtype is None:  # mergekit's methods compute in float32 here, and would write it
-            widest = job.plan.merged_dtype(job.skeleton.embedding_weight)
-            dtype = str(widest).removeprefix("torch.") if widest is not None else None
-        methods, left_out = make_methods(self.given, job, self.names, dtype)
+        job = self.job
+        methods, left_out = make_methods(self.given, job, self.names, _out_dtype(job))
         merger = Merger(job, self.out, self.scratch, self.tasks)
         prints = {}
         for method in list(methods):
@@ -251,7 +248,6 @@ class _Run:
             self.job.say(f"[{number} of {len(pending)}] {method.label}")
             clock = Clock()
             folder = self.scratch / as_file_name(method.name)
-            scorer.place_loaders()
             fitted = merger.merge(method, folder, clock)
             with clock.phase("score"):
                 scores = scorer.score_merge(folder, method.label)
@@ -314,6 +310,14 @@ class _Run:
         record |= {f"rows {place}": hash_rows(rows) for place, rows in enumerate(self.rows.rows)}
         record |= {package: version(package) for package in _PACKAGES}
         return hash_identity({**record, "device": job.device.type})
+
+
+def _out_dtype(job: Job) -> str | None:
+    """The recipe's output dtype, else that of the embeddings in a merge of this package: mergekit's methods compute in
+    float32 here, and would write it."""
+    config, (table, *_) = job.recipe.config, job.plan.tensors[job.skeleton.embedding_weight].names
+    dtype = config.out_dtype or config.dtype or job.plan.merged_dtype(table)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _place(model: ScoredModel) -> tuple[int, ...]:
