@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from test_page import EVIL, calibration_of, joint_alphas
+from test_page import EVIL, calibration_of, joint_alphas, parsed
 
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.merge_record import Source, Sources, record_sources, recorded_sources
@@ -96,6 +96,28 @@ def test_the_summary_comes_first(merged):
     for task in alphas.evaluation.tasks:
         assert f"{100 * task.share.mean:.3g} ± " in summary
     assert "`features`" in summary
+
+
+def test_the_page_shows_rows_that_are_at_hand(merged, plenty, tmp_path):
+    """The first row of each task, with its answer marked; not where the data has changed, or the recipe is gone."""
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    assert slta("report", out, "--html").exit_code == 0
+    page = parsed((out / "slta_report.html").read_text(encoding="utf-8"))
+    tasks = Alphas.load(out / "slta_alphas.json").calibration["tasks"]
+    assert page.names().count("mark") == len(tasks) == 2
+    for task, data in zip(tasks, plenty.datasets, strict=True):
+        number = task["rows"][0]
+        row = json.loads(data.read_text().splitlines()[number])
+        heading = f"Row {number} of {Path(task['model']).name}, as the model sees it"
+        assert f"{heading} <s>{row['question']} {row['answer']}</s>" in page.text
+    alphas = Alphas.load(out / "slta_alphas.json")
+    alphas.calibration["tasks"][0]["sha256"] = "0" * 64
+    alphas.save(out / "slta_alphas.json")
+    for count in (1, 0):
+        assert slta("report", out, "--html").exit_code == 0
+        assert parsed((out / "slta_report.html").read_text(encoding="utf-8")).names().count("mark") == count
+        (out / "mergekit_config.yml").unlink(missing_ok=True)
 
 
 def snippet(text: str) -> str:

@@ -106,9 +106,12 @@ def settings_of(alphas: Alphas) -> list[tuple[str, str]]:
 
 
 def flagged(alphas: Alphas) -> list[tuple[str, str, list[str]]]:
-    """(flag, meaning, names of the submodules) for each flag that submodules have."""
-    flags = dict.fromkeys(flag for entry in alphas.submodules for flag in entry.flags)
-    return [
-        (flag, SUBMODULE_FLAGS.get(flag, ""), [entry.name for entry in alphas.submodules if flag in entry.flags])
-        for flag in flags
-    ]
+    """(flag, meaning, names of the submodules) for each flag that submodules have; without those that only a closed
+    form leaves unchanged, as it should."""
+    form = alphas.closed_form and alphas.closed_form.model
+    found: dict[str, list[str]] = {}
+    for entry in alphas.submodules:
+        for flag in entry.flags:
+            if flag != "unchanged" or {*entry.unchanged} != {form}:
+                found.setdefault(flag, []).append(entry.name)
+    return [(flag, SUBMODULE_FLAGS.get(flag, ""), names) for flag, names in found.items()]

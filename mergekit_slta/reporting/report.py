@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.repocard import metadata_load, metadata_save
@@ -36,6 +37,7 @@ from mergekit_slta.reporting.metadata import front_matter
 from mergekit_slta.reporting.names import PublicNames
 from mergekit_slta.reporting.page import is_page, write_page
 from mergekit_slta.reporting.public_recipe import public_recipe
+from mergekit_slta.reporting.rows_seen import rows_as_seen
 from mergekit_slta.reporting.usage import Usage
 
 LOG = logging.getLogger(__name__)
@@ -79,16 +81,19 @@ def report(target: Path, folder: Path | None = None, *, html: bool = False) -> l
     if has_merge and folder is None:
         written += _update_card(target)
     if html:
-        sources, took, scale = (
-            (recorded_sources(target), recorded_took(target), _scale(target)) if has_merge else (None, None, 1.0)
-        )
-        names = None if alphas is None else PublicNames.of_alphas(alphas, sources)
         title = target.resolve().name if target.is_dir() else target.name
-        write_text_atomically(page, write_page(title, alphas, linearity, names, scale=scale, took=took))
+        write_text_atomically(page, write_page(title, alphas, linearity, **_about(target, alphas) if has_merge else {}))
         written.append(page)
         if has_merge and folder is None:
             record(target, [PAGE_NAME])  # a later merge removes it
     return written
+
+
+def _about(out: Path, alphas: Alphas) -> dict[str, Any]:
+    """What a page says of a merge besides its alphas."""
+    names = PublicNames.of_alphas(alphas, recorded_sources(out))
+    rows = rows_as_seen(out, alphas, names)
+    return {"names": names, "scale": _scale(out), "took": recorded_took(out), "rows": rows}
 
 
 def _read(target: Path) -> tuple[Alphas | None, Linearity | None]:

@@ -108,14 +108,10 @@ def _residuals(alphas: Alphas) -> Iterator[str]:
 
 
 def _flags(alphas: Alphas) -> Iterator[tuple[str, str]]:
-    """Each flag with its submodules, without those that only a closed form leaves unchanged, as it should."""
-    form = alphas.closed_form and alphas.closed_form.model
-    averaged = {entry.name for entry in alphas.submodules if {*entry.unchanged} == {form}}
-    for flag, meaning, found in flagged(alphas):
-        names = [name for name in found if flag != "unchanged" or name not in averaged]
-        if names:
-            count = f"{len(names)} submodule{'s' * (len(names) > 1)}"
-            yield flag, f"{count}, {meaning or flag}: {listing(names, _MOST_NAMES)}"
+    """Each flag with its submodules."""
+    for flag, meaning, names in flagged(alphas):
+        count = f"{len(names)} submodule{'s' * (len(names) > 1)}"
+        yield flag, f"{count}, {meaning or flag}: {listing(names, _MOST_NAMES)}"
 
 
 def describe_evaluation(evaluation: Evaluation) -> list[RenderableType]:

@@ -1,0 +1,83 @@
+"""Draw the calibration rows of a finished merge again, to show them on its page.
+
+Scope: rows are not kept with a merge, because they may be private. They are shown if they are still at hand on this
+machine, and are the ones that were used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+from mergekit_slta.errors import SltaError
+from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.names import MERGED_RECIPE_NAME
+from mergekit_slta.recipe.load import load_config
+from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.reporting.names import PublicNames
+from mergekit_slta.reporting.page import RowAsSeen
+
+
+def rows_as_seen(out: Path, alphas: Alphas, names: PublicNames) -> list[RowAsSeen]:
+    """The first row of each task, as the model sees it.
+
+    Args:
+        out: the folder of the merge, with its recipe.
+        alphas, names: its alphas, and public names of their models.
+
+    Returns:
+        The rows; none of a task whose rows are not those of the alphas file, and none at all if the recipe names models
+        or data that are not local: nothing is downloaded for a page.
+    """
+    hashes = {
+        str(task["model"]): task.get("sha256") for task in alphas.calibration.get("tasks", ()) if task.get("rows")
+    }
+    try:
+        recipe = read_recipe(load_config(out / MERGED_RECIPE_NAME)[0])
+        if not hashes or not _is_local(recipe):
+            return []
+        from mergekit.options import MergeOptions  # both take seconds to import
+
+        from mergekit_slta.job.preflight import prepare
+
+        with _quiet():
+            day = alphas.calibration.get("date")
+            job = prepare(
+                recipe, MergeOptions(), need_rows=False, for_merge=False, plan_only=True,
+                day=date.fromisoformat(day) if isinstance(day, str) else None,
+            )  # fmt: skip
+    except (SltaError, ValueError, OSError):  # something has changed since: the page goes without rows
+        return []
+    found = []
+    for task, drawn in zip(recipe.tasks, job.rows, strict=True):
+        label = recipe.label(task.model)
+        if drawn is None or job.row_tokenizer is None or hashes.get(label) != drawn.sha256:
+            continue
+        from mergekit_slta.reporting.row_view import row_parts
+
+        parts = row_parts(drawn.rows[0], job.row_tokenizer)
+        found.append(RowAsSeen(names.model(label), drawn.rows[0].number, parts["prompt"], parts["answer"]))
+    return found
+
+
+def _is_local(recipe: Recipe) -> bool:
+    models = [part.path for model in recipe.models for part in (model.model, model.lora) if part is not None]
+    data = [os.path.expanduser(task.dataset) for task in recipe.tasks if task.dataset]
+    return all(map(os.path.isdir, models)) and all(map(os.path.exists, data))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out warnings that the merge has given already."""
+    logger = logging.getLogger("mergekit_slta")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
