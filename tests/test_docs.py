@@ -139,6 +139,24 @@ def _find_output(body: str) -> None:
         assert line.strip() in OUTPUTS, line
 
 
+def test_the_notebook_is_valid():
+    """Its cells compile; its outputs are of one run, without paths of that machine. `.ci/run` runs it."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        _compile("".join(cell["source"]).replace("%pip", "pass  # "))
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert not re.search(r"/(root|home|tmp|work)/", json.dumps([cell["outputs"] for cell in cells]))
+
+
+def test_every_recipe_is_listed():
+    """yaml_recipes/README.md has a row for each."""
+    listed = re.findall(
+        r"^\| \[([\w.]+)\]\(([\w./]+)\) \|", (ROOT / "yaml_recipes/README.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in listed} == {path.name for path in (ROOT / "yaml_recipes").iterdir()} - {"README.md"}
+
+
 def test_readme_is_short_and_has_the_commands_of_ci():
     """It is read in some minutes; `.ci/run` takes two command lines from it."""
     assert len(README.split()) < WORDS_OF_README
@@ -183,6 +201,7 @@ def test_links_lead_somewhere():
         "examples/smollm2/README.md",
         "examples/gemma3/README.md",
         "examples/linear_attention_finetuning/README.md",
+        "yaml_recipes/README.md",
         "yaml_recipes/mergebench/README.md",
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
