@@ -71,7 +71,7 @@ def test_base_first_and_rows_from_options(tiny, tmp_path, monkeypatch):
         "out_dtype": "float32",
     }
     text = Path("recipes/new/recipe.yml").read_text()
-    assert "# 12 rows: `text`." in text
+    assert "# 12 rows: `text`; not used: question, answer, number, tags." in text
     assert "mergekit-slta check recipes/new/recipe.yml" in text
     above = text.splitlines()
     for number, line in enumerate(above):
@@ -90,7 +90,7 @@ def test_adapters_name_their_base(tiny, tmp_path):
     assert content["base_model"] == str(tiny.base)
     assert [entry["model"] for entry in content["models"]] == [f"{tiny.base}+{path}" for path in paths]
     assert content["models"][0]["parameters"] == {"dataset": str(tiny.datasets[0])}
-    assert "rows, from its card: `text`." in (tmp_path / "recipe.yml").read_text()
+    assert "rows, from its card: `text`; not used: " in (tmp_path / "recipe.yml").read_text()
 
 
 def test_cards_name_the_base_wherever_it_stands(tiny, tmp_path, monkeypatch):
@@ -380,7 +380,10 @@ def test_what_a_model_says_of_itself(tiny, tmp_path, caplog):
         ({"id": 7, "content": "a", "path": "b"}, Keys("content", "content")),
         ({"id": 7, "story": "a"}, Keys("story", "story")),
         ({"left": "a", "right": "b"}, None),
-        ({"question": "a", "answer": ["b"]}, Keys("question", "question")),
+        ({"question": "a", "answer": ["b"]}, None),
+        ({"question": "a", "choices": ["b", "c"], "answer": 1}, None),
+        ({"question": "a", "context": "b", "answer": "c"}, None),
+        ({"article": "a", "highlights": "b"}, None),
         ({"id": 7}, None),
     ],
 )
@@ -435,17 +438,18 @@ def test_splits_and_configs_of_a_folder(tiny, tmp_path):
     for folder in (tests, several):
         folder.mkdir()
     answers(tests / "test.jsonl", 6)
-    for name in ("socratic", "main"):
-        answers(several / f"{name}.jsonl", 6)
-    card(several, "configs:\n" + "".join(
-        f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("socratic", "main")
-    ))  # fmt: skip
+    for name, count in (("socratic", 6), ("main", 7), ("test", 5)):
+        answers(several / f"{name}.jsonl", count)
+    files = "[{split: test, path: test.jsonl}, {split: train, path: %s.jsonl}]"
+    configs = [f"- {{config_name: {name}, data_files: {files % name}}}" for name in ("socratic", "main")]
+    card(several, "\n".join(["configs:", *configs]))
     data = [f"--data=expert1={tests}", f"--data=expert2={several}"]
     result = slta("init", tiny.base, *tiny.experts[:2], *data, "-o", tmp_path / "recipe.yml")
     assert result.exit_code == 0, result.output
     one, two = (entry["parameters"] for entry in accepted(tmp_path / "recipe.yml")["models"])
     assert (one["split"], one.get("dataset_config")) == ("test", None)
     assert (two.get("split"), two["dataset_config"]) == (None, "main")
+    assert "# 7 rows: `question` and `answer`." in (tmp_path / "recipe.yml").read_text()
 
 
 def test_an_adapter_folder_with_a_config(tmp_path):

@@ -14,8 +14,10 @@ from mergekit_slta.data.formats import find_format
 QUESTIONS = ("question", "prompt", "problem", "instruction", "query", "input", "source")
 ANSWERS = ("answer", "completion", "response", "output", "solution", "target", "label")
 """Usual names of columns with a question and with its answer, the ones to take first."""
-_TEXTS = ("content", "code", "body", "document", "article", "sentence", "paragraph")
+_TEXTS = ("content", "code")
 """Usual names of a column with a whole text, beside `text` itself."""
+_PARTS = ("context", "passage", "choices", "options", "premise", "hypothesis")
+"""Columns that belong into a prompt, nobody knows where."""
 
 
 class Keys(NamedTuple):
@@ -50,6 +52,8 @@ def guess_keys(sample: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> K
     known = find_format(sample)
     if known is not None:
         return Keys(known.columns)
+    if _named(_PARTS, columns):
+        return None
     texts = [column for column in columns if _holds(sample, column, str) and not set(column) & set("{}!:.[]")]
     question = next((name for name in _named(QUESTIONS, columns) if name in texts), None)
     answers = [name for name in _named(ANSWERS, columns) if _holds(sample, name, str | int | float | Decimal)]
@@ -57,7 +61,8 @@ def guess_keys(sample: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> K
     if question is not None and answer is not None:
         ends = "\n" if _are_sentences([str(row.get(question)) for row in sample]) else " "
         return Keys(f"{question} with {answer}", f"{{{question}}}{ends}", f"{{{answer}}}")
-    whole = next((name for name in _named(_TEXTS, columns) if name in texts), texts[0] if len(texts) == 1 else None)
+    lone = texts[0] if len(texts) == 1 and not _named((*QUESTIONS, *ANSWERS), columns) else None
+    whole = next((name for name in _named(_TEXTS, columns) if name in texts), lone)
     return None if whole is None else Keys(whole, whole)
 
 

@@ -205,7 +205,11 @@ def draft_task(model: str, source: Source | None) -> DraftTask:
             "columns the names of docs/data.md",
             code="missing-column",
         )
-    held = " and ".join(f"`{column}`" for column in source.keys.held.split(" with "))
+    used = source.keys.held.split(" with ")
+    held = " and ".join(f"`{column}`" for column in used)
+    if source.keys.text is not None or used == ["text"]:  # other formats read further columns, if they are there
+        rest = [column for column in source.columns if column not in used]
+        held += f"; not used: {listing(rest, 6)}" if rest else ""
     notes = (f"{source.num_rows} rows{origin}: {held}.",)
     return replace(task, notes=notes, text=source.keys.text, completion=source.keys.completion)
 
