@@ -159,3 +159,8 @@ def test_bin_checkpoints_have_fingerprints_too(tiny, tmp_path):
     state["model.norm.weight"] = state["model.norm.weight"] * 2
     torch.save(state, folder / "pytorch_model.bin")
     assert checkpoint_fingerprint(LazyTensorLoader.from_disk(str(folder)), None) != before
+
+
+def test_auto_is_float32_where_nothing_may_be_rounded(tiny, options):
+    """Alphas of `features` stay valid when `compute_dtype: float32` is written out."""
+    assert identity(tiny.recipe(2), options) == identity(tiny.recipe(2, compute_dtype="float32"), options)

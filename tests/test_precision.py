@@ -66,6 +66,24 @@ def test_auto_rounds_products_of_joint_alone(specimen, monkeypatch, name):
     assert 1e-4 < difference < 3e-2
 
 
+def test_joint_never_subtracts_outputs_in_tf32(specimen, with_rows, monkeypatch):
+    """Its search may use TF32 on a GPU; the pass of `features` that it starts with may not."""
+    asked = []
+
+    def record(device, *, tf32):
+        asked.append(tf32)
+        return product_precision(device, tf32=tf32)
+
+    monkeypatch.setattr("mergekit_slta.job.preflight.has_fast_bfloat16", lambda _: True)
+    monkeypatch.setattr("mergekit_slta.job.job.product_precision", record)
+    settings = {key: value for key, value in PLAIN_JOINT.items() if key != "compute_dtype"} | {"steps": 1}
+    gather_statistics(job_of(with_rows(specimen("llama")), compute_dtype="auto", **settings))
+    assert asked == [False, True]  # features, search
+    asked.clear()
+    gather_statistics(job_of(specimen("llama"), compute_dtype="auto", granularity="attn_mlp"))
+    assert asked == [False]
+
+
 def test_tf32_needs_a_gpu(tiny, options):
     with refused(RunError, "unusable-device", "`compute_dtype` is tf32", "cpu", "auto"):
         prepare(read_recipe(as_config(tiny.recipe(compute_dtype="tf32"))), options, for_merge=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -15,6 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
 """Names that other files import from here."""
+ONEDNN_KERNELS = 256
+"""Kernels that oneDNN keeps, unless the environment says otherwise. It compiles one for every shape of a product, of
+0.6 MB each, and keeps 1,024: batches of calibration rows have hundreds of shapes."""
 
 
 @contextmanager
@@ -57,13 +61,15 @@ def product_precision(device: torch.device, *, tf32: bool) -> Iterator[None]:
     """Set how float32 matrix products are computed inside the context.
 
     On CUDA in float32, or in TF32 if asked for. On a CPU by oneDNN where its products are exact: MKL, the default, does
-    not use all instructions of an AMD CPU, and takes twice as long there.
+    not use all instructions of an AMD CPU. There oneDNN also keeps fewer kernels than usual, see `ONEDNN_KERNELS`.
 
     Args:
         device: the device of the products.
         tf32: use TF32, 10 bits of mantissa.
     """
     settings: dict[Any, dict[str, Any]] = {}
+    if device.type == "cpu":  # oneDNN reads this at its first product
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_KERNELS))
     if device.type == "cuda":
         products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
         if hasattr(products, "fp32_precision"):

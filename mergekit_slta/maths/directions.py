@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**24
-"""Elements of a task vector that are in memory in float64 at a time, beside matrices of size in x in."""
+"""Elements of a task vector that are in memory at a time, beside matrices of size in x in."""
 _ROUNDING = 1e-12
 """Eigenvalues below this share of the largest are rounding errors of float64."""
 
@@ -43,7 +43,8 @@ def combine(
         is_averaged: the tensor has two or three dimensions, and holds no matrices.
 
     Returns:
-        A tensor like the base in float32 (float64 for a float64 base). It is computed in float64.
+        A tensor like the base in float32 (float64 for a float64 base). The eigenproblem is solved in float64; only the
+        last products, whose rounding is that of the result, are in the dtype of the result.
     """
     if base.device.type == "mps":  # the only backend without float64
         parts = [tensor.cpu() for tensor in (base, *experts)]
@@ -73,22 +74,24 @@ def _swudi_a(into: Tensor, base: Tensor, experts: Sequence[Tensor]) -> None:
         return
     grams = [_gram(base, expert) for expert, _ in changed] if base.shape[0] >= base.shape[1] else None
     values, vectors = _leading(base, changed, grams)
-    projections = []  # of every expert: w_n X_n^T X_n Q_k L_k^-1, [in, k]
+    projections = []  # of every expert: w_n X_n^T X_n Q_k L_k^-1 - Q_k, [in, k]
     for place, (expert, weight) in enumerate(changed):
         own = grams[place] @ vectors if grams else _times_gram(base, expert, vectors)
-        projections.append(own * (weight / values))
-    for parts in zip(*(_blocks(base, expert) for expert, _ in changed), strict=True):
-        rows, total = parts[0][0], sum(part for _, part in parts)
-        inside = sum(part @ own for (_, part), own in zip(parts, projections, strict=True)) - total @ vectors
-        into[rows] = (base[rows].double() + total + inside @ vectors.T).to(into.dtype)
+        projections.append((own * (weight / values) - vectors).to(into.dtype))
+    vectors = vectors.to(into.dtype)
+    for parts in zip(*(_blocks(base, expert, into.dtype) for expert, _ in changed), strict=True):
+        inside = sum(part @ own for (_, part), own in zip(parts, projections, strict=True))
+        change = torch.addmm(sum(part for _, part in parts), inside, vectors.T)
+        rows = parts[0][0]
+        into[rows] = change.add_(base[rows])
 
 
-def _blocks(base: Tensor, expert: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a task vector in float64, some at a time, so that a large table is never copied whole."""
+def _blocks(base: Tensor, expert: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a task vector, some at a time, so that a large table is never copied whole."""
     size = max(1, _BLOCK_ELEMENTS // base.shape[1])
     for start in range(0, len(base), size):
         rows = slice(start, min(start + size, len(base)))
-        yield rows, expert[rows].double() - base[rows].double()
+        yield rows, expert[rows].to(dtype) - base[rows].to(dtype)
 
 
 def _gram(base: Tensor, expert: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from mergekit_slta.runner.part_derivatives import Part, PartDerivatives, look_at
 
 LOGIT_GRADIENTS = 2**24
 """Maximum number of logit gradients in memory, over positions and vocabulary."""
+CUMULATIVE_ELEMENTS = 2**22
+"""Maximum number of cumulative probabilities in memory, in float64."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,13 @@ class HeadLoss:
         handle.remove()
         (inputs, projected), logits = outputs[0], run.output
         slopes = _slopes(logits, projected)
-        probs = [torch.softmax(logits[0].detach().float(), dim=-1)]
-        labels = self._labels(part, probs[0])
+        stacked = logits.new_empty((1 + (self._experts is not None), *logits.shape[1:]), dtype=torch.float32)
+        torch.softmax(logits[0].detach().float(), dim=-1, out=stacked[0])
+        labels = self._labels(part, stacked[0])
         if self._experts is not None:
             taught = self._experts.store.features(skeleton.num_layers, index)
-            probs.append(head.log_probs(taught, part, expert).exp_())
-        stacked = torch.stack(probs).to(projected.dtype)
+            torch.exp(head.log_probs(taught, part, expert), out=stacked[1])
+        stacked = stacked.to(projected.dtype)
         label_weights = torch.ones_like(labels, dtype=projected.dtype)
         if slopes is not None:
             stacked *= slopes
@@ -247,8 +250,9 @@ def label_uniforms(example: Example, samples: int, seed: int) -> Tensor | None:
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Sample [S, n] int64 tokens from probabilities [n, V] and uniforms [S, n], by inverse transform sampling."""
     source = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
-    cumulative = source.double().cumsum(-1)
-    labels = torch.searchsorted(
-        cumulative, uniforms.T.contiguous().to(cumulative.device) * cumulative[:, -1:]
-    )  # [n, S]
-    return labels.T.clamp(max=probs.shape[1] - 1).to(probs.device)
+    size = max(1, CUMULATIVE_ELEMENTS // probs.shape[1])
+    found = []
+    for own, drawn in zip(source.split(size), uniforms.T.contiguous().to(source.device).split(size), strict=True):
+        cumulative = own.cumsum(-1, dtype=torch.float64)
+        found.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:]))  # [n, S]
+    return torch.cat(found).T.clamp(max=probs.shape[1] - 1).to(probs.device)

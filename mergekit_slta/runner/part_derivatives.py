@@ -133,12 +133,12 @@ class PartDerivatives:
             [S, *leaf] gradients with respect to the part's input; empty without one.
         """
         leaves = [] if run.leaf is None else [run.leaf]
-        arriving = []
+        grad_in = []
         for loss, gradient in enumerate(gradients):
             found = torch.autograd.grad(
                 at, [*leaves, *run.own.values()], gradient, retain_graph=loss < len(gradients) - 1, allow_unused=True
             )
-            arriving += found[: len(leaves)]
+            grad_in += found[: len(leaves)]
             for name, own in zip(run.own, found[len(leaves) :], strict=True):
                 if name in self._part.others and own is not None:
                     self._derivatives.add(name, rows.first, loss, own, self._vectors[name])
@@ -147,4 +147,4 @@ class PartDerivatives:
                 if call.gradients:
                     module = self._part.modules[path]
                     self._derivatives.add_module(path, module, call, rows, weights, self._vectors)
-        return torch.stack(arriving) if arriving else torch.empty(0)
+        return torch.stack(grad_in) if grad_in else torch.empty(0)
