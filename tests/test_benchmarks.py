@@ -103,11 +103,16 @@ def test_what_check_predicts_is_read_from_its_output():
 
     found = {
         "experts": [{"rows": 30, "tokens": 3902}, {"rows": 20, "tokens": 98}], "flops": 12.6e12, "read_bytes": 1030,
-        "peak_bytes": 2**29, "phases": [{"name": "features", "seconds": 3.0}, {"name": "merge", "seconds": 1.0}],
+        "peak_bytes": 2**29,
+        "phases": [
+            {"name": "features", "seconds": 3.0, "flops": {"float32": 2e9}},
+            {"name": "merge", "seconds": 1.0, "flops": {}},
+        ],
     }  # fmt: skip
     assert jobs.read_check(found) == {
         "num_rows": 50, "num_tokens": 4000, "predicted_flops": 12.6e12, "predicted_read_bytes": 1030,
         "predicted_peak_bytes": 2**29, "predicted_seconds": {"features": 3.0, "merge": 1.0},
+        "predicted_products": {"features": {"float32": 2e9}, "merge": {}},
     }  # fmt: skip
 
 

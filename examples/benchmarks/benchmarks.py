@@ -30,6 +30,8 @@ AGREEMENT = 1e-3
 UNSTEADY = 0.1
 """Relative differences of a speed from which a machine counts as unsteady."""
 LIMIT_BYTES = 3_000_000_000
+FLOORED = ("features", "steps", "measuring")
+"""Phases of a calibration that are held against their products."""
 Run = dict[str, Any]
 
 
@@ -483,9 +485,21 @@ def minutes(bench: Bench) -> dict[str, Any]:
                     "predicted": predicted,
                     "measured": measured,
                     "ratio": sum(predicted.values()) / sum(measured.values()),
+                    "rates": found["rates"],
+                    "products": _products_seconds(found),
                 }
             )
     return {"lines": lines}
+
+
+def _products_seconds(found: Mapping[str, Any]) -> dict[str, float]:
+    """The time of each calibration phase's products alone, at the faster of two measurements; see `jobs.phases`."""
+    rates = {kind: max(each[kind] for each in found["rates"]) for kind in found["rates"][0]}
+    return {
+        name: sum(amount / rates[kind] for kind, amount in flops.items() if amount)
+        for name, flops in found["predicted_products"].items()
+        if name in FLOORED and name in found["took"]["seconds"]
+    }
 
 
 def demo_recipe(folder: Path, **parameters: Any) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def read_check(found: dict[str, Any]) -> dict[str, Any]:
         "predicted_read_bytes": found["read_bytes"],
         "predicted_peak_bytes": found["peak_bytes"],
         "predicted_seconds": {phase["name"]: phase["seconds"] for phase in found["phases"]},
+        "predicted_products": {phase["name"]: phase["flops"] for phase in found["phases"]},
     }
 
 
@@ -166,11 +167,22 @@ def count(clock: Clock, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def phases(clock: Clock, recipe: dict[str, Any], out: str) -> dict[str, Any]:
-    """`mergekit-slta check --json`, then `run_merge`: what was predicted, and the record of what each phase took."""
+    """`mergekit-slta check --json`, then `run_merge`: what was predicted, and the record of what each phase took.
+
+    Also the rates of the products by themselves, before and after.
+    """
+    from products import rates
+
     predicted = checked(clock, recipe)
+    config = json.loads(Path(recipe["base_model"], "config.json").read_text(encoding="utf-8"))
+    kinds = sorted(
+        {kind for flops in predicted["predicted_products"].values() for kind in flops} & {"float32", "bfloat16"}
+    )
+    sizes = config["hidden_size"], config["intermediate_size"]
+    before = rates(kinds, *sizes)
     merge(clock, recipe, out)
     took = json.loads(Path(out, "slta_merge.json").read_text(encoding="utf-8"))["took"]
-    return {**predicted, "took": took}
+    return {**predicted, "took": took, "rates": [before, rates(kinds, *sizes)]}
 
 
 def merge(clock: Clock, recipe: dict[str, Any], out: str, device: str = "cpu") -> None:

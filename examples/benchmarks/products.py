@@ -47,8 +47,15 @@ def floor(matrices: Sequence[tuple[int, int, int]], num_tokens: int) -> dict[str
     return dict(total)
 
 
-def _time_product(tokens: int, inputs: int, outputs: int) -> tuple[float, float]:
-    features, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+@torch.inference_mode()
+def rates(kinds: Sequence[str], inputs: int, outputs: int) -> dict[str, float]:
+    """Floating point operations per second of the products of one large matrix, by dtype ("float32", ...)."""
+    flops = 2.0 * TOKENS * inputs * outputs
+    return {kind: flops / _time_product(TOKENS, inputs, outputs, getattr(torch, kind))[0] for kind in kinds}
+
+
+def _time_product(tokens: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    features, weight = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     seconds: list[float] = []
     processor: list[float] = []
     before = torch.backends.mkldnn.matmul.fp32_precision

@@ -190,7 +190,17 @@ def minutes(found: Mapping[str, Any]) -> str:
          *(cell(line, name) for name in names)]
         for line in found["lines"]
     ]  # fmt: skip
-    return table(["predicted / measured (measured: s)", "tokens", "all", *names], rows)
+
+    def ratio(line: Mapping[str, Any], chosen: Sequence[str]) -> str:
+        products = sum(line["products"].get(name, 0.0) for name in chosen)
+        return f"{sum(line['measured'].get(name, 0.0) for name in chosen) / products:.2f}" if products else "-"
+
+    parts = list(dict.fromkeys(name for line in found["lines"] for name in line["products"]))
+    floors = [[line["job"], ratio(line, parts), *(ratio(line, [name]) for name in parts)] for line in found["lines"]]
+    return "\n\n".join([
+        table(["predicted / measured (measured: s)", "tokens", "all", *names], rows),
+        table(["measured / products alone", "all of these", *parts], floors),
+    ])  # fmt: skip
 
 
 def limit(found: Mapping[str, Any]) -> str:
