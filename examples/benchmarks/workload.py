@@ -150,7 +150,12 @@ def place(folder: Path, shape: Shape, num_experts: int, data: str) -> Workload:
 
 
 def make(
-    workload: Workload, lengths: Sequence[Sequence[int]], tensor: MakeTensor | None = None, threads: int = 1
+    workload: Workload,
+    lengths: Sequence[Sequence[int]],
+    tensor: MakeTensor | None = None,
+    threads: int = 1,
+    *,
+    sparse: bool = False,
 ) -> None:
     """Make what is not there yet of a workload.
 
@@ -159,6 +164,7 @@ def make(
         lengths: for each expert's data the tokens of every row.
         tensor: makes the weights; by default every tensor has random numbers of its own.
         threads: checkpoints that are written at a time; each takes the memory of a shard.
+        sparse: write files without weights, for `check` alone.
     """
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("aeiounrstldm", k=rng.randint(2, 9))) for _ in range(400)]
@@ -170,7 +176,7 @@ def make(
             partial = path.with_name(path.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_checkpoint(partial, workload.shape, number, tensor or _tensor)
+            write_checkpoint(partial, workload.shape, number, None if sparse else tensor or _tensor)
             tokenizer.save_pretrained(partial)
             os.replace(partial, path)
 
@@ -184,8 +190,11 @@ def make(
             os.replace(partial, path)
 
 
-def write_checkpoint(folder: Path, shape: Shape, number: int, tensor: MakeTensor) -> None:
-    """A bfloat16 checkpoint in shards: number 0 is the base, any other an expert a small random step away from it."""
+def write_checkpoint(folder: Path, shape: Shape, number: int, tensor: MakeTensor | None) -> None:
+    """A bfloat16 checkpoint in shards: number 0 is the base, any other an expert a small random step away from it.
+
+    Without `tensor` the files are sparse: of the right size, with headers, and take no room.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -202,11 +211,14 @@ def write_checkpoint(folder: Path, shape: Shape, number: int, tensor: MakeTensor
     places: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            {name: tensor(name, size, number).to(torch.bfloat16).cpu() for name, size in shard.items()},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        if tensor is None:
+            _write_sparse(folder / file, shard)
+        else:
+            save_file(
+                {name: tensor(name, size, number).to(torch.bfloat16).cpu() for name, size in shard.items()},
+                folder / file,
+                metadata={"format": "pt"},
+            )
         places |= dict.fromkeys(shard, file)
     index_file = {"metadata": {"total_size": shape.model_bytes()}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
@@ -216,6 +228,20 @@ def write_checkpoint(folder: Path, shape: Shape, number: int, tensor: MakeTensor
         tie_word_embeddings=shape.tied, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
         architectures=["LlamaForCausalLM"], dtype="bfloat16",
     ).save_pretrained(folder)  # fmt: skip
+
+
+def _write_sparse(path: Path, shard: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file whose tensors are holes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, size in shard.items():
+        start, stop = stop, stop + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
 
 
 def _tensor(name: str, size: tuple[int, ...], number: int) -> Any:

@@ -211,9 +211,9 @@ def estimate_gradients(job: Job) -> Costs:
         },
         {
             "output projections": head_size * item * ((sizes.copies(sizes.head) > 0) + (steps > 0)),
-            # Logits, probabilities, their sums in float64, and gradients of as many positions that wait for the
-            # projection; with steps, also the teacher's.
-            "logits and their gradients": (9 + 4 * (steps > 0)) * logits,
+            # Logits, probabilities, and those of as many positions that wait for the projection; with steps, also the
+            # teacher's.
+            "logits and their gradients": (5 + 4 * (steps > 0)) * logits,
         },
         {
             "matrices of the solve": SOLVE_MATRICES * (draws * kept_rows) ** 2 * 8,
