@@ -32,9 +32,14 @@ parameters:
   evaluate: true
 out_dtype: bfloat16
 """
+COMPARED = RECIPE.replace(
+    "data/numbers.jsonl}    # its `text` column", 'data/numbers.test.jsonl, text: "{prompt} ", completion: "{answer}"}'
+).replace("parameters:\n  evaluate: true\n", "")
+"""Every task has answers."""
 TRANSCRIPTS = {
     "check": ["mergekit-slta check merge.yml"],
     "merge": ["mergekit-yaml merge.yml merged"],
+    "compare": ["mergekit-slta compare compare.yml --quiet"],
 }
 """Name -> the commands that are run in turn."""
 _MODULES = {"mergekit-slta": "mergekit_slta", "mergekit-yaml": "mergekit.scripts.run_yaml"}
@@ -73,6 +78,7 @@ def main() -> None:
         for part in ("models", "data"):
             shutil.copytree(demo / part, folder / part)
         (folder / "merge.yml").write_text(RECIPE, encoding="utf-8")
+        (folder / "compare.yml").write_text(COMPARED, encoding="utf-8")
         OUTPUT.mkdir(exist_ok=True)
         for name in given.names or TRANSCRIPTS:
             text = transcript(TRANSCRIPTS[name], folder.resolve())

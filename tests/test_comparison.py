@@ -8,13 +8,24 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, refused, slta, tensors, write_rows
+from conftest import (
+    Models,
+    assert_refused,
+    check_message,
+    make_tokenizer,
+    mergekit_yaml,
+    refused,
+    slta,
+    tensors,
+    write_rows,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +42,7 @@ from mergekit_slta.files.comparison_file import ComparedTask, ScoredModel
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.load import as_config
 from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runtime.screen import plain
 
 KEYS = {"max_seq_length": 60, "num_samples": 30, "compute_dtype": "float32"}
 FILES = {"slta_compare.json", "slta_compare.md", "slta_compare.png", "slta_compare.svg", "recipes", "alphas"}
@@ -219,6 +231,11 @@ def made(losses: dict[str, list[list[float]]], **kinds: str) -> Comparison:
     )  # fmt: skip
 
 
+def shown(comparison: Comparison) -> str:
+    """What the command prints."""
+    return plain(*describe_comparison(comparison))
+
+
 KINDS = {"base": "base", "one": "expert", "two": "expert"}
 BASE, OWN = [2.0, 2.2, 1.8, 2.1], [1.0, 1.1, 0.9, 1.2]
 
@@ -236,7 +253,7 @@ def test_level_and_best():
     found = made({**models, "a": [close], "b": [near], "c": [far]}, **KINDS)
     assert found.verdict.startswith("Level: a is first, by ")
     assert found.verdict.endswith("its 95% interval includes 0. Level with it: b.")
-    assert describe_comparison(found).splitlines()[-1] == found.verdict
+    assert shown(found).splitlines()[-1] == found.verdict
 
 
 def test_an_expert_that_is_no_better_than_the_base():
@@ -246,7 +263,7 @@ def test_an_expert_that_is_no_better_than_the_base():
     assert [task.flags for task in found.tasks] == [(), ("no_better_than_base",)]
     assert found.of("a").tasks[1].recovered is None
     assert found.of("a").recovered.mean == pytest.approx(1)
-    assert "two: the expert is no better than the base" in describe_comparison(found)
+    assert "two: the expert is no better than the base" in shown(found)
     found = made({"base": [BASE], "one": [BASE], "a": [OWN], "b": [BASE]}, **KINDS)
     assert found.best == "a"
     assert found.of("a").recovered is None
@@ -258,7 +275,7 @@ def test_a_merge_that_is_not_finite():
     found = made({"base": [BASE], "one": [OWN], "a": [[None, 1.0, 1.0, 1.0]], "b": [BASE]}, **KINDS)
     assert found.best == "b"
     assert found.of("a").loss is None
-    assert "not finite" in describe_comparison(found)
+    assert "not finite" in shown(found)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -280,6 +297,10 @@ def test_what_is_written_and_printed(done):
     (line,) = [line for line in printed.splitlines() if line.startswith("mergekit-yaml") and "average" in line]
     assert "recipes/average.yml merged/average && lm_eval --model hf" in line
     assert "--tasks gsm8k,ifeval" in line
+    kept = (Path(__file__).parents[1] / "docs" / "output" / "compare.txt").read_text(encoding="utf-8")
+    (note,) = [line for line in printed.splitlines() if line.startswith("Gap recovered: ")]
+    assert note in kept
+    assert "behind the best" in kept
     reread = folder / "again.json"
     found.save(reread)
     assert reread.read_bytes() == (folder / "out" / "slta_compare.json").read_bytes()
@@ -472,6 +493,30 @@ def test_options_that_are_refused(done, tmp_path, arguments, values):
     folder, _ = done
     assert_refused(slta("compare", folder / "recipe.yml", "-o", tmp_path / "out", *arguments), "invalid-value", *values)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_needed(better, tmp_path, options):
+    """Also where the weights are from a file, or from no rows."""
+    recipe = recipe_of(better, objective="data_free", granularity="model")
+    del recipe["models"][1]["parameters"]["dataset"]
+    with refused(DataError, "missing-dataset", better.experts[1], "compared"):
+        compare(recipe, tmp_path / "out", options, methods=["average"])
+
+
+def test_an_interruption_says_how_it_goes_on(done, tmp_path, monkeypatch):
+    """Ctrl-C during a merge: one line, no scratch folder."""
+    folder, _ = done
+    shutil.copytree(folder / "out", tmp_path / "out")
+
+    def merge(self, method, place, clock):
+        place.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging.Merger, "merge", merge)
+    result = slta("compare", folder / "recipe.yml", "-o", tmp_path / "out", "--methods", "ties", "--quiet")
+    assert result.exit_code == 130, result.output
+    check_message(result.output.splitlines()[-1], "interrupted-run", "finished merges are kept")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 def test_too_few_rows(better, tmp_path, options):

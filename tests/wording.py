@@ -70,6 +70,7 @@ WORDING: dict[str, str] = {
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
     "missing-dataset": r"(.+ has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+    r"|.+ has no `dataset`: name rows, on which merges are compared"
     r"|no rows are known for .+: add --data .+=FILE_OR_ID)",
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them"
     r"|combines experts, and there is one: add another, or (set `direction: none`|change `objective`))",

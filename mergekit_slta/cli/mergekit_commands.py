@@ -226,6 +226,7 @@ def compare(
     from mergekit_slta.files.names import COMPARISON_NAME
     from mergekit_slta.recipe.load import load_config
     from mergekit_slta.runtime.distributed import refuse_several
+    from mergekit_slta.runtime.screen import print_parts
 
     refuse_several("compare")
     merge_options.apply_global_options()
@@ -233,5 +234,5 @@ def compare(
     found = run(load_config(recipe)[0], output, quiet_options, methods=methods, rows=rows, lm_eval=lm_eval)
     if lines := found.settings.get("lm_eval"):
         click.echo("\n".join([*lines, ""]))
-    click.echo(describe_comparison(found))
+    print_parts(*describe_comparison(found))
     click.echo(f"Written: {show(Path(output) / COMPARISON_NAME)}", err=True)

@@ -30,7 +30,7 @@ from mergekit_slta.comparison.rows import MIN_ROWS, ComparedRows
 from mergekit_slta.comparison.scoring import Scorer, Scores
 from mergekit_slta.comparison.tables import write_table
 from mergekit_slta.data.rows import hash_rows
-from mergekit_slta.errors import AlphasError, OutputError, RecipeError, show
+from mergekit_slta.errors import AlphasError, DataError, OutputError, RecipeError, show
 from mergekit_slta.files.comparison_file import Comparison, ScoredModel
 from mergekit_slta.files.identity import hash_identity, weights_label
 from mergekit_slta.files.lock import file_lock
@@ -45,9 +45,12 @@ from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.recipe.settings import ObjectiveSettings
 from mergekit_slta.reporting.figures.comparison import draw_comparison
+from mergekit_slta.reporting.figures.style import path_ends
 from mergekit_slta.runtime.clock import Clock
+from mergekit_slta.runtime.interruption import interruptible
 
 DEFAULT_FOLDER = "slta_compare"
+_LONGEST_NAME = 36
 _PACKAGES = ("mergekit-slta", "mergekit", "transformers", "torch")
 _KEPT_LABELS = ("compute_dtype", "config of the base", "dtype", "tokenizer")
 """Labels of a job's identity, besides the weights, that change the scores of given rows."""
@@ -100,6 +103,12 @@ def compare(
     path = out / COMPARISON_NAME
     read = read_recipe(config)
     check_comparison_target(path)
+    for task in read.tasks:
+        if task.dataset is None:
+            raise DataError(
+                f"{show(read.names[task.model])} has no `dataset`: name rows, on which merges are compared",
+                code="missing-dataset",
+            )
     earlier = _earlier(path, read)
     job = prepare(for_comparison(read), options, for_merge=False, day=recorded_day([path]))
     try:
@@ -206,7 +215,8 @@ class _Run:
         with file_lock(lock_path(self.path), busy):
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
             try:
-                self._score_all(methods, merger, prints)
+                with interruptible(lambda: "finished merges are kept; run the same command again, and it goes on"):
+                    self._score_all(methods, merger, prints)
             finally:
                 shutil.rmtree(self.scratch, ignore_errors=True)
             comparison = self._save()
@@ -265,8 +275,9 @@ class _Run:
         """Put the scores of the base, and of the experts in the file's order, in front."""
         base, *experts = references
         found = [self._scored("base", "base", "base", base, self.fingerprint)]
-        for label, place in zip(self.experts, self.rows.places, strict=True):
-            found.append(self._scored("expert", label, f"expert {label}", experts[place], self.fingerprint))
+        ends = path_ends(self.experts, _LONGEST_NAME)
+        for name, end, place in zip(self.experts, ends, self.rows.places, strict=True):
+            found.append(self._scored("expert", name, f"expert {end}", experts[place], self.fingerprint))
         found[0] = found[0].model_copy(update={"seconds": _rounded(seconds)})
         self.scored = [*found, *(model for model in self.scored if model.kind == "merge")]
         self._save()

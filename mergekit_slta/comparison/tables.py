@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import RenderableType
+
 from mergekit_slta.comparison.results import amount
 from mergekit_slta.errors import show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.comparison_file import NO_BETTER, Comparison, Difference
 from mergekit_slta.files.evaluation import Measure
 from mergekit_slta.files.names import COMPARISON_NAME, COMPARISON_TABLE_NAME, figure_name
-from mergekit_slta.reporting.figures.style import short_names
+from mergekit_slta.reporting.figures.style import path_ends
+from mergekit_slta.runtime.screen import Columns, text
 
+_LONGEST_NAME = 24
 MARK = "<!-- Written by `mergekit-slta compare`. -->"
 """First line of the Markdown table."""
 
 
-def describe_comparison(comparison: Comparison) -> str:
-    """The table for a terminal, with notes and the verdict in the last line."""
+def describe_comparison(comparison: Comparison) -> list[RenderableType]:
+    """The table for a terminal, with notes; the verdict is the last line."""
     header, *rows = _cells(comparison)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "  ".join(padded).rstrip()
-
-    table = [line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)]
-    return "\n".join([*table, "", *_notes(comparison), "", comparison.verdict])
+    return [Columns(header, rows), "", *map(text, _notes(comparison)), "", text(comparison.verdict, "bold")]
 
 
 def write_table(comparison: Comparison, out: Path) -> None:
@@ -57,7 +53,7 @@ def write_table(comparison: Comparison, out: Path) -> None:
 
 
 def _task_names(comparison: Comparison) -> list[str]:
-    return [name.replace("\\$", "$").strip() for name in short_names([task.model for task in comparison.tasks], 24)]
+    return path_ends([task.model for task in comparison.tasks], _LONGEST_NAME)
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
