@@ -227,7 +227,10 @@ def test_what_is_not_what_it_should_be_is_no_crash(change):
 def test_local_paths_are_not_shown():
     """Models and data are named by the last part of their paths, or by as much as tells them apart."""
     models = ("/home/me/run1/final", "/home/me/run2/final")
+    points = [point.model_copy(update={"name": point.name.replace("features", models[0])})
+              for point in evaluation_of(*models).points]  # fmt: skip
     alphas = make_alphas(names=models).model_copy(update={
+        "evaluation": evaluation_of(*models).model_copy(update={"points": tuple(points)}),
         "base_model": "/home/me/base/", "calibration": calibration_of(*models, dataset="/home/me/rows.jsonl",
                                                                       chat_template="/home/me/chat.jinja"),
     })  # fmt: skip

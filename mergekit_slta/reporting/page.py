@@ -123,9 +123,13 @@ def _merge(
         and {
             "note": evaluation_note(evaluation),
             "tasks": [(names.model(task.model), task) for task in evaluation.tasks],
-            "path": (path := _path(alphas)),
+            "path": (path := _path(alphas, names)),
             "path_chart": path and _path_chart(path, [names.model(task.model) for task in evaluation.tasks]),
-            "starts": [point for point in evaluation.points if point.ridge is None],
+            "starts": [
+                (_point_name(alphas, names, point.name), point.weighted)
+                for point in evaluation.points
+                if point.ridge is None
+            ],
             "trials": evaluation.trials,
         },
         "weights": _weight_charts(alphas, models),
@@ -146,7 +150,12 @@ def _merge(
     }  # fmt: skip
 
 
-def _path(alphas: Alphas) -> list[dict[str, Any]]:
+def _point_name(alphas: Alphas, names: PublicNames, name: str) -> str:
+    """The name of a measured model; a direction alone is named as the model is."""
+    return names.model(name) if name in alphas.models else name
+
+
+def _path(alphas: Alphas, names: PublicNames) -> list[dict[str, Any]]:
     """The share of the base's divergence after each step, per task; empty if no step was taken."""
     evaluation = alphas.evaluation
     if evaluation is None:
@@ -158,7 +167,7 @@ def _path(alphas: Alphas) -> list[dict[str, Any]]:
         shares = [
             each.mean / own.mean if own.mean > 0 else None for each, own in zip(point.divergence, base, strict=True)
         ]
-        found.append({"name": point.name, "ridge": point.ridge, "weighted": point.weighted,
+        found.append({"name": _point_name(alphas, names, point.name), "ridge": point.ridge, "weighted": point.weighted,
                       "shares": shares, "is_merge": number == evaluation.merge})  # fmt: skip
     return found if len(found) > 1 else []
 

@@ -39,7 +39,7 @@ def divergence_figure(alphas: Alphas) -> Figure | None:
     path = path_of(evaluation) if evaluation is not None else []
     if evaluation is None or len(path) < 2 or not any(each.mean > 0 for each in evaluation.points[0].divergence):
         return None
-    starts = ", ".join(escape(point.name, 20) for point in evaluation.points if point.ridge is None)
+    starts = ", ".join(short_name(point.name, 20) for point in evaluation.points if point.ridge is None)
     names = short_names([task.model for task in evaluation.tasks], 30)
     legend_lines = math.ceil(len(names) / _COLUMNS)
     sheet = Sheet.new(
