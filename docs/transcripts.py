@@ -29,7 +29,7 @@ models:
   - model: ./models/numbers
     parameters: {dataset: data/numbers.jsonl}    # its `text` column
 parameters:
-  evaluate: true
+  objective: joint
 out_dtype: bfloat16
 """
 COMPARED = RECIPE.replace(

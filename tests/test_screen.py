@@ -332,6 +332,33 @@ def test_a_merge_that_was_not_measured_says_how_to(tiny, write_recipe, tmp_path)
     assert "How good is it? Not measured: `evaluate: true`" in result.output
 
 
+@pytest.mark.parametrize(
+    ("kinds", "lines"),
+    [
+        (["model"], ["whole model"]),
+        (["embed", "layer", "head"], ["layers"]),
+        (["embed", "attention_head", "mlp", "norm", "head"], ["attention", "MLP", "norms"]),
+        (["embed", "attention", "another", "norm"], ["attention", "norms", "another"]),
+    ],
+)
+def test_weights_of_every_kind_have_a_line(kinds, lines):
+    """Whole models, layers, heads, norms, and kinds that nobody has named; a norm without a layer is the last one."""
+    entries = [
+        SubmoduleAlphas(name=f"{kind}.{layer}", kind=kind, layer=layer, tensors=(f"{kind}.{layer}.weight",),
+                        alpha=(0.5, 0.25), stderr=None, condition=None, rank=None, residual=0.5, flags=("extreme",))
+        for kind in kinds
+        for layer in ([None] if kind in ("model", "embed", "head") else [0, 1, 2, 3, *[None] * (kind == "norm")])
+    ]  # fmt: skip
+    known = {"granularity": "layer", "base_model": "b", "models": ("x/e", "y/e"), "calibration": {}, "provenance": {}}
+    text = screen.plain(*describe_alphas(Alphas(submodules=entries, **known)))
+    rows = [line for line in text.splitlines() if "0.500" in line or "0.250" in line]
+    assert len(rows) == 2 * len(lines)
+    assert all(part in row for row, part in zip(rows, lines * 2, strict=True))
+    assert rows[0].startswith("x/e ")
+    assert rows[len(lines)].startswith("y/e ")
+    assert "extreme " in text
+
+
 def test_weights_of_matrices_are_told_apart_by_their_names():
     """With `granularity: linear` attention, MLP and norms have lines of their own."""
     names = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "input_layernorm", "mixer.in_proj"]

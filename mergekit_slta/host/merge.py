@@ -193,11 +193,18 @@ def _run(
         if replaced:
             job.say(f"Replaced weights of another origin in {show(out)}: {listing(replaced)}")
         if not options.quiet:
-            is_evaluated = recipe.settings.evaluate
-            print_parts(*describe_merge(alphas, out, took, warnings, is_evaluated=is_evaluated), err=True)
+            _say_end(alphas, out, took, warnings, is_evaluated=recipe.settings.evaluate)
         return result
     finally:
         forget_loaders(recipe.models)
+
+
+def _say_end(alphas: Alphas, out: Path, took: Took, warnings: Sequence[str], *, is_evaluated: bool) -> None:
+    """Print what a merge has made. A failure is logged: the merge is complete."""
+    try:
+        print_parts(*describe_merge(alphas, out, took, warnings, is_evaluated=is_evaluated), err=True)
+    except Exception as error:
+        LOG.warning("%s is complete, and what it holds cannot be printed (%s)", show(out), show(error))
 
 
 def _took(job: Job) -> Took:

@@ -86,9 +86,9 @@ def _plan(job: Job) -> Iterator[tuple[str, str]]:
     yield "settings", ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
     yield "precision", _precision(job)
     if recipe.directions:
-        yield "directions", "models without a task; their weights are found from the others' rows"
+        yield "direction", "a model without a task; its weights are found from the others' rows"
     if recipe.closed_form is not None:
-        yield "", f"{recipe.closed_form} is computed from the experts' weights"
+        yield "direction", f"{recipe.closed_form} is computed from the experts' weights"
     if not settings.needs_rows:
         yield "rows", "no rows needed: the weights are a closed form of the experts'"
     yield from _measuring(job)
@@ -212,7 +212,10 @@ def _free(job: Job) -> str:
     """How much of the device's memory is free now."""
     if not is_here(job.device) or job.device.type not in ("cpu", "cuda"):
         return ""
-    free = psutil.virtual_memory().available if job.device.type == "cpu" else torch.cuda.mem_get_info(job.device)[0]
+    try:
+        free = psutil.virtual_memory().available if job.device.type == "cpu" else torch.cuda.mem_get_info(job.device)[0]
+    except RuntimeError:  # another process has all of it
+        return ""
     return f"; {describe_bytes(free)} are free now"
 
 
