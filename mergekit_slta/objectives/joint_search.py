@@ -296,8 +296,7 @@ class _Search:
     def _report(self, name: str, how: object) -> None:
         values = self._weighted(self._found.divergences.T)
         self._say(
-            f"{name}: {float(values.min() / values[0]):.1%} of the base's divergence from the experts is left on "
-            f"held-out rows ({how})"
+            f"{name}: {float(values.min() / values[0]):.1%} of the base's divergence is left on held-out rows ({how})"
         )
 
 

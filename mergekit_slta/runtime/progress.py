@@ -93,6 +93,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line, unless quiet."""
+        self._said = time.monotonic()
         if self._bars is not None:
             self._bars.console.print(Text(show(line, 1000)))
         elif not self._quiet:
@@ -122,7 +123,7 @@ class Progress:
         if self._quiet or silent < SECONDS_BETWEEN_LINES or share >= 1:
             return
         if share - self._said_done >= SHARE_BETWEEN_LINES or silent >= LONGEST_SILENCE:
-            self._said, self._said_done = now, share
+            self._said_done = share
             self.say(f"{self.title}: {share:.0%}, {self.rest}")
 
 
