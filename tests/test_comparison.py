@@ -288,6 +288,7 @@ def test_what_is_written_and_printed(done):
     assert {path.name for path in (folder / "out").iterdir()} == FILES
     assert not [*folder.rglob("*model*.safetensors")]
     assert found.verdict in printed
+    assert "takes about" in printed
     for model in found.scored:
         assert [line for line in printed.splitlines() if line.startswith(model.label[:40])], model.label
     text = (folder / "out" / "slta_compare.md").read_text()
@@ -436,14 +437,17 @@ def test_a_larger_vocabulary(better, tmp_path, options):
         assert np.array(own.losses) == pytest.approx(np.array(other.losses), rel=0.1)
 
 
-def test_directions_and_methods_that_do_not_apply(better, tiny, tmp_path, options):
-    """A model without a task has no weight in mergekit's methods; `data_free` is left out, and the line says why."""
+def test_directions_and_methods_that_do_not_apply(better, tiny, tmp_path, options, monkeypatch):
+    """A model without a task has no weight in mergekit's methods, and `data_free` refuses it. Features on the disk give
+    the same scores, and are removed."""
     recipe = recipe_of(better)
     plain = compare(recipe, tmp_path / "plain", options, methods=["average"])
+    monkeypatch.setattr("mergekit_slta.comparison.scoring.ACTIVATIONS_IN_MEMORY", 0)
     recipe["models"].append({"model": str(tiny.experts[2]), "parameters": {"role": "direction"}})
     found = compare(recipe, tmp_path / "out", options, methods=["average"])
     assert found.models == plain.models
     assert [model.losses for model in found.scored] == [model.losses for model in plain.scored]
+    assert not (tmp_path / "out" / ".slta_comparing").exists()
     with refused(RecipeError, "conflicting-keys", "direction"):
         compare(recipe, tmp_path / "out", options, methods=["data_free"])
 

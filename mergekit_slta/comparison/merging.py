@@ -31,12 +31,14 @@ from mergekit_slta.files.targets import check_alphas_target, check_overwrite, ch
 from mergekit_slta.host.finish import finish_output
 from mergekit_slta.host.method import register
 from mergekit_slta.host.wrap import wrap_run_merge
+from mergekit_slta.job.forecast import forecast
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit_plan import defined, quiet_log
+from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import TASK_KEYS
-from mergekit_slta.runtime.clock import Clock
+from mergekit_slta.runtime.clock import Clock, describe_phases
 
 _MARK = "# Written by `mergekit-slta compare`"
 """Begins every recipe that is written here. A recipe without it is the user's."""
@@ -127,7 +129,10 @@ class Merger:
             if path is None:
                 path = self._alphas(method)
                 with clock.phase("calibrate"):
-                    calibrate_to(self._prepare(method), path)
+                    job = self._prepare(method)
+                    if not path.exists():
+                        _say_time(job)
+                    calibrate_to(job, path)
             fitted = self._check_unseen(Alphas.load(path))
             config.parameters = {**(config.parameters or {}), "alphas": str(path)}
         with clock.phase("merge"), torch.random.fork_rng(devices=[]), quiet_log(_PACKAGE):
@@ -219,6 +224,14 @@ class Merger:
 
     def _recipe(self, method: Method) -> Path:
         return self._out / RECIPES_FOLDER / f"{as_file_name(method.name)}.yml"
+
+
+def _say_time(job: Job) -> None:
+    """Say how long a calibration will take, unless quiet: a trial on the device takes about a second."""
+    seconds = None if job.options.quiet else forecast(job, estimate(job).phases)
+    most = "at most " * (getattr(job.recipe.settings.own, "steps", None) == "auto")
+    if seconds is not None:
+        job.say(f"takes {most}about {describe_phases(seconds)}")
 
 
 def _is_ours(path: Path) -> bool:

@@ -143,7 +143,7 @@ def _make(given: MergeConfiguration, job: Job, name: str, out_dtype: str | None,
     if kind in ("ties", "dare") and len(job.experts) < 2:
         raise RecipeError(
             f"--methods names {kind}, which combines experts, and the recipe has one: choose one of "
-            f"{listing(each for each in NAMES if each not in DENSITIES)}",
+            f"{listing(each for each in NAMES if each not in (*DENSITIES, DATA_FREE))}",
             code="invalid-value",
         )
     if kind == AVERAGE:
