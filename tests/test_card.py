@@ -221,6 +221,18 @@ def test_a_licence_is_claimed_where_all_agree(stated, agreed, words):
     assert "licence" not in section(alphas, [])  # where nothing is known, nothing is said
 
 
+@pytest.mark.parametrize(("license", "warned"), [("mit", True), ("apache-2.0", False)])
+def test_a_merge_warns_where_licences_differ(merged, tmp_path, caplog, license, warned):
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    record_sources(out, Sources(models={
+        "a": Source(hub=(None,), license=APACHE), "b": Source(hub=(None,), license={"license": license}),
+    }))  # fmt: skip
+    module.add_section(out)
+    assert ("the licences of the models differ" in caplog.text) == warned
+    assert ("**Warning.** The licences" in (out / "README.md").read_text()) == warned
+
+
 @pytest.mark.parametrize(("objective", "cited"), [
     ("joint", ["mergekit_slta"]), ("features", ["mergekit_slta", "dai2025submodule"]),
     ("data_free", ["mergekit_slta", "wei2026spectral"]),

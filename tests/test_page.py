@@ -278,6 +278,9 @@ def test_the_page_of_a_file_goes_where_it_is_told(out, tmp_path):
         assert (tmp_path / "new" / target.name / "slta_report.html").is_file()
     assert not (out / "slta_report.html").exists()
     assert "slta_report.html" not in recorded(out)
+    result = slta("report", out, "--html", "-o", tmp_path / "page.html")
+    assert_refused(result, "not-a-folder", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])

@@ -93,6 +93,15 @@ def _comparable(stated: Mapping[str, str]) -> dict[str, str]:
     return {"license": license} if license not in ("other", "") else {**stated, "license": license}
 
 
+def licenses_differ(sources: Sources) -> bool:
+    """Whether the cards of all models of a merge state a licence, and not the same one."""
+    return (
+        bool(sources.models)
+        and not agreed_license(sources)
+        and all(source.license.get("license") for source in sources.models.values())
+    )
+
+
 def describe_license(sources: Sources, names: PublicNames, code: Any) -> str:
     """What a card says of the licence; empty if nothing is known of the merge's models."""
     if not sources.models:
@@ -105,7 +114,7 @@ def describe_license(sources: Sources, names: PublicNames, code: Any) -> str:
         shown = agreed.get("license_name") or agreed["license"]
         return f"Licence: {code(shown)}, as the cards of all of them say."
     shown = ", ".join(f"{code(names.model(label))} {code(text) if text else 'none'}" for label, text in stated.items())
-    if all(stated.values()):
+    if licenses_differ(sources):
         return (
             f"**Warning.** The licences of the models differ, and none is claimed for the merge: {shown}. Which terms "
             "apply has to be found out before the model is used or passed on."

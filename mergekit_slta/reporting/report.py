@@ -33,7 +33,7 @@ from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.settings import METHOD
 from mergekit_slta.reporting.card import replace_section, section
 from mergekit_slta.reporting.figures.draw import draw
-from mergekit_slta.reporting.metadata import front_matter
+from mergekit_slta.reporting.metadata import front_matter, licenses_differ
 from mergekit_slta.reporting.names import PublicNames
 from mergekit_slta.reporting.page import is_page, write_page
 from mergekit_slta.reporting.public_recipe import public_recipe
@@ -68,6 +68,10 @@ def report(target: Path, folder: Path | None = None, *, html: bool = False) -> l
         OutputError: a figure or the card cannot be written, `folder` is a file, or the card's front matter is not YAML.
     """
     if folder is not None:
+        if folder.suffix.lower() in (".html", ".png", ".svg") and not folder.is_dir():
+            raise OutputError(
+                f"{show(folder)} is a file; name a folder: {PAGE_NAME} is written there", code="not-a-folder"
+            )
         check_writable(folder)
     beside = target if target.is_dir() else target.parent
     page = (folder or beside) / PAGE_NAME
@@ -152,6 +156,8 @@ def add_section(out: Path) -> None:
         for source in filter(None, _read(out)):
             draw(source, out)
         _write_section(out, is_new=True)
+        if licenses_differ(recorded_sources(out)):
+            LOG.warning("the licences of the models differ: the model card says which, and claims none for the merge")
     except Exception as error:
         LOG.warning(
             "the model card lacks its section on the merge (%s): `mergekit-slta report OUT` adds it", show(error)
