@@ -9,17 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import BENCHMARK_MARKS, BENCHMARKS, EXAMPLES, importable, run_here
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
-on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-pytestmark = [on_linux, pytest.mark.example]
+pytestmark = BENCHMARK_MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _importable():
-    """The scripts import each other as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
+    with importable(BENCHMARKS):
         yield
 
 
@@ -28,14 +25,9 @@ def in_process(_importable):
     """Run jobs here instead of in processes of their own."""
     import benchmarks
     import jobs
-    import measure
 
     def run_job(job: str, *, folder: Path, threads: int, tree: Path | None = None, **arguments: object) -> dict:
-        clock = measure.Clock()
-        values = json.loads(json.dumps(jobs.JOBS[job][0](clock, **json.loads(json.dumps(arguments)))))
-        for phase in clock.phases.values():
-            measure.add_peaks(phase, [])
-        return {"import_seconds": 1.0, "phases": clock.phases, "values": values}
+        return run_here(jobs.JOBS, job, arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks, "run_job", run_job)
@@ -54,7 +46,7 @@ def test_quick_benchmarks_give_tables(in_process, workdir, name):
     """Each runs with --quick, and what it found becomes a section without a hole."""
     import run
 
-    arguments = ["--other", str(FOLDER.parent.parent)] if name == "versions" else []
+    arguments = ["--other", str(EXAMPLES.parent)] if name == "versions" else []
     assert run.main([str(workdir), "--quick", "--only", name, *arguments]) == 0
     text = (workdir / "results.md").read_text()
     assert f"## {name}" in text
@@ -119,7 +111,7 @@ def test_what_check_predicts_is_read_from_its_output():
 @pytest.mark.process
 def test_startup(workdir):
     """The command itself, on the benchmark that starts no job."""
-    command = [sys.executable, str(FOLDER / "run.py"), str(workdir / "startup"), "--quick", "--only", "startup"]
+    command = [sys.executable, str(BENCHMARKS / "run.py"), str(workdir / "startup"), "--quick", "--only", "startup"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "with the .pth less without" in done.stdout
@@ -132,7 +124,7 @@ def test_peaks_and_phases_come_from_a_process_of_its_own(workdir, monkeypatch):
 
     job = workdir / "job.py"
     job.write_text(
-        f"import sys, json, time; sys.path.insert(0, {str(FOLDER)!r})\n"
+        f"import sys, json, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "from measure import Clock\n"
         "clock = Clock()\n"
         "with clock.phase('small'): time.sleep(0.02)\n"

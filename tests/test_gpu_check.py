@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import BENCHMARK_MARKS, BENCHMARKS, importable, run_here
 
 from mergekit_slta.runtime.progress import Progress
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
-on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-pytestmark = [on_linux, pytest.mark.example]
+pytestmark = BENCHMARK_MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _importable():
-    """The scripts import each other as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
+    with importable(BENCHMARKS):
         yield
 
 
@@ -30,17 +27,12 @@ def gpu_check(_importable, tmp_path_factory):
     import gpu
     import gpu_jobs
     import gpu_parts
-    import measure
     import workload
 
     folder = tmp_path_factory.mktemp("gpu")
 
     def run_job(job: str, *, folder: Path, threads: int, script: Path, **arguments: object) -> dict:
-        clock = measure.Clock()
-        values = json.loads(json.dumps(gpu_jobs.JOBS[job][0](clock, **json.loads(json.dumps(arguments)))))
-        for phase in clock.phases.values():
-            measure.add_peaks(phase, [])
-        return {"import_seconds": 1.0, "phases": clock.phases, "values": values}
+        return run_here(gpu_jobs.JOBS, job, arguments)
 
     def run(*arguments: str) -> int:
         common = ["--device", "cpu", "--quick", "--threads", "1", "--experts", "2", "--models", str(folder)]

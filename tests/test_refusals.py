@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_applied, assert_refused, fork, mergekit_yaml, run, script, slta, stock_command, tensors
+from conftest import assert_applied, assert_refused, fork, mergekit_yaml, slta, stock_command, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -240,9 +240,9 @@ def test_nan_is_refused_while_calibrating(tiny, make_models, write_recipe, tmp_p
 def test_refusal_in_a_process_of_its_own(tiny, write_recipe, tmp_path):
     """The stock command on a bad recipe: one line on stderr, exit code 2, no traceback; with -v the traceback."""
     path = write_recipe(tiny.recipe(2, granularity="all"))
-    result = run(script("mergekit-yaml"), path, "out", cwd=tmp_path)
-    assert_refused(result, "invalid-value", "`granularity`", "'all'")
-    assert "Traceback" in fork(stock_command, str(path), "out", "-v", cwd=tmp_path).ended().stderr
+    brief, verbose = [fork(stock_command, str(path), "out", *more, cwd=tmp_path) for more in ((), ("-v",))]
+    assert_refused(brief.ended(), "invalid-value", "`granularity`", "'all'")
+    assert "Traceback" in verbose.ended().stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,20 +11,16 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_tokenizer
+from example_scripts import EXAMPLES, importable
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.example
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
-    """The example's modules; their bare names are those of other examples' modules, too, and are given back."""
-    folders = [EXAMPLES / "reproduce", EXAMPLES / "smollm2"]
-    names = {path.stem for folder in folders for path in folder.glob("*.py")}
-    before, path = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}, list(sys.path)
-    sys.path[:0] = map(str, folders)
-    try:
+    """The example's modules."""
+    with importable(EXAMPLES / "reproduce", EXAMPLES / "smollm2"):
         import claims
         import costs
         import data_free
@@ -42,11 +37,6 @@ def example():
             claims=claims, costs=costs, data_free=data_free, five_tasks=five_tasks, gaps=gaps, grids=grids,
             merging=merging, methods=methods, repeat=repeat, run=run, tables=tables,
         )  # fmt: skip
-    finally:
-        sys.path[:] = path
-        for name in names & sys.modules.keys():
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 def scores(tasks, value: float) -> dict:

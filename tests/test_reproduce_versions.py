@@ -13,20 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_config, make_tokenizer
+from example_scripts import EXAMPLES, importable
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.example
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
-    """The example's modules; their bare names are those of other examples' modules, too, and are given back."""
-    folders = [EXAMPLES / "reproduce", EXAMPLES / "smollm2"]
-    names = {path.stem for folder in folders for path in folder.glob("*.py")}
-    before, path = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}, list(sys.path)
-    sys.path[:0] = map(str, folders)
-    try:
+    """The example's modules."""
+    with importable(EXAMPLES / "reproduce", EXAMPLES / "smollm2"):
         import compare_versions
         import five_tasks
         import paired
@@ -39,11 +35,6 @@ def example():
             compare_versions=compare_versions, five_tasks=five_tasks, paired=paired, scoring=scoring, shared=shared,
             splits=splits, versions=versions,
         )  # fmt: skip
-    finally:
-        sys.path[:] = path
-        for name in names & sys.modules.keys():
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 def question(text: str) -> list[dict[str, str]]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import PLAIN_JOINT
+from example_scripts import EXAMPLES, importable
 
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.maths.ridges import SMALLEST_RIDGE
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "small_problems"
 UPDATES, BASE_UPDATES, ROWS = 80, 200, 160
 """Training updates and calibration rows: fewer than in the example."""
 NUMBERS = {"plain": 0, "weak": 33, "shared": 42}
@@ -27,11 +26,8 @@ pytestmark = pytest.mark.example
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[SimpleNamespace]:
-    """The example's modules; their bare names are those of other examples' modules, too, and are given back."""
-    names = {"problems", "run"}
-    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
+    """The example's modules, with less training."""
+    with importable(EXAMPLES / "small_problems"), pytest.MonkeyPatch.context() as patch:
         import problems
         import run
 
@@ -42,9 +38,6 @@ def example() -> Iterator[SimpleNamespace]:
         patch.setitem(run.METHODS, "features", {"objective": "features", "num_samples": 16})
         patch.setitem(run.METHODS, "joint", SMALL_STEPS)
         yield SimpleNamespace(problems=problems, run=run)
-    for name in names & sys.modules.keys():
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")
