@@ -41,6 +41,7 @@ from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
 
 torch.set_num_threads(1)  # tiny products: threads only get in each other's way
+transformers.PretrainedConfig.__repr__ = object.__repr__  # every load formats the config for a log that is off
 os.fsync = lambda _: None  # waiting for the disk is a good part of a tiny run, and no test cuts the power
 
 CHAT_TEMPLATE = (

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import Models, assert_refused, make_tokenizer, refused, tensors
+from click.testing import Result
+from conftest import Models, assert_refused, make_tokenizer, mergekit_yaml, refused, tensors
 from mergekit.io.tasks import GatherTensors
-from mergekit.scripts import run_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +23,7 @@ QUIET = ["--quiet"]
 
 
 def merge(recipe: Path, out: Path, *options: object) -> Result:
-    return CliRunner().invoke(run_yaml.main, [str(recipe), str(out), *QUIET, *map(str, options)])
+    return mergekit_yaml(recipe, out, *QUIET, *options)
 
 
 def adapter(models: Models, folder: Path, seed: int, **config: object) -> tuple[Path, Path]:

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
-from conftest import assert_refused, refused, slta, tensors
+from conftest import assert_refused, mergekit_yaml, refused, slta, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get as stock_method
 from mergekit.parameter_resolver import resolve_parameters
-from mergekit.scripts import run_yaml
 from transformers import AutoTokenizer
 
 import mergekit_slta.recipe.stock_recipe as export_room
@@ -25,11 +23,6 @@ from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]
-
-
-def plugin_merge(*arguments: object) -> Result:
-    """The stock command in this process, where the plugin is registered."""
-    return CliRunner().invoke(run_yaml.main, [*map(str, arguments), *QUIET])
 
 
 def units_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -60,10 +53,12 @@ def assert_same_merge(one: Path, other: Path, tokens: int | None = None) -> None
     assert differ <= max(3, total // 10_000), f"{differ} of {total}"
 
 
-def merged(models, write_recipe, out: Path, recipe: dict | None = None, **parameters: object) -> Path:
-    """A merge with the plugin; returns its folder."""
+def merged(
+    models, write_recipe, out: Path, recipe: dict | None = None, *, card: bool = False, **parameters: object
+) -> Path:
+    """A merge with the plugin; returns its folder, which holds mergekit's copy of the recipe if it has a card."""
     recipe = recipe or {**models.recipe(**parameters), "out_dtype": "bfloat16"}
-    result = plugin_merge(write_recipe(recipe, f"{out.name}.yml"), out)
+    result = mergekit_yaml(write_recipe(recipe, f"{out.name}.yml"), out, *QUIET, card=card)
     assert result.exit_code == 0, result.output
     return out
 
@@ -77,7 +72,7 @@ def test_stock_mergekit_gives_the_same_merge(make_models, write_recipe, tmp_path
     models = make_models("llama", num_experts=3, num_layers=12, tied=tied, dtype=torch.bfloat16)
     scale = {"lambda": 0.8} if tied else {}
     out = merged(models, write_recipe, tmp_path / "plugin", granularity=granularity, **scale)
-    result = slta("export", out / "slta_alphas.json", "-o", tmp_path / "stock.yml")
+    result = slta("export", out, "--recipe", tmp_path / "plugin.yml", "-o", tmp_path / "stock.yml")
     assert result.exit_code == 0, result.output
     recipe = yaml.safe_load((tmp_path / "stock.yml").read_text())
     assert recipe["merge_method"] == "task_arithmetic"
@@ -129,7 +124,7 @@ def test_recipe_supplies_tokenizer_and_chat_template(make_models, write_recipe, 
 def test_output_dtype_without_one_in_the_recipe(make_models, write_recipe, tmp_path):
     """A recipe without `out_dtype` keeps the checkpoints' dtype, which is looked up; each source is said."""
     models = make_models("llama", num_experts=2, dtype=torch.bfloat16)
-    out = merged(models, write_recipe, tmp_path / "plugin", models.recipe())
+    out = merged(models, write_recipe, tmp_path / "plugin", models.recipe(), card=True)
     assert weights_dtype(out) == "bfloat16"
     result = slta("export", out / "slta_alphas.json")
     assert result.exit_code == 0, result.output
