@@ -9,12 +9,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import mergekit_yaml, read, slta
 
 from mergekit_slta.data.rows import Row
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.job import job as job_file
+from mergekit_slta.job import preflight
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.objectives import phases
+from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.reporting import row_view
+from mergekit_slta.reporting.plan import describe_job, numbers_of_job
 from mergekit_slta.reporting.terminal import describe_alphas
 from mergekit_slta.runtime import progress as progress_bar
 from mergekit_slta.runtime import screen
@@ -179,6 +185,33 @@ def test_check_shows_the_rows_as_the_model_sees_them(hostile, write_recipe, opti
     assert found["precision"] == {"features": "float32", "products": "float32"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_fast", "products", "line"),
+    [
+        ({}, True, "float32", "float32 (`compute_dtype: auto`)"),
+        ({"objective": "joint"}, True, "bfloat16", "float32; the layers' products in bfloat16 (`compute_dtype: auto`)"),
+        ({"objective": "joint"}, False, "float32", "float32 (`compute_dtype: auto`: cpu has no fast bfloat16)"),
+        ({"objective": "joint", "compute_dtype": "float64"}, True, "float64", "float64 (`compute_dtype: float64`)"),
+    ],
+)
+def test_check_says_what_auto_stands_for(plenty, options, monkeypatch, settings, is_fast, products, line):
+    """In the text and in JSON; a calibration records it."""
+    for place in (job_file, preflight, phases):
+        monkeypatch.setattr(place, "has_fast_bfloat16", lambda _: is_fast)
+    job = prepare(read(plenty.recipe_with_answers(num_samples=2, **settings)), options, plan_only=True)
+    costs = estimate(job)
+    assert numbers_of_job(job, costs, None)["precision"]["products"] == products
+    assert f"precision   {line}" in screen.plain(*describe_job(job, costs)).splitlines()
+
+
+def test_a_device_that_is_elsewhere_decides_there(plenty, write_recipe, monkeypatch):
+    """Whether a GPU multiplies in bfloat16 is not known before it is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = slta("check", write_recipe(plenty.recipe_with_answers(objective="joint")), "--cuda")
+    assert result.exit_code == 0, result.output
+    assert "precision   float32; the layers' products in bfloat16 if cuda is fast at it" in result.stdout
+
+
 def test_a_row_without_an_answer_within_its_tokens_says_so(hostile, options):
     """A cut that leaves no token of the answer, and a row that is its own answer."""
     job = prepare(read(hostile), options, for_merge=False)
@@ -311,6 +344,7 @@ def test_a_merge_ends_with_what_it_made(plenty, write_recipe, tmp_path, monkeypa
         for kind in ("embed", "head"):
             (entry,) = [each for each in alphas.submodules if each.kind == kind]
             assert f"{entry.alpha[column]:.3f}" in lines[first]
+    assert alphas.calibration["products"] == "float32"
     assert "on rows that were not fitted" in stock.stderr
     warnings = [line for line in lines if line.startswith("warning ")]
     assert any("measured on 3 rows: neither the choice" in line for line in warnings)
