@@ -327,7 +327,7 @@ def test_check_names_the_templates(chats, write_recipe, caplog):
     with caplog.at_level("WARNING"):
         result = slta("check", write_recipe(recipe))
     assert result.exit_code == 0, result.output
-    assert result.output.count("its own chat template renders its rows") == 2
+    assert result.output.count("; its own chat template") == 2
     (warning,) = [record.getMessage() for record in caplog.records if "of its own" in record.message]
     assert recipe["models"][0]["model"] in warning
     assert "the merged model gets another: its own renders its rows" in warning
@@ -335,7 +335,7 @@ def test_check_names_the_templates(chats, write_recipe, caplog):
     recipe["chat_template"] = "mistral"
     with caplog.at_level("WARNING"):
         result = slta("check", write_recipe(recipe))
-    assert result.output.count("the merged model's chat template renders its rows") == 2
+    assert result.output.count("; the merged model's chat template") == 2
     assert sum("the merged model gets another: the merged model's renders" in record.message
                for record in caplog.records) == 2  # fmt: skip
     caplog.clear()
