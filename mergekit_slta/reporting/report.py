@@ -207,7 +207,8 @@ def _write_section(out: Path, *, is_new: bool = False) -> Path:
         temporary.write_bytes(text.encode("utf-8"))
         if not has_tag or is_new:  # otherwise the front matter is not reformatted
             is_causal = usage is not None and usage.is_causal
-            metadata_save(temporary, front_matter(alphas, names, sources, name, is_causal=is_causal, given=given))
+            kept = {} if is_new else given  # mergekit lists the models in another order in every run
+            metadata_save(temporary, front_matter(alphas, names, sources, name, is_causal=is_causal, given=kept))
 
     write_atomically(path, write)
     return path
