@@ -23,7 +23,9 @@ MARK = "<!-- Written by `mergekit-slta compare`. -->"
 
 def describe_comparison(comparison: Comparison) -> list[RenderableType]:
     """The table for a terminal, with notes; the verdict is the last line."""
-    header, *rows = _cells(comparison)
+    header, *cells = _cells(comparison)
+    best = [model.kind == "merge" and model.name == comparison.best for model in comparison.scored]
+    rows = [[text(cell, "bold") if is_best else cell for cell in row] for row, is_best in zip(cells, best, strict=True)]
     return [Columns(header, rows), "", *map(text, _notes(comparison)), "", text(comparison.verdict, "bold")]
 
 
