@@ -14,7 +14,7 @@ import mergekit.io.tensor_writer
 import mergekit.merge
 import pytest
 import torch
-from conftest import assert_refused, check_message, fork, mergekit_yaml, slta, tensors
+from conftest import assert_refused, check_message, fork, mergekit_yaml, read, slta, tensors
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
@@ -25,9 +25,11 @@ from mergekit_slta.files import statistics_file as gram
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.host import method
 from mergekit_slta.job import preflight
+from mergekit_slta.job.preflight import prepare
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.runtime import activations as tape
 from mergekit_slta.runtime import resume as records
+from mergekit_slta.runtime.interruption import interruptible
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 NO_MEMORY = RuntimeError(
@@ -162,11 +164,18 @@ def test_an_interruption_says_how_to_go_on(tiny, tmp_path, write_recipe, monkeyp
 
 
 def test_an_interruption_before_the_calibration(tiny, tmp_path, write_recipe, monkeypatch):
-    """Nothing is there yet but what was downloaded."""
+    """Nothing is there yet but what was downloaded. `check` and Python's `check` have nothing that could go on."""
+    recipe = tiny.recipe(2)
     monkeypatch.setattr(preflight, "load_tokenizer", failing(preflight.load_tokenizer, KeyboardInterrupt()))
-    result = mergekit_yaml(write_recipe(tiny.recipe(2)), tmp_path / "out")
-    assert_interrupted(result, "finished downloads are kept")
+    assert_interrupted(mergekit_yaml(write_recipe(recipe), tmp_path / "out"), "finished downloads are kept")
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(preflight, "load_tokenizer", failing(preflight.load_tokenizer, KeyboardInterrupt()))
+    assert_interrupted(slta("calibrate", write_recipe(recipe), "-o", tmp_path / "a.json"), "downloads are kept")
+    monkeypatch.setattr(preflight, "load_tokenizer", failing(preflight.load_tokenizer, KeyboardInterrupt()))
+    assert slta("check", write_recipe(recipe)).output.splitlines()[-1] == "Aborted!"
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(preflight, "load_tokenizer", failing(preflight.load_tokenizer, KeyboardInterrupt()))
+        prepare(read(recipe), MergeOptions(quiet=True))
 
 
 def test_a_program_gets_its_own_interrupt(tiny, tmp_path, monkeypatch, capsys):
@@ -176,6 +185,9 @@ def test_a_program_gets_its_own_interrupt(tiny, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         mergekit.merge.run_merge(configuration, str(tmp_path / "out"), MergeOptions(quiet=True))
     assert capsys.readouterr().err.startswith("Interrupted: 1 finished part is kept; run the same command again")
+    with pytest.raises(KeyboardInterrupt), interruptible(lambda: "outer"), interruptible(lambda: "inner"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "Interrupted: inner\n"
 
 
 def test_a_shard_that_goes_missing_meanwhile(make_models, tmp_path, write_recipe, monkeypatch):

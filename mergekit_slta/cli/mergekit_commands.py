@@ -111,6 +111,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     from mergekit_slta.recipe.read import read_recipe
     from mergekit_slta.reporting.terminal import describe_alphas
     from mergekit_slta.runtime.distributed import joined, own_device
+    from mergekit_slta.runtime.interruption import before_calibration, interruptible
     from mergekit_slta.runtime.screen import print_parts
 
     merge_options.apply_global_options()
@@ -126,7 +127,8 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
             mark, day = ranks.broadcast(None)
             help_calibrate(prepare(read, merge_options, for_merge=False, day=day), ranks, mark)
             return
-        job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]))
+        with interruptible(before_calibration):
+            job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]))
         ranks.broadcast((statistics_fingerprint(job), job.day))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:

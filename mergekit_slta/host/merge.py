@@ -51,7 +51,7 @@ from mergekit_slta.libraries.mergekit_plan import defined
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
 from mergekit_slta.reporting.terminal import describe_merge
-from mergekit_slta.runtime.interruption import interruptible
+from mergekit_slta.runtime.interruption import before_calibration, interruptible
 from mergekit_slta.runtime.screen import print_parts
 from mergekit_slta.runtime.warnings_log import collected_warnings
 
@@ -144,13 +144,14 @@ def _run(
     path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
-    job = prepare(
-        recipe,
-        options,
-        need_rows=not (named and path.exists()),
-        day=recorded_day(places),
-        before_reading=lambda planned: check_before_reading(planned, out, places, named=named is not None),
-    )
+    with interruptible(before_calibration):
+        job = prepare(
+            recipe,
+            options,
+            need_rows=not (named and path.exists()),
+            day=recorded_day(places),
+            before_reading=lambda planned: check_before_reading(planned, out, places, named=named is not None),
+        )
     recipe = job.recipe
     check_disk_space(job, out, places)
     own = places[0] if named else places[1]

@@ -35,12 +35,10 @@ from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
-from mergekit_slta.runtime.interruption import interruptible
 
 LOG = logging.getLogger(__name__)
 
 
-@interruptible(lambda: "no weight was merged yet, and finished downloads are kept; run the same command again")
 def prepare(
     recipe: Recipe,
     options: MergeOptions,
@@ -70,7 +68,6 @@ def prepare(
     Raises:
         ModelError, DataError, RunError: the first check that fails.
         OutputError: the disk has no room for the downloads.
-        InterruptionError: Ctrl-C in a command.
     """
     _check_device(options, recipe.settings.compute_dtype, plan_only)
     _check_chat_template(recipe.config.chat_template)
