@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: the tables of docs/recipe.md and docs/models.md.
+"""Write the generated parts of the documentation: the tables of recipe.md and models.md, the output in session.md.
 
     python docs/generate.py
 
@@ -106,6 +106,9 @@ def parts() -> dict[str, dict[str, str]]:
     return {
         "recipe.md": {"keys of a model": rows_of(TaskSettings), "keys of all": shared, **own},
         "models.md": {"architectures": table()},
+        "session.md": {
+            "session": f"```text\n{(DOCS / 'output' / 'session.txt').read_text(encoding='utf-8').strip()}\n```"
+        },
     }
 
 

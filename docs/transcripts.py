@@ -42,6 +42,11 @@ TRANSCRIPTS = {
     "compare": ["mergekit-slta compare compare.yml --quiet"],
 }
 """Name -> the commands that are run in turn."""
+_SESSION = re.findall(
+    r"^\$ (.*)", re.sub(r"\\\n\s*", "", (OUTPUT.parent / "session.md").read_text(encoding="utf-8")), re.MULTILINE
+)[2:]
+"""The commands of docs/session.md behind the demo."""
+TRANSCRIPTS["session"] = _SESSION
 _MODULES = {"mergekit-slta": "mergekit_slta", "mergekit-yaml": "mergekit.scripts.run_yaml"}
 
 

@@ -28,7 +28,7 @@ A recipe is a file's path, its content as a mapping, or mergekit's `MergeConfigu
 `MergeOptions` (device, caches, ...).
 
 Every error is a SltaError with a one-line message and a `code`: RecipeError, DataError, ModelError, AlphasError,
-OutputError, RegistrationError, RunError. `help(mergekit_slta.merge)` has the details of `merge`.
+OutputError, RegistrationError, RunError, InterruptionError. `help(mergekit_slta.merge)` has the details of `merge`.
 """
 
 from mergekit_slta import _autoload
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and the documentation
     from mergekit_slta.comparison.compare import compare as compare
     from mergekit_slta.errors import AlphasError as AlphasError
     from mergekit_slta.errors import DataError as DataError
+    from mergekit_slta.errors import InterruptionError as InterruptionError
     from mergekit_slta.errors import ModelError as ModelError
     from mergekit_slta.errors import OutputError as OutputError
     from mergekit_slta.errors import RecipeError as RecipeError
@@ -78,8 +79,8 @@ _PUBLIC = {
     "register": "mergekit_slta.host.method",
     "solve": "mergekit_slta.calibration.resolve",
 }
-_ERRORS = "AlphasError DataError ModelError OutputError RecipeError RegistrationError RunError SltaError".split()
-_PUBLIC |= dict.fromkeys(_ERRORS, "mergekit_slta.errors")
+_ERRORS = ("Alphas", "Data", "Interruption", "Model", "Output", "Recipe", "Registration", "Run", "Slta")
+_PUBLIC |= {f"{name}Error": "mergekit_slta.errors" for name in _ERRORS}
 
 
 def __getattr__(name: str):  # PEP 562

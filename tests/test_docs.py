@@ -171,7 +171,7 @@ def test_every_command_is_documented_and_exists(page):
     assert documented == set(cli.main.list_commands(None))
 
 
-@pytest.mark.parametrize("page", ["recipe.md", "models.md"])
+@pytest.mark.parametrize("page", ["recipe.md", "models.md", "session.md"])
 def test_generated_pages_are_what_the_script_writes(page):
     """The tables of keys and of architectures are up to date: `python docs/generate.py`."""
     namespace = runpy.run_path(str(ROOT / "docs" / "generate.py"))
@@ -306,6 +306,7 @@ def test_numbers_with_errors_are_those_of_committed_outputs(page):
     committed = [tuple(map(float, pair)) for pair in re.findall(r"(-?\d+\.?\d*) ± (\d+\.?\d*)", OUTPUTS)]
     stated = re.findall(r"(-?\d+\.\d) ± (\d+\.\d)\b", PAGES[page])
     assert stated
+    assert not [share for share in re.findall(r"\d+% ± \d+%", PAGES[page]) if share not in OUTPUTS]
     for value, error in stated:
         assert any(
             abs(abs(float(value)) - abs(other)) < 0.0501 and abs(float(error) - spread) < 0.0501
