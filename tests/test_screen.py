@@ -182,7 +182,7 @@ def test_check_shows_the_rows_as_the_model_sees_them(hostile, write_recipe, opti
     assert sum(line.startswith("answer |") for line in shown) == 2
     assert not re.search(r"[^\n\x20-\x7e\xa0-\uffff]|\u202e", result.stdout)
     assert found["settings"]["compute_dtype"] == "auto"
-    assert found["precision"] == {"features": "float32", "products": "float32"}
+    assert found["precision"] == {"dtype": "float32", "products": "float32"}
 
 
 @pytest.mark.parametrize(

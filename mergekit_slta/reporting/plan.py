@@ -273,7 +273,7 @@ def numbers_of_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None) 
         "granularity": settings.granularity,
         "submodules": len(job.submodules),
         "settings": {**settings.model_dump(exclude={"own", "stated"}), **settings.own.model_dump()},
-        "precision": {"features": settings.tensor_dtype, "products": job.layer_products},
+        "precision": {"dtype": settings.tensor_dtype, "products": job.layer_products},
         "device": str(job.device),
         "device_is_here": is_here(job.device),
         "seconds": sum(seconds.values()) if seconds else None,
