@@ -11,7 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from test_architectures import job_of
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from whole_models import models_of
 
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
@@ -43,7 +43,7 @@ def own_loss(model, row) -> float:
 
 def expected_losses(models: Models, examples) -> torch.Tensor:
     """[rows, 2] of base and expert, of whole models in memory; NaN for rows without an answer."""
-    base, *experts = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (models.base, *models.experts))
+    base, *experts = models_of(models)
     return torch.tensor(
         [[own_loss(model, each.row) for model in (base, experts[each.task])] for each in examples],
         dtype=torch.float64,
