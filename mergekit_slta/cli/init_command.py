@@ -71,7 +71,7 @@ def init(
     from mergekit_slta.files.targets import check_new_recipe
     from mergekit_slta.job.draft import check_data, checked, draft_task, from_card, look_at, parse_data
     from mergekit_slta.job.draft_text import Draft, recipe_text
-    from mergekit_slta.recipe.objectives import DATA_FREE
+    from mergekit_slta.recipe.objectives import DATA_FREE, FEATURES, JOINT
 
     merge_options.apply_global_options()
     path = output_path(output, RECIPE_NAME)
@@ -104,15 +104,13 @@ def init(
             draft_task(lineage.reference(expert), source)
             for expert, source in zip(lineage.experts, sources, strict=True)
         ],
-        objective="features" if has_rows else DATA_FREE,
+        objective=FEATURES if has_rows else DATA_FREE,
         out_dtype=config_dtype(lineage.base),
     )
     draft = _completed(draft, merge_options, asks)
     if asks and has_rows:
         _say(draft.why_objective)
-        objective = click.prompt(
-            "Objective", type=click.Choice(["features", "joint"]), default=draft.objective, err=True
-        )
+        objective = click.prompt("Objective", type=click.Choice([FEATURES, JOINT]), default=draft.objective, err=True)
         if objective != draft.objective:
             draft = checked(replace(draft, objective=objective), merge_options)[0]
     _say(f"Objective: {draft.objective}" + (f" ({draft.why_objective})" if draft.why_objective else ""))

@@ -19,7 +19,7 @@ from mergekit_slta.files.inside import output_path
 from mergekit_slta.files.names import ALPHAS_NAME
 from mergekit_slta.job.job import Job
 from mergekit_slta.libraries.mergekit import InputModelDefinition
-from mergekit_slta.recipe.objectives import DATA_FREE, OBJECTIVES
+from mergekit_slta.recipe.objectives import DATA_FREE, FEATURES, JOINT, OBJECTIVES
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import METHOD, TASK_KEYS
 
@@ -30,8 +30,8 @@ DENSITIES = {"ties": 0.2, "dare": 0.5}
 _MERGEKITS = {"ties": ("ties", "TIES"), "dare": ("dare_ties", "DARE-TIES")}
 """Name -> mergekit's name of the method, and the label."""
 RECIPE, AVERAGE, TASK_ARITHMETIC = "recipe", "average", "task_arithmetic"
-OURS = ("features", "joint", DATA_FREE)
-NAMES = (AVERAGE, TASK_ARITHMETIC, "ties", "dare", DATA_FREE, "features", "joint", RECIPE)
+OURS = (FEATURES, JOINT, DATA_FREE)
+NAMES = (AVERAGE, TASK_ARITHMETIC, "ties", "dare", DATA_FREE, FEATURES, JOINT, RECIPE)
 """Values of `--methods`, in the order in which they are merged."""
 _ALWAYS = ("base", "experts")
 """Always scored; accepted in `--methods`."""

@@ -29,7 +29,7 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.job.templates import describe_template
 from mergekit_slta.recipe.load import as_config
-from mergekit_slta.recipe.objectives import DATA_FREE
+from mergekit_slta.recipe.objectives import DATA_FREE, JOINT
 from mergekit_slta.recipe.read import read_recipe
 
 ENOUGH_ROWS = 30
@@ -255,7 +255,7 @@ def complete(draft: Draft, options: MergeOptions) -> Draft:
         why = f"`joint` needs {ENOUGH_ROWS} rows with answers for every task; too few for {listing(lacking, 3)}."
         return replace(draft, why_objective=why)
     why = f"Every task has at least {ENOUGH_ROWS} rows with answers."
-    return checked(replace(draft, objective="joint", why_objective=why), options)[0]
+    return checked(replace(draft, objective=JOINT, why_objective=why), options)[0]
 
 
 def _has_answers(rows: TaskRows) -> bool:

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from mergekit_slta.errors import show
-from mergekit_slta.recipe.objectives import DATA_FREE
+from mergekit_slta.recipe.objectives import DATA_FREE, FEATURES
 from mergekit_slta.recipe.settings import METHOD, Settings
 
 
@@ -57,7 +57,7 @@ class Draft:
     base: str
     why_base: str
     tasks: Sequence[DraftTask]
-    objective: str = "features"
+    objective: str = FEATURES
     why_objective: str = ""
     out_dtype: str | None = None
     tokenizer: dict[str, object] = field(default_factory=dict)

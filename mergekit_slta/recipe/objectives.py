@@ -17,7 +17,7 @@ from mergekit_slta.errors import RecipeError
 from mergekit_slta.maths.ridges import SMALLEST_RIDGE
 from mergekit_slta.recipe.settings import SHARED_KEYS, Count, Granularity, ObjectiveSettings, Settings
 
-DATA_FREE = "data_free"
+FEATURES, JOINT, DATA_FREE = "features", "joint", "data_free"
 MAX_STEPS = 12
 """Largest number of steps with `steps: auto`."""
 
@@ -158,7 +158,7 @@ def owners_of(key: str) -> list[str]:
 
 register_objective(
     ObjectiveRow(
-        name="features",
+        name=FEATURES,
         module="mergekit_slta.objectives.features",
         settings=FeaturesSettings,
         residual="The residual is the share of the experts' change of the features that the merged submodule misses: 0 "
@@ -167,7 +167,7 @@ register_objective(
 )
 register_objective(
     ObjectiveRow(
-        name="joint",
+        name=JOINT,
         module="mergekit_slta.objectives.joint",
         settings=JointSettings,
         # A joint solve is better with smaller submodules, and with a direction: see examples/reproduce. The solve

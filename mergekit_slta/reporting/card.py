@@ -28,7 +28,7 @@ from mergekit_slta.files.evaluation import (
 )
 from mergekit_slta.files.merge_record import Sources, Took
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
-from mergekit_slta.recipe.objectives import DATA_FREE, OBJECTIVES, ObjectiveRow
+from mergekit_slta.recipe.objectives import DATA_FREE, FEATURES, OBJECTIVES, ObjectiveRow
 from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of
 from mergekit_slta.reporting.meanings import KINDS
 from mergekit_slta.reporting.metadata import describe_license
@@ -151,7 +151,7 @@ def _summary(alphas: Alphas, names: PublicNames) -> str:
     """What the model is made of, how, and how good it is."""
     experts = [_name(alphas, names, model) for model in alphas.experts]
     listed = experts[0] if len(experts) == 1 else f"{', '.join(experts[:-1])} and {experts[-1]}"
-    objective, count = code(alphas.calibration.get("objective", "features")), len(alphas.submodules)
+    objective, count = code(alphas.calibration.get("objective", FEATURES)), len(alphas.submodules)
     made = (
         f"This model is {_name(alphas, names, alphas.base_model)} with {listed} merged into it, by "
         f"[mergekit](https://github.com/arcee-ai/mergekit) {code(alphas.provenance.get('mergekit', ''))} and "
@@ -340,4 +340,4 @@ def _citation(alphas: Alphas) -> str:
         f"  version = {{{version if re.fullmatch(r'[0-9A-Za-z.+-]+', version) else __version__}}},\n"
         f"  url = {{{_PROJECT}}}\n}}"
     )
-    return "\n\n".join([project, *{"features": [_PAPER], DATA_FREE: [_CLOSED_FORM]}.get(str(objective), [])])
+    return "\n\n".join([project, *{FEATURES: [_PAPER], DATA_FREE: [_CLOSED_FORM]}.get(str(objective), [])])
