@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import assert_refused, check_message, fork, mergekit_yaml, refused, run, script, slta
+from conftest import assert_refused, check_message, fork, mergekit_yaml, refused, slta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mergekit.scripts import run_yaml
@@ -265,23 +265,6 @@ def test_local_files_need_no_network(tiny, tmp_path, write_recipe):
     result = fork(merge_offline, str(path), str(tmp_path / "out"), "--quiet", cwd=tmp_path).ended()
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "README.md").exists()
-
-
-@pytest.mark.process
-def test_hashes_and_the_environment_change_no_byte(tiny, tmp_path, write_recipe):
-    """The same alphas, byte by byte, and the same statistics here and in a process with another `PYTHONHASHSEED`."""
-    path = write_recipe(tiny.recipe())
-    first, second = made = [tmp_path / "here", tmp_path / "there"]
-    assert slta("calibrate", path, "-o", first / "slta_alphas.json", "--quiet").exit_code == 0
-    result = run(
-        script("mergekit-slta"), "calibrate", path, "-o", second / "slta_alphas.json", "--quiet",
-        cwd=tmp_path, PYTHONHASHSEED="0" if os.environ.get("PYTHONHASHSEED") != "0" else "4242", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert (first / "slta_alphas.json").read_bytes() == (second / "slta_alphas.json").read_bytes()
-    one, other = (Statistics.load(folder / "slta_stats.safetensors") for folder in made)  # whose header has no order
-    assert one.metadata == other.metadata
-    assert all(torch.equal(gram, other.by_submodule[name]) for name, gram in one.by_submodule.items())
 
 
 YAMLISH = st.recursive(

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import click
@@ -98,17 +97,18 @@ def test_output_dtype_follows_the_recipe(tiny, make_models, write_recipe, tmp_pa
 
 @pytest.mark.process
 def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
-    """`mergekit-yaml`, `mergekit-slta merge` and `calibrate`, each a process of its own, and `alphas:` of the last."""
+    """`mergekit-yaml` and `mergekit-slta merge`, each a process of its own with another `PYTHONHASHSEED`; `calibrate`
+    here, and `alphas:` of its file. The statistics are the same, too."""
     recipe = {**tiny.recipe(2), "out_dtype": "bfloat16"}
     path = write_recipe(recipe)
-    first = run(script("mergekit-yaml"), path, "one", NO_CARD, cwd=tmp_path)
+    first = run(script("mergekit-yaml"), path, "one", NO_CARD, cwd=tmp_path, PYTHONHASHSEED="0", OMP_NUM_THREADS="1")
     assert first.returncode == 0, first.stderr
     assert re.search(r"^took .*: features ", first.stderr, re.MULTILINE)
-    off = {"MERGEKIT_SLTA_AUTOLOAD": "0"}  # the project's own command works where .pth files are not read
+    off = {"MERGEKIT_SLTA_AUTOLOAD": "0", "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}  # works without .pth files
     second = run(script("mergekit-slta"), "merge", path, "two", "--quiet", NO_CARD, cwd=tmp_path, **off)
     assert second.returncode == 0, second.stderr
-    third = run(sys.executable, "-m", "mergekit_slta", "calibrate", path, "-o", "saved.json", "--quiet", cwd=tmp_path)
-    assert third.returncode == 0, third.stderr
+    third = slta("calibrate", path, "-o", tmp_path / "saved.json", "--quiet")
+    assert third.exit_code == 0, third.output
     named = {**recipe, "parameters": {**recipe["parameters"], "alphas": str(tmp_path / "saved.json")}}
     for entry in named["models"]:
         entry["parameters"] = {}
@@ -123,6 +123,12 @@ def test_three_ways_give_the_same_bytes(tiny, write_recipe, tmp_path):
     alphas = (tmp_path / "one" / "slta_alphas.json").read_bytes()
     assert alphas == (tmp_path / "two" / "slta_alphas.json").read_bytes() == (tmp_path / "saved.json").read_bytes()
     assert alphas == (tmp_path / "three" / "slta_alphas.json").read_bytes()  # OUT explains itself
+    places = tmp_path / "one" / "slta_stats.safetensors", tmp_path / "two" / "slta_stats.safetensors"
+    grams, others, mine = map(Statistics.load, (*places, tmp_path / "saved.stats.safetensors"))
+    assert grams.metadata == others.metadata == mine.metadata  # the files' own headers have no order
+    for name, gram in grams.by_submodule.items():
+        assert torch.equal(gram, others.by_submodule[name])
+        assert torch.equal(gram, mine.by_submodule[name])
     again = mergekit_yaml(path, tmp_path / "one")
     assert again.exit_code == 0, again.output
     assert "Reusing the alphas" in again.output
