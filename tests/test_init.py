@@ -247,7 +247,7 @@ def test_nothing_is_overwritten_unasked(tiny, tmp_path):
     assert_refused(slta("init", *models, "-o", tmp_path / "link", "--overwrite"), "not-a-plain-file")
 
 
-def test_rows_for_some_experts_only(tiny, tmp_path):
+def test_rows_for_some_experts_only(tiny, tmp_path, monkeypatch):
     """The line to add is said; so it is for one expert without rows."""
     data = ("--data", f"expert1={tiny.datasets[0]}")
     result = slta("init", tiny.base, *tiny.experts[:2], *data, "-o", tmp_path / "recipe.yml")
@@ -255,7 +255,8 @@ def test_rows_for_some_experts_only(tiny, tmp_path):
     result = slta("init", tiny.base, tiny.experts[0], "-o", tmp_path / "recipe.yml")
     assert_refused(result, "missing-dataset", "--data expert1=FILE_OR_ID")
     assert not list(tmp_path.iterdir())
-    twins = [copy(tiny.experts[0], tmp_path / number / "final") for number in "ab"]
+    monkeypatch.chdir(tmp_path)  # long names are cut in messages
+    twins = [copy(tiny.experts[0], Path(number, "final")) for number in "ab"]
     options = ("-o", tmp_path / "recipe.yml", "--data")
     assert_refused(slta("init", tiny.base, *twins, *options, "final=x.jsonl"), "unknown-model", "several", *twins)
     result = slta("init", tiny.base, *twins, *options, f"{twins[0]}={tiny.datasets[0]}")
@@ -424,9 +425,10 @@ def test_special_names_of_folders(tiny, tmp_path, monkeypatch):
     assert [content["base_model"], *(entry["model"] for entry in content["models"])] == ["no", "1e3", "a b: #c"]
 
 
-def test_everything_is_told(tiny: Models, tmp_path):
+def test_everything_is_told(tiny: Models, tmp_path, monkeypatch):
     """An expert that names another base is warned of, and the recipe is written."""
-    model = card(copy(tiny.experts[0], tmp_path / "expert"), "base_model: org/other")
+    monkeypatch.chdir(tmp_path)  # long names are cut in messages
+    model = card(copy(tiny.experts[0], Path("expert")), "base_model: org/other")
     result = slta("init", tiny.base, model, tiny.experts[1], "-o", tmp_path / "recipe.yml")
     assert result.exit_code == 0, result.output
     assert f"Warning: {model} names org/other as its base" in result.stderr
