@@ -473,9 +473,10 @@ def test_the_recipe_in_the_documentation_is_what_is_written():
                   completion="{answer}"),
         DraftTask("models/words", ("4000 rows: `messages`.", "Chats are rendered with its own chat template "
                                    "(`<|assistant|>`)."), "data/words.jsonl"),
-        DraftTask("models/numbers", ("4000 rows: `text`.",), "data/numbers.jsonl"),
+        DraftTask("models/numbers", ("4000 rows: `question` and `answer`.",), "data/numbers.jsonl", text="{question} ",
+                  completion="{answer}"),
     ]  # fmt: skip
-    why = "`joint` needs 30 rows with answers for every task; too few for models/numbers."
-    draft = Draft("recipe.yml", "models/base", "named first", tasks, why_objective=why, out_dtype="bfloat16")
+    why = "Every task has at least 30 rows with answers."
+    draft = Draft("recipe.yml", "models/base", "named first", tasks, "joint", why, out_dtype="bfloat16")
     assert recipe_text(draft) == shown
     assert why in document

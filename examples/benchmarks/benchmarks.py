@@ -506,7 +506,8 @@ def _products_seconds(found: Mapping[str, Any]) -> dict[str, float]:
 
 def demo_recipe(folder: Path, **parameters: Any) -> dict[str, Any]:
     """The demo's recipe, over absolute paths."""
-    columns = {"math": {"text": "{question} {answer}"}, "words": {}, "numbers": {}}
+    answers = {"text": "{question} {answer}"}
+    columns = {"math": answers, "words": {}, "numbers": answers}
     models = [
         {"model": f"{folder}/models/{name}", "parameters": {"dataset": f"{folder}/data/{name}.jsonl", **more}}
         for name, more in columns.items()

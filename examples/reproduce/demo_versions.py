@@ -54,17 +54,12 @@ class DemoVariant(Variant):
 
 
 def write_data(workdir: Path, rows: int | None) -> None:
-    """Write the calibration rows of the demo; those of texts get columns for question and answer."""
+    """Write the calibration rows of the demo."""
     folder = workdir / f"rows-{rows or 'all'}"
     folder.mkdir(exist_ok=True)
     for task in TASKS:
         lines = (workdir / "data" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
-        content = [json.loads(line) for line in lines]
-        for row in content:
-            if "text" in row:
-                question, _, answer = row.pop("text").partition(": ")
-                row |= {"question": f"{question}:", "answer": answer}
-        data.write_jsonl(folder / f"{task}.jsonl", content)
+        data.write_jsonl(folder / f"{task}.jsonl", map(json.loads, lines))
 
 
 def load(workdir: Path, name: str) -> LlamaForCausalLM:

@@ -39,7 +39,7 @@ models:
   - model: ./models/words
     parameters: {{dataset: data/words.jsonl}}      # its `messages` column, rendered with the chat template
   - model: ./models/numbers
-    parameters: {{dataset: data/numbers.jsonl}}    # its `text` column
+    parameters: {{dataset: data/numbers.jsonl, text: "{{question}} {{answer}}"}}
 parameters:
   granularity: attn_mlp
   num_samples: 30

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Style = Literal["fields", "messages", "text"]
+Style = Literal["fields", "messages"]
 
 _ONES = (
     *"zero one two three four five six seven eight nine ten eleven twelve".split(),
@@ -111,7 +111,7 @@ def draw_spelling(rng: random.Random) -> Example:
 TASKS = (
     Task("math", "fields", draw_sum),
     Task("words", "messages", draw_sort),
-    Task("numbers", "text", draw_spelling),
+    Task("numbers", "fields", draw_spelling),
 )
 
 
@@ -147,8 +147,6 @@ def train_row(style: Style, example: Example) -> dict[str, Any]:
     """A training row: the columns that the demo's recipe reads."""
     if style == "messages":
         return {"messages": as_messages(example)}
-    if style == "text":
-        return {"text": f"{example.question} {example.answer}"}
     return {"question": example.question, "answer": example.answer}
 
 
