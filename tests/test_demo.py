@@ -22,7 +22,7 @@ def test_demo_runs_end_to_end(tmp_path):
     result = CliRunner().invoke(cli.main, ["demo", str(tmp_path / "demo"), "--quick"])
     assert result.exit_code == 0, result.output
     assert torch.equal(torch.get_rng_state(), state)
-    for row in ("base", "expert: math", "plain average", "task arithmetic", "submodule_linear"):
+    for row in ("base", "expert: math", "plain average", "each expert on its own task", "task arithmetic", "features"):
         assert row in result.output
     scores = json.loads((tmp_path / "demo" / "results.json").read_text())["scores"]
     assert all(0 <= part["exact"] <= 1 and part["loss"] > 0 for row in scores.values() for part in row.values())

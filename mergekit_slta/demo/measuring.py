@@ -98,7 +98,11 @@ def evaluate(folder: Path, tests: Mapping[str, Sequence[data.Encoded]]) -> dict[
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    scores = {name: score(model, rows) for name, rows in tests.items()}
+    return with_mean({name: score(model, rows) for name, rows in tests.items()})
+
+
+def with_mean(scores: Scores) -> dict[str, Score]:
+    """The scores of all tasks, and their mean under "mean"."""
     parts = list(scores.values())
     mean = Score(sum(part.exact for part in parts) / len(parts), sum(part.loss for part in parts) / len(parts))
     return {**scores, "mean": mean}

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_slta.demo import tasks as data
-from mergekit_slta.demo.measuring import encode_tests, evaluate, markdown_table, measure_baselines, plain, text_table
+from mergekit_slta.demo.measuring import (
+    encode_tests,
+    evaluate,
+    markdown_table,
+    measure_baselines,
+    plain,
+    text_table,
+    with_mean,
+)
 from mergekit_slta.demo.training import new_model, one_thread, quiet_transformers, save, train
 from mergekit_slta.errors import OutputError, RunError, show
 from mergekit_slta.files.atomic import write_text_atomically
@@ -111,9 +119,10 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
     table = {
         "base": models["base"],
         **{f"expert: {name}": models[name] for name in splits},
+        "each expert on its own task": with_mean({name: models[name][name] for name in splits}),
         "plain average": average,
         f"task arithmetic, {best} (best of {len(grid)} on these rows)": grid[best],
-        METHOD: merged,
+        "features": merged,
     }
     results = {
         "seed": seed,
