@@ -2,8 +2,8 @@
 
     python docs/transcripts.py [--demo DIR]
 
-Runs them in a copy of the models and data of a demo, as through a pipe. Without --demo a demo is made first, which takes
-three minutes on two CPU cores.
+Runs them in a copy of the models and data of a demo, as through a pipe. Without --demo a demo is made first, which
+takes three minutes on two CPU cores.
 """
 
 from __future__ import annotations
