@@ -15,7 +15,10 @@ They derive from `click.ClickException`, so mergekit's own commands print them a
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -38,6 +41,24 @@ def listing(values: object, most: int = 12) -> str:
     items = [show(value, 80) for value in values]  # type: ignore[attr-defined]
     rest = len(items) - most
     return ", ".join(items[:most]) + (f", … ({rest} more)" if rest > 0 else "") if items else "none"
+
+
+def path_hint(path: object) -> str:
+    """A hint for a path to nothing: where paths start, and the path here that is spelled nearly like it, if any."""
+    place, near = Path(), ""
+    parts = Path(os.path.expanduser(str(path))).parts
+    try:
+        for number, part in enumerate(parts):
+            if not (place / part).exists():
+                names = {name.lower(): name for name in os.listdir(place)}
+                found = difflib.get_close_matches(part.lower(), names, n=1)
+                guess = Path(place, *(names[name] for name in found), *parts[number + 1 :])
+                near = f"; did you mean {show(guess)}?" if found and guess.exists() else ""
+                break
+            place /= part
+    except (OSError, ValueError):  # a folder that may not be read, or no path at all
+        pass
+    return f"(paths start at the current folder{near})"
 
 
 class SltaError(click.ClickException):

@@ -33,6 +33,7 @@ import mergekit_slta
 from mergekit_slta import Alphas, Comparison
 from mergekit_slta.comparison import benchmarks, merging
 from mergekit_slta.comparison.compare import compare, for_comparison
+from mergekit_slta.comparison.merging import as_file_name
 from mergekit_slta.comparison.methods import NAMES, SCALES, make_methods
 from mergekit_slta.comparison.results import with_results
 from mergekit_slta.comparison.tables import describe_comparison
@@ -77,6 +78,18 @@ def done(better, tmp_path_factory):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder, result.output
+
+
+def test_the_next_step_is_the_best_merge_s_recipe(done):
+    """The line after the verdict is a command that makes the best merge."""
+    folder, output = done
+    found = Comparison.load(folder / "out" / "slta_compare.json")
+    assert found.best is not None
+    path = folder / "out" / "recipes" / f"{as_file_name(found.best)}.yml"
+    assert path.is_file()
+    lines = output.splitlines()
+    assert lines[lines.index(found.verdict) + 1] == f"To make it: mergekit-yaml {path} out/"
+    assert "torch_dtype" not in output
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import slta
 from wording import WORDING
 
 from mergekit_slta import errors
-from mergekit_slta.errors import SltaError
+from mergekit_slta.errors import SltaError, path_hint
 
 ROOT = Path(__file__).resolve().parents[1]
 TREES = {
@@ -107,3 +108,25 @@ def test_a_code_is_required():
 def test_what_is_too_long_is_cut_and_nothing_else(length, shown):
     """A value of the longest length is shown whole."""
     assert errors.show("x" * length, 10) == shown
+
+
+def test_a_path_to_nothing_names_the_one_that_is_meant(tmp_path, monkeypatch):
+    """The name that is spelled nearly like it, at whatever level; only if it leads somewhere."""
+    (tmp_path / "models" / "math").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for typo in ("models/maht", "modles/math", "Models/math", "./models/maths"):
+        hint = path_hint(typo)
+        assert hint == f"(paths start at the current folder; did you mean {Path('models/math')}?)"
+    assert path_hint(tmp_path / "models" / "mat") == (
+        f"(paths start at the current folder; did you mean {tmp_path / 'models' / 'math'}?)"
+    )
+    for other in ("words", "modles/words", "org/name", "", "\0"):
+        assert path_hint(other) == "(paths start at the current folder)"
+
+
+@pytest.mark.parametrize(("typo", "command"), [("chek", "check"), ("Merge", "merge"), ("exports", "export")])
+def test_a_mistyped_command_names_the_one_that_is_meant(typo, command):
+    result = slta(typo)
+    assert result.exit_code == 2
+    assert f"No such command '{typo}': did you mean {command}?" in result.output
+    assert "did you mean" not in slta("zzz").output

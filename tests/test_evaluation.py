@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 
@@ -395,8 +396,11 @@ def test_check_says_what_is_held_out_and_what_it_costs(plenty, tiny, write_recip
     assert "measures    the merge, on the first half of the held-out rows: 6 rows" in evaluated
     assert "the base, the merge and their expert; this reads the checkpoints once more" in evaluated
     auto, one = told(plenty, **PLAIN_JOINT), told(plenty, **PLAIN_JOINT, steps=1)
-    assert "at most (`steps: auto`" in auto
-    assert "at most" not in one
+    assert re.search(r"takes .* for all 12 steps, often fewer; longer on a busy machine", auto)
+    assert "often fewer" not in one
+    assert "allocator" not in auto
+    detailed = slta("check", write_recipe(tiny.recipe_with_answers(**KEYS)), "-v").output
+    assert "more that the allocator keeps" in detailed
     assert "every model that is tried" in one
     few = told(tiny, **PLAIN_JOINT)
     assert f"nothing: too few rows to hold any out of {', '.join(map(str, tiny.experts))}" in few

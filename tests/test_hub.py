@@ -272,7 +272,7 @@ def test_a_hub_that_cannot_be_asked(hub, recipe, write_recipe, tmp_path, monkeyp
     hub.broken = False
     assert slta("check", path).exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # config and tokenizer are in the cache, the weights are not
-    assert_refused(slta("check", path), "hub-unreachable", NAMES[0], "not (completely) in the cache")
+    assert_refused(slta("check", path), "hub-unreachable", NAMES[0], "does not hold such a model completely")
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,9 @@ from mergekit_slta.checkpoints.origins import Origin, read_origin
 from mergekit_slta.cli import init_command
 from mergekit_slta.cli.main import main
 from mergekit_slta.data.columns import Keys, guess_keys
+from mergekit_slta.data.rows import Row, TaskRows
 from mergekit_slta.errors import RecipeError
+from mergekit_slta.job.draft import why_not_joint
 from mergekit_slta.job.draft_text import Draft, DraftTask, recipe_text, scalar
 from mergekit_slta.job.lineage import find_lineage
 
@@ -480,3 +482,18 @@ def test_the_recipe_in_the_documentation_is_what_is_written():
     draft = Draft("recipe.yml", "models/base", "named first", tasks, "joint", why, out_dtype="bfloat16")
     assert recipe_text(draft) == shown
     assert why in document
+
+
+def test_joint_is_not_proposed_without_enough_rows_with_known_answers():
+    """The reason says which it is: too few rows, or plain text."""
+
+    def rows(number: int, completion: int) -> TaskRows:
+        return TaskRows("m", "d.jsonl", tuple(Row(place, "", (1, 2, 3, 4), completion) for place in range(number)))
+
+    def why(drawn: TaskRows | None) -> str:
+        return why_not_joint([(DraftTask("m", (), "d.jsonl"), drawn)])
+
+    assert why(rows(30, 2)) == ""
+    assert why(rows(30, 1)).startswith("`joint` needs to know where answers begin, and d.jsonl is plain text: give")
+    assert why(rows(29, 2)) == "`joint` needs 30 rows for every task; there are fewer for m."
+    assert "could not be looked at" in why(None)

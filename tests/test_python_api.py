@@ -22,7 +22,7 @@ SMALL = {"num_samples": 2, "max_seq_length": 12}
 @pytest.mark.parametrize(
     ("changes", "code", "values"),
     [
-        ({"merge_method": ...}, "not-a-recipe", ["merge_method", "Field required"]),
+        ({"merge_method": ...}, "not-a-recipe", ["has no `merge_method`", "merge_method: submodule_linear"]),
         ({"models": 3}, "not-a-recipe", ["models", "valid list"]),
         ({"models": [3]}, "not-a-recipe", ["models.0"]),
         ({"models": []}, "not-a-recipe", ["'models'"]),

@@ -186,9 +186,10 @@ def test_keys_of_other_methods_are_told_from_typos(key, tmp_path):
 @pytest.mark.parametrize(
     ("text", "code", "values"),
     [
-        (None, "unreadable-recipe", ["No such file"]),
+        (None, "unreadable-recipe", ["No such file", "paths start at the current folder"]),
         ("merge_method: [", "not-yaml", []),
         ("just text", "not-a-recipe", ["not a mapping"]),
+        ("base_model: b", "not-a-recipe", ["has no `merge_method`: add `merge_method: submodule_linear`"]),
         ("", "not-a-recipe", ["is empty"]),
         ("merge_method: submodule_linear\nparameters:\n  num_samples:\nmodels: []", "missing-value", ["`num_samples`"]),
         ("merge_method: submodule_linear\nmodels: 3", "not-a-recipe", ["models"]),

@@ -141,7 +141,7 @@ REFUSALS = {
             p, "image.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}')),
         "unusable-row", ["row 0", "'image'"],
     ),
-    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "missing-model", ["none;"]),
+    "missing model": (lambda t, m, p: with_expert(t.recipe(2), p / "none"), "missing-model", ["none (paths start"]),
     "no weights": (
         lambda t, m, p: with_expert(t.recipe(2), shutil.copytree(t.experts[1], p / "bare",
                                     ignore=shutil.ignore_patterns("*.safetensors*"))),

@@ -16,7 +16,7 @@ from whole_models import models_of
 from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.data.rows import Example, Row
-from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.files.alphas_file import Alphas, describe_no_better
 from mergekit_slta.files.statistics_file import Statistics
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
@@ -24,6 +24,17 @@ from mergekit_slta.runner import row_losses
 from mergekit_slta.runner.row_losses import RowLosses, measured_rows
 
 WARNING = "no better than the base on its own rows"
+
+
+def test_plain_text_without_known_answers_is_told_from_a_wrong_format():
+    """Where no row says where its answer begins, the prompts count, too; equal losses are those of equal weights."""
+    task = {"model": "m", "loss_base": 5.3, "loss_expert": 5.7, "flags": ["no_better_than_base"]}
+    (whole,) = describe_no_better({"tasks": [{**task, "whole_rows": True}]})
+    assert "(loss 5.7, base 5.3 nats per token). No row says where its answer begins" in whole
+    assert "wrong prompt format" not in whole
+    (known,) = describe_no_better({"tasks": [task]})
+    assert "wrong prompt format? check" in known
+    assert describe_no_better({"tasks": [{**task, "loss_expert": 5.3}]}) == []
 
 
 def with_answers(models: Models, **parameters):
@@ -173,6 +184,7 @@ def test_rows_in_another_format_warn(trained, tmp_path, write_recipe, caplog, se
         assert result.exit_code == 0, result.output
         (task,) = Alphas.load(out / "slta_alphas.json").calibration["tasks"]
         assert (task["loss_expert"] < task["loss_base"]) == (name == "own")
+        assert not task["whole_rows"]
         assert task["flags"] == ["no_better_than_base"] * (name == "other")
         assert caplog.text.count(WARNING) == (name == "other")
     told = f"(loss {task['loss_expert']:.3g}, base {task['loss_base']:.3g} nats per token): wrong prompt format? check"

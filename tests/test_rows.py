@@ -487,6 +487,31 @@ def test_jinja_in_completion(folder, tokenizer):
         assert draw(tokenizer, folder / "rows.json", template, split="train[:1]").rows[0].text == text
 
 
+def test_a_template_over_messages(tmp_path, tokenizer):
+    """It would print the messages as a list; the message names the column alone."""
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "fox", "messages": messages}] * 3)
+    with refused(DataError, "invalid-template", "'messages'", "write `text: messages`, without braces"):
+        draw(tokenizer, path, "{messages}")
+    with refused(DataError, "invalid-template", "`completion`", "`text: messages`", "drop `completion`"):
+        draw(tokenizer, path, "q", completion="{messages}")
+
+
+@pytest.mark.parametrize(
+    ("row", "values"),
+    [
+        ({"question": "Who?", "answer": "I"}, [r'`text: "{question}\n"`', '`completion: "{answer}"`', "init"]),
+        ({"question": "Who", "answer": "I"}, ['`text: "{question} "`', '`completion: "{answer}"`']),
+        ({"content": "fox"}, ["`text: content`"]),
+        ({"a": 1, "b": 2}, ["conversations", "set `text` to a column or a template"]),
+    ],
+)
+def test_rows_that_need_keys_name_those_that_init_writes(tmp_path, tokenizer, row, values):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row] * 3)
+    with refused(DataError, "missing-column", *row, *values):
+        draw(tokenizer, path)
+
+
 def test_an_unusable_completion_names_the_key(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "fox", "a": ["dog"]}])
     with refused(DataError, "unusable-row", "'a' that is list", "choose another `text` or `completion`"):

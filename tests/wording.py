@@ -24,7 +24,7 @@ WORDING: dict[str, str] = {
     "damaged-file": r"(is damaged at .* \(.+\): name the file that|do not fit together; calibrate again"
     r"|contradicts itself at .+: run `mergekit-slta linearity` again)",
     "damaged-layout": r"layout is damaged, or was made by an earlier version \(.*\): calibrate again",
-    "dataset-not-found": r"dataset .+ not found: no such file or folder \(paths start at the current one\)",
+    "dataset-not-found": r"dataset .+ not found: there is no such file or folder \(paths start at the current folder",
     "differing-architectures": r".+ is a \w+, the base a \w+: all models of a merge need the same architecture",
     "differing-sizes": r".+ (has \w+ .+, the base|is \[.*\] in .+ and) .+: (the experts must be fine-tuned from this"
     r" very base|all models of a merge need the same shapes|weights and config are of different models, fetch both)",
@@ -45,12 +45,13 @@ WORDING: dict[str, str] = {
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
     r"them with `mergekit-slta merge --overwrite`|somebody put other weights into .+: move them away and merge again)",
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
-    "hub-unreachable": r".+(in the cache, and the Hub is switched off: check the path, or unset HF_HUB_OFFLINE"
-    r"|in the cache, and the Hub cannot be reached at .+: check the network, or HF_ENDPOINT)",
+    "hub-unreachable": r"there is no model folder .+ \(paths start .+\),.+ cache does not hold such a model completely"
+    r"(, and the Hub cannot be reached at .+|): check the path, (the network, or HF_ENDPOINT|or unset HF_HUB_OFFLINE)",
     "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "interrupted-run": r"^Interrupted: .+; run the same command again",
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
+    r"|`(text|completion)` is a template over .+, which holds messages: write `text: .+`, without braces"
     r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
     "invalid-value": r"(`\w+`|--[\w-]+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least"
     r"|: write `auto`|: name a model and)",
@@ -58,14 +59,14 @@ WORDING: dict[str, str] = {
     "lost-process": r"process \d+ of \d+ has lost another one .+: see that one's message, then run the same command",
     "merge-failed": r"(the merge failed \(\w+\): .*|mergekit-yaml ended with exit code .+ \(.*\): .+); -v shows where",
     "misplaced-key": r"(`.+` stands .+, where it is ignored: move it|is shared by all models: move it"
-    r"|takes no parameters; give them to the experts)",
+    r"|is the base and is listed with `parameters`: list the expert that you meant, or drop)",
     "missing-adapter": r"the adapter .+ has no .+: check the path or Hub id",
     "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
     "missing-base": r"(needs the model that the experts were fine-tuned from: add `base_model:`"
     r"|the base is not clear: .+; name the base first, or with --base)",
     "missing-chat-template": r"(has a chat template for the column `.+`: set `chat_template`, or choose another column"
     r"|`chat_template` of .+ is .+, and there is no such chat template .+: set another, or choose a column)",
-    "missing-column": r"(the columns of .+, .*, hold none of what is found without `text` \(.+\): set `text` to"
+    "missing-column": r"(the columns of .+, .*, hold none of what is found without `text`.*: set `text` (to|and)"
     r"|the columns of .+ hold none of what is found without `text`: run this on a terminal without --yes, .+, or give"
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
@@ -76,7 +77,7 @@ WORDING: dict[str, str] = {
     r"|combines experts, and there is one: add another, or (set `direction: none`|change `objective`))",
     "missing-file": r"there is no (alphas|linearity|statistics) file .+: name the file that `mergekit-slta \w+` wrote",
     "missing-mergekit": r"mergekit is not installed: pip install 'mergekit>=",
-    "missing-model": r"(there is no model folder .+(; paths start at the current one|: check the path or id; to read a)"
+    "missing-model": r"(there is no model folder .+ \(paths start at .+\).*: check (the path|`[\w.]+`, which names)"
     r"|.+ has no revision .+ on the Hub: choose one of those at"
     r"|mergekit reads `@` and `\+` in .+ as a revision and an adapter: rename the folder)",
     "missing-package": r".+ is not installed: run `pip install .+`",
@@ -99,7 +100,8 @@ WORDING: dict[str, str] = {
     r"|is a folder where the merge has a file: move it away and merge again)",
     "not-a-recipe": r"(the recipe.* is not a merge recipe \(.*\): correct it|the recipe is of type .+: give the path"
     r" of a recipe|: put each recipe into a file of its own"
-    r"|the recipe.* is (empty|not a mapping of keys to values): it starts with `merge_method:)",
+    r"|the recipe.* is (empty|not a mapping of keys to values): it starts with `merge_method:"
+    r"|the recipe.* has no `merge_method`: add `merge_method:)",
     "not-expressible": r"(: where the checkpoints are .+ already, use `out_dtype` in place of `dtype`"
     r"|which a filter cannot express: export alphas of|this file cannot be exported, merge with `mergekit-slta merge`)",
     "not-finite": r"features .*behind .+ hold NaN or Inf.*: use `compute_dtype: float32`, or",

@@ -20,7 +20,7 @@ from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.lora_adapter import merge_reason, read_adapter
 from mergekit_slta.checkpoints.vocabulary import vocabulary_advice
 from mergekit_slta.checkpoints.weight_files import refuse_embedded_adapter, refuse_lone_adapter, refuse_pointer
-from mergekit_slta.errors import ModelError, listing, show
+from mergekit_slta.errors import ModelError, listing, path_hint, show
 from mergekit_slta.libraries.transformers import causal_lm_class
 from mergekit_slta.models.architectures import class_name
 from mergekit_slta.recipe.recipe import Recipe
@@ -137,7 +137,7 @@ def _read_config(model: ModelReference, recipe: Recipe, options: MergeOptions) -
             refuse_lone_adapter(path, recipe.names[model])
         if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not os.path.isdir(path):
             raise ModelError(
-                f"there is no model folder {name}; paths start at the current one", code="missing-model"
+                f"there is no model folder {name} {path_hint(path)}: check the path", code="missing-model"
             ) from error
         raise ModelError(
             f"cannot read the config of {name}: {show(error)}; check the path or Hub id", code="unreadable-config"

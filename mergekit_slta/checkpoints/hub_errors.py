@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from mergekit.common import ModelPath
 
-from mergekit_slta.errors import ModelError, show
+from mergekit_slta.errors import ModelError, path_hint, show
 
 
 @contextmanager
@@ -56,8 +56,8 @@ def hub_problem(model: ModelPath, error: BaseException | None) -> ModelError | N
             )
         if isinstance(error, RepositoryNotFoundError):
             return ModelError(
-                f"there is no model folder {name}, and no such model on the Hub: check the path or id; to read a "
-                "private one, log in with `hf auth login` or set HF_TOKEN",
+                f"there is no model folder {name} {path_hint(model.path)}, and no such model on the Hub: check the "
+                "path or id; to read a private one, log in with `hf auth login` or set HF_TOKEN",
                 code="missing-model",
             )
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
@@ -70,14 +70,15 @@ def hub_problem(model: ModelPath, error: BaseException | None) -> ModelError | N
             isinstance(error, LocalEntryNotFoundError) and is_offline_mode()
         ):
             return ModelError(
-                f"there is no model folder {name}, and it is not (completely) in the cache, and the Hub is switched "
-                "off: check the path, or unset HF_HUB_OFFLINE",
+                f"there is no model folder {name} {path_hint(model.path)}, and the Hub's cache does not hold such a "
+                "model completely: check the path, or unset HF_HUB_OFFLINE, which switches the Hub off",
                 code="hub-unreachable",
             )
         if isinstance(error, LocalEntryNotFoundError) or _is_connection(error):
             return ModelError(
-                f"{name} is not (completely) in the cache, and the Hub cannot be reached at {constants.ENDPOINT} "
-                f"({show(error)}): check the network, or HF_ENDPOINT",
+                f"there is no model folder {name} {path_hint(model.path)}, the Hub's cache does not hold such a model "
+                f"completely, and the Hub cannot be reached at {constants.ENDPOINT} ({show(error)}): check the path, "
+                "the network, or HF_ENDPOINT",
                 code="hub-unreachable",
             )
         error = error.__cause__ or error.__context__

@@ -21,7 +21,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit_slta.checkpoints.hub import is_local
 from mergekit_slta.checkpoints.hub_errors import explain
 from mergekit_slta.checkpoints.tokenizers import text_of
-from mergekit_slta.errors import ModelError, show
+from mergekit_slta.errors import ModelError, path_hint, show
 from mergekit_slta.files.names import ADAPTER_CONFIG_NAME, CARD_NAME, CONFIG_NAME, INDEX_ENDING, WEIGHTS_NAMES
 from mergekit_slta.recipe.settings import Dtype
 
@@ -119,7 +119,7 @@ def is_usable(name: str) -> bool:
 
 def missing_folder(name: str) -> ModelError:
     """The error for a path that leads to no folder."""
-    return ModelError(f"there is no model folder {show(name)}; paths start at the current one", code="missing-model")
+    return ModelError(f"there is no model folder {show(name)} {path_hint(name)}: check the path", code="missing-model")
 
 
 def config_dtype(name: str) -> str | None:

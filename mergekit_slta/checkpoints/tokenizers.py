@@ -19,7 +19,7 @@ from mergekit_slta.checkpoints.hub import is_local
 from mergekit_slta.checkpoints.hub_errors import hub_problem
 from mergekit_slta.checkpoints.weight_files import refuse_pointer
 from mergekit_slta.data.templates import own_template
-from mergekit_slta.errors import DataError, ModelError, show
+from mergekit_slta.errors import DataError, ModelError, path_hint, show
 from mergekit_slta.libraries.mergekit import build_tokenizer
 from mergekit_slta.recipe.recipe import Recipe
 
@@ -62,7 +62,7 @@ def load_tokenizer(recipe: Recipe, options: MergeOptions) -> tuple[PreTrainedTok
             if path.startswith((".", "/", "~")) and not os.path.isdir(path):
                 key = "tokenizer.source" if section else "tokenizer_source"
                 raise ModelError(
-                    f"there is no model folder {show(path)}, which `{key}` names; paths start at the current one",
+                    f"there is no model folder {show(path)} {path_hint(path)}: check `{key}`, which names it",
                     code="missing-model",
                 ) from error
         elif isinstance(source, ModelReference):

@@ -7,6 +7,7 @@ peft. Everything else is imported inside the commands.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
 
     No weights are read or downloaded: of models on the Hub, file sizes and the headers of weights are looked at. What
     `merge` would refuse is refused here, too. The device may be on another machine. If it is on this one, about a
-    second of work on it tells how long calibration and merge will take.
+    second of work on it tells how long calibration and merge will take. -v adds the parts of the memory.
     """
     from mergekit_slta.host.api import check_job, costs_of
     from mergekit_slta.reporting.plan import describe_job, numbers_of_job
@@ -82,7 +83,7 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(numbers_of_job(job, costs, seconds)))
     else:
-        print_parts(*describe_job(job, costs, seconds))
+        print_parts(*describe_job(job, costs, seconds, is_detailed=bool(merge_options.verbosity)))
 
 
 @with_merge_options
@@ -224,6 +225,7 @@ def compare(
     Writes slta_compare.json, .md, .png and .svg, the recipe of each merge, and the weights that were calibrated.
     """
     from mergekit_slta.comparison.compare import compare as run
+    from mergekit_slta.comparison.merging import recipe_path
     from mergekit_slta.comparison.tables import describe_comparison
     from mergekit_slta.files.names import COMPARISON_NAME
     from mergekit_slta.recipe.load import load_config
@@ -237,4 +239,7 @@ def compare(
     if lines := found.settings.get("lm_eval"):
         click.echo("\n".join([*lines, ""]))
     print_parts(*describe_comparison(found))
+    if found.best is not None:
+        best = shlex.quote(str(recipe_path(Path(output), found.best)))
+        click.echo(f"To make it: mergekit-yaml {show(best)} out/")
     click.echo(f"Written: {show(Path(output) / COMPARISON_NAME)}", err=True)

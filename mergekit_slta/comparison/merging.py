@@ -35,6 +35,7 @@ from mergekit_slta.job.forecast import forecast
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit_plan import defined, quiet_log
+from mergekit_slta.libraries.transformers import without_dtype_warning
 from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.settings import TASK_KEYS
@@ -44,6 +45,11 @@ _MARK = "# Written by `mergekit-slta compare`"
 """Begins every recipe that is written here. A recipe without it is the user's."""
 _NUMBERS = itertools.count(1)
 _PACKAGE = "mergekit_slta"
+
+
+def recipe_path(out: Path, method: str) -> Path:
+    """The recipe of a method's merge in the folder of a comparison."""
+    return out / RECIPES_FOLDER / f"{as_file_name(method)}.yml"
 
 
 def as_file_name(method: str) -> str:
@@ -135,7 +141,8 @@ class Merger:
                     calibrate_to(job, path)
             fitted = self._check_unseen(Alphas.load(path))
             config.parameters = {**(config.parameters or {}), "alphas": str(path)}
-        with clock.phase("merge"), torch.random.fork_rng(devices=[]), quiet_log(_PACKAGE):
+        quiet = quiet_log(_PACKAGE), without_dtype_warning()
+        with clock.phase("merge"), torch.random.fork_rng(devices=[]), quiet[0], quiet[1]:
             if method.is_ours:
                 mergekit.merge.run_merge(config, str(folder), self._quiet)
             else:
@@ -223,15 +230,16 @@ class Merger:
         return self._out / ALPHAS_FOLDER / f"{as_file_name(method.name)}.json"
 
     def _recipe(self, method: Method) -> Path:
-        return self._out / RECIPES_FOLDER / f"{as_file_name(method.name)}.yml"
+        return recipe_path(self._out, method.name)
 
 
 def _say_time(job: Job) -> None:
     """Say how long a calibration will take, unless quiet: a trial on the device takes about a second."""
     seconds = None if job.options.quiet else forecast(job, estimate(job).phases)
-    most = "at most " * (getattr(job.recipe.settings.own, "steps", None) == "auto")
+    own = job.recipe.settings.own
+    steps = f" for all {own.max_steps} steps, often fewer" if getattr(own, "steps", None) == "auto" else ""
     if seconds is not None:
-        job.say(f"takes {most}about {describe_phases(seconds)}")
+        job.say(f"takes about {describe_phases(seconds)}{steps}")
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,15 +1,17 @@
-"""Guess the keys `text` and `completion` for a dataset whose columns are not of a known format.
+"""Guess the keys `text` and `completion` for a dataset whose columns are not of a known format, or say what is missing.
 
 Scope: names and values of columns. `formats.FORMATS` lists what needs no keys.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from mergekit_slta.data.formats import find_format
+from mergekit_slta.data.formats import FORMATS, find_format, holds_chat
+from mergekit_slta.errors import DataError, listing, show
 
 QUESTIONS = ("question", "prompt", "problem", "instruction", "query", "input", "source")
 ANSWERS = ("answer", "completion", "response", "output", "solution", "target", "label")
@@ -64,6 +66,48 @@ def guess_keys(sample: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> K
     lone = texts[0] if len(texts) == 1 and not _named((*QUESTIONS, *ANSWERS), columns) else None
     whole = next((name for name in _named(_TEXTS, columns) if name in texts), lone)
     return None if whole is None else Keys(whole, whole)
+
+
+def nothing_found(columns: Sequence[str], dataset: str, sample: Sequence[Mapping[str, Any]]) -> DataError:
+    """The error for columns that need `text`, with the keys that `init` would write, if it knows some."""
+    keys = guess_keys(sample, columns)
+    if keys is None:
+        known = listing((known.columns for known in FORMATS), 20)
+        hint = f"({known}): set `text` to a column or a template"
+    elif keys.completion is None:
+        hint = f": set `text` to a column, for example `text: {show(keys.text)}`, as `mergekit-slta init` writes"
+    else:
+        text, completion = (json.dumps(key, ensure_ascii=False) for key in (keys.text, keys.completion))
+        hint = (
+            f": set `text` and `completion`, for example `text: {show(text)}` and `completion: {show(completion)}`, as "
+            "`mergekit-slta init` writes"
+        )
+    return DataError(
+        f"the columns of {show(dataset)}, {listing(columns)}, hold none of what is found without `text`"
+        f"{' ' * hint.startswith('(')}{hint}",
+        code="missing-column",
+    )
+
+
+def refuse_messages(key: str, fields: Sequence[str], dataset: str, sample: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a template that would print the messages of a chat as a list.
+
+    Args:
+        key: `text` or `completion`.
+        fields: the columns that the template names.
+        dataset: the dataset's name.
+        sample: some of its rows.
+
+    Raises:
+        DataError: a column of them holds messages, not as text.
+    """
+    for field in fields:
+        if any(not isinstance(row.get(field), str) and holds_chat(row, field) for row in sample):
+            raise DataError(
+                f"`{key}` is a template over {show(field)!r} of {show(dataset)}, which holds messages: write "
+                f"`text: {show(field)}`, without braces" + ", and drop `completion`" * (key == "completion"),
+                code="invalid-template",
+            )
 
 
 def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:

@@ -120,6 +120,14 @@ def chat_of(row: Row, column: str) -> Chat | None:
     return None if raw is None else _chat(row, read_messages(raw))
 
 
+def holds_chat(row: Row, column: str) -> bool:
+    """Whether a column holds messages, or what looks like messages and cannot be read."""
+    try:
+        return chat_of(row, column) is not None
+    except BadRow:
+        return True
+
+
 class Format(NamedTuple):
     """A row of the table of formats.
 

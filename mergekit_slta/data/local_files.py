@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_slta.data.json_files import TRAIN, document_rows, is_json_lines
-from mergekit_slta.errors import DataError, listing, show
+from mergekit_slta.errors import DataError, listing, path_hint, show
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -45,7 +45,7 @@ def local_files(name: str, path: str) -> list[str]:
     looks_local = glob.has_magic(path) or _kind(path) or path.startswith((".", "/", "~"))
     if not matches and (looks_local or path.count("/") > 1):
         raise DataError(
-            f"dataset {show(name)} not found: no such file or folder (paths start at the current one)",
+            f"dataset {show(name)} not found: there is no such file or folder {path_hint(path)}",
             code="dataset-not-found",
         )
     return [os.path.abspath(match) for match in matches]

@@ -10,7 +10,8 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_slta.data.formats import FORMATS, ROLES, BadRow, Chat, Pair, chat_of, find_format
+from mergekit_slta.data.columns import nothing_found, refuse_messages
+from mergekit_slta.data.formats import ROLES, BadRow, Chat, Pair, chat_of, find_format, holds_chat
 from mergekit_slta.data.tokens import shared_end
 from mergekit_slta.errors import DataError, SltaError, listing, show
 
@@ -107,13 +108,11 @@ def renderer(
         if found is not None:
             return _found_renderer(found.parse, found.columns, template)
         if "text" not in columns:
-            raise DataError(
-                f"the columns of {show(dataset)}, {listing(columns)}, hold none of what is found without `text` "
-                f"({listing((known.columns for known in FORMATS), 20)}): set `text` to a column or a template",
-                code="missing-column",
-            )
+            raise nothing_found(columns, dataset, sample)
         text = "text"  # its rows say what is wrong
     parts = _parts("text", text, columns, dataset)
+    if text not in columns:
+        refuse_messages("text", _fields(parts), dataset, sample)
     if text in columns:
         return _found_renderer(lambda row: chat_of(row, text) or Pair("", _fill(parts, row)), text, template)
     return _found_renderer(lambda row: Pair("", _fill(parts, row)), text, template)
@@ -130,7 +129,7 @@ def _with_completion(
             code="missing-column",
         )
     for column in (text or "text" if found is None else found.columns, completion):
-        if column in columns and any(_holds_chat(row, column) for row in sample):
+        if column in columns and any(holds_chat(row, column) for row in sample):
             raise DataError(
                 f"dataset {show(dataset)} has messages in `{column}`, and the last is the answer: drop `completion`, "
                 "or set `text`",
@@ -138,9 +137,11 @@ def _with_completion(
             )
     prompt = _parts("text", text or "text", columns, dataset)
     answer = _parts("completion", completion, columns, dataset)
-    fields = [field for _, field in answer if field is not None]
+    refuse_messages("text", _fields(prompt), dataset, sample)
+    refuse_messages("completion", _fields(answer), dataset, sample)
+    fields = _fields(answer)
     after = prompt[-1][0] if prompt and prompt[-1][1] is None else ""
-    ends = [field for _, field in prompt if field is not None][-len(fields) :]
+    ends = _fields(prompt)[-len(fields) :]
     if fields and ends == fields and not any(character.isalnum() for character in _without_marks(after)):
         raise repeated_answer(dataset)
     return _found_renderer(
@@ -160,13 +161,6 @@ def repeated_answer(dataset: str) -> DataError:
         "`completion`",
         code="conflicting-keys",
     )
-
-
-def _holds_chat(row: Mapping[str, Any], column: str) -> bool:
-    try:
-        return chat_of(row, column) is not None
-    except BadRow:
-        return True
 
 
 def _parts(key: str, given: str, columns: Sequence[str], dataset: str) -> Parts:
@@ -202,6 +196,10 @@ def _parts(key: str, given: str, columns: Sequence[str], dataset: str) -> Parts:
                 code="missing-column",
             )
     return parts
+
+
+def _fields(parts: Parts) -> list[str]:
+    return [field for _, field in parts if field is not None]
 
 
 def _fill(parts: Parts, row: Mapping[str, Any]) -> str:

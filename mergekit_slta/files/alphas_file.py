@@ -52,6 +52,12 @@ SHARED_ROWS = "shared_rows"
 """Flag of a task: another task has rows with the same tokens."""
 TOO_FEW_ROWS = "too_few_rows"
 """Flag of a task: it has too few rows to hold any out, so that no merge is measured."""
+_WRONG_FORMAT = ": wrong prompt format? check `chat_template`, `text` and `completion`"
+_UNKNOWN_ANSWERS = (
+    ". No row says where its answer begins, so its prompt counts, too: give prompt and answer apart, with `text` and "
+    "`completion`; if the rows have no prompts, the format is probably not the one that the expert was trained on"
+)
+"""Ends of `describe_no_better`."""
 
 
 class Alphas(BaseModel):
@@ -265,13 +271,16 @@ def is_alphas_file(path: Path) -> bool:
 
 
 def describe_no_better(calibration: Mapping[str, Any], name: Callable[[str], str] = show) -> list[str]:
-    """One line for each task that is flagged `NO_BETTER`; `name` formats the name of its model."""
+    """One line for each task that is flagged `NO_BETTER`; `name` formats the name of its model.
+
+    None for an expert whose loss is the base's: it holds the base's weights, of which `check` and the merge warn.
+    """
     return [
         f"{name(task['model'])}: its expert is no better than the base on its own rows (loss "
-        f"{describe_loss(task.get('loss_expert'))}, base {describe_loss(task.get('loss_base'))} nats per token): wrong "
-        "prompt format? check `chat_template`, `text` and `completion`"
+        f"{describe_loss(task.get('loss_expert'))}, base {describe_loss(task.get('loss_base'))} nats per token)"
+        f"{_UNKNOWN_ANSWERS if task.get('whole_rows') else _WRONG_FORMAT}"
         for task in calibration.get("tasks", ())
-        if NO_BETTER in task.get("flags", ())
+        if NO_BETTER in task.get("flags", ()) and task.get("loss_expert") != task.get("loss_base")
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mergekit_slta.errors import AlphasError, show
+from mergekit_slta.errors import AlphasError, path_hint, show
 
 OTHER_VERSION = "other-file-version"
 """Error code for a file written by another version of this package."""
@@ -42,10 +42,12 @@ class DocumentType:
 
 
 def why_missing(path: object) -> str | None:
-    """Why there is no file with this path ("is a folder"); None if there is one."""
+    """Why there is no file with this path ("it is a folder"); None if there is one."""
     if not isinstance(path, (str, os.PathLike)):
-        return f"is of type {type(path).__name__}, not a path"
-    return None if os.path.isfile(path) else "is a folder" if os.path.isdir(path) else "does not exist"
+        return f"it is of type {type(path).__name__}, not a path"
+    if os.path.isfile(path):
+        return None
+    return "it is a folder" if os.path.isdir(path) else f"it does not exist; {path_hint(path)[1:-1]}"
 
 
 def read_document(path: str | os.PathLike[str], model: type[Model], document: DocumentType) -> Model:
@@ -57,7 +59,7 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
     try:
         if what := why_missing(path):
             raise AlphasError(
-                f"there is no {document.noun} {show(path)} (it {what}): {document.remedy}", code="missing-file"
+                f"there is no {document.noun} {show(path)} ({what}): {document.remedy}", code="missing-file"
             )
         if os.path.getsize(path) > document.largest_bytes:
             raise AlphasError(

@@ -45,6 +45,7 @@ class LayoutTask(BaseModel):
         tokens, sha256: None if only some of the rows were solved.
         held_out: numbers of the rows that were not fitted. The first half of them (`acceptance`) chooses among merges
             and gives the evaluation; the second half is for comparisons between methods.
+        whole_rows: whether losses are taken over whole rows, because no row says where its answer begins.
         flags: `shared_rows`, `too_few_rows`; see `alphas_file`.
     """
 
@@ -62,6 +63,7 @@ class LayoutTask(BaseModel):
     tokens: int | None
     sha256: str | None
     held_out: tuple[int, ...] = ()
+    whole_rows: bool = False
     flags: tuple[str, ...] = ()
 
     @property

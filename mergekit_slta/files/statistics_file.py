@@ -140,7 +140,7 @@ class Statistics:
             AlphasError: the file is missing, corrupt, of another format or version, or inconsistent in itself.
         """
         if what := why_missing(path):
-            raise AlphasError(f"there is no statistics file {show(path)} (it {what}): {_REMEDY}", code="missing-file")
+            raise AlphasError(f"there is no statistics file {show(path)} ({what}): {_REMEDY}", code="missing-file")
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

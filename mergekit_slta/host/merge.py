@@ -48,6 +48,7 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.libraries.mergekit import forget_loaders
 from mergekit_slta.libraries.mergekit_plan import defined
+from mergekit_slta.libraries.transformers import without_dtype_warning
 from mergekit_slta.recipe.read import check_content, read_recipe
 from mergekit_slta.reporting.report import add_section
 from mergekit_slta.reporting.terminal import describe_merge
@@ -92,7 +93,7 @@ def run(
         return original(config, str(folder), options, config_source or merge_config.to_yaml(), *args, **kwargs)
 
     try:
-        with collected_warnings() as warnings:
+        with collected_warnings() as warnings, without_dtype_warning():
             return _run(
                 merge_into, merge_config, out_path, options, config_source, verify_residuals, overwrite, warnings
             )

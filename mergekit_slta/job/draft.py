@@ -250,18 +250,36 @@ def complete(draft: Draft, options: MergeOptions) -> Draft:
         for task, rows, origin in pairs
     ]
     draft = replace(draft, tasks=tasks)
-    lacking = [task.model for task, rows, _ in pairs if rows is None or not _has_answers(rows)]
-    if lacking:
-        why = f"`joint` needs {ENOUGH_ROWS} rows with answers for every task; too few for {listing(lacking, 3)}."
+    if why := why_not_joint([(task, rows) for task, rows, _ in pairs]):
         return replace(draft, why_objective=why)
     why = f"Every task has at least {ENOUGH_ROWS} rows with answers."
     return checked(replace(draft, objective=JOINT, why_objective=why), options)[0]
 
 
+def why_not_joint(pairs: Sequence[tuple[DraftTask, TaskRows | None]]) -> str:
+    """Why `joint` is not proposed: a task has too few rows, or few in which it is known where the answer begins. Empty
+    if nothing speaks against it."""
+    unseen = [task.model for task, rows in pairs if rows is None]
+    few = [task.model for task, rows in pairs if rows is not None and len(rows.rows) < ENOUGH_ROWS]
+    unmarked = [str(task.dataset) for task, rows in pairs if rows is not None and not _has_answers(rows)]
+    reasons = []
+    if unseen:
+        reasons.append(f"`joint` needs rows with answers, and those of {listing(unseen, 3)} could not be looked at.")
+    if few:
+        reasons.append(f"`joint` needs {ENOUGH_ROWS} rows for every task; there are fewer for {listing(few, 3)}.")
+    if unmarked:
+        verb = "is plain text" if len(unmarked) == 1 else "are plain text"
+        reasons.append(
+            f"`joint` needs to know where answers begin, and {listing(unmarked, 3)} {verb}: give prompt and answer in "
+            "two columns, or set `text` and `completion`."
+        )
+    return " ".join(reasons)
+
+
 def _has_answers(rows: TaskRows) -> bool:
-    """Whether a task has enough rows, and it is known in nine of ten where the answer begins."""
+    """Whether it is known in nine of ten rows where the answer begins."""
     answered = sum(1 < row.completion < len(row.ids) for row in rows.rows)
-    return len(rows.rows) >= ENOUGH_ROWS and 10 * answered >= 9 * len(rows.rows)
+    return 10 * answered >= 9 * len(rows.rows)
 
 
 def _chat_note(origin: str, model: ModelReference, options: MergeOptions) -> str:

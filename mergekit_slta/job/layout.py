@@ -96,6 +96,7 @@ def _tasks(job: Job) -> tuple[LayoutTask, ...]:
             tokens=drawn.num_tokens if needs_rows else None,
             sha256=drawn.sha256 if needs_rows else None,
             held_out=tuple(row.number for row in drawn.held_out),
+            whole_rows=all(row.completion == 1 for row in drawn.rows),
             flags=flags(place, drawn),
         )
         for place, (task, drawn) in enumerate(zip(job.recipe.tasks, job.rows, strict=True))

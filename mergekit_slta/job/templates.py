@@ -236,11 +236,23 @@ class Templates:
     def _warn_of_differing_templates(self, name: str, own: OwnTokenizer, template: Template, with_tools: bool) -> None:
         if name not in self._warned and self._differs(own, with_tools):
             self._warned.add(name)
-            LOG.warning(
-                "%s has a chat template of its own, and the merged model gets %s: %s renders its rows; `chat_template` "
-                "under its `parameters` chooses another",
-                show(name), "another" if self._shipped(with_tools) else "none", describe_template(template.origin),
-            )  # fmt: skip
+            used, shipped = describe_template(template.origin), self._shipped(with_tools)
+            if template.origin != MODEL:
+                LOG.warning(
+                    "%s: its rows are rendered with %s chat template, not with its own: add `chat_template: %s` under "
+                    "its `parameters` if it was trained with its own", show(name), used, MODEL,
+                )  # fmt: skip
+            elif shipped:
+                LOG.warning(
+                    "%s: its rows are rendered with %s chat template, but the merged model gets another, so users will "
+                    "send it other prompts: add `chat_template: %s` under its `parameters` to calibrate on the merged "
+                    "model's", show(name), used, OUTPUT,
+                )  # fmt: skip
+            else:
+                LOG.warning(
+                    "%s: its rows are rendered with %s chat template, but the merged model gets none: choose one with "
+                    "the recipe's top-level `chat_template`", show(name), used,
+                )  # fmt: skip
 
     def _differs(self, own: OwnTokenizer, with_tools: bool) -> bool:
         """Whether a model has a template of its own that renders chats otherwise than the merged model's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +102,26 @@ def clock_at(day: date) -> Iterator[None]:
         yield
     finally:
         chat_template_utils.datetime = original  # type: ignore[misc]
+
+
+@contextmanager
+def without_dtype_warning() -> Iterator[None]:
+    """Leave out transformers' warning that `torch_dtype` is deprecated, inside the context: mergekit sets it.
+
+    Relies on the names of the loggers that warn of it.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "`torch_dtype` is deprecated" not in record.getMessage()
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("configuration_utils", "modeling_utils")]
+    for logger in loggers:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
-from mergekit_slta.errors import RecipeError, show
+from mergekit_slta.errors import RecipeError, path_hint, show
 from mergekit_slta.recipe.read import check_content, no_recipe
 
 
@@ -46,7 +46,8 @@ def load_config(path: str | os.PathLike[str]) -> tuple[MergeConfiguration, str]:
         raise _not_accepted(path, error) from error
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"cannot read the recipe {show(path)} ({show(getattr(error, 'strerror', None) or error)}): check its path",
+            f"cannot read the recipe {show(path)} ({show(getattr(error, 'strerror', None) or error)}): check its path"
+            + f" {path_hint(path)}" * isinstance(error, FileNotFoundError),
             code="unreadable-recipe",
         ) from error
     return _make_config(documents[0] if len(documents) == 1 else documents or None, path), source

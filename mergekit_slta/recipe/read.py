@@ -47,6 +47,8 @@ def check_content(content: object, path: str | os.PathLike[str] | None = None) -
     if not isinstance(content, dict):
         kind = "empty" if content is None else "not a mapping of keys to values"
         raise RecipeError(f"{where} is {kind}: it starts with `merge_method: {METHOD}`", code="not-a-recipe")
+    if "merge_method" not in content:
+        raise RecipeError(f"{where} has no `merge_method`: add `merge_method: {METHOD}`", code="not-a-recipe")
     models = content.get("models")
     entries = [entry for entry in (models if isinstance(models, list) else ()) if isinstance(entry, dict)]
     if content.get("merge_method") == METHOD:
@@ -152,7 +154,8 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
         if entry.model == base:
             if parameters:
                 raise RecipeError(
-                    f"the base model {show(given.model)} takes no parameters; give them to the experts",
+                    f"{show(given.model)} is the base and is listed with `parameters`: list the expert that you meant, "
+                    "or drop its `parameters`",
                     code="misplaced-key",
                 )
             continue

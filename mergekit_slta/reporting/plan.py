@@ -30,24 +30,28 @@ _SETTINGS = ("objective", "num_samples", "max_seq_length", "seed", "balance", "r
 """Shared keys that `check` shows, besides the objective's own keys."""
 
 
-def describe_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None = None) -> list[RenderableType]:
+def describe_job(
+    job: Job, costs: Costs, seconds: Mapping[str, float] | None = None, *, is_detailed: bool = False
+) -> list[RenderableType]:
     """Describe the plan of a job and its costs, for `check`.
 
     Args:
         job, costs: the job, and its estimated costs.
         seconds: of each phase, see `job.forecast`; None if they are not known.
+        is_detailed: whether the parts of the memory are listed.
     """
+    needs = facts(_needs(job, costs, seconds, is_detailed))
     parts: list[RenderableType] = [_models(job), ""]
     for drawn in job.rows:
         if drawn is not None and drawn.rows and job.row_tokenizer is not None:
             parts += [text(_first_row(drawn), "bold"), view_of_row(drawn.rows[0], job.row_tokenizer), ""]
-    return [*parts, facts(_plan(job)), "", _phases(job, costs, seconds), "", facts(_needs(job, costs, seconds))]
+    return [*parts, facts(_plan(job)), "", _phases(job, costs, seconds), "", needs]
 
 
 def _models(job: Job) -> RenderableType:
     """The models, and the rows of each task."""
     recipe, needs_rows = job.recipe, job.recipe.settings.needs_rows
-    header = ["role", "model", "rows", "tokens", "cut rows", "answer\ntokens", "held\nout"]
+    header = ["role", "model", "rows", "tokens", "cut rows", "answer tokens", "held out"]
     rows = [["base", recipe.names[recipe.base]]]
     for task, drawn in zip(recipe.tasks, job.rows, strict=True):
         cells = ["none" if needs_rows else "-"]
@@ -60,7 +64,7 @@ def _models(job: Job) -> RenderableType:
     rows = [row + ["-"] * (len(header) - len(row)) for row in rows]
     if any(task.importance != 1 for task in recipe.tasks):
         weights = {recipe.names[task.model]: f"{task.importance:g}" for task in recipe.tasks}
-        header, rows = [*header, "impor-\ntance"], [[*row, weights.get(row[1], "-")] for row in rows]
+        header, rows = [*header, "importance"], [[*row, weights.get(row[1], "-")] for row in rows]
     return Columns(header, rows, names=2)
 
 
@@ -161,22 +165,23 @@ def _phases(job: Job, costs: Costs, seconds: Mapping[str, float] | None) -> Rend
     return Columns(["phase", "time", "work", "reads", "writes"], rows)
 
 
-def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None) -> Iterator[tuple[str, str]]:
+def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None, is_detailed: bool) -> Iterator[tuple[str, str]]:
     """Time, memory and disk."""
     yield "device", _device(job)
     yield "takes", _takes(job, seconds)
     peak, libraries = costs.peak_bytes, _libraries()
-    parts = ", ".join(f"{describe_bytes(size)} {part}" for part, size in costs.memory.items())
     beside = f", and {describe_bytes(libraries)} on the CPU" if job.device.type != "cpu" else ""
     total = peak + (0 if beside else libraries)
     yield "memory", f"about {describe_bytes(total)} on {job.device} at the peak of calibration{beside}{_free(job)}"
-    yield (
-        "",
-        (
-            f"{parts}; {(MEMORY_MARGIN - 1):.0%} more that the allocator keeps; {describe_bytes(libraries)} libraries; "
-            f"the largest allocation is {describe_bytes(costs.largest_bytes)}"
-        ),
-    )
+    if is_detailed:
+        parts = ", ".join(f"{describe_bytes(size)} {part}" for part, size in costs.memory.items())
+        yield (
+            "",
+            (
+                f"{parts}; {(MEMORY_MARGIN - 1):.0%} more that the allocator keeps; {describe_bytes(libraries)} "
+                f"libraries; the largest allocation is {describe_bytes(costs.largest_bytes)}"
+            ),
+        )
     for name, reason in job.merged_copies.items():
         size = describe_bytes(costs.written_bytes)
         yield "copy", f"{show(name)} is merged into a full copy first ({show(reason)}): about {size} more"
@@ -197,9 +202,11 @@ def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None) -> Itera
 def _takes(job: Job, seconds: Mapping[str, float] | None) -> str:
     if seconds is None:
         return f"a time that is not known: it needs a trial on {job.device}, which cannot be used here now"
-    most = " at most (`steps: auto` ends when a step gains nothing)" * (_steps(job) == "auto")
+    steps = ""
+    if _steps(job) == "auto":
+        steps = f" for all {job.recipe.settings.own.max_steps} steps, often fewer"  # type: ignore[attr-defined]
     download = "; the download comes on top" if job.plan.downloads else ""
-    return f"about {describe_seconds(sum(seconds.values()))}{most}{download}"
+    return f"about {describe_seconds(sum(seconds.values()))}{steps}; longer on a busy machine{download}"
 
 
 def _steps(job: Job) -> object:
