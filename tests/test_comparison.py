@@ -43,6 +43,8 @@ from mergekit_slta.files.comparison_file import ComparedTask, ScoredModel
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.load import as_config
 from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.reporting.figures.comparison import comparison_figure
+from mergekit_slta.reporting.figures.style import figure_style
 from mergekit_slta.runtime.screen import plain
 
 KEYS = {"max_seq_length": 60, "num_samples": 30, "compute_dtype": "float32"}
@@ -281,6 +283,23 @@ def test_an_expert_that_is_no_better_than_the_base():
     assert found.best == "a"
     assert found.of("a").recovered is None
     assert "nats per token" in found.verdict
+
+
+def test_the_figure_shows_what_it_cuts_and_leaves_out():
+    """A share below the axis has an arrow and its number, and no error bar; a task without a gap is named."""
+    far = [x + 1 for x in BASE]
+    models = {"base": [BASE, BASE], "one": [OWN, BASE], "two": [BASE, BASE]}
+    with figure_style():
+        figure = comparison_figure(made({**models, "a": [OWN, BASE], "b": [far, BASE]}, **KINDS))
+        plain = comparison_figure(made({"base": [BASE], "one": [OWN], "a": [OWN], "b": [BASE]}, **KINDS))
+    (axis,) = figure.axes
+    notes = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
+    assert "Arrow: the value is further to the left. Left out: two, where the expert is no better" in notes
+    assert len([text for text in axis.texts if getattr(text, "arrow_patch", None)]) == 2  # of the bar, of the task
+    assert [text.get_text() for text in axis.texts if text.get_text()] == ["-103%"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mean over tasks", "one"]
+    assert not plain.axes[0].texts
+    assert "Arrow" not in plain.texts[1].get_text()
 
 
 def test_a_merge_that_is_not_finite():

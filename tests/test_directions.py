@@ -368,6 +368,7 @@ def test_export_writes_the_closed_form(tiny, with_rows, write_recipe, tmp_path, 
     for _ in range(2):  # an earlier export is replaced
         exported = slta("export", out, "-o", tmp_path / "stock.yml", "--recipe", tmp_path / "recipe.yml")
         assert exported.exit_code == 0, exported.output
+        assert "upload" not in exported.output + exported.stderr  # it is no merge to publish
     direction = tensors(tmp_path / "stock_direction")
     for name, tensor in combined_of(tiny).items():
         assert direction[name].dtype == torch.float32

@@ -120,7 +120,7 @@ def entries(alphas: Alphas, *kinds: str) -> list[SubmoduleAlphas]:
 
 def heights(axis, expert: int) -> np.ndarray:
     """What is drawn of an expert inside the layers: the heights of its line with error bars."""
-    return np.asarray(axis.containers[2 * expert].lines[0].get_ydata(), dtype=float)
+    return np.asarray(axis.containers[expert].lines[0].get_ydata(), dtype=float)
 
 
 def texts(figure) -> str:
@@ -175,19 +175,22 @@ def test_alphas_are_drawn_from_a_real_file(tiny, options, tmp_path):
 
 
 def test_every_panel_has_a_line_per_expert_with_the_numbers_of_the_file():
-    """Blocks in the order of the layers, standard errors as bars, and both ends as points of their own."""
+    """Blocks in the order of the layers, standard errors as bars, and embeddings and head in a panel of their own."""
     alphas = make_alphas("attn_mlp", 3)
     figure = alphas_figure(alphas)
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["Attention blocks", "MLP blocks"]
-    for axis, kind in zip(figure.axes, ("attention", "mlp"), strict=True):
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "Attention blocks",
+        "MLP blocks",
+        "Outside the layers",
+    ]
+    for axis, kinds in zip(figure.axes, (("attention",), ("mlp",), ("embed", "head")), strict=True):
+        wanted = entries(alphas, *kinds)
         for expert in range(3):
-            inside, ends = axis.containers[2 * expert], axis.containers[2 * expert + 1]
-            assert list(inside.lines[0].get_ydata()) == [entry.alpha[expert] for entry in entries(alphas, kind)]
-            assert list(ends.lines[0].get_ydata()) == [
-                entry.alpha[expert] for entry in entries(alphas, "embed", "head")
-            ]
-            bars = [(high - low) / 2 for (_, low), (_, high) in inside.lines[2][0].get_segments()]
-            assert bars == pytest.approx([entry.stderr[expert] for entry in entries(alphas, kind)])
+            drawn = axis.containers[expert]
+            assert list(drawn.lines[0].get_ydata()) == [entry.alpha[expert] for entry in wanted]
+            bars = [(high - low) / 2 for (_, low), (_, high) in drawn.lines[2][0].get_segments()]
+            assert bars == pytest.approx([entry.stderr[expert] for entry in wanted])
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["embed", "head"]
 
 
 def test_heads_are_drawn_as_mean_and_range():
@@ -196,7 +199,7 @@ def test_heads_are_drawn_as_mean_and_range():
     figure = alphas_figure(alphas)
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles[0] == "Attention heads, by key/value group: mean and range within a layer"
-    assert titles[1:] == ["Rest of attention, what no head owns (norms, biases)", "MLP blocks"]
+    assert titles[1:] == ["Rest of attention, what no head owns (norms, biases)", "MLP blocks", "Outside the layers"]
     heads = np.array([entry.alpha for entry in entries(alphas, "attention_head")]).reshape(NUM_LAYERS, 2, 2)
     bands = [one for one in figure.axes[0].collections if isinstance(one, PolyCollection)]
     for expert in range(2):
@@ -206,20 +209,21 @@ def test_heads_are_drawn_as_mean_and_range():
 
 
 def test_matrices_are_drawn_by_the_block_they_belong_to():
-    """Attention's, the MLP's, and norms with the final one between the last layer and the head."""
+    """Attention's, the MLP's, and norms; the final one is outside the layers."""
     alphas = make_alphas("linear", 2)
     figure = alphas_figure(alphas)
     titles = [axis.get_title(loc="left").partition(":")[0] for axis in figure.axes]
-    assert titles == ["Attention matrices", "MLP matrices", "Norms"]
-    for axis, part in zip(figure.axes, (".self_attn.", ".mlp.", "norm"), strict=True):
+    assert titles == ["Attention matrices", "MLP matrices", "Norms", "Outside the layers"]
+    for axis, part in zip(figure.axes[:3], (".self_attn.", ".mlp.", "norm"), strict=True):
         of_layer = [
             np.mean([entry.alpha[1] for entry in alphas.submodules if entry.layer == layer and part in entry.name])
             for layer in range(NUM_LAYERS)
         ]
         assert heights(axis, 1) == pytest.approx(of_layer)
-    ends = figure.axes[2].containers[1].lines[0].get_ydata()
+    ends = figure.axes[3].containers[0].lines[0].get_ydata()
     assert list(ends) == [entry.alpha[0] for entry in alphas.submodules if entry.layer is None]
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["0", "1", "2", "embed", "norm", "head"]
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["0", "1", "2"]
+    assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["embed", "norm", "head"]
 
 
 @pytest.mark.parametrize(
@@ -254,8 +258,24 @@ def test_unchanged_experts_are_rings_at_zero_and_no_points():
     rings = [line for line in axis.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
     assert [(round(ring.get_xdata()[0]), list(ring.get_ydata())) for ring in rings] == [(1, [0])]
     assert axis.get_ylim()[0] < 0
-    assert "expert equals the base" in texts(figure)
-    assert "expert equals the base" not in texts(alphas_figure(make_alphas()))
+    assert "at 0: no weight here" in texts(figure)
+    assert "at 0" not in texts(alphas_figure(make_alphas()))
+
+
+@pytest.mark.parametrize(
+    ("directions", "told"), [(("swudi_a",), "the direction swudi_a"), (("first", "second"), "2 directions")]
+)
+def test_directions_are_no_experts(directions, told):
+    """They have no task: the plain average and the title count the experts, and the legend says what is a direction."""
+    names = ("org/math", "org/code", *directions)
+    alphas = make_alphas("linear", len(names), names=names)
+    alphas = Alphas(**{**alphas.model_dump(), "directions": [{"model": name} for name in directions]})
+    figure = alphas_figure(alphas)
+    text = texts(figure)
+    assert f"Merging weight α of 2 experts and {told}" in text
+    assert "plain average, 1/2" in text
+    assert all(list(axis.lines[-1].get_ydata()) == [0.5, 0.5] for axis in figure.axes)
+    assert [name for name in ("math", "code", *directions) if f"{name} (direction)" in text] == list(directions)
 
 
 @pytest.mark.parametrize("make", [alphas_figure, residuals_figure])
@@ -289,7 +309,9 @@ def test_ten_experts_share_no_panel_with_more_than_five():
     """Two panels per kind, every expert in the legend, no two with the same look."""
     figure = alphas_figure(make_alphas(num_models=10))
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
-        f"{kind} · experts {span}" for kind in ("Attention blocks", "MLP blocks") for span in ("1–5", "6–10")
+        f"{kind} · experts {span}"
+        for kind in ("Attention blocks", "MLP blocks", "Outside the layers")
+        for span in ("1–5", "6–10")
     ]
     handles = figure.legends[0].legend_handles[:10]
     assert [handle.get_label() for handle in handles] == [f"{place + 1}  expert-{place}" for place in range(10)]
@@ -315,7 +337,7 @@ def test_residuals_predicted_and_measured():
     assert np.array_equal(heights(axis, 1), [0.6, np.nan, 0.7], equal_nan=True)
     assert axis.get_ylim()[0] == 0
     figure = residuals_figure(make_alphas())
-    assert len(figure.axes[1].containers) == 2
+    assert len(figure.axes[1].containers) == 1
     assert "(predicted only)" in texts(figure)
 
 

@@ -128,6 +128,7 @@ def test_every_number_is_in_the_page(granularity):
     each kind, and a caption for every layer."""
     alphas = make_alphas(granularity, 3, mlp_1={"flags": ("ill_conditioned",), "residual_measured": 0.625})
     page = parsed(write_page("x", alphas, None))
+    assert "Condition is its condition number" in page.text
     for entry in alphas.submodules:
         assert entry.name in page.text
         assert f"{entry.residual:.4f}" in page.text
@@ -151,10 +152,11 @@ def test_a_joint_merge_shows_how_good_it_is():
         "2 trials", "org/code hardly differs from the base", "its expert is no better than the base on its own rows",
         "The residual is 0.3750", "lambda = 0.8", "org/data train 3 9265 1 2 3.25 3.5", "3, 14, 15",
         "Row 14 of math", "What is 6 x 7? 42", "num_samples 30", "0.25, chosen by leaving out rows",
-        "mergekit_slta 1.2.3", "f" * 64,
+        "mergekit_slta 1.2.3", "f" * 64, "the plain average of the experts, 1/2", "swudi_a (direction)",
     ):  # fmt: skip
         assert words in page.text, words
     assert "not shown" not in page.text
+    assert "Condition" not in page.text  # all were solved together
     assert SUBMODULE_FLAGS["extreme"].replace("`", "").split(" (")[0] in page.text
     assert TASK_FLAGS["no_better_than_base"] in page.text
 

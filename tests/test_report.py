@@ -13,6 +13,7 @@ from conftest import assert_refused, mergekit_yaml, slta
 from huggingface_hub import ModelCard
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
+from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.files.evaluation import Evaluation, Measure, MeasuredPoint, TaskEvaluation
 from mergekit_slta.files.merge_record import hash_in, recorded
 from mergekit_slta.reporting import report as module
@@ -304,11 +305,63 @@ def test_the_evaluation_is_a_table_with_its_warnings():
     at_base = alphas.evaluation.model_copy(update={"merge": 0})
     assert "**Warning.** the merge is the base: " in section(alphas.model_copy(update={"evaluation": at_base}), [])
     assert "**Warning.** `other` hardly differs from the base (divergence 2 nats per row)" in text
-    assert "in 1 Gauss-Newton step, without" in text
+    joint = alphas.model_copy(update={"calibration": {**alphas.calibration, "objective": "joint"}})
+    assert "found by `joint` of" in section(joint, [])
+    assert "1 Gauss-Newton step on a few calibration rows per task. Held-out rows chose" in section(joint, [])
     printed = plain(*describe_alphas(alphas))
     assert all(cell in printed for cell in cells)
     assert "at lambda 1" in printed
     assert "How good it is" not in section(alphas_of(), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "come in closed form"),
+        ({"objective": "features"}, "come in closed form"),
+        ({"objective": "joint"}, "come in closed form"),  # too few rows to measure: those of `features`
+        ({"objective": "joint", "steps": 0}, "one linear system for all submodules"),
+    ],
+)
+def test_the_card_says_how_the_weights_were_found(changes, told):
+    """The paper is cited only for its own closed form."""
+    alphas = alphas_of()
+    text = section(alphas.model_copy(update={"calibration": {**alphas.calibration, **changes}}), [])
+    assert f"Its weights α {told}" in text or f"{told} together" in text
+    assert ("Leveraging Submodule Linearity" in text.partition("## Citation")[0]) == (told == "come in closed form")
+    assert "α₂ · (expert₂ - base)`" in text
+
+
+def test_a_direction_is_in_the_formula_and_no_expert():
+    """Submodules that were solved together have one residual, which is said once; what installs the plugin works."""
+    alphas = alphas_of(models=("org/math", "org/code", "swudi_a"))
+    entries = tuple(entry.model_copy(update={"rank": None}) for entry in alphas.submodules)
+    direction = Direction(model="swudi_a", closed_form="swudi_a")
+    calibration = {**alphas.calibration, "objective": "joint", "steps": 0}
+    changed = {"submodules": entries, "directions": (direction,), "calibration": calibration}
+    text = section(alphas.model_copy(update=changed), [])
+    assert "`base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + α_d · (direction - base)`" in text
+    (header,) = [table[0] for table in tables(text) if "number" in table[0]]
+    assert header == ["submodules", "number", "`org/math`", "`org/code`", "`swudi_a`"]
+    assert "It is 0.250." in text
+    assert "pip install git+https://github.com/" in text
+    assert "`stock_direction`" in text
+    assert "`stock_direction`" not in section(alphas_of(), [])
+
+
+def test_the_column_of_the_head_is_the_head_alone():
+    """The final norm is in the row of the norms."""
+    alphas = alphas_of(num_layers=1, models=("org/math",))
+    (entry,) = alphas.submodules
+    parts = [("embed", "embed", 0.125), ("x.0.norm", "norm", 0.25), ("x.0.mlp", "mlp", 0.375), ("norm", "norm", 0.5),
+             ("head", "head", 0.75)]  # fmt: skip
+    entries = tuple(
+        entry.model_copy(update={"name": name, "kind": kind, "layer": 0 if "x." in name else None, "alpha": (alpha,)})
+        for name, kind, alpha in parts
+    )
+    printed = plain(*describe_alphas(alphas.model_copy(update={"submodules": entries})))
+    rows = [line.split() for line in printed.splitlines()[2:4]]
+    assert rows == [["math", "MLP", "0.125", "0.375", "0.750"], ["norms", "0.250", "0.500"]]
 
 
 @pytest.mark.parametrize(("steps", "told"), [({"steps": "auto"}, True), ({"steps": 0}, False), ({}, False)])

@@ -140,6 +140,7 @@ def export(alphas: Path, output: str | None, recipe: Path | None) -> None:
     if exported.direction is not None and direction is not None:
         from mergekit_slta.host.merge import merge_recipe
 
+        click.echo(f"Computing the direction, a checkpoint in float32: {show(direction)}", err=True)
         merge_recipe(exported.direction, direction)
         click.echo(f"Written: {show(direction)}", err=True)
     write_text_atomically(path, exported.text)

@@ -176,7 +176,7 @@ class Evaluation(BaseModel):
         return self
 
 
-EVALUATION_HEADER = ("rows", "divergence", "of the base", "share left", "loss", "of the base", "of the expert")
+EVALUATION_HEADER = ("rows", "divergence", "base's div.", "share left", "loss", "base's loss", "expert's loss")
 """Columns of `evaluation_cells`."""
 
 

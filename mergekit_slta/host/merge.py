@@ -112,7 +112,7 @@ def run(
 
 
 def merge_recipe(content: dict[str, Any], out: Path) -> None:
-    """Merge a recipe that is given by its content, with mergekit's default options.
+    """Merge a recipe that is given by its content, quietly and without a model card.
 
     Raises:
         SltaError: see `run`.
@@ -123,7 +123,8 @@ def merge_recipe(content: dict[str, Any], out: Path) -> None:
 
     register()
     wrap_run_merge(mergekit.merge)
-    mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(out), MergeOptions(write_model_card=False))
+    options = MergeOptions(write_model_card=False, quiet=True)
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(out), options)
 
 
 def _run(

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_slta import __version__
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import (
     TOO_FEW_ROWS,
@@ -28,8 +27,9 @@ from mergekit_slta.files.evaluation import (
 )
 from mergekit_slta.files.merge_record import Sources, Took
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
-from mergekit_slta.recipe.objectives import DATA_FREE, FEATURES, OBJECTIVES, ObjectiveRow
-from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of
+from mergekit_slta.recipe.objectives import FEATURES, OBJECTIVES, ObjectiveRow
+from mergekit_slta.reporting.attribution import PROJECT, citation, describe_method
+from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of, shared_residual
 from mergekit_slta.reporting.meanings import KINDS
 from mergekit_slta.reporting.metadata import describe_license
 from mergekit_slta.reporting.names import PublicNames
@@ -47,22 +47,6 @@ _MERGEKITS = re.compile(
 """What mergekit writes below the title of a card. It names local models by their paths."""
 _MOST_FLAGS = 20
 """At most this many submodules are named per flag; the others are counted."""
-_PROJECT = "https://github.com/mergekit-slta/mergekit-slta"
-_PAPER = (
-    "@inproceedings{dai2025submodule,\n"
-    "  title = {Leveraging Submodule Linearity Enhances Task Arithmetic Performance in {LLMs}},\n"
-    "  author = {Dai, Rui and Hu, Sile and Shen, Xu and Zhang, Yonggang and Tian, Xinmei and Ye, Jieping},\n"
-    "  booktitle = {International Conference on Learning Representations},\n"
-    "  year = {2025},\n"
-    "  url = {https://arxiv.org/abs/2504.10902}\n}"
-)
-_CLOSED_FORM = (
-    "@misc{wei2026spectral,\n"
-    "  title = {Closed-Form Spectral Regularization for Multi-Task Model Merging},\n"
-    "  author = {Wei and others},\n"
-    "  year = {2026},\n"
-    "  url = {https://arxiv.org/abs/2606.07289}\n}"
-)
 
 
 def replace_section(card: str, section: str) -> str:
@@ -116,9 +100,11 @@ def section(
         recipe_name=MERGED_RECIPE_NAME,
         alphas_name=ALPHAS_NAME,
         can_export=alphas.granularity != "head_mlp",
+        has_closed_form=alphas.closed_form is not None,
+        project=PROJECT,
         recipe=recipe,
         fence="`" * max(3, 1 + max(fences, default=0)),
-        citation=_citation(alphas),
+        citation=citation(alphas),
     )  # fmt: skip
     return text.strip()
 
@@ -155,10 +141,10 @@ def _summary(alphas: Alphas, names: PublicNames) -> str:
     made = (
         f"This model is {_name(alphas, names, alphas.base_model)} with {listed} merged into it, by "
         f"[mergekit](https://github.com/arcee-ai/mergekit) {code(alphas.provenance.get('mergekit', ''))} and "
-        f"[mergekit-slta]({_PROJECT}) {code(alphas.provenance.get('mergekit_slta', ''))}: objective {objective}, "
+        f"[mergekit-slta]({PROJECT}) {code(alphas.provenance.get('mergekit_slta', ''))}: objective {objective}, "
         f"granularity {code(alphas.granularity)}, {count} submodule{'s' * (count != 1)}."
     )
-    parts = [made, _source(alphas)]
+    parts = [made, describe_method(alphas)]
     if alphas.evaluation is not None:
         shares = ", ".join(
             f"{percent_left(task)} for {code(names.model(task.model))}" for task in alphas.evaluation.tasks
@@ -241,21 +227,6 @@ def _objective(alphas: Alphas) -> ObjectiveRow | None:
     return OBJECTIVES.get(str(alphas.calibration.get("objective")))
 
 
-def _source(alphas: Alphas) -> str:
-    """What the model is made of, and where the weights come from."""
-    if not alphas.is_fitted:
-        return (
-            "This model is a closed form of the experts' weights alone: no row was read, and nothing was trained or "
-            "tuned."
-        )
-    return (
-        "Every submodule of this model is `base + α₁ · (expert₁ - base) + α₂ · (expert₂ - base) + …`. Its weights α "
-        f"come in closed form from a few calibration rows per task{_solves(alphas)}, without training or tuning "
-        "([Leveraging Submodule Linearity Enhances Task Arithmetic Performance in LLMs]"
-        "(https://arxiv.org/abs/2504.10902), ICLR 2025)."
-    )
-
-
 def _directions(alphas: Alphas, names: PublicNames) -> list[str]:
     """What the models without a task are."""
     return [
@@ -266,15 +237,10 @@ def _directions(alphas: Alphas, names: PublicNames) -> list[str]:
     ]  # fmt: skip
 
 
-def _solves(alphas: Alphas) -> str:
-    """How many steps were taken, as part of a sentence."""
-    count = sum(point.ridge is not None for point in alphas.evaluation.points) if alphas.evaluation else 0
-    return f", in {count} Gauss-Newton step{'s' * (count > 1)}" if count else ""
-
-
 def _weights(alphas: Alphas, names: PublicNames, measured: bool) -> str:
-    header = ["submodules", "number", *(code(names.model(model)) for model in alphas.models), "residual"]
-    rows = [header + ["measured"] * measured]
+    has_residuals = shared_residual(alphas) is None and any(entry.residual is not None for entry in alphas.submodules)
+    header = ["submodules", "number", *(code(names.model(model)) for model in alphas.models)]
+    rows = [header + ["residual"] * has_residuals + ["measured"] * measured]
     for label, members in _groups(alphas):
         cells = [label, str(len(members))]
         for column in range(len(alphas.models)):
@@ -282,8 +248,9 @@ def _weights(alphas: Alphas, names: PublicNames, measured: bool) -> str:
             low, high = min(values), max(values)
             mean_std = f" ({low:.2f} to {high:.2f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.3f}{mean_std}")
-        residuals = [entry.residual for entry in members if entry.residual is not None]
-        cells.append(f"{sum(residuals) / len(residuals):.3f}" if residuals else "-")
+        if has_residuals:
+            residuals = [entry.residual for entry in members if entry.residual is not None]
+            cells.append(f"{sum(residuals) / len(residuals):.3f}" if residuals else "-")
         if measured:
             found = [entry.residual_measured for entry in members if entry.residual_measured is not None]
             cells.append(f"{sum(found) / len(found):.3f}" if found else "")
@@ -314,7 +281,8 @@ def _residual_note(alphas: Alphas, measured: bool) -> str:
     row = _objective(alphas)
     text = "Weights are means over the submodules, with their range."
     if row is not None:
-        text += f" {row.residual}"
+        shared = shared_residual(alphas)
+        text += f" {row.residual}" + ("" if shared is None else f" It is {shared:.3f}.")
         if row.settings.measures_residuals and not measured:
             text += " It is predicted from linearity; `mergekit-slta merge --verify` also measures it."
     return text
@@ -327,17 +295,3 @@ def _flagged(alphas: Alphas) -> str:
         shown = ", ".join(code(name) for name in members[:_MOST_FLAGS])
         lines.append(f"- {code(flag)}{f' ({meaning})' if meaning else ''}: {shown}{rest}")
     return "\n".join(lines) or "Nothing."
-
-
-def _citation(alphas: Alphas) -> str:
-    """BibTeX of the project, and of the method whose weights these are; `joint` is the project's own."""
-    objective = alphas.calibration.get("objective")
-    version = str(alphas.provenance.get("mergekit_slta", ""))
-    project = (
-        "@software{mergekit_slta,\n"
-        "  title = {mergekit-slta: merging fine-tuned language models submodule by submodule},\n"
-        "  author = {{The mergekit-slta contributors}},\n"
-        f"  version = {{{version if re.fullmatch(r'[0-9A-Za-z.+-]+', version) else __version__}}},\n"
-        f"  url = {{{_PROJECT}}}\n}}"
-    )
-    return "\n\n".join([project, *{FEATURES: [_PAPER], DATA_FREE: [_CLOSED_FORM]}.get(str(objective), [])])

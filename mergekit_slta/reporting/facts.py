@@ -115,3 +115,9 @@ def flagged(alphas: Alphas) -> list[tuple[str, str, list[str]]]:
             if flag != "unchanged" or {*entry.unchanged} != {form}:
                 found.setdefault(flag, []).append(entry.name)
     return [(flag, SUBMODULE_FLAGS.get(flag, ""), names) for flag, names in found.items()]
+
+
+def shared_residual(alphas: Alphas) -> float | None:
+    """The one residual of submodules that were solved together."""
+    found = {entry.residual for entry in alphas.submodules}
+    return found.pop() if len(found) == 1 and all(entry.rank is None for entry in alphas.submodules) else None

@@ -24,7 +24,7 @@ from mergekit_slta.files.linearity_file import Linearity, MeanStd
 from mergekit_slta.files.merge_record import Took
 from mergekit_slta.recipe.objectives import OBJECTIVES
 from mergekit_slta.reporting.charts import HEIGHT, WIDTH, Chart, Curve, Scale, charts, path_chart
-from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of
+from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of, shared_residual
 from mergekit_slta.reporting.figures.evaluation import path_of
 from mergekit_slta.reporting.meanings import KINDS
 from mergekit_slta.reporting.names import PublicNames
@@ -105,9 +105,11 @@ def _merge(
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
     row = OBJECTIVES.get(str(used.get("objective")))
     forms = {direction.model: direction.closed_form for direction in alphas.directions}
+    curves = [name + " (direction)" * (model in forms) for model, name in zip(alphas.models, models, strict=True)]
     return {
         "base": names.model(alphas.base_model),
         "models": models,
+        "curves": curves,
         "directions": [(names.model(model), form) for model, form in forms.items()],
         "experts": [names.model(model) for model in alphas.experts],
         "is_fitted": alphas.is_fitted,
@@ -132,11 +134,12 @@ def _merge(
             ],
             "trials": evaluation.trials,
         },
-        "weights": _weight_charts(alphas, models),
+        "weights": _weight_charts(alphas, curves),
         "residuals": _residual_charts(alphas, measured=measured),
         "residual_text": row.residual if row else "",
-        "residual": _shared_residual(alphas),
+        "residual": shared_residual(alphas),
         "measured": measured,
+        "is_solved_apart": any(entry.rank is not None for entry in alphas.submodules),
         "tasks": calibration_tasks(alphas, names),
         "settings": settings_of(alphas),
         "took": took and (show(describe_phases(took.seconds), 300), show(took.device, 40), took.threads),
@@ -191,7 +194,7 @@ def _weight_charts(alphas: Alphas, models: Sequence[str]) -> list[Chart]:
             lambda entry: " (unchanged)" if alphas.models[place] in entry.unchanged else "",
         )
 
-    count = len(models)
+    count = len(alphas.experts)  # a direction has no task, and no part in the plain average
     values = [value for entry in alphas.submodules for value in entry.alpha]
     scale = Scale.of(values, floor=min([0.0, *values]), reference=1 / count if count > 1 else None)
     return charts(alphas.submodules, [curve(place, model) for place, model in enumerate(models)], scale)
@@ -207,12 +210,6 @@ def _residual_charts(alphas: Alphas, *, measured: bool) -> list[Chart]:
         curves.append(Curve("measured", lambda entry: entry.residual_measured))
     values = [value for entry in solved for curve in curves if (value := curve.value(entry)) is not None]
     return charts(solved, curves, Scale.of(values, floor=min([0.0, *values])))
-
-
-def _shared_residual(alphas: Alphas) -> float | None:
-    """The one residual of submodules that were solved together."""
-    found = {entry.residual for entry in alphas.submodules}
-    return found.pop() if len(found) == 1 and all(entry.rank is None for entry in alphas.submodules) else None
 
 
 def _linearity(linearity: Linearity) -> dict[str, Any]:

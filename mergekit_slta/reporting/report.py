@@ -42,8 +42,8 @@ from mergekit_slta.reporting.usage import Usage
 
 LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {
-    figure_name("alphas"): "Merging weights of every expert over the depth of the model",
-    figure_name("residuals"): "Share of the experts' change that is lost, predicted and measured, over depth",
+    figure_name("alphas"): "Merging weights over the depth of the model",
+    figure_name("residuals"): "Share of the experts' change that is lost, over the depth of the model",
     figure_name("divergence"): "Divergence of the merge from every expert over the steps, on held-out rows",
     figure_name("levels"): "Linearity of the whole model and of its submodules",
 }

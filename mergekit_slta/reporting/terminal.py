@@ -60,13 +60,17 @@ def _names(alphas: Alphas) -> dict[str, str]:
 
 
 def _weights(alphas: Alphas) -> RenderableType:
-    """Mean weights of every model: embeddings, thirds of the layers, head; attention and MLP apart if they are told."""
+    """Mean weights of every model: embeddings, thirds of the layers, head; attention and MLP apart if they are told.
+
+    A norm outside the layers is in the row of the norms, beside the embeddings or the head.
+    """
     num_layers = 1 + max((entry.layer for entry in alphas.submodules if entry.layer is not None), default=-1)
     groups: dict[str, dict[str, list[SubmoduleAlphas]]] = {}
     spans: dict[str, list[int]] = {}
     for entry in alphas.submodules:
         if entry.layer is None:
-            place, part = {"embed": ("embed", ""), "model": ("all", "whole model")}.get(entry.kind, ("head", ""))
+            place = {"model": "all", "embed": "embed"}.get(entry.kind, "head" if spans else "embed")
+            part = _PARTS[entry.kind] if entry.kind in ("model", "norm") else ""
         else:
             place, part = ("early", "middle", "late")[3 * entry.layer // num_layers], _part_of(entry)
             spans.setdefault(place, []).append(entry.layer)

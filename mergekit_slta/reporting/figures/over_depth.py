@@ -1,7 +1,7 @@
 """Figures over the depth of a model, from an alphas file: merging weights (the paper's Fig. 5) and residuals.
 
-Scope: one panel for each kind of submodule, with the decoder layers from left to right and the submodules before and
-after them at the ends. If a layer has several submodules of a kind (heads, matrices), the panel shows their mean and
+Scope: one panel for each kind of submodule, with the decoder layers from left to right, and one for the submodules
+outside the layers. If a layer has several submodules of a kind (heads, matrices), the panel shows their mean and
 range. A flag is marked above the value that it concerns. A file without layers is drawn as a list of numbers.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_slta.files.alphas_file import Alphas, SubmoduleAlphas
-from mergekit_slta.reporting.figures.panels import PANELS, Depth, Series, at_depth, panels_of, value_range
+from mergekit_slta.reporting.figures.panels import OUTSIDE, PANELS, Depth, Series, at_depth, panels_of, value_range
 from mergekit_slta.reporting.figures.style import GREY, WIDTH, Look, Sheet, clean_axes, escape, short_name, short_names
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 5
-"""With more experts than this, each expert gets its own panel."""
+"""With more models than this, a kind of submodule gets several panels."""
 _DASHES = (0, (6, 3))
 _MARK_INCHES = 0.12
 """Height of a row of flags above a panel."""
@@ -33,18 +33,26 @@ _MARKS = {
 
 
 def alphas_figure(alphas: Alphas) -> Figure:
-    """Draw the merging weight of every expert in every submodule, with jackknife standard errors."""
-    count = len(alphas.models)
+    """Draw the merging weight of every model in every submodule, with jackknife standard errors.
+
+    The plain average is that of the experts: a direction has no task.
+    """
+    directions = [direction.model for direction in alphas.directions]
+    num_experts, count = len(alphas.experts), len(alphas.models)
     series = [
         Series(
-            (f"{place + 1}  " if count > MOST_LINES else "") + model,
+            (f"{place + 1}  " if count > MOST_LINES else "") + name + " (direction)" * (model in directions),
             Look.of(place),
             lambda entry, place=place: entry.alpha[place],
             lambda entry, place=place: entry.stderr[place] if entry.stderr else 0.0,
-            lambda entry, place=place: "unchanged" in entry.flags and entry.alpha[place] == 0,
+            lambda entry, place=place, model=model: model in entry.unchanged and entry.alpha[place] == 0,
         )
-        for place, model in enumerate(short_names(alphas.models, 30))
+        for place, (model, name) in enumerate(zip(alphas.models, short_names(alphas.models, 30), strict=True))
     ]
+    of = "the expert" if num_experts == 1 else f"{num_experts} experts"
+    if directions:
+        one = f"the direction {short_name(directions[0], 20)}"
+        of += f" and {one if len(directions) == 1 else f'{len(directions)} directions'}"
     bars = "Bars: jackknife standard errors where a point is one submodule, often smaller than its marker."
     if all(entry.stderr is None for entry in alphas.submodules):
         reason = "there was one calibration row per task"
@@ -53,12 +61,12 @@ def alphas_figure(alphas: Alphas) -> Figure:
         bars = f"No standard errors: {reason}."
     return _draw(
         alphas,
-        f"Merging weight α of {'the expert' if count == 1 else f'each of {count} experts'}",
+        f"Merging weight α of {of}",
         f"{_about(alphas)}. 0 leaves the base as it is, 1 adds all that the expert learned.\n{bars}",
         "merging weight α",
         series,
-        0.5 / count,
-        reference=(1 / count, f"plain average, 1/{count}") if count > 1 else None,
+        0.5 / num_experts,
+        reference=(1 / num_experts, f"plain average, 1/{num_experts}") if num_experts > 1 else None,
     )
 
 
@@ -118,30 +126,40 @@ def _draw(
     panels = panels_of(alphas)
     size = math.ceil(len(series) / math.ceil(len(series) / MOST_LINES))
     chunks = [series[start : start + size] for start in range(0, len(series), size)]
-    count = len(panels) * len(chunks)
+    cells = [(key, chunk) for key in panels for chunk in chunks]
     limits, beyond = value_range(alphas, series, usual, reference, floor)
     handles = _handles(alphas, series, reference, beyond)
     columns = 3 if max(len(handle.get_label()) for handle in handles) < 26 else 2
     present = [flag for flag in _MARKS if any(flag in entry.flags for entry in alphas.submodules)]
-    high, gap = 1.75 if count < 3 else 1.3, 0.38 + _MARK_INCHES * len(present)
-    sheet = Sheet.new(title, notes, (high + gap) * count + 0.55 + 0.19 * math.ceil(len(handles) / columns))
-    for number in range(count):
-        key, chunk = list(panels)[number // len(chunks)], chunks[number % len(chunks)]
-        axis = sheet.panel(0.75, gap + (high + gap) * number, WIDTH - 0.87, high)
+    high, gap = 1.75 if len(cells) < 3 else 1.3, 0.38 + _MARK_INCHES * len(present)
+    num_inside = sum(key != OUTSIDE for key, _ in cells)
+    below = {len(cells) - 1: 0.24, num_inside - 1: 0.42}
+    """Number of a panel with labels -> height of its labels in inches."""
+    legend = 0.15 + 0.19 * math.ceil(len(handles) / columns)
+    sheet = Sheet.new(title, notes, (high + gap) * len(cells) + sum(below.values()) + legend)
+    top = 0.0
+    for number, (key, chunk) in enumerate(cells):
+        is_outside = key == OUTSIDE
+        width = min(WIDTH - 0.87, 1.2 * len(depth.outside)) if is_outside else WIDTH - 0.87
+        axis = sheet.panel(0.75, top + gap, width, high)
         several = _draw_panel(axis, panels[key], chunk, depth, limits)
         _draw_marks(axis, panels[key], depth, present, _MARK_INCHES / high)
-        heading = PANELS.get(key, escape(key, 40)) + (": mean and range within a layer" if several else "")
+        heading = "Outside the layers" if is_outside else PANELS.get(key, escape(key, 40))
+        heading += ": mean and range within a layer" if several else ""
         if len(chunks) > 1:
             first = series.index(chunk[0]) + 1
-            heading += f" · experts {first}–{first + len(chunk) - 1}"
+            noun = "models" if alphas.directions else "experts"
+            heading += f" · {noun} {first}–{first + len(chunk) - 1}"
         axis.set_title(heading, pad=5 + 72 * _MARK_INCHES * len(present))
         axis.set_ylim(*limits)
         if reference is not None:
             axis.axhline(reference[0], color=GREY, linewidth=1, linestyle=_DASHES, zorder=1)
-        depth.dress(axis, labels=number == count - 1)
+        depth.dress(axis, is_outside=is_outside, labels=number in below)
+        if number in below and not is_outside:
+            axis.set_xlabel("decoder layer")
         clean_axes(axis)
-    axis.set_xlabel("decoder layer")
-    sheet.label(unit, (high + gap) * count)
+        top += gap + high + below.get(number, 0.0)
+    sheet.label(unit, top)
     sheet.figure.legend(handles=handles, loc="lower center", ncols=columns, handlelength=3.2, borderaxespad=0.1)
     return sheet.figure
 
@@ -150,14 +168,13 @@ def _draw_panel(
     axis: Axes, entries: Sequence[SubmoduleAlphas], series: Sequence[Series], depth: Depth, limits: tuple[float, float]
 ) -> bool:
     """Draw a panel's lines; returns whether a layer has several submodules in this panel."""
-    inside = at_depth(depth, [entry for entry in entries if entry.layer is not None])
-    outside = at_depth(depth, [entry for entry in entries if entry.layer is None])
-    several = any(len(members) > 1 for members in inside.values())
-    size = 4.5 if depth.layers <= 40 else 3.0
+    places = at_depth(depth, entries)
+    several = any(len(members) > 1 for members in places.values())
+    is_outside = all(entry.layer is None for entry in entries)
+    size = 4.5 if depth.layers <= 40 or is_outside else 3.0
     for number, one in enumerate(series):
-        shift = (number - (len(series) - 1) / 2) * 0.11
-        _draw_line(axis, inside, one, 0 if several else shift, limits, size, one.look.line)
-        _draw_line(axis, outside, one, shift, limits, size, "none")
+        shift = 0 if several else (number - (len(series) - 1) / 2) * 0.11
+        _draw_line(axis, places, one, shift, limits, size, "none" if is_outside else one.look.line)
     return several
 
 
@@ -219,7 +236,7 @@ def _handles(alphas: Alphas, series: Sequence[Series], reference: tuple[float, s
         marks.append({"label": reference[1], "color": GREY, "linewidth": 1, "linestyle": _DASHES})
     if any(one.zero(entry) for one in series for entry in alphas.submodules):
         ring = {"marker": "o", "markersize": 7.5, "fillstyle": "none", "linestyle": "none"}
-        marks.append({"label": "at 0: expert equals the base here", "color": GREY, **ring})
+        marks.append({"label": "at 0: no weight here", "color": GREY, **ring})
     marks += [_mark(flag) for flag in _MARKS if any(flag in entry.flags for entry in alphas.submodules)]
     if beyond:
         marks.append({"label": "at the edge: beyond the axis", "marker": "^", "color": GREY, "linestyle": "none"})

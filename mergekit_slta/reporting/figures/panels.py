@@ -28,6 +28,8 @@ PANELS = {
     "norm": "Norms",
 }
 """panel -> its title, in the order of drawing."""
+OUTSIDE = "outside"
+"""The last panel, of the submodules before and after the layers."""
 MIXER = re.compile("att|mamba|mixer|^conv$|^ssm$")
 """What the names of modules that mix tokens have in common: alphas files only name the matrices."""
 
@@ -56,18 +58,13 @@ class Series:
 
 
 def panels_of(alphas: Alphas) -> dict[str, list[SubmoduleAlphas]]:
-    """panel -> its submodules, in the order of `PANELS`. Embeddings and output head are in every panel, at the ends."""
+    """panel -> its submodules, in the order of `PANELS`; last `OUTSIDE`, if there are any outside the layers."""
     found: dict[str, list[SubmoduleAlphas]] = {}
     for entry in alphas.submodules:
-        if not _is_end(entry):
-            found.setdefault(_panel(entry, alphas.granularity), []).append(entry)
-    order = [*PANELS, *(key for key in found if key not in PANELS)]
-    ends = [entry for entry in alphas.submodules if _is_end(entry)]
-    return {key: [*found[key], *ends] for key in order if key in found}
-
-
-def _is_end(entry: SubmoduleAlphas) -> bool:
-    return entry.layer is None and entry.kind in ("embed", "head")
+        key = OUTSIDE if entry.layer is None else _panel(entry, alphas.granularity)
+        found.setdefault(key, []).append(entry)
+    order = [*PANELS, *(key for key in found if key not in (*PANELS, OUTSIDE)), OUTSIDE]
+    return {key: found[key] for key in order if key in found}
 
 
 def _panel(entry: SubmoduleAlphas, granularity: str) -> str:
@@ -118,40 +115,33 @@ def value_range(
 
 @dataclass(frozen=True)
 class Depth:
-    """The depth axis: decoder layers at their numbers, and the submodules before and after them.
+    """The horizontal axes: decoder layers at their numbers, or the submodules outside of them side by side.
 
     Attributes:
         layers: number of decoder layers.
-        ends: name of a submodule outside the layers -> its position on the axis.
+        outside: name of a submodule outside the layers -> its position on the axis of `OUTSIDE`.
     """
 
     layers: int
-    ends: dict[str, float]
+    outside: dict[str, float]
 
     @classmethod
     def of(cls, alphas: Alphas) -> Depth:
-        """Make the axis of a file; submodules outside the layers keep the file's order, before and after the layers."""
-        numbers = [entry.layer for entry in alphas.submodules]
-        layers = max(number for number in numbers if number is not None) + 1
-        first = next(place for place, number in enumerate(numbers) if number is not None)
-        before = [entry.name for entry in alphas.submodules[:first]]
-        after = [entry.name for entry in alphas.submodules[first:] if entry.layer is None]
-        step = max(0.8, layers * 0.085)
-        ends = {one: step * (number - len(before)) for number, one in enumerate(before)}
-        return cls(layers, ends | {one: layers - 1 + step * (number + 1) for number, one in enumerate(after)})
+        """Make the axes of a file; submodules outside the layers keep the file's order."""
+        layers = 1 + max(entry.layer for entry in alphas.submodules if entry.layer is not None)
+        names = [entry.name for entry in alphas.submodules if entry.layer is None]
+        return cls(layers, {name: float(number) for number, name in enumerate(names)})
 
     def place(self, entry: SubmoduleAlphas) -> float:
-        return self.ends[entry.name] if entry.layer is None else float(entry.layer)
+        return self.outside[entry.name] if entry.layer is None else float(entry.layer)
 
-    def dress(self, axis: Axes, *, labels: bool) -> None:
-        """Set ticks at layers and ends, and shade the ends, because they are of another kind than the panel."""
+    def dress(self, axis: Axes, *, is_outside: bool, labels: bool) -> None:
+        """Set the ticks and the range of a panel's axis."""
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, self.layers) if self.layers / step <= 10)
         ticks = {float(layer): str(layer) for layer in range(0, self.layers, step)}
-        ticks |= {place: short_name(one.rpartition(".")[2], 8) for one, place in self.ends.items()}
-        axis.set_xticks(list(ticks), list(ticks.values()) if labels else [""] * len(ticks))
         last, margin = self.layers - 1, max(0.4, self.layers * 0.04)
-        low, high = min([0, *ticks]) - margin, max([last, *ticks]) + margin
-        axis.set_xlim(low, high)
-        for start, stop in ((low, -margin), (last + margin, high)):
-            if start < stop:
-                axis.axvspan(start, stop, color="#f3f3f3", zorder=0)
+        if is_outside:
+            ticks = {place: short_name(one.rpartition(".")[2], 12) for one, place in self.outside.items()}
+            last, margin = len(ticks) - 1, 0.5
+        axis.set_xticks(list(ticks), list(ticks.values()) if labels else [""] * len(ticks))
+        axis.set_xlim(-margin, last + margin)
