@@ -328,16 +328,17 @@ def test_check_names_the_templates(chats, write_recipe, caplog):
         result = slta("check", write_recipe(recipe))
     assert result.exit_code == 0, result.output
     assert result.output.count("; its own chat template") == 2
-    (warning,) = [record.getMessage() for record in caplog.records if "of its own" in record.message]
+    (warning,) = [record.getMessage() for record in caplog.records if "rendered with" in record.message]
     assert recipe["models"][0]["model"] in warning
-    assert "the merged model gets another: its own renders its rows" in warning
+    assert "its rows are rendered with its own chat template, but the merged model gets another" in warning
+    assert "add `chat_template: output` under its `parameters`" in warning
     caplog.clear()
     recipe["chat_template"] = "mistral"
     with caplog.at_level("WARNING"):
         result = slta("check", write_recipe(recipe))
     assert result.output.count("; the merged model's chat template") == 2
-    assert sum("the merged model gets another: the merged model's renders" in record.message
-               for record in caplog.records) == 2  # fmt: skip
+    told = "rendered with the merged model's chat template, not with its own: add `chat_template: model` under its"
+    assert sum(told in record.message for record in caplog.records) == 2
     caplog.clear()
     with caplog.at_level("WARNING"):
         slta("check", write_recipe(chats(make_tokenizer(PLAIN), make_tokenizer(PLAIN), base=make_tokenizer(None))))
