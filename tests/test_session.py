@@ -11,7 +11,8 @@ from pathlib import Path
 from conftest import mergekit_yaml, slta
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "session.md"
-COLUMNS = {"math": ("question", "answer"), "words": ("messages",)}
+QUESTIONS = ("question", "answer")
+COLUMNS = {"math": QUESTIONS, "words": ("messages",), "numbers": QUESTIONS}
 ROWS = 29
 """One fewer than `init` asks for before it chooses `joint`, which takes longer."""
 
@@ -26,10 +27,11 @@ def commands_of(text: str) -> list[list[str]]:
 def test_the_session_of_the_documentation_runs(plenty, tmp_path, monkeypatch):
     """From models and rows to a merge, a comparison and a page, with no file edited between the commands."""
     monkeypatch.chdir(tmp_path)
-    for name, source in zip(("base", *COLUMNS), (plenty.base, *plenty.experts), strict=True):
+    experts = [*plenty.experts, plenty.experts[0]]
+    for name, source in zip(("base", *COLUMNS), (plenty.base, *experts), strict=True):
         shutil.copytree(source, tmp_path / "models" / name)
     Path("data").mkdir()
-    for (name, columns), source in zip(COLUMNS.items(), plenty.datasets, strict=True):
+    for (name, columns), source in zip(COLUMNS.items(), [*plenty.datasets, plenty.datasets[0]], strict=True):
         rows = [json.loads(line) for line in source.read_text().splitlines()[:ROWS]]
         for row in rows:
             turns = {"user": row["question"], "assistant": row["answer"]}
