@@ -17,7 +17,9 @@ WORDING: dict[str, str] = {
     "conflicting-keys": r"(the prompts of .+ end with their answer, .+: leave it out of `text`, .+"
     r"|(--verify|`\w+`).+(: drop `completion`, or set `text`|: drop --verify|; set `steps: 0`"
     r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective|: drop `\w+`|: drop `alphas`, and they)"
-    r"|.+ has `role: direction`, and .+: (drop `\w+`|leave the model out, or change `objective`))",
+    r"|.+ has `role: direction`, and .+: (drop `\w+`|leave the model out, or change `objective`)"
+    r"|.+ has (a )?`(hint|dataset: self)`,? .+: (drop|set|name) "
+    r"|no expert of the recipe writes rows: set `dataset: self`)",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
     r"|holds .+, (which its index does not list|and so does .+)); fetch it again",
@@ -40,6 +42,8 @@ WORDING: dict[str, str] = {
     r"|is no .+ and is not overwritten: (name another (file|folder)|choose another folder|put the model card)"
     r"|holds the alphas of other models \(.+\) and is not overwritten: name another file with -o, or remove it"
     r"|holds the comparison of other models \(.+\) and is not overwritten: name another folder with -o, or remove it"
+    r"|.+ was edited since its expert wrote it: name it as `dataset` to use it, or remove it"
+    r"|is no file that an expert wrote, .+, and is not overwritten: name it as `dataset`, or choose another folder"
     r"|(holds the weights of a calibration|is there already) and is not overwritten: name another file with -o, or "
     r"give --overwrite)",
     "foreign-weights": r"(holds weights that no merge of this package wrote \(.+\): name another folder, or replace "
@@ -47,12 +51,13 @@ WORDING: dict[str, str] = {
     "git-lfs-pointer": r".+ of .+ is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     "hub-unreachable": r"there is no model folder .+ \(paths start .+\),.+ cache does not hold such a model completely"
     r"(, and the Hub cannot be reached at .+|): check the path, (the network, or HF_ENDPOINT|or unset HF_HUB_OFFLINE)",
-    "in-use": r"another (merge|process) \(.+\) (is writing to|works on) .+: wait for it, or (name|write) ",
+    "in-use": r"another (merge|process) \(.+\) (is writing to|works on|writes) .+: wait for it, or (name|write) ",
     "incomplete-statistics": r"the statistics lack .+: calibrate again",
     "interrupted-run": r"^Interrupted: .+; run the same command again",
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
     r"|`(text|completion)` is a template over .+, which holds messages: write `text: .+`, without braces"
-    r"|`chat_template` is not a template \(.+\): .+; correct it, or set another)",
+    r"|`chat_template` is not a template \(.+\): .+; correct it, or set another"
+    r"|`chat_template` of .+ is not a template that can be cut .+ \(.+\), .+: set another, or name a `dataset`)",
     "invalid-value": r"(`\w+`|--[\w-]+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least"
     r"|: write `auto`|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",
@@ -64,7 +69,8 @@ WORDING: dict[str, str] = {
     "missing-alphas": r"without its pre-pass and without `alphas`: run `mergekit-yaml` .+ or name an existing alphas",
     "missing-base": r"(needs the model that the experts were fine-tuned from: add `base_model:`"
     r"|the base is not clear: .+; name the base first, or with --base)",
-    "missing-chat-template": r"(has a chat template for the column `.+`: set `chat_template`, or choose another column"
+    "missing-chat-template": r"(.+ has no chat template to write rows from: give it a `hint`, .+, or name a `dataset`"
+    r"|has a chat template for the column `.+`: set `chat_template`, or choose another column"
     r"|`chat_template` of .+ is .+, and there is no such chat template .+: set another, or choose a column)",
     "missing-column": r"(the columns of .+, .*, hold none of what is found without `text`.*: set `text` (to|and)"
     r"|the columns of .+ hold none of what is found without `text`: run this on a terminal without --yes, .+, or give"
@@ -72,6 +78,7 @@ WORDING: dict[str, str] = {
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
     "missing-dataset": r"(.+ has no `dataset`: name its calibration rows, or an existing file with `alphas`"
     r"|.+ has no `dataset`: name rows, on which merges are compared"
+    r"|.+ has no `dataset` that is written yet: write its rows with `mergekit-slta rows`, and name the file"
     r"|no rows are known for .+: add --data .+=FILE_OR_ID)",
     "missing-expert": r"(at least one expert besides the base: add it|leaves out all of .+: keep one of them"
     r"|combines experts, and there is one: add another, or (set `direction: none`|change `objective`))",
@@ -92,7 +99,8 @@ WORDING: dict[str, str] = {
     r"|`direction: .+` is computed from all experts: leave it out, too .+, or calibrate without the expert)",
     "no-access": r"(.+ is gated: ask for access at .+, then log in with `hf auth login` or set HF_TOKEN"
     r"|the Hub refuses to give .+: HF_TOKEN has expired or lacks the right to read .+; make a new one)",
-    "no-answers": r"all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows",
+    "no-answers": r"(all \d+ rows of .+ end before their answer begins: raise `max_seq_length`, or choose shorter rows"
+    r"|.+ cannot write rows of `max_seq_length` = \d+ tokens: its template and hint take \d+ of them; raise it)",
     "not-a-folder": r"(.+ is not a folder: choose a new or empty one"
     r"|.+ is a (file|link to nothing)[:;] name (a|another) folder"
     r"|.+ is no folder, and the merge has one there: move it away and merge again)",
@@ -133,7 +141,8 @@ WORDING: dict[str, str] = {
     "token-out-of-range": r"token \d+.* is beyond the \d+ rows of .+: (use the tokenizer that belongs to these"
     r"|use a tokenizer without gaps|take `source: union`|name another `token_id`)",
     "too-few-rows": r"(has no rows: choose another `dataset` or `split`"
-    r"|leaves \d+ rows to compare merges on, and \d+ are needed: give 20 or more different rows per task)",
+    r"|leaves \d+ rows to compare merges on, and \d+ are needed: give 20 or more different rows per task"
+    r"|.+ has written \d+ rows, and \d+ of them can be used, .+\(.+\): give it a `hint`, name a `dataset`, or lower)",
     "uncalibrated-tensors": r"text does not run through .+: add `uncalibrated: base`",
     "uncovered-tensor": r"the alphas file .+ does not cover the tensor .+: calibrate again",
     "unexpected-error": r"\w+: .*",

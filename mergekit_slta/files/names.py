@@ -5,6 +5,10 @@ Scope: names and paths only; nothing here accesses the disk.
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 ALPHAS_NAME = "slta_alphas.json"
@@ -74,6 +78,9 @@ ACTIVATIONS_NAME = "activations.bin"
 ACTIVATIONS_MARKER_NAME = "activations.json"
 """Beside `ACTIVATIONS_NAME`: the depths and layers that are stored in it."""
 
+ROWS_FOLDER = "slta_rows"
+"""In the folder of a merge, or beside an alphas file: the rows that experts have written."""
+
 FIGURE_PREFIX = "slta"
 PAGE_NAME = "slta_report.html"
 
@@ -119,3 +126,23 @@ def direction_folder(path: Path) -> Path:
 def lock_path(path: Path) -> Path:
     """Path of the lock file for `path`."""
     return path.with_name(path.name + ".lock")
+
+
+def rows_names(models: Iterable[str]) -> dict[str, str]:
+    """Model -> name of the file of the rows that it has written: the last part of its name, `math.jsonl`.
+
+    What no file name should have becomes `_`. Models whose names would be the same get part of a hash.
+    """
+    models = list(models)
+    parts = {model: "-".join(re.split(r"[/\\]", part)[-1] for part in model.split("+")) for model in models}
+    stems = {model: re.sub(r"[^\w.-]+", "_", part).strip(".")[:80] or "model" for model, part in parts.items()}
+    counts = Counter(stem.lower() for stem in stems.values())
+    return {
+        model: stem + f"-{hashlib.sha256(model.encode()).hexdigest()[:8]}" * (counts[stem.lower()] > 1) + ".jsonl"
+        for model, stem in stems.items()
+    }
+
+
+def rows_record_path(rows: Path) -> Path:
+    """Path of the record beside a file of written rows: what they are for, and their hash."""
+    return rows.with_name(rows.name.removesuffix(".jsonl") + _JSON)

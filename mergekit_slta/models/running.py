@@ -53,6 +53,17 @@ def call_model(model: nn.Module, weights: Mapping[str, Tensor], **inputs: Tensor
     return functional_call(model, dict(weights), (), {**inputs, "use_cache": False}, tie_weights=False)
 
 
+def call_with_cache(model: nn.Module, weights: Mapping[str, Tensor], ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Run a model on tokens [b, s] behind those of a cache, None at first; returns logits [b, s, v] and the new cache.
+
+    The cache is None if the model's code keeps none of the usual kind. It must then be given all tokens again.
+    """
+    inputs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    output = functional_call(model, dict(weights), (), inputs, tie_weights=False)
+    kept = getattr(output, "past_key_values", None)
+    return output.logits, kept if hasattr(kept, "reorder_cache") else None
+
+
 def enter_layers(
     model: nn.Module,
     layers: Sequence[nn.Module],
