@@ -26,7 +26,20 @@ def command(name: str) -> click.Command:
 
 def test_commands_are_listed_in_the_order_of_use():
     """First look, then compute, merge, look at the result; the demo last."""
-    order = ["init", "check", "calibrate", "merge", "compare", "report", "solve", "export", "linearity", "env", "demo"]
+    order = [
+        "init",
+        "check",
+        "rows",
+        "calibrate",
+        "merge",
+        "compare",
+        "report",
+        "solve",
+        "export",
+        "linearity",
+        "env",
+        "demo",
+    ]
     assert main.list_commands(click.Context(main)) == list(COMMANDS) == order
     listed = [
         line.split()[0] for line in slta("--help").output.partition("Commands:\n")[2].splitlines() if line[2:3] > " "

@@ -29,7 +29,7 @@ from mergekit_slta.objectives.joint_search import PATIENCE
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.objectives import MAX_STEPS, all_shared_keys
 from mergekit_slta.recipe.read import read_recipe
-from mergekit_slta.recipe.settings import METHOD, TASK_KEYS
+from mergekit_slta.recipe.settings import METHOD, SELF, TASK_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -220,7 +220,7 @@ def test_recipes_pass_check(path, tiny, tmp_path, monkeypatch):
     for entry, (expert, dataset) in zip(recipe["models"], stand_ins, strict=False):
         places[entry["model"]] = expert
         parameters = entry.get("parameters", {})
-        if "dataset" in parameters:
+        if parameters.get("dataset", SELF) != SELF:
             _stand_in(parameters["dataset"], dataset, parameters)
     for name, source in places.items():
         base, _, adapter = str(name).partition("+")

@@ -49,7 +49,8 @@ def test_defaults_are_the_tables():
     recipe = read()
     assert recipe.tasks[0].split == "train"
     assert recipe.tasks[0].importance == 1.0
-    keys = ("dataset", "dataset_config", "split", "text", "completion", "completion_eos", "chat_template", "importance")
+    keys = ("dataset", "dataset_config", "split", "text", "completion", "completion_eos", "chat_template", "hint",
+            "importance")  # fmt: skip
     assert ("role", *keys) == TASK_KEYS
     assert "lambda" in SHARED_KEYS
 

@@ -116,7 +116,8 @@ REFUSALS = {
         "unsupported-layout", ["`slices:`"],
     ),
     "no dataset": (
-        lambda t, m, p: {**t.recipe(2), "models": [{"model": str(t.experts[0])}]}, "missing-dataset", []
+        lambda t, m, p: {**t.recipe(2), "models": [t.recipe(2)["models"][0], {"model": str(t.experts[1])}]},
+        "missing-dataset", [],
     ),
     "missing file": (
         lambda t, m, p: with_task(t.recipe(2), dataset="no/such/file.jsonl"), "dataset-not-found",

@@ -9,6 +9,8 @@ import logging
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from mergekit_slta.objectives.registry import objective
 from mergekit_slta.recipe.load import as_config
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 from mergekit_slta.runner.state import HEAD_ELEMENTS
 from mergekit_slta.runtime.distributed import ALONE, Ranks
 from mergekit_slta.runtime.resume import ResumeStore
@@ -63,7 +66,8 @@ def calibrate(
     """
     options = checked_options(options)
     read = recipe if isinstance(recipe, Recipe) else read_recipe(as_config(recipe))
-    job = prepare(read, options, for_merge=False)
+    with TemporaryDirectory() as folder:
+        job = prepare(read, options, for_merge=False, rows_in=[Path(folder)])
     with with_direction(job) if job.recipe.settings.needs_rows else nullcontext(job) as ready:
         alphas = evaluate(ready, solve_job(ready, gather_statistics(ready)))
     warn_of_quality(alphas)
@@ -139,6 +143,7 @@ def work_fingerprint(job: Job) -> str:
         "device": job.device.type,
         "batches": f"{BATCH_TOKENS} {GRADIENT_TOKENS} {PADDING} {HEAD_ELEMENTS}",
         "products": str(job.skeleton.products),
+        "written": " ".join(drawn.sha256 for drawn in job.rows if drawn is not None and drawn.dataset == SELF),
     }
     return hash_identity({"statistics": statistics_fingerprint(job), **library_versions(), **plan})
 

@@ -29,6 +29,7 @@ _MERGEKIT, _PLAIN = "mergekit_slta.cli.mergekit_commands", "mergekit_slta.cli.pl
 COMMANDS = {
     "init": _Entry("mergekit_slta.cli.init_command", "Write a recipe from what models say of themselves."),
     "check": _Entry(_MERGEKIT, "Check RECIPE, its models and its data; print the plan and its cost."),
+    "rows": _Entry(_MERGEKIT, "Have experts write the calibration rows of RECIPE."),
     "calibrate": _Entry(_MERGEKIT, "Compute the merging weights of RECIPE, without merging."),
     "merge": _Entry(_MERGEKIT, "Calibrate RECIPE and merge it into OUT."),
     "compare": _Entry(_MERGEKIT, "Merge RECIPE's models by several methods, and score all on held-out rows."),

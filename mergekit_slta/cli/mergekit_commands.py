@@ -16,10 +16,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_slta.cli.verbosity import with_verbose
 from mergekit_slta.errors import show
+from mergekit_slta.files.names import ROWS_FOLDER
 from mergekit_slta.libraries.mergekit import PrettyPrintHelp, add_merge_options
 
-_READING = ("check", "calibrate", "linearity", "compare")
-_COMPUTING = ("calibrate", "linearity", "compare")
+_READING = ("check", "rows", "calibrate", "linearity", "compare")
+_COMPUTING = ("rows", "calibrate", "linearity", "compare")
 ACTING_OPTIONS = {
     "unsafe_truncate_embeddings": _READING,
     "transformers_cache": ("init", *_READING),
@@ -88,6 +89,33 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
 
 @with_merge_options
 @click.argument("recipe", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), default=ROWS_FOLDER, show_default=True, help="Folder of the files")
+def rows(merge_options: MergeOptions, recipe: str, output: str) -> None:
+    """Have experts write the calibration rows of RECIPE.
+
+    Of each model with `dataset: self`, or of all if none names a dataset: MODEL.jsonl. Read them, edit them, and name
+    the file as the model's `dataset`. A run that was killed goes on where it stopped; finished files are kept.
+    """
+    from mergekit_slta.generation.store import read_record
+    from mergekit_slta.job.preflight import prepare
+    from mergekit_slta.job.written_rows import check_writers, written_files
+    from mergekit_slta.libraries.mergekit import forget_loaders
+    from mergekit_slta.recipe.load import load_config
+    from mergekit_slta.recipe.read import read_recipe
+    from mergekit_slta.runtime.distributed import refuse_several
+
+    refuse_several("rows")
+    merge_options.apply_global_options()
+    read = read_recipe(load_config(recipe)[0])
+    check_writers(read)
+    job = prepare(read, merge_options, for_merge=False, rows_in=[Path(output)])
+    forget_loaders(job.recipe.models)
+    for path in written_files(job.recipe, Path(output)):
+        click.echo(f"Written: {show(path)} ({read_record(path).get('rows')} rows)", err=True)
+
+
+@with_merge_options
+@click.argument("recipe", type=click.Path())
 @click.option(
     "-o", "--output", type=click.Path(),
     help="Alphas file to write, or its folder  [default: the recipe's, or ./slta_alphas.json]",
@@ -124,12 +152,13 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         check_alphas_target(path)
         if named:
             check_same_models(path, read.label(read.base), [read.label(model) for model in read.models[1:]])
+        rows_in = [path.parent / ROWS_FOLDER]
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark, day = ranks.broadcast(None)
-            help_calibrate(prepare(read, merge_options, for_merge=False, day=day), ranks, mark)
+            help_calibrate(prepare(read, merge_options, for_merge=False, day=day, rows_in=rows_in), ranks, mark)
             return
         with interruptible(before_calibration):
-            job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]))
+            job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]), rows_in=rows_in)
         ranks.broadcast((statistics_fingerprint(job), job.day))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:
@@ -190,7 +219,13 @@ def linearity(merge_options: MergeOptions, recipe: str, output: str | None, rows
     read = read_recipe(load_config(recipe)[0])
     path = output_path(output or LINEARITY_NAME, LINEARITY_NAME)
     check_linearity_target(path)
-    job = prepare(for_linearity(read), merge_options, for_merge=False, day=recorded_day([path]))
+    job = prepare(
+        for_linearity(read),
+        merge_options,
+        for_merge=False,
+        day=recorded_day([path]),
+        rows_in=[path.parent / ROWS_FOLDER],
+    )
     if not merge_options.quiet:
         click.echo(f"{num_forwards(len(read.tasks))} forward passes of every row; --rows N takes fewer rows", err=True)
     measured, reused = analyse(job, path, rows)

@@ -26,11 +26,11 @@ from mergekit_slta.comparison.benchmarks import Benchmarks
 from mergekit_slta.comparison.merging import Merger, as_file_name
 from mergekit_slta.comparison.methods import NAMES, Method, make_methods, parse_methods
 from mergekit_slta.comparison.results import with_results
-from mergekit_slta.comparison.rows import MIN_ROWS, ComparedRows
+from mergekit_slta.comparison.rows import MIN_ROWS, ComparedRows, check_datasets
 from mergekit_slta.comparison.scoring import Scorer, Scores
 from mergekit_slta.comparison.tables import write_table
 from mergekit_slta.data.rows import hash_rows
-from mergekit_slta.errors import AlphasError, DataError, OutputError, RecipeError, show
+from mergekit_slta.errors import AlphasError, OutputError, RecipeError, show
 from mergekit_slta.files.comparison_file import Comparison, ScoredModel
 from mergekit_slta.files.identity import hash_identity, weights_label
 from mergekit_slta.files.lock import file_lock
@@ -103,12 +103,7 @@ def compare(
     path = out / COMPARISON_NAME
     read = read_recipe(config)
     check_comparison_target(path)
-    for task in read.tasks:
-        if task.dataset is None:
-            raise DataError(
-                f"{show(read.names[task.model])} has no `dataset`: name rows, on which merges are compared",
-                code="missing-dataset",
-            )
+    check_datasets(read)
     earlier = _earlier(path, read)
     job = prepare(for_comparison(read), options, for_merge=False, day=recorded_day([path]))
     try:

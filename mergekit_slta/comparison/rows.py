@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_slta.data.rows import Example, Row, TaskRows
-from mergekit_slta.errors import DataError, show
+from mergekit_slta.errors import DataError, RecipeError, show
 from mergekit_slta.files.comparison_file import ComparedTask
 from mergekit_slta.job.job import Job
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 
 MIN_ROWS = 2
 """Compared rows of each task that are needed: one row has no error."""
@@ -94,3 +96,22 @@ def _plain(value: float | bool) -> float | bool | None:
     if isinstance(value, bool):
         return value
     return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def check_datasets(recipe: Recipe) -> None:
+    """Check that every task names rows. Those that experts would write are none: merges are to be compared on others.
+
+    Raises:
+        DataError: a task names no dataset.
+        RecipeError: a task has `dataset: self`.
+    """
+    for task in recipe.tasks:
+        name = show(recipe.names[task.model])
+        if task.dataset is None:
+            raise DataError(f"{name} has no `dataset`: name rows, on which merges are compared", code="missing-dataset")
+        if task.dataset == SELF:
+            raise RecipeError(
+                f"{name} has `dataset: {SELF}`, and `compare` scores merges on rows of a `dataset`: name one, such as "
+                "a file that `mergekit-slta rows` has written",
+                code="conflicting-keys",
+            )

@@ -202,8 +202,14 @@ def _tokenize(
     return Row(number, text, *encoded)
 
 
-def missing_dataset(name: str) -> DataError:
-    """The error for an expert that needs rows and names no `dataset`."""
+def missing_dataset(name: str, *, is_self_written: bool = False) -> DataError:
+    """The error for an expert that needs rows and names no `dataset`, or whose own rows are not written."""
+    if is_self_written:
+        return DataError(
+            f"{show(name)} has no `dataset` that is written yet: write its rows with `mergekit-slta rows`, and name "
+            "the file as `dataset`",
+            code="missing-dataset",
+        )
     return DataError(
         f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`",
         code="missing-dataset",

@@ -66,6 +66,8 @@ class TaskRows:
         held_out: the rows to measure merges on, see `draw.RowSource.held_out`; empty if there are too few rows.
         chat_template: origin of the template that rendered them (see `Template`); None if none of them is a chat.
         day: the date that the template may have written into them; None if it does not read it.
+        is_planned: whether the expert has not written them yet. The rows are then as many and as long as they can be,
+            and have no text.
     """
 
     name: str
@@ -74,6 +76,7 @@ class TaskRows:
     held_out: tuple[Row, ...] = ()
     chat_template: str | None = None
     day: date | None = None
+    is_planned: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -43,6 +43,7 @@ from mergekit_slta.files.names import (
     MERGING_FOLDER,
     PID_NAME,
     REPLACED_NAME,
+    ROWS_FOLDER,
     STATISTICS_NAME,
 )
 from mergekit_slta.files.statistics_file import is_statistics_file
@@ -197,11 +198,28 @@ def calibrating(out: Path) -> Path:
     return out / CALIBRATING_FOLDER
 
 
+def keep_rows(out: Path, folder: Path) -> None:
+    """Copy the rows that experts have written for this merge, and those of earlier ones, into its folder.
+
+    A recipe may name a file of the earlier ones as its dataset.
+    """
+    for source in (out / ROWS_FOLDER, calibrating(out) / ROWS_FOLDER):
+        for path in sorted(source.iterdir()) if source.is_dir() else ():
+            if path.is_file() and path.suffix in (".jsonl", ".json") and not path.name.startswith("."):
+                (folder / ROWS_FOLDER).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / ROWS_FOLDER / path.name)
+
+
 def forget_calibration(out: Path) -> None:
-    """Remove the alphas and statistics in `calibrating`, once OUT holds them. Unfinished work of other runs stays."""
+    """Remove the alphas, statistics and rows in `calibrating`, once OUT holds them. Unfinished work of other runs
+    stays."""
     folder = calibrating(out)
     for name in (ALPHAS_NAME, STATISTICS_NAME):
         (folder / name).unlink(missing_ok=True)
+    for path in (folder / ROWS_FOLDER).glob("[!.]*"):
+        path.unlink()
+    with suppress(OSError):
+        (folder / ROWS_FOLDER).rmdir()
     with suppress(OSError):
         folder.rmdir()
 

@@ -30,11 +30,12 @@ from mergekit_slta.errors import RunError, SltaError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.inside import output_path
 from mergekit_slta.files.merge_record import Took, record_sources, record_took
-from mergekit_slta.files.names import ALPHAS_NAME, STATISTICS_NAME, direction_folder
+from mergekit_slta.files.names import ALPHAS_NAME, ROWS_FOLDER, STATISTICS_NAME, direction_folder
 from mergekit_slta.files.output_folder import (
     calibrating,
     check_output,
     forget_calibration,
+    keep_rows,
     pending,
     staged,
 )
@@ -152,6 +153,7 @@ def _run(
             options,
             need_rows=not (named and path.exists()),
             day=recorded_day(places),
+            rows_in=[out / ROWS_FOLDER, calibrating(out) / ROWS_FOLDER],
             before_reading=lambda planned: check_before_reading(planned, out, places, named=named is not None),
         )
     recipe = job.recipe
@@ -182,6 +184,7 @@ def _run(
             defined(key, job.plan.definition),
         ):
             alphas.of_merge(rule).save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
+            keep_rows(out, folder)
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             with job.clock.phase("merge"):
                 result = merge_into(folder, config)

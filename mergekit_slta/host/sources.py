@@ -18,6 +18,7 @@ from mergekit_slta.data.local_files import LOADERS
 from mergekit_slta.files.merge_record import Source, Sources
 from mergekit_slta.files.names import CARD_NAME
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
@@ -36,7 +37,7 @@ def sources_of(recipe: Recipe, options: MergeOptions) -> Sources:
         parts = [part for part in (model.model, model.lora) if part is not None]
         stated = _stated_license(parts[-1], options.transformers_cache)
         models[recipe.label(model)] = Source(hub=tuple(map(_hub_id, parts)), license=stated)
-    names = filter(None, (task.dataset for task in recipe.tasks))
+    names = {task.dataset for task in recipe.tasks} - {None, SELF}
     datasets = {name: Source(hub=(name if _is_hub_data(name) else None,)) for name in names}
     return Sources(models=models, datasets=datasets)
 

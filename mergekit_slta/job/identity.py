@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mergekit.common import ModelPath, ModelReference
 
@@ -27,13 +27,17 @@ ROW_SETTINGS = ("num_samples", "max_seq_length", "seed")
 the settings that it states are compared with those in the alphas file."""
 
 
-def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) -> dict[str, str]:
+def job_identity(
+    recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None], written: Mapping[ModelReference, str]
+) -> dict[str, str]:
     """Everything that the alphas depend on, by label.
 
     Args:
         recipe: the recipe; `lambda` only acts at merge time and is left out.
         plan: mergekit's plan; its loaders and headers are used to hash the checkpoints.
         rows: the rows of each of the recipe's tasks; None for a task without a dataset.
+        written: expert that writes its rows itself -> hash of the settings that they depend on, besides the weights.
+            It stands for the hash of the rows, so that the identity is known before they are written.
 
     Returns:
         label -> value. If an expert names no dataset and needs one, only the settings that the recipe states are
@@ -52,7 +56,9 @@ def job_identity(recipe: Recipe, plan: Plan, rows: Sequence[TaskRows | None]) ->
     record["config of the base"] = hash_text(json.dumps(stored_settings(recipe.base), sort_keys=True))
     for task, drawn in zip(recipe.tasks, rows, strict=True):
         name = recipe.label(task.model)
-        if drawn is not None:
+        if task.model in written:
+            record[rows_label(name)] = written[task.model]
+        elif drawn is not None:
             record[rows_label(name)] = drawn.sha256
             if drawn.held_out:
                 record[held_out_label(name)] = hash_rows(drawn.held_out)

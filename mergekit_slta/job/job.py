@@ -29,6 +29,7 @@ from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import Submodule
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 from mergekit_slta.runtime.clock import Clock
 from mergekit_slta.runtime.devices import is_here
 from mergekit_slta.runtime.progress import advice_on_memory
@@ -145,7 +146,7 @@ class Job:
         """
         for task, drawn in zip(self.recipe.tasks, self.rows, strict=True):
             if drawn is None:
-                raise missing_dataset(self.recipe.names[task.model])
+                raise missing_dataset(self.recipe.names[task.model], is_self_written=task.dataset == SELF)
 
     def task_rows(self) -> list[TaskRows]:
         """Every task's rows, in canonical order.

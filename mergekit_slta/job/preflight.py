@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
+from pathlib import Path
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_slta.checkpoints.configs import read_configs, ties_embeddings
@@ -30,11 +33,13 @@ from mergekit_slta.job.direction import directions_of
 from mergekit_slta.job.identity import ROW_SETTINGS, job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
+from mergekit_slta.job.written_rows import WrittenRows, reading, with_self_written
 from mergekit_slta.libraries.mergekit import chat_template_names, forget_loaders
 from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 
 LOG = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ def prepare(
     day: date | None = None,
     plan_only: bool = False,
     before_reading: Callable[[Job], None] | None = None,
+    rows_in: Sequence[Path] | None = None,
 ) -> Job:
     """Check a recipe against its models and data.
 
@@ -63,7 +69,10 @@ def prepare(
         day: the date that chat templates see as today; by default it is today's.
         plan_only: download no weights, merge no adapter into a copy, and do not use the device, which may be elsewhere.
             If weights are missing, the job's `plan.unread` is not empty, and the job cannot be run.
-        before_reading: called with such a job before weights are downloaded or adapters merged. It may raise.
+        before_reading: called with such a job before weights are downloaded or adapters merged, or with any job before
+            an expert writes rows. It may raise.
+        rows_in: folders in which self-written rows are looked for; those that are missing are written into the last
+            one. None: no expert may write any.
 
     Raises:
         ModelError, DataError, RunError: the first check that fails.
@@ -71,6 +80,7 @@ def prepare(
     """
     _check_device(options, recipe.settings.compute_dtype, plan_only)
     _check_chat_template(recipe.config.chat_template)
+    recipe = with_self_written(recipe, options, is_allowed=need_rows and (plan_only or rows_in is not None))
     recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
     dtype = getattr(torch, recipe.settings.tensor_dtype)
@@ -93,6 +103,7 @@ def prepare(
     templates = Templates(recipe, options, tokenizer, day or today())
     templates.warn_of_differing_tokens()
     templates.warn_of_other_ends(configs)
+    written = WrittenRows(recipe, templates, rows_in, need_rows=need_rows)
     rows = _draw_all(recipe, templates, need_rows=need_rows)
     templates.warn_of_lost_templates()
     if recipe is not stated:
@@ -116,7 +127,8 @@ def prepare(
         if recipe.settings.uncalibrated == "error":
             refuse_differing(plan)
         submodules = partition(plan.tensors, skeleton.anatomy, recipe.settings.granularity, tied=plan.is_tied)
-        record = job_identity(recipe, plan, rows)
+        filled = [written.planned.get(task.model, own) for task, own in zip(recipe.tasks, rows, strict=True)]
+        record = job_identity(recipe, plan, filled, written.hashes)
         if plan_only or not plan.unread:  # else there will be another plan
             _warn_of_same_weights(recipe, record)
             if for_merge and not (recipe.config.dtype or recipe.config.out_dtype):
@@ -125,7 +137,7 @@ def prepare(
         return Job(
             recipe,
             options,
-            rows,
+            tuple(filled) if need_rows else rows,
             info,
             skeleton,
             plan,
@@ -142,11 +154,16 @@ def prepare(
         job = plan_job(planning=True)
         if plan_only:
             forget_loaders(recipe.models)
-        elif job.plan.unread:
-            check_room(job.plan.downloads)
+        elif job.plan.unread or written.is_needed:
+            if job.plan.unread:
+                check_room(job.plan.downloads)
             if before_reading is not None:
                 before_reading(job)
-            job = plan_job(planning=False)
+            if job.plan.unread:
+                job = plan_job(planning=False)
+        if files := written.obtain(job, write=need_rows and not plan_only):
+            found = _draw_all(recipe, templates, need_rows=need_rows, files=files)
+            job = replace(job, rows=tuple(own or planned for own, planned in zip(found, job.rows, strict=True)))
     except BaseException:
         forget_loaders(recipe.models)
         raise
@@ -161,20 +178,30 @@ def _within_positions(recipe: Recipe, most: int | None) -> Recipe:
     return recipe.model_copy(update={"settings": settings.model_copy(update={"max_seq_length": most})})
 
 
-def _draw_all(recipe: Recipe, templates: Templates, *, need_rows: bool) -> tuple[TaskRows | None, ...]:
-    """Draw the rows of every task; None for a task without a dataset, if it needs none."""
-    _warn_of_unused_keys(recipe)
+def _draw_all(
+    recipe: Recipe, templates: Templates, *, need_rows: bool, files: Mapping[ModelReference, Path] | None = None
+) -> tuple[TaskRows | None, ...]:
+    """Draw the rows of every task; None for a task without a dataset, if it needs none, and for one whose expert writes
+    its rows, unless `files` has them."""
+    if files is None:
+        _warn_of_unused_keys(recipe)
     if not recipe.settings.needs_rows:
         return (None,) * len(recipe.tasks)
+    files = files or {}
     sources = {
-        place: RowSource(task, recipe.names[task.model], recipe.settings, templates.of(task))
+        place: RowSource(
+            reading(task, files[task.model]) if task.model in files else task,
+            recipe.names[task.model], recipe.settings, templates.of(task),
+        )
         for place, task in enumerate(recipe.tasks)
-        if need_rows or task.dataset
-    }
+        if task.model in files or (task.dataset != SELF and (need_rows or task.dataset))
+    }  # fmt: skip
     drawn = dict(zip(sources, draw_rows(list(sources.values())), strict=True))
     for place, rows in drawn.items():
         if recipe.tasks[place].chat_template and rows.chat_template is None:
             LOG.warning("`chat_template` of %s has no effect: its rows are no chats", show(rows.name))
+        if recipe.tasks[place].model in files:
+            drawn[place] = replace(rows, dataset=SELF)
     return tuple(drawn.get(place) for place in range(len(recipe.tasks)))
 
 

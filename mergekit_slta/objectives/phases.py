@@ -7,6 +7,7 @@ computations: they are fitted to runs on a CPU of the demo, of a SmolLM2 shape, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from mergekit_slta.checkpoints.plan import total_bytes
 from mergekit_slta.data.batches import BATCH_TOKENS, Batch, plan_batches, plan_task_batches
 from mergekit_slta.data.rows import Example
+from mergekit_slta.generation.choices import BATCH_ROWS, OVERSAMPLING, num_needed
+from mergekit_slta.job.job import Job
 from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.objectives.gradient_passes import GRADIENT_TOKENS
 from mergekit_slta.objectives.sizes import Sizes
@@ -27,6 +30,10 @@ attention scores [heads, s, s], and, where losses are computed, a token's logits
 _FORWARD, _DERIVATIVES, _GRAMS, _READ, _MERGE = 1200.0, 3000.0, 40.0, 150.0, 20.0
 """Operations, with the Python around them: of a layer's forward pass over a batch, of a layer's derivatives over a
 batch, of a row's Gram matrix, of reading a tensor of a model, and of adding a tensor of a model to a merge."""
+WRITING = "rows"
+"""Name of the phase in which experts write rows."""
+_STEP = 100.0
+"""Operations of a layer for the next token of a batch of rows that are being written."""
 _BACKWARD = 2.0
 """Work outside of products of a backward pass, in forward passes."""
 _MERGED = 8.0
@@ -210,3 +217,27 @@ def merge_phase(sizes: Sizes) -> list[Phase]:
     tally = _Tally("merge", sizes)
     tally.read(1, merges=1)
     return [tally.phase(sizes.written_bytes())]
+
+
+def writing_phase(job: Job) -> list[Phase]:
+    """The rows that experts have to write, as many and as long as they can be; empty if there are none.
+
+    A step reads all weights of an expert for a token of each row of a batch. The base then runs the rows once.
+    """
+    planned = [drawn for drawn in job.rows if drawn is not None and drawn.is_planned]
+    if not planned:
+        return []
+    settings = job.recipe.settings
+    size, length = sum(map(math.prod, job.skeleton.shapes.values())), settings.max_seq_length
+    rows = OVERSAMPLING * num_needed(settings) * len(planned)
+    steps = len(planned) * math.ceil(rows / len(planned) / BATCH_ROWS) * length
+    reads = total_bytes(job.plan) * (len(planned) + 1) // len(job.plan.models)
+    return [
+        Phase(
+            WRITING,
+            {settings.tensor_dtype: 2.0 * size * 2 * rows * length},
+            streamed_bytes=float(steps * size * job.dtype.itemsize),
+            operations=float(steps * job.skeleton.num_layers * _STEP),
+            read_bytes=reads,
+        )
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mergekit_slta.errors import AlphasError, listing, show
@@ -56,7 +56,10 @@ class Objective:
 
 def estimate(job: Job) -> Costs:
     """Estimate the costs of a job, from headers and rows only."""
-    return objective(job.recipe.settings.objective).estimate(job)
+    from mergekit_slta.objectives.phases import writing_phase
+
+    costs = objective(job.recipe.settings.objective).estimate(job)
+    return replace(costs, phases=(*writing_phase(job), *costs.phases))
 
 
 def objective(name: str) -> Objective:

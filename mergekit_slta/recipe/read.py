@@ -18,6 +18,7 @@ from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.libraries.mergekit import ConditionalParameter, InputModelDefinition, methods_with
 from mergekit_slta.recipe.objectives import OBJECTIVES, all_shared_keys, owners_of
 from mergekit_slta.recipe.recipe import Recipe, Task, map_models
+from mergekit_slta.recipe.self_written import check_rows_are_fitted, check_self_written
 from mergekit_slta.recipe.settings import METHOD, SHARED_KEYS, TASK_KEYS, Dtype, Settings, to_number
 from mergekit_slta.recipe.tokenizer_section import check_tokenizer_section
 
@@ -186,6 +187,8 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
         labels=labels,
     )
     _check_directions(recipe)
+    for task in tasks:
+        check_rows_are_fitted(task, names[task.model], settings)
     return recipe
 
 
@@ -235,7 +238,9 @@ def _task(model: ModelReference, name: str, own: Mapping[str, Any], shared: Mapp
                 )
     given = {key: own.get(key, shared.get(key)) for key in TASK_KEYS if key in own or key in shared}
     values = {key: constant(key, setting) for key, setting in given.items()}
-    return _validated(Task, {"model": model, **values}, name)
+    task = _validated(Task, {"model": model, **values}, name)
+    check_self_written(task, name, own)
+    return task
 
 
 def _settings(shared: Mapping[str, Any]) -> Settings:

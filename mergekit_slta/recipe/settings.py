@@ -12,6 +12,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
 METHOD = "submodule_linear"
+SELF = "self"
+"""Value of `dataset`: the expert writes its rows itself."""
 Granularity = Literal["model", "layer", "attn_mlp", "head_mlp", "linear"]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "tf32", Dtype]
@@ -49,8 +51,9 @@ class TaskSettings(BaseModel):
     """`direction`: a model without rows and without a task. Its weights are found from the other models' rows. It
     takes no other keys."""
     dataset: str | None = None
-    """Calibration rows of this model's task: an id on the Hub, a file, a folder or a glob pattern. Required unless
-    `alphas` names an existing file or `objective` is `data_free`."""
+    """Calibration rows of this model's task: an id on the Hub, a file, a folder or a glob pattern. `self`: the expert
+    writes them, which is the default if no model of the recipe names a dataset. If some do, the others must, too,
+    unless `alphas` names an existing file or `objective` is `data_free`. A folder of that name is `./self`."""
     dataset_config: str | None = None
     """Name of the dataset's configuration, as in `datasets.load_dataset`."""
     split: str = "train"
@@ -69,6 +72,9 @@ class TaskSettings(BaseModel):
     `alpaca`, `chatml`, `exaone`, `llama3`, `mistral`, a `.jinja` file, or a template. Without it the recipe's
     top-level `chat_template` is used, else the expert's own, else the merged model's. The tokens are always those of
     the merged model's tokenizer."""
+    hint: Annotated[str, Field(min_length=1)] | None = None
+    """With `dataset: self`: a system prompt that steers what the expert writes about. A model without a chat template
+    begins every row with it, as a line of its own."""
     importance: Annotated[Number, Field(gt=0)] = 1.0
     """The task's share in the objective."""
 

@@ -66,6 +66,7 @@ def section(
     sources: Sources | None = None,
     usage: Usage | None = None,
     recipe: str | None = None,
+    written: str = "",
 ) -> str:
     """Write the section, with the two markers around it.
 
@@ -77,6 +78,7 @@ def section(
         sources: where its models and datasets come from.
         usage: how the model is used.
         recipe: the recipe without local paths.
+        written: rows that experts have written.
     """
     names = PublicNames.of_alphas(alphas, sources)
     measured = any(entry.residual_measured is not None for entry in alphas.submodules)
@@ -92,6 +94,7 @@ def section(
         models=_models(alphas, names),
         license=describe_license(sources or Sources(), names, code),
         calibration=_calibration(alphas, names),
+        written=written,
         took=_took(took) if took is not None else "",
         weights=_weights(alphas, names, measured),
         figures=figures,

@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import REROUTED, Alphas, describe_loss, describe_ridge
 from mergekit_slta.recipe.objectives import all_shared_keys
+from mergekit_slta.recipe.settings import SELF
 from mergekit_slta.reporting.meanings import SUBMODULE_FLAGS, TASK_FLAGS
 from mergekit_slta.reporting.names import PublicNames
 
@@ -56,12 +57,14 @@ def calibration_tasks(alphas: Alphas, names: PublicNames) -> list[CalibrationTas
         numbers, held_out, tokens = (task.get(key) for key in ("rows", "held_out", "tokens"))
         numbers = numbers if isinstance(numbers, list) else []
         data = [names.dataset(task["dataset"])] if task.get("dataset") else []
+        parts = (show(task[key], 60) for key in ("dataset_config", "split") if task.get(key))
+        is_own = task.get("dataset") == SELF
         template = task.get("chat_template")
         share = task.get(REROUTED)
         found.append(
             CalibrationTask(
                 model=names.model(task["model"]),
-                data=" ".join([*data, *(show(task[key], 60) for key in ("dataset_config", "split") if task.get(key))]),
+                data="written by the expert" if is_own else " ".join([*data, *parts]),
                 rows=len(numbers) or None,
                 tokens=tokens if isinstance(tokens, int) else None,
                 held_out=len(held_out) if isinstance(held_out, list) else None,

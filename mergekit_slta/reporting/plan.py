@@ -16,11 +16,14 @@ from rich.console import RenderableType
 
 from mergekit_slta.data.rows import TaskRows
 from mergekit_slta.errors import listing, show
-from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, STATISTICS_NAME
+from mergekit_slta.files.names import ALPHAS_NAME, CARD_NAME, ROWS_FOLDER, STATISTICS_NAME
 from mergekit_slta.files.output_folder import free_bytes
+from mergekit_slta.generation.choices import OVERSAMPLING
+from mergekit_slta.generation.write import model_bytes
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import describe_template
 from mergekit_slta.objectives.costs import MEMORY_MARGIN, Costs
+from mergekit_slta.recipe.settings import SELF
 from mergekit_slta.reporting.row_view import row_parts, view_of_row
 from mergekit_slta.runtime.clock import describe_seconds
 from mergekit_slta.runtime.devices import is_here
@@ -43,7 +46,7 @@ def describe_job(
     needs = facts(_needs(job, costs, seconds, is_detailed))
     parts: list[RenderableType] = [_models(job), ""]
     for drawn in job.rows:
-        if drawn is not None and drawn.rows and job.row_tokenizer is not None:
+        if drawn is not None and drawn.rows and not drawn.is_planned and job.row_tokenizer is not None:
             parts += [text(_first_row(drawn), "bold"), view_of_row(drawn.rows[0], job.row_tokenizer), ""]
     return [*parts, facts(_plan(job)), "", _phases(job, costs, seconds), "", needs]
 
@@ -57,7 +60,9 @@ def _models(job: Job) -> RenderableType:
         cells = ["none" if needs_rows else "-"]
         if drawn is not None:
             numbers = len(drawn.rows), drawn.num_tokens, drawn.num_cut, drawn.num_answer_tokens, len(drawn.held_out)
-            cells = [f"{number:,}" for number in numbers]
+            cells = [f"{number:,}" for number in numbers] if not drawn.is_planned else [
+                f"{numbers[0]:,}", f"≤{numbers[1]:,}", "-", f"≤{numbers[3]:,}", f"{numbers[4]:,}",
+            ]  # fmt: skip
         rows.append(["expert", recipe.names[task.model], *cells])
     rows += [["direction", recipe.names[model]] for model in recipe.directions]
     rows += [["direction", recipe.closed_form]] if recipe.closed_form is not None else []
@@ -95,6 +100,7 @@ def _plan(job: Job) -> Iterator[tuple[str, str]]:
         yield "direction", f"{recipe.closed_form} is computed from the experts' weights"
     if not settings.needs_rows:
         yield "rows", "no rows needed: the weights are a closed form of the experts'"
+    yield from _writing(job)
     yield from _measuring(job)
     undivided = sum(heads is None for heads in job.skeleton.anatomy.heads)
     if settings.granularity == "head_mlp" and undivided:
@@ -122,6 +128,23 @@ def _precision(job: Job) -> str:
         reason = " has no fast bfloat16" if settings.allows_bfloat16 else ""
         return f"{products} ({name}{': ' + str(job.device) + reason if reason else ''})"
     return f"{settings.tensor_dtype}; the layers' products in {products} ({name})"
+
+
+def _writing(job: Job) -> Iterator[tuple[str, str]]:
+    """The rows that experts have to write, and what that needs."""
+    planned = [drawn for drawn in job.rows if drawn is not None and drawn.is_planned]
+    if not planned:
+        return
+    count = len(planned[0].rows) + len(planned[0].held_out)
+    size = describe_bytes(model_bytes(job.skeleton.shapes, job.dtype.itemsize))
+    yield "rows", f"{listing((drawn.name for drawn in planned), 6)}: written by the expert itself (`dataset: {SELF}`)"
+    yield (
+        "",
+        (
+            f"{count} rows each, chosen from {OVERSAMPLING * count}; kept in {ROWS_FOLDER}/ beside the weights; one "
+            f"whole model at a time is in memory ({size})"
+        ),
+    )
 
 
 def _measuring(job: Job) -> Iterator[tuple[str, str]]:
@@ -205,6 +228,8 @@ def _takes(job: Job, seconds: Mapping[str, float] | None) -> str:
     steps = ""
     if _steps(job) == "auto":
         steps = f" for all {job.recipe.settings.own.max_steps} steps, often fewer"  # type: ignore[attr-defined]
+    elif any(drawn is not None and drawn.is_planned for drawn in job.rows):
+        steps = " if every row that an expert writes is as long as it can be"
     download = "; the download comes on top" if job.plan.downloads else ""
     return f"about {describe_seconds(sum(seconds.values()))}{steps}; longer on a busy machine{download}"
 
@@ -302,7 +327,8 @@ def _numbers_of_rows(job: Job, drawn: TaskRows | None) -> dict[str, Any]:
     if drawn is None:
         return {"rows": 0, "tokens": 0, "held_out_rows": 0}
     row = drawn.rows[0]
-    parts = {} if job.row_tokenizer is None else row_parts(row, job.row_tokenizer)
+    is_text = job.row_tokenizer is not None and not drawn.is_planned
+    parts = row_parts(row, job.row_tokenizer) if is_text and job.row_tokenizer is not None else {}
     return {
         "dataset": drawn.dataset,
         "chat_template": drawn.chat_template,

@@ -39,6 +39,7 @@ from mergekit_slta.reporting.page import is_page, write_page
 from mergekit_slta.reporting.public_recipe import public_recipe
 from mergekit_slta.reporting.rows_seen import rows_as_seen
 from mergekit_slta.reporting.usage import Usage
+from mergekit_slta.reporting.written_rows import describe_written_rows
 
 LOG = logging.getLogger(__name__)
 _DESCRIPTIONS = {
@@ -189,6 +190,7 @@ def _write_section(out: Path, *, is_new: bool = False) -> Path:
         sources=sources,
         usage=usage,
         recipe=public_recipe(recipe.read_text(encoding="utf-8"), names) if recipe.is_file() else None,
+        written=describe_written_rows(out, alphas, names),
     )
     card = path.read_bytes().decode("utf-8") if path.exists() and not is_new else f"# {name}\n"
     try:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from mergekit_slta.errors import SltaError
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.names import MERGED_RECIPE_NAME
+from mergekit_slta.files.names import MERGED_RECIPE_NAME, ROWS_FOLDER
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF
 from mergekit_slta.reporting.names import PublicNames
 from mergekit_slta.reporting.page import RowAsSeen
 
@@ -38,7 +39,7 @@ def rows_as_seen(out: Path, alphas: Alphas, names: PublicNames) -> list[RowAsSee
         str(task["model"]): task.get("sha256") for task in alphas.calibration.get("tasks", ()) if task.get("rows")
     }
     try:
-        recipe = read_recipe(load_config(out / MERGED_RECIPE_NAME)[0])
+        recipe = _with_writers(read_recipe(load_config(out / MERGED_RECIPE_NAME)[0]), alphas)
         if not hashes or not _is_local(recipe):
             return []
         from mergekit.options import MergeOptions  # both take seconds to import
@@ -49,6 +50,7 @@ def rows_as_seen(out: Path, alphas: Alphas, names: PublicNames) -> list[RowAsSee
             day = alphas.calibration.get("date")
             job = prepare(
                 recipe, MergeOptions(), need_rows=False, for_merge=False, plan_only=True,
+                rows_in=[out / ROWS_FOLDER],
                 day=date.fromisoformat(day) if isinstance(day, str) else None,
             )  # fmt: skip
     except (SltaError, ValueError, OSError):  # something has changed since: the page goes without rows
@@ -65,9 +67,20 @@ def rows_as_seen(out: Path, alphas: Alphas, names: PublicNames) -> list[RowAsSee
     return found
 
 
+def _with_writers(recipe: Recipe, alphas: Alphas) -> Recipe:
+    """The recipe with `dataset: self` for the experts that wrote their rows because no model named a dataset."""
+    wrote = {str(task["model"]) for task in alphas.calibration.get("tasks", ()) if task.get("dataset") == SELF}
+    tasks = [
+        task.model_copy(update={"dataset": SELF}) if recipe.label(task.model) in wrote else task
+        for task in recipe.tasks
+    ]
+    return recipe.model_copy(update={"tasks": tuple(tasks)})
+
+
 def _is_local(recipe: Recipe) -> bool:
     models = [part.path for model in recipe.models for part in (model.model, model.lora) if part is not None]
     data = [os.path.expanduser(task.dataset) for task in recipe.tasks if task.dataset]
+    data = [each for each in data if each != SELF]
     return all(map(os.path.isdir, models)) and all(map(os.path.exists, data))
 
 

@@ -1,0 +1,51 @@
+"""Check the keys of models whose experts write their rows themselves: `dataset: self` and `hint`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from mergekit_slta.errors import RecipeError, show
+from mergekit_slta.recipe.settings import SELF, Settings, TaskSettings
+
+_OF_DATASETS = ("dataset_config", "split", "text", "completion", "completion_eos")
+"""Keys that are about the rows of a dataset."""
+
+
+def check_self_written(task: TaskSettings, name: str, stated: Collection[str]) -> None:
+    """Check the keys of one model.
+
+    Args:
+        task: its keys.
+        name: its name, for messages.
+        stated: the keys under its own `parameters`.
+
+    Raises:
+        RecipeError: two keys conflict.
+    """
+    if task.hint and task.dataset not in (None, SELF):
+        raise RecipeError(
+            f"{show(name)} has a `hint`, which steers rows that it writes itself, and a `dataset`: drop one of them, "
+            f"or set `dataset: {SELF}`",
+            code="conflicting-keys",
+        )
+    for key in _OF_DATASETS:
+        if task.dataset == SELF and key in stated:
+            raise RecipeError(
+                f"{show(name)} has `dataset: {SELF}`, and `{key}` is about rows of a dataset: drop one of them",
+                code="conflicting-keys",
+            )
+
+
+def check_rows_are_fitted(task: TaskSettings, name: str, settings: Settings) -> None:
+    """Refuse a model that would write rows for an objective that fits none.
+
+    Raises:
+        RecipeError: see above.
+    """
+    if not settings.own.needs_rows and (task.dataset == SELF or task.hint):
+        key = "hint" if task.hint else f"dataset: {SELF}"
+        raise RecipeError(
+            f"{show(name)} has `{key}`, and `objective: {settings.objective}` fits no rows that it could write: drop "
+            f"`{key}`, or change `objective`",
+            code="conflicting-keys",
+        )
