@@ -178,17 +178,11 @@ def read_recipe(config: MergeConfiguration) -> Recipe:
     if len(tasks) < 2 and "direction" not in settings.stated and settings.own.needs_rows:
         settings = settings.model_copy(update={"direction": "none"})  # a closed form combines experts
     recipe = Recipe(
-        base=base,
-        tasks=tuple(tasks),
-        directions=tuple(directions),
-        settings=settings,
-        config=absolute,
-        names=names,
+        base=base, tasks=tuple(tasks), directions=tuple(directions), settings=settings, config=absolute, names=names,
         labels=labels,
-    )
+    )  # fmt: skip
     _check_directions(recipe)
-    for task in tasks:
-        check_rows_are_fitted(task, names[task.model], settings)
+    check_rows_are_fitted(recipe)
     return recipe
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from mergekit_slta.errors import RecipeError, show
-from mergekit_slta.recipe.settings import SELF, Settings, TaskSettings
+from mergekit_slta.recipe.recipe import Recipe
+from mergekit_slta.recipe.settings import SELF, TaskSettings
 
 _OF_DATASETS = ("dataset_config", "split", "text", "completion", "completion_eos")
 """Keys that are about the rows of a dataset."""
@@ -36,16 +37,17 @@ def check_self_written(task: TaskSettings, name: str, stated: Collection[str]) -
             )
 
 
-def check_rows_are_fitted(task: TaskSettings, name: str, settings: Settings) -> None:
-    """Refuse a model that would write rows for an objective that fits none.
+def check_rows_are_fitted(recipe: Recipe) -> None:
+    """Refuse models that would write rows for an objective that fits none.
 
     Raises:
         RecipeError: see above.
     """
-    if not settings.own.needs_rows and (task.dataset == SELF or task.hint):
-        key = "hint" if task.hint else f"dataset: {SELF}"
-        raise RecipeError(
-            f"{show(name)} has `{key}`, and `objective: {settings.objective}` fits no rows that it could write: drop "
-            f"`{key}`, or change `objective`",
-            code="conflicting-keys",
-        )
+    for task in recipe.tasks:
+        if not recipe.settings.own.needs_rows and (task.dataset == SELF or task.hint):
+            key = "hint" if task.hint else f"dataset: {SELF}"
+            raise RecipeError(
+                f"{show(recipe.names[task.model])} has `{key}`, and `objective: {recipe.settings.objective}` fits no "
+                f"rows that it could write: drop `{key}`, or change `objective`",
+                code="conflicting-keys",
+            )
