@@ -552,6 +552,7 @@ def versions(bench: Bench) -> dict[str, Any]:
     made = bench.workload(bench.small_shape)
     recipes = {
         "features, attn_mlp": made.recipe(num_samples=min(5, bench.num_rows)),
+        "features, linear": made.recipe(granularity="linear", num_samples=min(5, bench.num_rows)),
         "joint, linear": made.recipe(objective="joint", granularity="linear", steps=1, num_samples=2),
     }
     trees = {"this": THIS, "other": bench.other}

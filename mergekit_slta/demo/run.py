@@ -33,6 +33,7 @@ from mergekit_slta.demo.training import new_model, one_thread, quiet_transformer
 from mergekit_slta.errors import OutputError, RunError, show
 from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.names import ALPHAS_NAME
+from mergekit_slta.recipe.objectives import FEATURES
 from mergekit_slta.recipe.settings import METHOD
 
 Echo = Callable[[str], None]
@@ -122,7 +123,7 @@ def run_demo(directory: Path, *, seed: int = 0, quick: bool = False, echo: Echo 
         "each expert on its own task": with_mean({name: models[name][name] for name in splits}),
         "plain average": average,
         f"task arithmetic, {best} (best of {len(grid)} on these rows)": grid[best],
-        "features": merged,
+        FEATURES: merged,
     }
     results = {
         "seed": seed,
