@@ -5,10 +5,9 @@ Scope: everything but questions to the user, which `cli.init_command` asks, and 
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import yaml
@@ -28,6 +27,7 @@ from mergekit_slta.job.draft_text import Draft, DraftTask, recipe_text
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.job.templates import describe_template
+from mergekit_slta.libraries.mergekit_plan import quiet_log
 from mergekit_slta.recipe.load import as_config
 from mergekit_slta.recipe.objectives import DATA_FREE, JOINT
 from mergekit_slta.recipe.read import read_recipe
@@ -104,7 +104,7 @@ def look_at(name: str) -> Source:
     Raises:
         DataError: there is no such dataset, or it cannot be read.
     """
-    with _quiet():
+    with quiet_log("mergekit_slta"):
         try:
             rows, config, split = _open(name)
         except DataError as error:
@@ -305,7 +305,7 @@ def checked(draft: Draft, options: MergeOptions) -> tuple[Draft, Job]:
         recipe = read_recipe(as_config(content))
         all_seen = not any(task.is_unseen for task in draft.tasks)
         try:
-            with _quiet():
+            with quiet_log("mergekit_slta"):
                 return draft, prepare(recipe, options, need_rows=all_seen, plan_only=True)
         except SltaError as error:
             if error.code == "differing-vocabularies" and not draft.tokenizer:
@@ -317,15 +317,3 @@ def checked(draft: Draft, options: MergeOptions) -> tuple[Draft, Job]:
                 draft = replace(draft, uncalibrated="base")
             else:
                 raise
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out warnings: `check` gives them for the finished recipe."""
-    logger = logging.getLogger("mergekit_slta")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

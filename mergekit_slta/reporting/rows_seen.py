@@ -6,16 +6,14 @@ machine, and are the ones that were used.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 from mergekit_slta.errors import SltaError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.names import MERGED_RECIPE_NAME, ROWS_FOLDER
+from mergekit_slta.libraries.mergekit_plan import quiet_log
 from mergekit_slta.recipe.load import load_config
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
@@ -46,7 +44,7 @@ def rows_as_seen(out: Path, alphas: Alphas, names: PublicNames) -> list[RowAsSee
 
         from mergekit_slta.job.preflight import prepare
 
-        with _quiet():
+        with quiet_log("mergekit_slta"):
             day = alphas.calibration.get("date")
             job = prepare(
                 recipe, MergeOptions(), need_rows=False, for_merge=False, plan_only=True,
@@ -82,15 +80,3 @@ def _is_local(recipe: Recipe) -> bool:
     data = [os.path.expanduser(task.dataset) for task in recipe.tasks if task.dataset]
     data = [each for each in data if each != SELF]
     return all(map(os.path.isdir, models)) and all(map(os.path.exists, data))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out warnings that the merge has given already."""
-    logger = logging.getLogger("mergekit_slta")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
