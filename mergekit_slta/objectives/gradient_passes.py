@@ -28,6 +28,7 @@ from mergekit_slta.runner.lanes import Lanes, Measured
 from mergekit_slta.runner.part_derivatives import Part
 from mergekit_slta.runner.row_weights import MergeWeights
 from mergekit_slta.runtime.activations import ActivationStore, activation_bytes
+from mergekit_slta.runtime.devices import trim_heap
 from mergekit_slta.runtime.distributed import Ranks
 from mergekit_slta.runtime.progress import Progress
 from mergekit_slta.runtime.resume import ResumeStore
@@ -124,6 +125,7 @@ class Passes:
                     add(self._resume.get(key) if self._resume is not None else {})
                 self._progress.begin(f"{title}, forward", self._job.skeleton.num_layers)
                 lanes.forward()
+                trim_heap()
                 self._progress.begin(f"{title}, backward", len(keys))
                 self._progress.advance(lane.store.layers_done)
                 backward = BackwardPass(
@@ -181,6 +183,7 @@ class Passes:
                     announce=self._progress.work_on,
                 )  # fmt: skip
                 lanes.forward()
+                trim_heap()
                 measured = lanes.measure()
             found.put(places, measured)
             self._put(key, vars(measured))
@@ -237,6 +240,7 @@ class Passes:
 
     def _forget(self, label: str) -> None:
         """Remove a pass's activations, after all its results are stored."""
+        trim_heap()
         lane = 0
         while self._resume is not None and (folder := self._folder(label, lane)).is_dir():
             shutil.rmtree(folder, ignore_errors=True)

@@ -26,7 +26,7 @@ from mergekit_slta.runner.lanes import Lane
 from mergekit_slta.runner.output_head import AnswerPart, Head, answer_part
 from mergekit_slta.runner.part_derivatives import Part, PartDerivatives, look_at_part
 
-LOGIT_GRADIENTS = 2**24
+LOGIT_GRADIENTS = 2**23
 """Maximum number of logit gradients in memory, over positions and vocabulary."""
 CUMULATIVE_ELEMENTS = 2**22
 """Maximum number of cumulative probabilities in memory, in float64."""

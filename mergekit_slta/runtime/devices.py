@@ -1,6 +1,9 @@
-"""Whether a device is on this machine, and what is free there."""
+"""Whether a device is on this machine, what is free there, and giving freed memory back."""
 
 from __future__ import annotations
+
+import ctypes
+import sys
 
 import torch
 
@@ -25,3 +28,9 @@ def holds_features(device: torch.device, size: int) -> bool:
     if device.type != "cuda":
         return True
     return size <= FEATURES_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where glibc is the C library: it keeps what lies between blocks in use."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
