@@ -211,11 +211,11 @@ def test_results_are_explicit_arithmetic(done):
     assert found.best == max(means, key=means.get)
     for name in merges:
         if name == found.best:
-            assert found.of(name).behind_best is None
+            assert found.of(name).difference_from_best is None
             continue
         used = known or tasks
         parts = [(losses[name][t] - losses[found.best][t]) / (gaps[t] if known else 1) for t in used]
-        behind = found.of(name).behind_best
+        behind = found.of(name).difference_from_best
         assert behind.mean == pytest.approx(np.mean([part.mean() for part in parts]), rel=1e-4)
         error = math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / len(parts)
         assert behind.stderr == pytest.approx(error, rel=1e-4)
@@ -262,7 +262,7 @@ def test_level_and_best():
     far = [x + d for x, d in zip(close, (0.4, 0.41, 0.39, 0.4), strict=True)]
     models = {"base": [BASE], "one": [OWN]}
     found = made({**models, "a": [close], "b": [far]}, **KINDS)
-    assert (found.best, found.of("b").behind_best.is_level) == ("a", False)
+    assert (found.best, found.of("b").difference_from_best.is_level) == ("a", False)
     assert found.verdict.startswith("Best: a, by 41")
     assert "of the gap before b" in found.verdict
     found = made({**models, "a": [close], "b": [near], "c": [far]}, **KINDS)
@@ -333,7 +333,7 @@ def test_what_is_written_and_printed(done):
     kept = (Path(__file__).parents[1] / "docs" / "output" / "compare.txt").read_text(encoding="utf-8")
     (note,) = [line for line in printed.splitlines() if line.startswith("Gap recovered: ")]
     assert note in kept
-    assert "behind the best" in kept
+    assert "diff. from best" in kept
     reread = folder / "again.json"
     found.save(reread)
     assert reread.read_bytes() == (folder / "out" / "slta_compare.json").read_bytes()

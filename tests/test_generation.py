@@ -165,8 +165,8 @@ def test_a_turn_that_ends_with_a_text():
 
 
 def test_a_cache_that_is_wrong_is_not_used():
-    """A model whose cache gives other logits than its whole text is run without one."""
-    calls = []
+    """A model whose cache gives other logits than its whole text is run without one, and a line says so."""
+    calls, said = [], []
 
     def call(model, weights, ids, cache):
         calls.append(ids.shape[1])
@@ -178,9 +178,12 @@ def test_a_cache_that_is_wrong_is_not_used():
         patch.setattr(write, "call_with_cache", call)
         skeleton = SimpleNamespace(model=None, shapes={"embedding": (50, 4)}, embedding_weight="embedding")
         checkpoints = SimpleNamespace(skeleton=skeleton, device=torch.device("cpu"))
+        writer = SimpleNamespace(name="math", prompt=SimpleNamespace(before_ids=(1, 2)))
         for is_wrong in (True, False):
-            forward = write._forward(checkpoints, {"is_wrong": is_wrong}, (1, 2))
+            forward = write._forward(writer, checkpoints, {"is_wrong": is_wrong}, said.append)
             assert forward(torch.tensor([[1]]), None)[1] == (None if is_wrong else "cache")
+    (line,) = said
+    assert line.startswith("math writes without a cache")
 
 
 def test_names_of_files():

@@ -16,6 +16,7 @@ from mergekit_slta.analysis.analyse import analyse
 from mergekit_slta.calibration.calibrate import calibrate
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.recipe.read import read_recipe
+from mergekit_slta.runtime.devices import trim_heap
 
 
 def anonymous() -> int:
@@ -49,6 +50,22 @@ def peak_of(recipe: dict, folder: Path, target: str | None = None) -> int:
     done = fork(record_calls, recipe, target, cwd=folder).ended()
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def hold_and_free() -> None:
+    """Print the memory that is held after many small blocks are freed, before and after the heap is trimmed."""
+    blocks = [torch.ones(2**14) for _ in range(3000)]  # 64 KiB each: below the size that the system gets back at once
+    last = torch.ones(2**14)  # the end of the heap is in use
+    blocks.clear()
+    before = anonymous()
+    trim_heap()
+    print(json.dumps([before, anonymous(), len(last)]))
+
+
+def test_freed_memory_is_given_back(tmp_path):
+    done = fork(hold_and_free, cwd=tmp_path).ended()
+    before, after, _ = json.loads(done.stdout)
+    assert after < before - 100 * 2**20, (before, after, done.stderr)
 
 
 def large(make_models, layers: int, num_experts: int):

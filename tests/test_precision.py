@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import PLAIN_JOINT, refused
@@ -16,6 +18,7 @@ from mergekit_slta.recipe.load import as_config
 from mergekit_slta.recipe.read import read_recipe
 
 CPU = torch.device("cpu")
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 7), (130, 576, 1536), (512, 64, 512)])
@@ -36,6 +39,16 @@ def test_a_cpu_that_rounds_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch_library, "_is_onednn_exact", lambda: False)
     with product_precision(CPU, tf32=False):
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_onednn_keeps_few_kernels_unless_told(monkeypatch):
+    """It compiles one for each shape of a product, and reads the limit from the environment."""
+    monkeypatch.delenv(KERNELS, raising=False)
+    with product_precision(CPU, tf32=False):
+        assert os.environ[KERNELS] == str(torch_library.ONEDNN_KERNELS)
+    monkeypatch.setenv(KERNELS, "7")
+    with product_precision(CPU, tf32=False):
+        assert os.environ[KERNELS] == "7"
 
 
 @pytest.mark.parametrize("tokens", [8, 3000])

@@ -45,7 +45,7 @@ def with_results(comparison: Comparison) -> Comparison:
     best = _best(scored, results)
     if best is not None:
         results = [
-            result.model_copy(update={"behind_best": _difference(scored[best], model, gaps)})
+            result.model_copy(update={"difference_from_best": _difference(scored[best], model, gaps)})
             if number != best else result
             for number, (model, result) in enumerate(zip(scored, results, strict=True))
         ]  # fmt: skip
@@ -125,7 +125,7 @@ def _best(scored: Sequence[ScoredModel], results: Sequence[ModelResult]) -> int 
 
 
 def _difference(best: ScoredModel, other: ScoredModel, gaps: Sequence[float | None]) -> Difference | None:
-    """How far a model is behind the best: mean over tasks of the rows' loss minus the best's, over the task's gap."""
+    """How far a model is diff. from best: mean over tasks of the rows' loss minus the best's, over the task's gap."""
     has_gap = any(gap is not None for gap in gaps)
     parts = []
     for place, gap in enumerate(gaps):
@@ -173,8 +173,10 @@ def verdict(comparison: Comparison) -> str:
     labels = {model.name: show(model.label, 60) for model in comparison.scored}
     kinds = {model.name: model.kind for model in comparison.scored}
     others = {
-        result.name: result.behind_best for result in comparison.results if result.behind_best is not None
-    }  # fmt: skip
+        result.name: difference
+        for result in comparison.results
+        if (difference := result.difference_from_best) is not None
+    }
     merges = {name: gap for name, gap in others.items() if kinds[name] == "merge"}
     best = labels[comparison.best]
     num_gaps = sum(not task.flags for task in comparison.tasks)  # with one, its expert is the best there can be

@@ -62,13 +62,13 @@ def _cells(comparison: Comparison) -> list[list[str]]:
     """The header and one row for each model: the loss on each task, and the means."""
     shorts = any(any(task.is_short) for task in comparison.tasks)
     header = ["model", *(f"loss {name}" for name in _task_names(comparison)), "gap recovered"]
-    rows = [[*header, *["exact"] * shorts, "behind the best"]]
+    rows = [[*header, *["exact"] * shorts, "diff. from best"]]
     for model, result in zip(comparison.scored, comparison.results, strict=True):
         exact = [task.exact.mean for task in result.tasks if task.exact is not None]
-        behind = (
+        difference = (
             "(best)"
             if model.kind == "merge" and model.name == comparison.best
-            else _behind(comparison, result.behind_best)
+            else _difference_cell(comparison, result.difference_from_best)
         )
         rows.append(
             [
@@ -76,7 +76,7 @@ def _cells(comparison: Comparison) -> list[list[str]]:
                 *(_number(task.loss) for task in result.tasks),
                 _percent(result.recovered),
                 *([f"{100 * sum(exact) / len(exact):.0f}%"] if shorts else []),
-                "" if model.kind != "merge" else behind,
+                "" if model.kind != "merge" else difference,
             ]
         )
     return rows
@@ -94,7 +94,7 @@ def _percent(measure: Measure | None) -> str:
     return f"{100 * measure.mean:.0f}%" + (f" ± {100 * measure.stderr:.0f}%" if measure.stderr else "")
 
 
-def _behind(comparison: Comparison, difference: Difference | None) -> str:
+def _difference_cell(comparison: Comparison, difference: Difference | None) -> str:
     if difference is None:
         return "-"
     return amount(comparison, Measure(mean=difference.mean, stderr=difference.stderr)) + ", level" * difference.is_level
@@ -108,7 +108,7 @@ def _notes(comparison: Comparison) -> list[str]:
     lines = [
         f"Scored on {rows} held-out rows per task; no merge was fitted to them or chosen by them. Losses are in nats "
         "per token of the answer, ± one standard error over rows.",
-        "Gap recovered: 0% is the base's loss, 100% the expert's; the mean over tasks. Behind the best: the difference "
+        "Gap recovered: 0% is the base's loss, 100% the expert's; the mean over tasks. Diff. from best: the difference "
         f"on the same rows{unit}; level: its 95% interval includes 0.",
     ]
     flagged = [task.model for task in comparison.tasks if NO_BETTER in task.flags]

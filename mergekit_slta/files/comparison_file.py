@@ -6,16 +6,14 @@ and `verdict` from the rows' scores.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.files.atomic import write_text_atomically
 from mergekit_slta.files.evaluation import Measure
-from mergekit_slta.files.json_file import OTHER_VERSION, DocumentType, read_document
+from mergekit_slta.files.json_file import OTHER_VERSION, DocumentType, read_document, write_with_rows
 
 FORMAT = "mergekit-slta/comparison"
 VERSION = 1
@@ -136,7 +134,7 @@ class ModelResult(BaseModel):
         tasks: in the order of the file's tasks.
         loss: mean over the tasks.
         recovered: mean over the tasks that have a gap.
-        behind_best: None for the best merge, and for a model whose loss is not finite.
+        difference_from_best: None for the best merge, and for a model whose loss is not finite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -145,7 +143,7 @@ class ModelResult(BaseModel):
     tasks: tuple[TaskResult, ...]
     loss: Measure | None
     recovered: Measure | None
-    behind_best: Difference | None = None
+    difference_from_best: Difference | None = None
 
 
 class Comparison(BaseModel):
@@ -208,11 +206,7 @@ class Comparison(BaseModel):
         Raises:
             OutputError: it cannot be written.
         """
-        content = self.model_dump(mode="json")
-        # One line per model keeps the rows' scores readable and comparable.
-        rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in content.pop("scored"))
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(path, text[:-2] + ',\n "scored": [\n' + rows + "\n ]\n}\n")
+        write_with_rows(path, self.model_dump(mode="json"), "scored")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:

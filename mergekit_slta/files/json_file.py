@@ -1,4 +1,4 @@
-"""Read a JSON file of this package: check its type and version, and validate its fields.
+"""Read a JSON file of this package: check its type and version, and validate its fields. Write long lists readably.
 
 Scope: files that may come from strangers. Each type's fields are defined in its own module.
 """
@@ -9,11 +9,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from mergekit_slta.errors import AlphasError, path_hint, show
+from mergekit_slta.files.atomic import write_text_atomically
 
 OTHER_VERSION = "other-file-version"
 """Error code for a file written by another version of this package."""
@@ -91,3 +92,14 @@ def read_document(path: str | os.PathLike[str], model: type[Model], document: Do
             f"{show(path)} is damaged at {show(place)} ({show(problem['msg'])}): {document.remedy}",
             code="damaged-file",
         ) from error
+
+
+def write_with_rows(path: str | os.PathLike[str], content: dict[str, Any], key: str) -> None:
+    """Write a file atomically. The list under `key` comes last, with one entry a line: it may be long.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in content.pop(key))
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text_atomically(path, text[:-2] + f',\n "{key}": [\n{rows}\n ]\n}}\n')

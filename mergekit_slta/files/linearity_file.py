@@ -5,7 +5,6 @@ Scope: the fields of the file, reading and writing it. The format is JSON; NaN (
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -15,8 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_slta.errors import AlphasError
-from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.json_file import DocumentType, read_document
+from mergekit_slta.files.json_file import DocumentType, read_document, write_with_rows
 
 FORMAT = "mergekit-slta/linearity"
 VERSION = 2
@@ -178,10 +176,7 @@ class Linearity(BaseModel):
             for key in ("distances", "disagreement"):
                 if submodule[key] is None:
                     del submodule[key]
-        # One line per submodule keeps a file of thousands of numbers readable and comparable.
-        rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in content.pop("submodules"))
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(path, text[:-2] + ',\n "submodules": [\n' + rows + "\n ]\n}\n")
+        write_with_rows(path, content, "submodules")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Linearity:

@@ -128,7 +128,7 @@ def _write(
         if rows is None:
             progress.announce(f"{writer.name}, batch {number + 1}/{len(batches)}")
             weights = weights or load_model(checkpoints, writer.model)
-            forward = forward or _forward(checkpoints, weights, writer.prompt.before_ids)
+            forward = forward or _forward(writer, checkpoints, weights, say)
             rows = write_batch(
                 forward, writer.prompt, numbers, writer.key, max_length, tokenizer, checkpoints.device,
             )  # fmt: skip
@@ -138,12 +138,12 @@ def _write(
     return candidates
 
 
-def _forward(checkpoints: Checkpoints, weights: Weights, before: Sequence[int]) -> Forward:
-    """What runs a model token by token: with a cache, if that gives what the whole text gives.
+def _forward(writer: Writer, checkpoints: Checkpoints, weights: Weights, say: Callable[[str], None]) -> Forward:
+    """What runs a model token by token: with a cache, if that gives what the whole text gives; else it is said.
 
     (With the cache of transformers' Bamba it does not.)
     """
-    model = checkpoints.skeleton.model
+    model, before = checkpoints.skeleton.model, writer.prompt.before_ids
 
     def forward(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return call_with_cache(model, weights, ids, cache)
@@ -162,6 +162,7 @@ def _forward(checkpoints: Checkpoints, weights: Weights, before: Sequence[int]) 
     steps = torch.cat(found, 1)
     if steps.shape == whole.shape and (steps - whole).norm() <= _TOLERANCE * whole.norm():
         return forward
+    say(f"{show(writer.name)} writes without a cache, which is slower: with the one of transformers its logits differ")
     return lambda ids, _: (forward(ids, None)[0], None)
 
 

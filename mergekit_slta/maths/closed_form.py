@@ -11,8 +11,8 @@ Decisions where the paper gives none:
 - a row with G = 0 is left out of the mean, because it holds no information about the submodule;
 - an expert that does not change the submodule (its diagonal of G is zero in every row) is `unchanged` and gets alpha 0;
 - if A is rank-deficient for another reason (duplicated experts), the minimum-norm solution is used and flagged;
-- `ridge` is relative to A's mean diagonal and pulls alpha towards 1/T, the plain average of the task vectors;
-- a direction is a model without a task: it has a row and a column in G, but no rows; the ridge pulls its alpha to 0;
+- `ridge` is relative to A's mean diagonal and shrinks alpha towards 1/T, the plain average of the task vectors;
+- a direction is a model without a task: it has a row and a column in G, but no rows; the ridge shrinks its alpha to 0;
 - several objectives of one submodule (tied embeddings: `embed` and `head`) are added; each is balanced separately.
 """
 

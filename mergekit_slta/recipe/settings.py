@@ -157,9 +157,10 @@ class Settings(BaseModel):
     Under `joint` each task is divided by the base's mean divergence from its expert, so that tasks have the same
     weight; within a task long answers have more."""
     ridge: Annotated[Number, Field(ge=0)] | None = 0.0
-    """Relative ridge. It pulls weights towards 1/T for T experts, and those of directions towards 0. Under `joint` it
-    pulls towards the weights of the step before: each step measures several values and takes the best, unless one is
-    given (0.001 or more). With `steps: 0` it pulls towards 1, and leaving rows out chooses it."""
+    """Relative ridge. It shrinks weights towards 1/T for T experts, and those of directions towards 0. Under `joint` it
+    shrinks them towards those of the step before: each step measures several values and takes the best, unless one is
+    given (0.001 or more). With `steps: 0` it shrinks them towards 1, and cross-validation over
+    rows chooses it."""
     evaluate: Annotated[bool, Field(strict=True)] = False
     """Hold out the last fifth of each task's rows, at most 30, and measure the merge on the first half of them. The
     steps of `joint` need it."""
