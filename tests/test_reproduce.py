@@ -211,17 +211,20 @@ def test_settings_at_an_edge_are_marked(example, run, tmp_path):
 @pytest.fixture
 def scored(example, tmp_path, monkeypatch) -> list[list[str]]:
     """Candidates get the same share of every gap, that of `shares_of`: the nearer to 1.2 the first setting is, the
-    more. Returns the names of each call."""
+    more on the calibration rows; on the test rows 1.5 is best. Returns the names of each call that have new scores."""
     calls: list[list[str]] = []
 
-    def run_candidates(workdir, candidates, *_):
-        calls.append([each.name for each in candidates])
+    def run_candidates(workdir, candidates, processes, threads, settings):
+        calls.append([each.name for each in candidates if not example.merging.is_done(workdir, each, settings)])
         for each in candidates:
-            share = 1 - abs([*each.settings.values(), 1.0][0] - 1.2)
-            pair = [shares(each.tasks, *[share] * len(each.tasks))] * 2
+            first = [*each.settings.values(), 1.0][0]
+            pair = [shares(each.tasks, *[1 - abs(first - best)] * len(each.tasks)) for best in (1.5, 1.2)]
             path = example.merging.result_path(workdir, each.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(candidate(each.tasks, each.method, each.settings, each.seed, *pair)))
+            result = candidate(each.tasks, each.method, each.settings, each.seed, *pair)
+            if "test" not in settings["splits"] and not path.exists():
+                del result["test"]
+            path.write_text(json.dumps(result))
 
     monkeypatch.setattr(example.run, "run_candidates", run_candidates)
     for name, result in references(example.methods.ALL).items():
@@ -237,13 +240,20 @@ def evidence_run(example, workdir: Path, *only: str):
 
 
 def test_a_peer_is_scored_untuned_then_by_its_grid_and_beyond(example, scored, tmp_path):
-    """The untuned one alone, since it computes what the others scale; what is kept for that is removed."""
+    """The untuned one alone, since it computes what the others scale; what is kept for that is removed. On the test
+    rows the search begins at the best on the calibration rows."""
     (tmp_path / example.merging.PEERS).mkdir()
     all_tasks = example.methods.ALL
     example.run.grids(evidence_run(example, tmp_path, "SWUDI-A"), all_tasks, [*example.grids.GRIDS])
-    assert [len(call) for call in scored] == [1, 10, 1, 1, 1]
-    assert scored[0] == ["all/SWUDI-A/scale=1.0"]
-    assert [call[0][-3:] for call in scored[2:]] == ["1.1", "1.2", "1.3"]
+    assert [[float(name.split("=")[1]) for name in call] for call in scored] == [
+        [1.0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [1.1], [1.2], [1.3],
+        [1.2, 1.1, 1.3], [1.4], [1.5], [1.6],
+    ]  # fmt: skip
+    evidence = example.gaps.Evidence(example.merging.read_results(tmp_path))
+    chosen = {split: evidence.tuned(all_tasks, "SWUDI-A", split) for split in ("calibration", "test")}
+    assert {split: best["settings"]["scale"] for split, best in chosen.items()} == {"calibration": 1.2, "test": 1.5}
+    open_sides = example.grids.GRIDS["SWUDI-A"].open_sides
+    assert not [*open_sides({"scale": 1.5}, example.grids.settings_tried(evidence, all_tasks, "SWUDI-A", "test"))]
     assert not (tmp_path / example.merging.PEERS).exists()
 
 
@@ -251,7 +261,7 @@ def test_peers_with_rows_start_from_tuned_task_arithmetic(example, scored, tmp_p
     """Which is scored first, whatever is asked for; Expert Merging on few rows, on as many as the joint objective has,
     and by as many passes."""
     found = [*example.run.calibrated_peers(evidence_run(example, tmp_path, "Expert Merging"), example.methods.ALL, 42)]
-    assert sum(map(len, scored)) == 13
+    assert sum(map(len, scored)) == 13 + 6
     recipes = [each.recipe for each in found]
     assert {recipe["start"] for recipe in recipes} == {1.2}
     assert [each.method for each in found] == ["FeatCal", *["Expert Merging"] * 3]

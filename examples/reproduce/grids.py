@@ -82,6 +82,12 @@ class Grid:
             points = (dict(zip(self.axes, values, strict=True)) for values in itertools.product(*near))
             yield from (point for point in points if point not in known)
 
+    def neighbours(self, best: Settings) -> Iterator[Settings]:
+        """Settings, and those with one of them moved by one place on its ladder."""
+        yield best
+        for key, axis in self.axes.items():
+            yield from ({**best, key: value} for value in axis.around(best[key]) if value != best[key])
+
     def bound(self, best: Settings) -> list[str]:
         """The settings that are at a bound of the method's own."""
         return [key for key, axis in self.axes.items() if best[key] in axis.bounds]
@@ -175,21 +181,31 @@ def untuned(tasks: Sequence[str], methods: Iterable[str] = GRIDS) -> list[Candid
     return [candidate(tasks, method, own) for method in methods if (own := GRIDS[method].untuned) is not None]
 
 
-def settings_tried(evidence: Evidence, tasks: Sequence[str], method: str) -> list[Settings]:
-    """Of all results of a method."""
-    return [result["settings"] for result in evidence.candidates(tasks, method)]
+def settings_tried(evidence: Evidence, tasks: Sequence[str], method: str, split: str = "calibration") -> list[Settings]:
+    """Of all results of a method that have scores on the rows of `split`."""
+    return [result["settings"] for result in evidence.candidates(tasks, method) if split in result]
 
 
-def extensions(evidence: Evidence, tasks: Sequence[str], methods: Iterable[str] = GRIDS) -> list[Candidate]:
-    """What is to be tried next: beyond the best on the calibration rows, and on the test rows, if it is at an edge."""
+def extensions(
+    evidence: Evidence, tasks: Sequence[str], methods: Iterable[str] = GRIDS, split: str = "calibration"
+) -> list[Candidate]:
+    """What is to be tried next on the rows of `split`: beyond the best there, if it is at an edge."""
     found: dict[str, Candidate] = {}
     for method in methods:
-        tried = settings_tried(evidence, tasks, method)
-        for split in ("calibration", "test"):
-            best = evidence.tuned(tasks, method, split)
-            if best is None:
-                continue
-            for settings in GRIDS[method].beyond(best["settings"], tried):
-                one = candidate(tasks, method, settings)
-                found[one.name] = one
+        best = evidence.tuned(tasks, method, split)
+        if best is None:
+            continue
+        for settings in GRIDS[method].beyond(best["settings"], settings_tried(evidence, tasks, method, split)):
+            one = candidate(tasks, method, settings)
+            found[one.name] = one
     return list(found.values())
+
+
+def nearest(evidence: Evidence, tasks: Sequence[str], methods: Iterable[str] = GRIDS) -> list[Candidate]:
+    """The best settings on the calibration rows and the next ones on every side: where the search on the test rows
+    begins."""
+    found = []
+    for method in methods:
+        if best := evidence.tuned(tasks, method, "calibration"):
+            found += [candidate(tasks, method, each) for each in GRIDS[method].neighbours(best["settings"])]
+    return found

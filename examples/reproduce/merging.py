@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import islice
@@ -46,7 +46,7 @@ def evaluate(
         folder: the checkpoint.
         tasks: what it is scored on.
         calibration: (seed, rows): also score it on the training rows that a calibration draws with these.
-        splits: of the held-out rows.
+        splits: of the held-out rows; may be none.
         precision, device: of the forward passes.
         answers: tokens of greedy answers to the test rows; 0 leaves them out.
     """
@@ -130,17 +130,41 @@ def merge_data_free(out: Path, peer: str, tasks: Sequence[str], scale: float, **
     model.save_pretrained(out)
 
 
+def without(result: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `evaluate`, less what a result has already."""
+    splits = tuple(split for split in settings["splits"] if split not in result)
+    return {**settings, "splits": splits, "calibration": None if "calibration" in result else settings["calibration"]}
+
+
+def is_done(workdir: Path, candidate: Candidate, settings: dict[str, Any]) -> bool:
+    """Whether a candidate has all scores that are asked for."""
+    path = result_path(workdir, candidate.name)
+    if not path.exists():
+        return False
+    missing = without(read_json(path), settings)
+    return not missing["splits"] and missing["calibration"] is None
+
+
 def run_candidate(workdir: Path, candidate: Candidate, threads: int, settings: dict[str, Any]) -> str:
     """Merge a candidate with mergekit, score it, keep the scores, and remove the model."""
     torch.set_num_threads(threads)
     os.chdir(workdir)
     out = workdir / "merged" / candidate.name.replace("/", "--")
     merge(out, candidate.recipe, settings["device"])
-    scores = evaluate(workdir, out, candidate.tasks, **settings)
     path = result_path(workdir, candidate.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = {"tasks": list(candidate.tasks), "method": candidate.method, "settings": candidate.settings}
-    write_json(path, {**shown, "seed": candidate.seed, "recipe": candidate.recipe, **scores})
+    result = (
+        read_json(path)
+        if path.exists()
+        else {
+            "tasks": list(candidate.tasks),
+            "method": candidate.method,
+            "settings": candidate.settings,
+            "seed": candidate.seed,
+            "recipe": candidate.recipe,
+        }
+    )
+    write_json(path, {**result, **evaluate(workdir, out, candidate.tasks, **without(result, settings))})
     shutil.rmtree(out, ignore_errors=True)
     gc.collect()
     return candidate.name
@@ -150,7 +174,7 @@ def run_candidates(
     workdir: Path, candidates: Sequence[Candidate], processes: int, threads: int, settings: dict[str, Any]
 ) -> None:
     """Do what is not done yet, several at a time."""
-    missing = [candidate for candidate in candidates if not result_path(workdir, candidate.name).exists()]
+    missing = [candidate for candidate in candidates if not is_done(workdir, candidate, settings)]
     if processes == 1:
         for number, candidate in enumerate(missing, 1):
             click.echo(f"[{number}/{len(missing)}] {run_candidate(workdir, candidate, threads, settings)}")

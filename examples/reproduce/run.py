@@ -17,7 +17,7 @@ from expert_merging import PASSES
 from experts import QUICK, Sizes, prepare
 from five_tasks import TASKS
 from gaps import Evidence
-from grids import GRIDS, baselines, extensions, planned, untuned
+from grids import GRIDS, baselines, extensions, nearest, planned, untuned
 from merging import PEERS, add_answers, calibrate, evaluate_references, read_results, run_candidates
 from methods import (
     ALL,
@@ -67,6 +67,10 @@ class Run:
     def wants(self, method: str) -> bool:
         """Whether a method is run."""
         return not self.only or method in self.only
+
+    def sets(self, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Those sets of experts that are merged."""
+        return [tasks for tasks in sets if tasks in SETS[: self.sizes.sets]]
 
     @property
     def tuned(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def our_candidates(
 def calibrated_for(run: Run, seed: int, sets: Sequence[tuple[str, ...]], **settings: Any) -> Iterator[Candidate]:
     """Merges with a calibration for each set of experts: what statistics at merged models need (`inputs: merged`,
     A.5.3, and the steps of the joint objective), since these depend on which experts there are."""
-    for tasks in sets[: run.sizes.sets]:
+    for tasks in run.sets(sets):
         name = "-".join([*map(str, settings.values()), "+".join(tasks), str(seed)])
         shared = {key: value for key, value in settings.items() if key != "num_samples"}
         rows = settings.get("num_samples", run.sizes.calibration_rows)
@@ -165,7 +169,7 @@ def run_all(run: Run) -> None:
         return
     grids(run, ALL, planned(ALL))
     for seed in seeds:
-        for tasks in (ALL, TRIPLE) if seed == first else (ALL,):
+        for tasks in run.sets((ALL, TRIPLE) if seed == first else (ALL,)):
             run.score([*closed_forms(tasks, seed, run.sizes.calibration_rows)])
             run.score([*calibrated_peers(run, tasks, seed)])
     rows = JOINT_STEPS * run.sizes.calibration_rows  # as many as ours sees under the joint objective
@@ -174,7 +178,7 @@ def run_all(run: Run) -> None:
     for seed in seeds[1:2]:
         blocks(run, seed)
     levels(run, first)
-    for tasks in SETS[1:]:
+    for tasks in run.sets(SETS[1:]):
         grids(run, tasks, planned(tasks))
     for seed in seeds[2:]:
         blocks(run, seed)
@@ -188,11 +192,15 @@ def run_all(run: Run) -> None:
 
 
 def grids(run: Run, tasks: tuple[str, ...], methods: Sequence[str]) -> None:
-    """Score the grids of methods, those without tuning first, and go on while the best of one is at its edge."""
+    """Score the grids of methods, those without tuning first. All settings are tried on the calibration rows; on the
+    test rows the best of them and those around it. Both go on while the best of a grid is at an edge."""
     methods = [method for method in methods if run.wants(method)]
     run.score(untuned(tasks, methods), **run.tuned)
-    run.score(baselines(tasks, methods), **run.tuned)
+    run.score(baselines(tasks, methods), splits=(), **run.tuned)
     while more := extensions(Evidence(read_results(run.workdir)), tasks, methods):
+        run.score(more, splits=(), **run.tuned)
+    run.score(nearest(Evidence(read_results(run.workdir)), tasks, methods), **run.tuned)
+    while more := extensions(Evidence(read_results(run.workdir)), tasks, methods, "test"):
         run.score(more, **run.tuned)
     shutil.rmtree(run.workdir / PEERS, ignore_errors=True)
 
@@ -233,7 +241,7 @@ def blocks(run: Run, seed: int) -> None:
 
 def levels(run: Run, seed: int) -> None:
     """The paper's levels, compared on pairs and the triple as there."""
-    if not run.wants(OURS):
+    if not run.wants(OURS) or not run.sets([TRIPLE]):
         return
     for granularity in ("layer", "model", "head_mlp", "linear"):
         run.score([*our_candidates(run, granularity, seed, TRIPLE)])
@@ -263,10 +271,12 @@ def with_answers(run: Run) -> list[str]:
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True,
               help="Of matrix products in training and scoring.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option("--sets", type=click.IntRange(1, len(SETS)), default=len(SETS), show_default=True,
+              help="Merge the first of the sets of experts; 1: all five only.")  # fmt: skip
 @click.option("--only", metavar="METHOD", multiple=True, help="Run this method only; may be repeated.")
 def main(
     workdir: Path, quick: bool, base: Path | None, processes: int, threads: int | None, precision: str, device: str,
-    only: tuple[str, ...],
+    sets: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Do the whole evidence run in WORKDIR, and print where its tables are."""
     if unknown := sorted({*only} - {*METHODS}):
@@ -274,7 +284,7 @@ def main(
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     os.chdir(workdir)
-    sizes = QUICK if quick else Sizes()
+    sizes = QUICK if quick else Sizes(sets=sets)
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     run = Run(workdir, sizes, processes, threads, precision, device, only)
     prepare(workdir, sizes, base, precision, device)
@@ -290,7 +300,7 @@ def write_scores(run: Run) -> Path:
     path = run.workdir / "results.json"
     results = read_results(run.workdir)
     for result in results.values():
-        for scores in result["test"].values():
+        for scores in result.get("test", {}).values():
             scores.pop("rows", None)
     write_json(path, {"settings": settings, "results": results})
     return path

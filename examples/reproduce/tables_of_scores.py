@@ -175,7 +175,7 @@ def choice(evidence: Evidence, tasks: Sequence[str], method: str, split: str) ->
     best, grid = evidence.tuned(tasks, method, split), GRIDS[method]
     if best is None:
         return MISSING
-    edges = dict(grid.open_sides(best["settings"], settings_tried(evidence, tasks, method)))
+    edges = dict(grid.open_sides(best["settings"], settings_tried(evidence, tasks, method, split)))
     at = {"edge": list(edges), "bound": grid.bound(best["settings"])}
     notes = [f"{name}: {' and '.join(keys)}" for name, keys in at.items() if keys]
     return (settings_label(best["settings"]) or "none") + (f" ({'; '.join(notes)})" if notes else "")
