@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from conftest import make_config, make_tokenizer
 from example_scripts import EXAMPLES, importable
 from transformers import AutoModelForCausalLM
 
+from mergekit_slta.data.rows import sample_numbers
+
 pytestmark = pytest.mark.example
 
 
@@ -25,15 +28,17 @@ def example():
     with importable(EXAMPLES / "reproduce", EXAMPLES / "smollm2"):
         import compare_versions
         import five_tasks
+        import intervals
         import paired
         import scoring
+        import self_written
         import shared
         import splits
         import versions
 
         yield SimpleNamespace(
-            compare_versions=compare_versions, five_tasks=five_tasks, paired=paired, scoring=scoring, shared=shared,
-            splits=splits, versions=versions,
+            compare_versions=compare_versions, five_tasks=five_tasks, intervals=intervals, paired=paired,
+            scoring=scoring, self_written=self_written, shared=shared, splits=splits, versions=versions,
         )  # fmt: skip
 
 
@@ -144,6 +149,27 @@ def test_no_gap_has_no_share_and_draws_must_be_the_same(example):
         example.paired.bootstrap(base, experts, {"one": [draw], "two": [draw, draw]})
 
 
+def test_methods_are_compared_on_the_draws_that_both_have(example):
+    """A merge without calibration rows stands beside every draw of another."""
+    tasks = ("a", "b")
+    base, experts = scores(example, 1, tasks, 3.0), scores(example, 2, tasks, 1.0)
+    one, two, three, free = (scores(example, 10 + number, tasks, 1.5 + 0.2 * number) for number in range(4))
+    methods = {"joint": {42: one, 43: two}, "peer": {43: three, 44: one}, "free": {None: free}}
+    text, data = example.intervals.compare(base, experts, methods, "joint")
+
+    def value(draw: dict) -> float:
+        return example.paired.bootstrap(base, experts, {"": [draw]}, resamples=0)[""]["mean"][0]
+
+    assert data["peer"]["difference"]["mean"]["value"] == pytest.approx(value(three) - value(two))
+    expected = value(free) - (value(one) + value(two)) / 2
+    assert data["free"]["difference"]["mean"]["value"] == pytest.approx(expected)
+    assert data["joint"]["difference"] == {}
+    assert [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ")][2:] == ["2", "2", "–"]
+    assert f"| {100 * value(free):.1f} ± " in text
+    methods["peer"].pop(43)
+    assert example.intervals.compare(base, experts, methods, "joint")[1]["peer"]["difference"] == {}
+
+
 @pytest.fixture(scope="module")
 def workdir(example, tmp_path_factory) -> Path:
     """A base, three experts and their rows, as a run leaves them."""
@@ -159,6 +185,31 @@ def workdir(example, tmp_path_factory) -> Path:
         rows = [question(f"{name} {'very ' * length}quick?") for length in range(5)]
         example.shared.write_rows(folder / "data" / f"{name}_test.jsonl", rows)
     return folder
+
+
+def test_ways_to_get_rows(example, workdir, monkeypatch):
+    """As many of each. Real ones are those that a calibration draws, the base's are in the base's words, unfiltered
+    ones the first; every row is a question and its answer."""
+    own = example.self_written
+    monkeypatch.setitem(own.COUNTS, "features", 2)
+    monkeypatch.setattr(own, "usable", lambda rows, wanted: own.Selection(tuple(range(1, len(rows)))))
+    study = own.Study(workdir, "features", ())
+    example.shared.write_rows(workdir / "data" / "math_train.jsonl", [question(f"math {n}?") for n in range(9)])
+    drawn = list(islice(sample_numbers(9, 42), 2))
+    assert own.make_rows(study, 42, "real", "math") == [question(f"math {number}?") for number in drawn]
+    found = {way: own.make_rows(study, 42, way, "math") for way in ("random", "base", "unfiltered", "undirected")}
+    assert {len(rows) for rows in found.values()} == {2}
+    assert len({json.dumps(rows) for rows in found.values()}) == 4
+    for row in (row for rows in found.values() for row in rows):
+        assert [message["role"] for message in row] == ["user", "assistant"]
+        assert all(message["content"] for message in row)
+    kept = workdir / "self_written" / "candidates"
+    written = {path.name: json.loads(path.read_text()) for path in kept.iterdir()}
+    assert sorted(written) == ["features-42-base-math.json", "features-42-math-math.json"]
+    assert found["unfiltered"] == [
+        own.as_messages(row["prompt"].strip() or "-", row["answer"].strip() or "-")
+        for row in written["features-42-math-math.json"][:2]
+    ]
 
 
 def test_scores_of_rows_are_those_of_a_plain_forward(example, workdir):

@@ -375,7 +375,7 @@ def test_too_few_good_rows(tmp_path, tokenizer, caplog):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": None}, {"text": ""}, {"text": "the fox"}])
     drawn = draw(tokenizer, path, num_samples=3)
     assert [row.number for row in drawn.rows] == [2]
-    assert "has 1 rows, fewer than num_samples = 3" in caplog.text
+    assert "has 1 rows to fit, fewer than num_samples = 3" in caplog.text
     assert "2 of the 3 rows that were drawn" in caplog.text
     write_jsonl(path, [{"text": None}, {"text": None}])
     with refused(DataError, "unusable-row", "all 2 rows", "the first: row", "is missing"):
@@ -601,9 +601,10 @@ def test_rows_with_the_tokens_of_a_held_out_row_are_not_drawn(tmp_path, tokenize
     assert not tokens & {row.ids for row in (*first.rows, *second.rows)}
     assert sorted(numbers(second.rows)) == [3, 4, 5, 6, 7, 8, 9]
     assert (
-        f"{two} has 7 rows, fewer than num_samples = 30: using all; 3 more have the tokens of held-out" in caplog.text
+        f"{two} has 7 rows to fit, fewer than num_samples = 30: all are used; 3 have the tokens of held-out"
+        in caplog.text
     )
-    assert f"{one} has 20 rows, fewer than num_samples = 30: using all; 4 of them are held out" in caplog.text
+    assert f"{one} has 16 rows to fit, fewer than num_samples = 30: all are used; 4 others are held out" in caplog.text
 
 
 def test_tasks_that_share_a_file_hold_out_the_same_rows(tmp_path, tokenizer):

@@ -40,7 +40,7 @@ from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.generation.choices import BATCH_ROWS, OVERSAMPLING
 from mergekit_slta.generation.prompts import make_prompt
 from mergekit_slta.generation.sampling import write_batch
-from mergekit_slta.generation.selection import Candidate, usable
+from mergekit_slta.generation.selection import Candidate, Selection, usable
 
 HINTS = {
     "math": "Solve the arithmetic word problem.",
@@ -140,7 +140,11 @@ def as_messages(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def make_rows(study: Study, seed: int, way: str, task: str) -> list[list[dict[str, str]]]:
-    """The conversations of a task, of a way that is no command."""
+    """The conversations of a task, of a way that is no command.
+
+    Raises:
+        click.ClickException: too few of the rows that were written can be used.
+    """
     if way == "real":
         rows = task_rows(study.workdir, task, "train")
         return [rows[number] for number in islice(sample_numbers(len(rows), seed), study.count)]
@@ -151,7 +155,10 @@ def make_rows(study: Study, seed: int, way: str, task: str) -> list[list[dict[st
                  for _ in range(2 * study.count)]  # fmt: skip
         return [as_messages(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
     written = candidates(study, seed, "base" if way == "base" else task, task)
-    able = [written[index] for index in usable(written, study.count).kept]
+    found: Selection = usable(written, study.count)
+    able = [written[index] for index in found.kept]
+    if len(able) < study.count:
+        raise click.ClickException(f"{way}: {len(able)} of {len(written)} rows of {task} can be used: {found.dropped}")
     chosen = written[: study.count] if way == "unfiltered" else rng.sample(able, study.count)
     return [as_messages(row.prompt.strip() or "-", row.answer.strip() or "-") for row in chosen]
 

@@ -245,9 +245,9 @@ def _check_number(
         )  # fmt: skip
     if available < num_samples:
         LOG.warning(
-            "%s has %d rows, fewer than num_samples = %d: using all%s%s", show(dataset), available + held_out,
-            num_samples, f"; {held_out} of them are held out to measure the merge" if held_out else "",
-            f"; {excluded} more have the tokens of held-out rows and are left out" if excluded else "",
+            "%s has %d rows to fit, fewer than num_samples = %d: all are used%s%s", show(dataset), available,
+            num_samples, f"; {held_out} others are held out to measure the merge" if held_out else "",
+            f"; {excluded} have the tokens of held-out rows and are left out" if excluded else "",
         )  # fmt: skip
 
 
