@@ -106,6 +106,32 @@ def test_a_recipe_without_datasets_merges_in_one_go(writers, merged):
     assert not (merged / ".slta_calibrating").exists()
 
 
+def test_a_recipe_that_leaves_everything_open_is_data_free(writers, tmp_path):
+    """No dataset, no objective, no key about rows: the very merge of `objective: data_free`, and it is said so. With
+    one expert, which no closed form combines, or a hint, rows are written; `rows` writes them in any case."""
+    paths = [tmp_path / "open.yml", tmp_path / "stated.yml"]
+    content = recipe_of(writers, dataset=None)
+    for path, parameters in zip(paths, ({}, {"objective": "data_free"}), strict=True):
+        path.write_text(yaml.safe_dump({**content, "parameters": parameters}))
+    results = [mergekit_yaml(path, path.with_suffix("")) for path in paths]
+    assert [result.exit_code for result in results] == [0, 0]
+    assert "No model names a dataset: the merge has `objective: data_free`" in results[0].stderr
+    files = [path.with_suffix("") / "model.safetensors" for path in paths]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "open" / "slta_rows").exists()
+    hinted = [dict(model) for model in content["models"]]
+    hinted[0]["parameters"] = {"hint": "the fox"}
+    for models in (content["models"][:1], hinted):
+        paths[0].write_text(yaml.safe_dump({**content, "models": models, "parameters": {}}))
+        assert "each expert writes its own rows" in slta("check", paths[0]).stderr
+    paths[0].write_text(yaml.safe_dump({**content, "parameters": {"compute_dtype": "float32"}}))
+    assert "objective data_free" in slta("check", paths[0]).output
+    small = {"num_samples": 1, "max_seq_length": LENGTH}
+    paths[0].write_text(yaml.safe_dump({**content, "parameters": small}))
+    assert slta("rows", paths[0], "-o", tmp_path / "rows").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "rows").glob("*.jsonl")) == ["math.jsonl", "words.jsonl"]
+
+
 def test_a_merge_that_is_done_again_uses_its_rows(writers, merged, tmp_path, monkeypatch):
     """No expert writes again, the alphas are reused, and the rows stay."""
     out = tmp_path / "out"

@@ -98,7 +98,7 @@ def rows(merge_options: MergeOptions, recipe: str, output: str) -> None:
     """
     from mergekit_slta.generation.store import read_record
     from mergekit_slta.job.preflight import prepare
-    from mergekit_slta.job.written_rows import check_writers, written_files
+    from mergekit_slta.job.written_rows import with_writers, written_files
     from mergekit_slta.libraries.mergekit import forget_loaders
     from mergekit_slta.recipe.load import load_config
     from mergekit_slta.recipe.read import read_recipe
@@ -106,8 +106,7 @@ def rows(merge_options: MergeOptions, recipe: str, output: str) -> None:
 
     refuse_several("rows")
     merge_options.apply_global_options()
-    read = read_recipe(load_config(recipe)[0])
-    check_writers(read)
+    read = with_writers(read_recipe(load_config(recipe)[0]))
     job = prepare(read, merge_options, for_merge=False, rows_in=[Path(output)])
     forget_loaders(job.recipe.models)
     for path in written_files(job.recipe, Path(output)):

@@ -33,7 +33,7 @@ from mergekit_slta.job.direction import directions_of
 from mergekit_slta.job.identity import ROW_SETTINGS, job_identity
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
-from mergekit_slta.job.written_rows import WrittenRows, reading, with_self_written
+from mergekit_slta.job.written_rows import WrittenRows, reading, without_datasets
 from mergekit_slta.libraries.mergekit import chat_template_names, forget_loaders
 from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.models.skeleton import Skeleton
@@ -80,7 +80,7 @@ def prepare(
     """
     _check_device(options, recipe.settings.compute_dtype, plan_only)
     _check_chat_template(recipe.config.chat_template)
-    recipe = with_self_written(recipe, options, is_allowed=need_rows and (plan_only or rows_in is not None))
+    recipe = without_datasets(recipe, options, is_allowed=need_rows and (plan_only or rows_in is not None))
     recipe, configs = read_configs(recipe, options)
     tokenizer, info = load_tokenizer(recipe, options)
     dtype = getattr(torch, recipe.settings.tensor_dtype)

@@ -27,15 +27,21 @@ from mergekit_slta.generation.store import find_rows
 from mergekit_slta.generation.write import Writer, write_all
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
+from mergekit_slta.recipe.objectives import DATA_FREE, with_objective
 from mergekit_slta.recipe.recipe import Recipe, Task
 from mergekit_slta.recipe.settings import SELF, TaskSettings
 from mergekit_slta.runtime.interruption import interruptible
 
+_KEYS_WITHOUT_ROWS = frozenset({"compute_dtype", "uncalibrated"})
+"""Shared keys that are not about rows."""
 _CHOICES = {name: value for name, value in vars(choices).items() if name.isupper()}
 
 
-def with_self_written(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:
-    """A recipe whose tasks name no dataset, with `dataset: self` for all of them, if its objective fits rows.
+def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:
+    """A recipe whose tasks name no dataset, with what stands in for rows.
+
+    A recipe that asks for an objective that fits rows gets `dataset: self` for all tasks. One that leaves the choice
+    gets `objective: data_free`, which is better than `features` on rows that the experts write (examples/reproduce).
 
     Args:
         recipe: the recipe.
@@ -47,10 +53,11 @@ def with_self_written(recipe: Recipe, options: MergeOptions, *, is_allowed: bool
     """
     named = [task for task in recipe.tasks if task.dataset is not None]
     if is_allowed and not named and recipe.settings.own.needs_rows:
-        if not options.quiet:
-            click.echo(f"No model names a dataset: each expert writes its own rows (`dataset: {SELF}`)", err=True)
-        tasks = tuple(task.model_copy(update={"dataset": SELF}) for task in recipe.tasks)
-        return recipe.model_copy(update={"tasks": tasks})
+        if _leaves_the_choice(recipe):
+            _say(f"the merge has `objective: {DATA_FREE}`; with `dataset: {SELF}` the experts write rows", options)
+            return recipe.model_copy(update={"settings": with_objective(recipe.settings, DATA_FREE)})
+        _say(f"each expert writes its own rows (`dataset: {SELF}`)", options)
+        return _all_writing(recipe)
     for task in recipe.tasks:
         if task.hint and task.dataset is None and is_allowed:
             raise RecipeError(
@@ -60,8 +67,24 @@ def with_self_written(recipe: Recipe, options: MergeOptions, *, is_allowed: bool
     return recipe
 
 
-def check_writers(recipe: Recipe) -> None:
-    """Check that some expert of a recipe writes its rows.
+def _leaves_the_choice(recipe: Recipe) -> bool:
+    """Whether no key of a recipe is about rows, and its experts can be merged without any."""
+    is_about_rows = recipe.settings.stated - _KEYS_WITHOUT_ROWS or any(task.hint for task in recipe.tasks)
+    return not is_about_rows and not recipe.directions and len(recipe.tasks) > 1
+
+
+def _say(line: str, options: MergeOptions) -> None:
+    if not options.quiet:
+        click.echo(f"No model names a dataset: {line}", err=True)
+
+
+def _all_writing(recipe: Recipe) -> Recipe:
+    tasks = tuple(task.model_copy(update={"dataset": SELF}) for task in recipe.tasks)
+    return recipe.model_copy(update={"tasks": tasks})
+
+
+def with_writers(recipe: Recipe) -> Recipe:
+    """A recipe some experts of which write their rows: those with `dataset: self`, or all if none has a dataset.
 
     Raises:
         RecipeError: all have a dataset, or the objective fits no rows.
@@ -73,6 +96,7 @@ def check_writers(recipe: Recipe) -> None:
             "rows",
             code="conflicting-keys",
         )
+    return recipe if named else _all_writing(recipe)
 
 
 def written_files(recipe: Recipe, folder: Path) -> list[Path]:

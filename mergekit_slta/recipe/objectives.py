@@ -145,6 +145,12 @@ def register_objective(row: ObjectiveRow) -> None:
     OBJECTIVES[row.name] = row
 
 
+def with_objective(settings: Settings, name: str) -> Settings:
+    """Settings of another objective, with its defaults."""
+    row = OBJECTIVES[name]
+    return settings.model_copy(update={**row.defaults, "objective": name, "own": row.settings()})
+
+
 def all_shared_keys() -> tuple[str, ...]:
     """The shared keys, including the own keys of every objective."""
     own = (key for row in OBJECTIVES.values() for key in row.settings.model_fields)
