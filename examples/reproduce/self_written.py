@@ -11,12 +11,14 @@ undirected  as self, but any rows that can be used in place of those that differ
 unfiltered  as self, but the first rows that were written, whatever they are
 base        written by the base, for every task
 random      random tokens, as question and as answer
+on_policy   the questions of self, answered by the merge that self gives
 none        no rows: `objective: data_free`
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import shlex
 import shutil
@@ -32,12 +34,12 @@ import yaml
 from intervals import Draws, compare
 from methods import ALL, recipe
 from scoring import task_rows
-from shared import load_model, load_tokenizer, read_json, write_json, write_rows
-from versions import ALPHAS, references, scores_of
+from shared import load_model, load_tokenizer, read_json, read_rows, write_json, write_rows
+from versions import ALPHAS, merged, references, scores_of
 
 from mergekit_slta.data.rows import sample_numbers
 from mergekit_slta.data.templates import ChatTemplate
-from mergekit_slta.generation.choices import BATCH_ROWS, OVERSAMPLING
+from mergekit_slta.generation.choices import ANSWER_TEMPERATURE, BATCH_ROWS, MIN_ROOM, OVERSAMPLING
 from mergekit_slta.generation.prompts import make_prompt
 from mergekit_slta.generation.sampling import write_batch
 from mergekit_slta.generation.selection import Candidate, Selection, usable
@@ -54,7 +56,9 @@ MAX_LENGTH = 256
 KEYS = {"features": {"num_samples": 30}, "joint": {"num_samples": 10}}
 COUNTS = {"features": 30, "joint": 75}
 """Rows of each task in all; under `joint` ten for each of six steps, and those that are held out of them."""
-WAYS = ("real", "self", "hint", "undirected", "unfiltered", "base", "random", "none")
+Rows = list[list[dict[str, str]]]
+"""Conversations."""
+WAYS = ("real", "self", "hint", "undirected", "unfiltered", "base", "random", "on_policy", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +143,36 @@ def as_messages(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def make_rows(study: Study, seed: int, way: str, task: str) -> list[list[dict[str, str]]]:
+@functools.cache
+def merge_of(workdir: Path, folder: Path) -> torch.nn.Module:
+    """The merge of a folder's weights."""
+    return merged(workdir, read_json(folder / ALPHAS))
+
+
+@torch.inference_mode()
+def answered(study: Study, seed: int, task: str) -> Rows:
+    """The questions that an expert has written, answered by the merge of `self`, sampled as the expert samples."""
+    folder = calibrate(study, seed, "self")
+    model, tokenizer = merge_of(study.workdir, folder), load_tokenizer(study.workdir / "base")
+    tokenizer.padding_side = "left"
+    torch.manual_seed(seed)
+    rows: Rows = []
+    asked = [messages[:-1] for messages in read_rows(folder / f"{task}.jsonl")]
+    for start in range(0, len(asked), BATCH_ROWS):
+        batch = asked[start : start + BATCH_ROWS]
+        prompts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in batch]
+        inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+        room = MAX_LENGTH - inputs["input_ids"].shape[1]
+        written = model.generate(
+            **inputs, max_new_tokens=max(MIN_ROOM, room), do_sample=True, temperature=ANSWER_TEMPERATURE, top_k=0
+        )
+        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows += [[*each, {"role": "assistant", "content": text.strip() or "-"}]
+                 for each, text in zip(batch, texts, strict=True)]  # fmt: skip
+    return rows
+
+
+def make_rows(study: Study, seed: int, way: str, task: str) -> Rows:
     """The conversations of a task, of a way that is no command.
 
     Raises:
@@ -148,6 +181,8 @@ def make_rows(study: Study, seed: int, way: str, task: str) -> list[list[dict[st
     if way == "real":
         rows = task_rows(study.workdir, task, "train")
         return [rows[number] for number in islice(sample_numbers(len(rows), seed), study.count)]
+    if way == "on_policy":
+        return answered(study, seed, task)
     rng = random.Random(f"{seed} {task} {way}")
     if way == "random":
         tokenizer = load_tokenizer(study.workdir / "base")
