@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ def example():
     """The example's modules."""
     with importable(EXAMPLES / "reproduce", EXAMPLES / "smollm2"):
         import compare_versions
+        import experts
         import five_tasks
         import intervals
         import paired
@@ -37,8 +39,8 @@ def example():
         import versions
 
         yield SimpleNamespace(
-            compare_versions=compare_versions, five_tasks=five_tasks, intervals=intervals, paired=paired,
-            scoring=scoring, self_written=self_written, shared=shared, splits=splits, versions=versions,
+            compare_versions=compare_versions, experts=experts, five_tasks=five_tasks, intervals=intervals,
+            paired=paired, scoring=scoring, self_written=self_written, shared=shared, splits=splits, versions=versions,
         )  # fmt: skip
 
 
@@ -185,6 +187,22 @@ def workdir(example, tmp_path_factory) -> Path:
         rows = [question(f"{name} {'very ' * length}quick?") for length in range(5)]
         example.shared.write_rows(folder / "data" / f"{name}_test.jsonl", rows)
     return folder
+
+
+def test_an_expert_of_adapters_changes_linear_maps_by_their_rank(example, workdir, tmp_path):
+    """What is saved is an ordinary checkpoint; embeddings and norms are the base's."""
+    (tmp_path / "data").mkdir()
+    shutil.copytree(workdir / "base", tmp_path / "base")
+    example.shared.write_rows(tmp_path / "data" / "math_train.jsonl", [question(f"math {n}?") for n in range(9)])
+    sizes = example.experts.Sizes(steps=12, lora_rank=2, learning_rate=5e-3)
+    example.experts.make_expert(tmp_path, "math", sizes, "float32", "cpu")
+    base, expert = (dict(example.shared.load_model(tmp_path / name).named_parameters()) for name in ("base", "math"))
+    assert base.keys() == expert.keys()
+    for name in (name for name in base if "proj" in name):
+        powers = torch.linalg.svdvals((expert[name] - base[name]).detach()) ** 2
+        assert powers[:2].sum() > 0.95 * powers.sum() > 0  # the rest is rounding to bfloat16
+    rounded = {name: value.bfloat16().float() for name, value in base.items()}
+    assert all(torch.equal(rounded[name], expert[name]) for name in base if "proj" not in name)
 
 
 def test_ways_to_get_rows(example, workdir, monkeypatch):

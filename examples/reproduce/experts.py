@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import torch
 from five_tasks import ALL_NAMES, TASKS, general_text
+from peft import LoraConfig, get_peft_model
 from shared import (
     completed_directory,
     load_model,
@@ -27,13 +28,18 @@ from shared import (
 )
 from splits import split
 
+LORA_FACTOR = 10
+"""So many times the learning rate of full fine-tuning, for adapters."""
 SEED_NAME = "seed.json"
 """Beside the data: what it was made with."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; of every grid each `grid_step`-th setting, of the sets of experts the first `sets`."""
+    """How much of everything; of every grid each `grid_step`-th setting, of the sets of experts the first `sets`.
+
+    With a `lora_rank` experts are adapters of this rank on every linear map of the layers, merged into the base's
+    weights."""
 
     train_rows: int = 500
     test_rows: int = 100
@@ -42,6 +48,7 @@ class Sizes:
     steps: int = 60
     batch_tokens: int = 800
     learning_rate: float = 1e-4
+    lora_rank: int = 0
     calibration_rows: int = 30
     seeds: tuple[int, ...] = (42, 43, 44)
     row_counts: tuple[int, ...] = (1, 3, 10, 30, 50)
@@ -93,19 +100,25 @@ def make_data(workdir: Path, sizes: Sizes) -> None:
 
 
 def make_expert(workdir: Path, task: str, sizes: Sizes, precision: str, device: str) -> None:
-    """Fine-tune every weight of the base on one task, with the loss on completions."""
+    """Fine-tune the base on one task, every weight or an adapter, with the loss on completions."""
     model, tokenizer = load_model(workdir / "base").to(device), load_tokenizer(workdir / "base")
+    rank, adapted = sizes.lora_rank, None
+    if rank:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, config)  # `model` gets the adapters, too
     with products_in(precision, device):
         train(
             model,
             tokenizer,
             read_rows(workdir / "data" / f"{task}_train.jsonl"),
             steps=sizes.steps,
-            learning_rate=sizes.learning_rate,
+            learning_rate=sizes.learning_rate * (LORA_FACTOR if rank else 1),
             batch_tokens=sizes.batch_tokens,
             seed=sizes.seed,
             log=click.echo,
         )
+    if adapted is not None:
+        model = adapted.merge_and_unload()
     with completed_directory(workdir / task) as folder:
         save_checkpoint(model.cpu(), tokenizer, folder)
 

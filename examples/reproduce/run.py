@@ -273,10 +273,14 @@ def with_answers(run: Run) -> list[str]:
 @click.option("--device", default="cpu", show_default=True, help="torch device.")
 @click.option("--sets", type=click.IntRange(1, len(SETS)), default=len(SETS), show_default=True,
               help="Merge the first of the sets of experts; 1: all five only.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=Sizes.steps, show_default=True,
+              help="Of an expert's training.")  # fmt: skip
+@click.option("--lora", metavar="RANK", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Train adapters of this rank; 0: every weight.")  # fmt: skip
 @click.option("--only", metavar="METHOD", multiple=True, help="Run this method only; may be repeated.")
 def main(
     workdir: Path, quick: bool, base: Path | None, processes: int, threads: int | None, precision: str, device: str,
-    sets: int, only: tuple[str, ...],
+    sets: int, steps: int, lora: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Do the whole evidence run in WORKDIR, and print where its tables are."""
     if unknown := sorted({*only} - {*METHODS}):
@@ -284,7 +288,7 @@ def main(
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     os.chdir(workdir)
-    sizes = QUICK if quick else Sizes(sets=sets)
+    sizes = QUICK if quick else Sizes(sets=sets, steps=steps, lora_rank=lora)
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     run = Run(workdir, sizes, processes, threads, precision, device, only)
     prepare(workdir, sizes, base, precision, device)
