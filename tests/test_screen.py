@@ -19,8 +19,9 @@ from mergekit_slta.job import preflight
 from mergekit_slta.job.preflight import prepare
 from mergekit_slta.objectives import phases
 from mergekit_slta.objectives.registry import estimate
-from mergekit_slta.reporting import row_view
-from mergekit_slta.reporting.plan import describe_job, numbers_of_job
+from mergekit_slta.reporting import plan, row_view
+from mergekit_slta.reporting.plan import describe_job
+from mergekit_slta.reporting.plan_numbers import numbers_of_job
 from mergekit_slta.reporting.terminal import describe_alphas
 from mergekit_slta.runtime import progress as progress_bar
 from mergekit_slta.runtime import screen
@@ -202,6 +203,29 @@ def test_check_says_what_auto_stands_for(plenty, options, monkeypatch, settings,
     costs = estimate(job)
     assert numbers_of_job(job, costs, None)["precision"]["products"] == products
     assert f"precision   {line}" in screen.plain(*describe_job(job, costs)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("objective", "available", "line"),
+    [
+        ("features", 1 << 40, None),
+        ("joint", 1 << 40, "they fit into the free memory"),
+        ("joint", 1000, "the free memory holds 0 B of them, so the disk is read each time"),
+    ],
+)
+def test_check_says_whether_checkpoints_stay_in_memory(plenty, options, monkeypatch, objective, available, line):
+    """Where they are read several times: all reads, and the size of what is read."""
+    job = prepare(read(plenty.recipe_with_answers(num_samples=2, objective=objective)), options, plan_only=True)
+    costs = estimate(job)
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    said = [row for row in screen.plain(*describe_job(job, costs)).splitlines() if row.startswith("reads ")]
+    assert len(said) == (line is not None)
+    if line:
+        assert line in said[0]
+        models = (plenty.base, *plenty.experts)
+        size = sum(file.stat().st_size for model in models for file in model.glob("*.safetensors"))
+        assert f"the checkpoints have {screen.describe_bytes(costs.phases[-1].read_bytes)}" in said[0]
+        assert costs.phases[-1].read_bytes == pytest.approx(size, rel=0.05)
 
 
 def test_a_device_that_is_elsewhere_decides_there(plenty, write_recipe, monkeypatch):

@@ -73,7 +73,8 @@ def check(merge_options: MergeOptions, recipe: str, as_json: bool) -> None:
     second of work on it tells how long calibration and merge will take. -v adds the parts of the memory.
     """
     from mergekit_slta.host.api import check_job, costs_of
-    from mergekit_slta.reporting.plan import describe_job, numbers_of_job
+    from mergekit_slta.reporting.plan import describe_job
+    from mergekit_slta.reporting.plan_numbers import numbers_of_job
     from mergekit_slta.runtime.screen import print_parts
 
     merge_options.apply_global_options()

@@ -27,7 +27,7 @@ from mergekit_slta.objectives.registry import estimate
 from mergekit_slta.recipe.load import as_config, load_config
 from mergekit_slta.recipe.read import read_recipe
 from mergekit_slta.recipe.recipe import Recipe
-from mergekit_slta.reporting.plan import numbers_of_job
+from mergekit_slta.reporting.plan_numbers import numbers_of_job
 
 
 def merge(

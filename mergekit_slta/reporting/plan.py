@@ -6,9 +6,7 @@ Scope: text and numbers about a prepared job and its estimated costs. `runtime.s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,7 +22,7 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import describe_template
 from mergekit_slta.objectives.costs import MEMORY_MARGIN, Costs
 from mergekit_slta.recipe.settings import SELF
-from mergekit_slta.reporting.row_view import row_parts, view_of_row
+from mergekit_slta.reporting.row_view import view_of_row
 from mergekit_slta.runtime.clock import describe_seconds
 from mergekit_slta.runtime.devices import is_here
 from mergekit_slta.runtime.screen import Columns, describe_bytes, describe_flops, facts, text
@@ -192,7 +190,7 @@ def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None, is_detai
     """Time, memory and disk."""
     yield "device", _device(job)
     yield "takes", _takes(job, seconds)
-    peak, libraries = costs.peak_bytes, _libraries()
+    peak, libraries = costs.peak_bytes, libraries_bytes()
     beside = f", and {describe_bytes(libraries)} on the CPU" if job.device.type != "cpu" else ""
     total = peak + (0 if beside else libraries)
     yield "memory", f"about {describe_bytes(total)} on {job.device} at the peak of calibration{beside}{_free(job)}"
@@ -205,6 +203,7 @@ def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None, is_detai
                 f"libraries; the largest allocation is {describe_bytes(costs.largest_bytes)}"
             ),
         )
+    yield from _reads(costs, total)
     for name, reason in job.merged_copies.items():
         size = describe_bytes(costs.written_bytes)
         yield "copy", f"{show(name)} is merged into a full copy first ({show(reason)}): about {size} more"
@@ -220,6 +219,27 @@ def _needs(job: Job, costs: Costs, seconds: Mapping[str, float] | None, is_detai
             f"figures and {CARD_NAME}; {describe_bytes(free_bytes(Path.cwd()))} are free on the disk of this folder"
         ),
     )
+
+
+def _reads(costs: Costs, needed: int) -> Iterator[tuple[str, str]]:
+    """Whether a calibration that reads the checkpoints several times finds them in memory: mapped files stay in the
+    system's page cache as long as nothing else needs the memory.
+
+    Args:
+        costs: their last phase, the merge, reads every checkpoint once.
+        needed: bytes of memory that the calibration takes.
+    """
+    once = costs.phases[-1].read_bytes
+    total = sum(phase.read_bytes for phase in costs.phases)
+    if total <= 2 * once:  # as for `features`
+        return
+    room = max(0, psutil.virtual_memory().available - needed)
+    where = (
+        "they fit into the free memory, where the system keeps them after the first time"
+        if once <= room
+        else f"the free memory holds {describe_bytes(room)} of them, so the disk is read each time"
+    )
+    yield "reads", f"{describe_bytes(total)}: the checkpoints have {describe_bytes(once)}, and {where}"
 
 
 def _takes(job: Job, seconds: Mapping[str, float] | None) -> str:
@@ -283,61 +303,7 @@ def _device(job: Job) -> str:
     return f"{job.device} ({threads} thread{'s' * (threads != 1)})" if job.device.type == "cpu" else str(job.device)
 
 
-def _libraries() -> int:
+def libraries_bytes() -> int:
     """Anonymous memory of this process in bytes. It has loaded a calibration's libraries, and no weights."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))  # without mapped files, if the system reports them
-
-
-def numbers_of_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None) -> dict[str, Any]:
-    """The same as `describe_job`, as numbers: what `check --json` prints. Sizes are in bytes."""
-    settings = job.recipe.settings
-    phases = [{**asdict(phase), "seconds": seconds and seconds[phase.name]} for phase in costs.phases]
-    return {
-        "base": job.recipe.names[job.recipe.base],
-        "experts": [
-            {"model": job.recipe.names[task.model], "importance": task.importance, **_numbers_of_rows(job, drawn)}
-            for task, drawn in zip(job.recipe.tasks, job.rows, strict=True)
-        ],
-        "directions": [*(job.recipe.names[model] for model in job.recipe.directions),
-                       *filter(None, [job.recipe.closed_form])],
-        "objective": settings.objective,
-        "granularity": settings.granularity,
-        "submodules": len(job.submodules),
-        "settings": {**settings.model_dump(exclude={"own", "stated"}), **settings.own.model_dump()},
-        "precision": {"dtype": settings.tensor_dtype, "products": job.layer_products},
-        "device": str(job.device),
-        "device_is_here": is_here(job.device),
-        "seconds": sum(seconds.values()) if seconds else None,
-        "phases": phases,
-        "flops": costs.flops,
-        "combine_flops": costs.combine_flops,
-        "read_bytes": costs.read_bytes,
-        "written_bytes": costs.written_bytes,
-        "scratch_bytes": costs.scratch_bytes,
-        "download_bytes": sum(load.num_bytes for load in job.plan.downloads),
-        "peak_bytes": costs.peak_bytes,
-        "library_bytes": _libraries(),
-        "largest_bytes": costs.largest_bytes,
-        "memory": costs.memory,
-    }  # fmt: skip
-
-
-def _numbers_of_rows(job: Job, drawn: TaskRows | None) -> dict[str, Any]:
-    if drawn is None:
-        return {"rows": 0, "tokens": 0, "held_out_rows": 0}
-    row = drawn.rows[0]
-    is_text = job.row_tokenizer is not None and not drawn.is_planned
-    parts = row_parts(row, job.row_tokenizer) if is_text and job.row_tokenizer is not None else {}
-    return {
-        "dataset": drawn.dataset,
-        "chat_template": drawn.chat_template,
-        "rows": len(drawn.rows),
-        "tokens": drawn.num_tokens,
-        "cut_rows": drawn.num_cut,
-        "answer_tokens": drawn.num_answer_tokens,
-        "held_out_rows": len(drawn.held_out),
-        "measured_rows": len(drawn.acceptance),
-        "first_row": {"number": row.number, "tokens": len(row.ids), "cut_tokens": row.num_cut,
-                      "answer_tokens": row.num_answer_tokens, **parts},
-    }  # fmt: skip
