@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAIN_JOINT, Models, assert_refused, make_tokenizer, mergekit_yaml, perturbed, slta, tensors
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_slta import Alphas
 from mergekit_slta.data.rows import sample_numbers
@@ -262,6 +262,35 @@ def test_tied_models_are_evaluated(make_models, plenty, write_recipe, tmp_path, 
     record = json.loads(Statistics.load(tmp_path / "out" / STATISTICS_NAME).metadata.get("search", "{}"))
     assert_evaluated(models, alphas, whole(tmp_path / "out"), record.get("optimism", (0.0, 0.0)))
     assert not any("unchanged" in entry.flags for entry in alphas.submodules)
+
+
+def test_a_change_that_only_held_out_rows_show_is_kept(plenty, write_recipe, tmp_path):
+    """Of a token's embedding. The merge of one expert is the expert, and what the file promises is measured of it."""
+    tokenizer = AutoTokenizer.from_pretrained(plenty.base)
+    lines = [json.loads(line) for line in plenty.datasets[0].read_text().splitlines()]
+    used = {number for row in lines for number in tokenizer(f"{row['question']} {row['answer']}").input_ids}
+    rare = next(number for number in range(5, len(tokenizer)) if number not in used)
+    for place in [*sample_numbers(len(lines), 42)][-(len(lines) // 5) :]:
+        lines[place]["question"] = f"{tokenizer.decode([rare])} {lines[place]['question']}"
+    assert rare in tokenizer(lines[place]["question"]).input_ids
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    base, expert = whole(plenty.base), whole(plenty.experts[0])
+    with torch.no_grad():
+        expert.model.embed_tokens.weight.copy_(base.model.embed_tokens.weight)
+        expert.model.embed_tokens.weight[rare] += 1.0
+    expert.save_pretrained(tmp_path / "expert")
+    tokenizer.save_pretrained(tmp_path / "expert")
+    models = Models(plenty.folder, plenty.base, (tmp_path / "expert",), (tmp_path / "rows.jsonl",))
+    recipe = {**models.recipe_with_answers(**PLAIN_JOINT, steps=1, **KEYS), "out_dtype": "float32"}
+    result = mergekit_yaml(write_recipe(recipe), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    alphas = Alphas.load(tmp_path / "out" / ALPHAS_NAME)
+    assert not any(entry.unchanged for entry in alphas.submodules)
+    merged, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "expert")
+    for name, value in wanted.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-3, atol=1e-4)
+    (task,) = alphas.evaluation.tasks
+    assert task.share.mean < 1e-4
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

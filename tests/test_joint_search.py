@@ -14,6 +14,7 @@ from test_gauss_newton import as_array
 from test_gauss_newton import reference as normal_equations
 
 from mergekit_slta.calibration.calibrate import calibrate, gather_statistics, solve_job
+from mergekit_slta.checkpoints.tensors import Checkpoints
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.linearity_file import Linearity
 from mergekit_slta.files.statistics_file import Statistics
@@ -343,17 +344,38 @@ def test_every_step_solves_with_the_rows_so_far(searching, search, balance):
 
 
 @pytest.mark.parametrize("distort", [None, lambda divergences, alphas: divergences + 100 * (alphas.std(1) > 1e-9)])
-def test_an_expert_without_effect_gets_nothing(searching, search, distort):
-    """In the file, whether the merge is a step's or a starting point; it is marked."""
+def test_an_expert_that_no_row_shows_keeps_its_weight(searching, search, distort):
+    """That of the starting point, with which the merge was measured, where its weights are not the base's."""
     job = searching(steps=2)
     name = job.submodules[2].name
-    _, alphas = search(job, idle=(name, 1), distort=distort)
+    land, alphas = search(job, idle=(name, 1), distort=distort)
     merge = alphas.evaluation.points[alphas.evaluation.merge].name
     assert merge == ("step 2" if distort is None else "average")
+    assert not any(entry.unchanged for entry in alphas.submodules)
+    idle = alphas.models.index(job.recipe.label(job.experts[1]))
+    (alpha,) = [entry.alpha[idle] for entry in alphas.submodules if entry.name == name]
+    assert alpha != 0
+    assert alpha in [float(point[name][1]) for point in land.measured[0][2] if point is not None]
+
+
+@pytest.mark.parametrize("distort", [None, lambda divergences, alphas: divergences + 100 * (alphas.std(1) > 1e-9)])
+def test_an_expert_that_is_the_base_somewhere_gets_nothing_there(searching, search, monkeypatch, distort):
+    """In the file, whether the merge is a step's or a starting point; it is marked."""
+    job = searching(steps=2)
+    part, raw = job.submodules[2], Checkpoints.raw
+
+    def with_equal(own, tensor, models=None):
+        found = raw(own, tensor, models)
+        if tensor in part.tensors and models == [0, 2]:
+            found[1] = found[0]
+        return found
+
+    monkeypatch.setattr(Checkpoints, "raw", with_equal)
+    _, alphas = search(job, idle=(part.name, 1), distort=distort)
     idle = job.recipe.label(job.experts[1])
     for entry in alphas.submodules:
-        assert entry.unchanged == ((idle,) if entry.name == name else ())
-        assert (entry.alpha[alphas.models.index(idle)] == 0) == (entry.name == name)
+        assert entry.unchanged == ((idle,) if entry.name == part.name else ())
+        assert (entry.alpha[alphas.models.index(idle)] == 0) == (entry.name == part.name)
 
 
 def away(divergences, alphas):

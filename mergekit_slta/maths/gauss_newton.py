@@ -57,8 +57,8 @@ def gauss_newton_steps(
         importance: T weights w_a of the tasks; all 1 by default.
 
     Returns:
-        For each rho: submodule -> [K] the new alphas. A model that equals the base in a submodule gets 0. A row
-        without derivatives (no answer) is left out.
+        For each rho: submodule -> [K] the new alphas. A weight along which no row has a derivative stays as it is. A
+        row without derivatives (no answer) is left out.
     """
     names = list(slopes)
     whole = torch.stack(list(slopes.values()), dim=-1)  # [R, 1 + S, K, M]
@@ -67,7 +67,7 @@ def gauss_newton_steps(
     kept = share >= MIN_ROW_WEIGHT
     whole, row_task, share = whole[kept], row_task[kept], share[kept]
     changed = (whole != 0).flatten(0, 1).any(0)  # [K, M]
-    start = torch.stack([point[name] for name in names], dim=-1) * changed  # [K, M]
+    start = torch.stack([point[name] for name in names], dim=-1)  # [K, M]
     total = torch.zeros_like(scales).index_add_(0, row_task, share)
     per_task = task_weights(importance, len(scales)) / scales / total.clamp(min=MIN_ROW_WEIGHT)  # [T]
     weight = per_task[row_task] * share  # [R]

@@ -28,7 +28,7 @@ from mergekit_slta.maths.gauss_newton import STEPS_KEPT, gauss_newton_steps, reb
 from mergekit_slta.maths.ridges import FAILED_FACTOR, FIRST_RIDGES, RIDGE_FACTORS
 from mergekit_slta.objectives.gradient_passes import Passes, answer_tokens, row_tasks
 from mergekit_slta.objectives.merging import Point
-from mergekit_slta.objectives.starts import features_point, starting_points
+from mergekit_slta.objectives.starts import equal_models, features_point, starting_points
 from mergekit_slta.recipe.objectives import JointSettings
 from mergekit_slta.runner.lanes import Measured
 from mergekit_slta.runner.row_losses import measured_rows
@@ -149,11 +149,12 @@ class _Found:
         """All models, with alpha 0 where an expert equals the base.
 
         Args:
-            changed: submodule -> [K] bool; a submodule that is not there counts as changed.
+            changed: submodule -> [K] bool, where a row has shown a change; a submodule that is not there counts as
+                changed. What no row has shown is looked up in the weights: tokens that are in no row may have changed.
         """
         names = [submodule.name for submodule in self._job.submodules]
         stacked = {name: torch.stack([point[name] for point in self.points]) for name in names}  # [P, K]
-        equal = {name: (~own).nonzero().flatten().tolist() for name, own in changed.items() if not own.all()}
+        equal = dict(equal_models(self._job, changed))
         for name, places in equal.items():
             stacked[name][:, places] = 0
         record = SearchRecord(

@@ -1,10 +1,11 @@
 """The starting points of the search of `objective: joint`: merged models that need no step.
 
-Scope: which points there are, and their alphas. `joint_search` measures them.
+Scope: which points there are, their alphas, and where these mean nothing. `joint_search` measures them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mergekit_slta.job.job import Job
 from mergekit_slta.job.layout import layout_of
-from mergekit_slta.models.submodules import partition
+from mergekit_slta.models.submodules import Submodule, partition
 from mergekit_slta.objectives.feature_pass import gather_grams
 from mergekit_slta.objectives.merging import Point
 from mergekit_slta.objectives.solving import solve_submodule
@@ -85,3 +86,27 @@ def features_point(job: Job, resume: ResumeStore | None, ranks: Ranks) -> tuple[
         for part in job.submodules
     }
     return {name: alpha for name, (alpha, _) in found.items()}, {name: changed for name, (_, changed) in found.items()}
+
+
+def equal_models(job: Job, changed: Mapping[str, Tensor]) -> Iterator[tuple[str, list[int]]]:
+    """Find where models have the base's weights, or none of their own.
+
+    Args:
+        job: the recipe, prepared.
+        changed: submodule -> [K] bool, where a model is known to differ from the base.
+
+    Yields:
+        (submodule, indices of the models in canonical order).
+    """
+    checkpoints = job.checkpoints()
+
+    def is_equal(submodule: Submodule, place: int) -> bool:
+        if submodule.name in job.averaged and place == len(job.labels) - 1:
+            return True
+        pairs = (checkpoints.raw(tensor, [0, place + 1]) for tensor in submodule.tensors)
+        return all(base.shape == other.shape and bool((base == other).all()) for base, other in pairs)
+
+    for submodule in job.submodules:
+        unknown = (~changed[submodule.name]).nonzero().flatten().tolist() if submodule.name in changed else []
+        if submodule.tensors and (places := [place for place in unknown if is_equal(submodule, place)]):
+            yield submodule.name, places
