@@ -23,6 +23,8 @@ from mergekit_slta.calibration.calibrate import gather_statistics, solve_job
 from mergekit_slta.errors import RecipeError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.job.preflight import prepare
+from mergekit_slta.libraries.torch import product_precision
+from mergekit_slta.maths import directions
 from mergekit_slta.maths.directions import combine
 from mergekit_slta.maths.joint import solve_joint
 from mergekit_slta.objectives.starts import starting_points
@@ -320,6 +322,30 @@ def test_other_experts_start_the_direction_anew(tiny, with_rows, write_recipe, t
 
 
 @pytest.mark.process
+def test_the_closed_form_has_the_same_bits_everywhere(tiny, with_rows, write_recipe, tmp_path, monkeypatch):
+    """Computed by a calibration, or by a merge with its alphas: float32 products are set alike, also where the rest of
+    the calibration computes in another precision."""
+
+    def mode() -> str | None:
+        return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+
+    def watched(*arguments, **settings):
+        modes.append(mode())
+        return combine(*arguments, **settings)
+
+    modes: list[str | None] = []
+    monkeypatch.setattr(directions, "combine", watched)
+    with product_precision(torch.device("cpu"), tf32=False):
+        expected = mode()
+    path = write_recipe(with_rows(tiny).recipe(**FORM))
+    counts = []
+    for _ in range(2):
+        assert mergekit_yaml(path, tmp_path / "out").exit_code == 0
+        counts.append(len(modes))
+    assert 0 < counts[0] < counts[1]
+    assert {*modes} == {expected}
+
+
 def test_processes_share_the_closed_form(tiny, with_rows, write_recipe, tmp_path):
     """Two processes give the alphas of one."""
     path = write_recipe(with_rows(tiny).recipe_with_answers(objective="joint", steps=1, **FORM))

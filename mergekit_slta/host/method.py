@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mergekit_slta.errors import AlphasError, ModelError, RegistrationError, listing, show
 from mergekit_slta.files.alphas_file import Alphas
+from mergekit_slta.libraries.torch import product_precision
 from mergekit_slta.maths.task_arithmetic import merge_tensor
 from mergekit_slta.recipe.objectives import all_shared_keys
 from mergekit_slta.recipe.settings import METHOD, TASK_KEYS
@@ -204,7 +205,8 @@ def _closed_form(merge: ActiveMerge, name: str, base: Tensor, tensors: Sequence[
     alphas = merge.alphas
     experts = [tensors[alphas.models.index(model)] for model in sorted(alphas.experts)]
     assert alphas.closed_form is not None
-    return alphas.closed_form.combine(name, base, experts)  # type: ignore[arg-type]
+    with product_precision(base.device, tf32=False):  # as in `DirectionStore`, so that the bits are the same
+        return alphas.closed_form.combine(name, base, experts)  # type: ignore[arg-type]
 
 
 def _check_mergekit() -> None:

@@ -23,6 +23,7 @@ from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.alphas_parts import Direction
 from mergekit_slta.files.identity import hash_identity, weights_label
 from mergekit_slta.job.job import Job
+from mergekit_slta.libraries.torch import product_precision
 from mergekit_slta.maths.directions import is_matrix
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.recipe.recipe import Recipe
@@ -75,7 +76,9 @@ class DirectionStore:
         if name not in self._store.finished:
             raw = self._checkpoints.output(name, range(self._num_models))
             base, *experts = (tensor.to(self._checkpoints.device) for tensor in raw)
-            self._store.put(name, {name: self._direction.combine(name, base, experts).cpu()})
+            with product_precision(self._checkpoints.device, tf32=False):  # whatever the recipe's precision
+                combined = self._direction.combine(name, base, experts)
+            self._store.put(name, {name: combined.cpu()})
         return self._store.mapped(name)[name]
 
 
