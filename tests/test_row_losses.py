@@ -34,6 +34,9 @@ def test_plain_text_without_known_answers_is_told_from_a_wrong_format():
     assert "wrong prompt format" not in whole
     (known,) = describe_no_better({"tasks": [task]})
     assert "wrong prompt format? check" in known
+    (shared,) = describe_no_better({"tasks": [{**task, "flags": [*task["flags"], "shared_rows"]}]})
+    assert "another task has rows with the same tokens" in shared
+    assert "wrong prompt format" not in shared
     assert describe_no_better({"tasks": [{**task, "loss_expert": 5.3}]}) == []
 
 

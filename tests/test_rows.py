@@ -628,6 +628,20 @@ def test_without_other_rows_nothing_is_held_out(tmp_path, tokenizer, other):
     assert [len(rows.rows) for rows in drawn] == [20, 4][: len(drawn)]
 
 
+def test_only_the_task_without_other_rows_holds_none_out(tmp_path, tokenizer):
+    """A task with many rows still holds some out: all but those that are all the rows of another task."""
+    same, many = texts(tmp_path / "same.jsonl", ["fox"] * 20), texts(tmp_path / "many.jsonl", range(40))
+    held = list(sample_numbers(40, 42))[-8:]
+    for other, left in ((same, held), (texts(tmp_path / "few.jsonl", held[:2]), held[2:])):
+        for paths in ([other, many], [many, other]):
+            drawn = draw_rows([source(tokenizer, path, evaluate=True) for path in paths])
+            (few, enough) = drawn if paths[0] == other else drawn[::-1]
+            assert few.held_out == ()
+            assert numbers(enough.held_out) == left
+            tokens = {row.ids for row in enough.held_out}
+            assert not tokens & {row.ids for row in (*few.rows, *enough.rows)}
+
+
 def test_rows_that_cannot_be_used_are_not_held_out(tmp_path, tokenizer):
     """Nor rows without an answer; others take their place. If the usable ones are all held out, they are fitted."""
     order = list(sample_numbers(30, 42))

@@ -77,6 +77,7 @@ WORDING: dict[str, str] = {
     r"|has no column `text` that `completion` could follow: set `text`"
     r"|`(text|completion)` names '.*', but .+ has the columns .+)",
     "missing-dataset": r"(.+ has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+    r"(; with `dataset: self` it writes them itself)?"
     r"|.+ has no `dataset`: name rows, on which merges are compared"
     r"|.+ has no `dataset` that is written yet: write its rows with `mergekit-slta rows`, and name the file"
     r"|no rows are known for .+: add --data .+=FILE_OR_ID)",

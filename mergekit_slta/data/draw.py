@@ -10,7 +10,7 @@ drawn, nor are rows with the same tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from mergekit_slta.data.rendering import Rendered, count_repeats, renderer, repe
 from mergekit_slta.data.rows import Row, TaskRows, permutation
 from mergekit_slta.data.tokens import encode
 from mergekit_slta.errors import DataError, show
-from mergekit_slta.recipe.settings import Settings, TaskSettings
+from mergekit_slta.recipe.settings import SELF, Settings, TaskSettings
 
 if TYPE_CHECKING:
     from mergekit_slta.data.templates import ChatTemplate
@@ -50,7 +50,7 @@ class RowSource:
 
     def __init__(self, task: TaskSettings, name: str, settings: Settings, template: ChatTemplate) -> None:
         if task.dataset is None:
-            raise missing_dataset(name)
+            raise missing_dataset(name, can_write=settings.own.needs_rows)
         self._task, self._name, self._settings, self._template = task, name, settings, template
         self._dataset = task.dataset
         self._rows = load_rows(task.dataset, task.dataset_config, task.split)
@@ -154,17 +154,31 @@ class RowSource:
 def draw_rows(sources: Sequence[RowSource]) -> list[TaskRows]:
     """Draw the rows of all tasks. No task's rows to fit are among the held-out rows of any task.
 
-    If a task has no other row that can be used (all its rows hold the same tokens), none are held out.
+    A task with no other row that can be used (all its rows hold the same tokens) holds none out. If they are among the
+    held-out rows of other tasks, these do not hold them out, either.
 
     Raises:
         DataError: see `RowSource.draw`.
     """
     held_out = [source.held_out() for source in sources]
-    excluded = frozenset(row.ids for rows in held_out for row in rows)
-    drawn = [source.draw(rows, excluded) for source, rows in zip(sources, held_out, strict=True)]
-    if None in drawn:
-        drawn = [source.draw((), frozenset()) for source in sources]
-    return [rows for rows in drawn if rows is not None]
+
+    def draw(places: Iterable[int]) -> dict[int, TaskRows | None]:
+        excluded = frozenset(row.ids for rows in held_out for row in rows)
+        return {place: sources[place].draw(held_out[place], excluded) for place in places}
+
+    drawn = draw(range(len(sources)))
+    few = [place for place, rows in drawn.items() if rows is None]
+    for place in few:
+        held_out[place] = ()
+    drawn |= draw(few)
+    for place in (place for place in few if drawn[place] is None):
+        drawn[place] = own = sources[place].draw((), frozenset())
+        needed = {row.ids for row in own.rows} if own is not None else set()
+        for other, rows in enumerate(held_out):
+            left = tuple(row for row in rows if row.ids not in needed)
+            held_out[other] = left if len(left) >= MIN_HELD_OUT else ()
+    drawn |= draw([place for place, rows in drawn.items() if rows is not None and rows.held_out != held_out[place]])
+    return [rows for _, rows in sorted(drawn.items()) if rows is not None]
 
 
 def _readable(dataset: Rows, number: int) -> Mapping[str, Any] | None:
@@ -202,8 +216,9 @@ def _tokenize(
     return Row(number, text, *encoded)
 
 
-def missing_dataset(name: str, *, is_self_written: bool = False) -> DataError:
-    """The error for an expert that needs rows and names no `dataset`, or whose own rows are not written."""
+def missing_dataset(name: str, *, is_self_written: bool = False, can_write: bool = True) -> DataError:
+    """The error for an expert that needs rows and names no `dataset`, or whose own rows are not written. `can_write`
+    tells whether `dataset: self` is allowed."""
     if is_self_written:
         return DataError(
             f"{show(name)} has no `dataset` that is written yet: write its rows with `mergekit-slta rows`, and name "
@@ -211,7 +226,8 @@ def missing_dataset(name: str, *, is_self_written: bool = False) -> DataError:
             code="missing-dataset",
         )
     return DataError(
-        f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`",
+        f"{show(name)} has no `dataset`: name its calibration rows, or an existing file with `alphas`"
+        + f"; with `dataset: {SELF}` it writes them itself" * can_write,
         code="missing-dataset",
     )
 

@@ -57,6 +57,10 @@ _UNKNOWN_ANSWERS = (
     ". No row says where its answer begins, so its prompt counts, too: give prompt and answer apart, with `text` and "
     "`completion`; if the rows have no prompts, the format is probably not the one that the expert was trained on"
 )
+_OTHER_TASKS = (
+    ": another task has rows with the same tokens, and the expert need not be better on those; only rows of its own "
+    "show whether the prompt format is right"
+)
 """Ends of `describe_no_better`."""
 
 
@@ -278,10 +282,16 @@ def describe_no_better(calibration: Mapping[str, Any], name: Callable[[str], str
     return [
         f"{name(task['model'])}: its expert is no better than the base on its own rows (loss "
         f"{describe_loss(task.get('loss_expert'))}, base {describe_loss(task.get('loss_base'))} nats per token)"
-        f"{_UNKNOWN_ANSWERS if task.get('whole_rows') else _WRONG_FORMAT}"
+        f"{_why_no_better(task)}"
         for task in calibration.get("tasks", ())
         if NO_BETTER in task.get("flags", ()) and task.get("loss_expert") != task.get("loss_base")
     ]
+
+
+def _why_no_better(task: Mapping[str, Any]) -> str:
+    if SHARED_ROWS in task.get("flags", ()):
+        return _OTHER_TASKS
+    return _UNKNOWN_ANSWERS if task.get("whole_rows") else _WRONG_FORMAT
 
 
 def describe_loss(loss: object) -> str:

@@ -29,5 +29,5 @@ TASK_FLAGS = {
     WEAK_EXPERT: "the expert hardly differs from the base; its task gets the mean weight of the others",
     NO_BETTER: "the expert's loss on its own rows is not below the base's: often a wrong prompt format",
     SHARED_ROWS: "another task has rows with the same tokens",
-    TOO_FEW_ROWS: "there are too few rows to hold any out, so the merge was not measured",
+    TOO_FEW_ROWS: "it has too few different rows to hold any out, so the merge was not measured",
 }
