@@ -20,6 +20,7 @@ from mergekit_slta.errors import AlphasError
 from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.maths.task_arithmetic import WeightedSlice
 from mergekit_slta.recipe.stock_recipe import stock_recipe, weights_dtype
+from mergekit_slta.reporting.card import section
 
 GRANULARITIES = ["model", "layer", "attn_mlp", "linear"]
 QUIET = ["--quiet"]
@@ -230,6 +231,15 @@ def test_weights_survive_yaml_to_the_last_bit():
     weights = {entry["filter"]: entry["value"] for entry in recipe["models"][0]["parameters"]["weight"]}
     assert [weights[f"t{number}.weight"] for number in range(len(values))] == values
     assert recipe["parameters"]["lambda"] == 1e-3
+
+
+def test_adapters_need_a_cache_in_stock_mergekit():
+    """The recipe says so, and a card's command has the option."""
+    adapters = alphas_of(("t.weight",), models=("base+org/one", "base+org/two"))
+    full = alphas_of(("t.weight",), models=("org/one", "org/two"))
+    for alphas, needed in ((adapters, True), (full, False)):
+        assert ("--lora-merge-cache" in stock_recipe(alphas)) == needed
+        assert ("mergekit-yaml stock.yml out/ --lora-merge-cache DIR" in section(alphas, [])) == needed
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

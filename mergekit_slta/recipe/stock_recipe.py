@@ -30,6 +30,8 @@ from mergekit_slta.recipe.settings import METHOD
 
 EXPRESSIBLE = ("model", "layer", "attn_mlp", "linear")
 """Granularities whose submodules own whole tensors."""
+LORA_CACHE = "--lora-merge-cache DIR"
+"""Option with which stock mergekit merges adapters."""
 _VERBATIM = ("tokenizer", "tokenizer_source", "chat_template")
 _FIRST_WORDS = "# Made by `mergekit-slta export`"
 """Begins every stock recipe that is written here. A recipe without it is the user's."""
@@ -109,6 +111,11 @@ def export(
             "here, and "
             "in the checkpoints' dtype with the plugin: they may differ in rounding"
         )
+    if needs_cache(alphas):
+        notes.append(
+            f"Warning: stock mergekit merges adapters into full copies first, and needs a folder for them: run "
+            f"mergekit-yaml with {LORA_CACHE}"
+        )
     if "out_dtype" not in given:
         folders = [] if source is None else [Path(alphas.base_model)] + [beside.parent] * (source == beside)
         found = [(dtype, folder) for folder in folders if (dtype := weights_dtype(folder))]
@@ -129,6 +136,12 @@ def export(
         **given.get("extra", {}),
     }  # fmt: skip
     return Exported(stock_recipe(alphas, **given), tuple(notes), source, made_by)
+
+
+def needs_cache(alphas: Alphas) -> bool:
+    """Whether stock mergekit needs `LORA_CACHE`: a model is an adapter on a base."""
+    models = map(ModelReference.model_validate, (alphas.base_model, *alphas.models))
+    return any(model.lora is not None for model in models)
 
 
 def _from_recipe(alphas: Alphas, path: Path, places: Sequence[Path], direction: str) -> dict[str, Any]:
@@ -216,7 +229,8 @@ def stock_recipe(
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=2**20)
     _check_filters(text, alphas, weights)
     made_from = f"alphas {show(alphas.provenance.get('fingerprint'), 16)} ({show(alphas.granularity)})"
-    return f"{_FIRST_WORDS} from {made_from}: no plugin needed.\n{text}"
+    cache = f"# Run mergekit-yaml with {LORA_CACHE}: it merges adapters into full copies.\n" * needs_cache(alphas)
+    return f"{_FIRST_WORDS} from {made_from}: no plugin needed.\n{cache}{text}"
 
 
 def _reachable(model: str, places: Sequence[Path]) -> str:

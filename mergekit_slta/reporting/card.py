@@ -28,6 +28,7 @@ from mergekit_slta.files.evaluation import (
 from mergekit_slta.files.merge_record import Sources, Took
 from mergekit_slta.files.names import ALPHAS_NAME, MERGED_RECIPE_NAME
 from mergekit_slta.recipe.objectives import FEATURES, OBJECTIVES, ObjectiveRow
+from mergekit_slta.recipe.stock_recipe import LORA_CACHE, needs_cache
 from mergekit_slta.reporting.attribution import PROJECT, citation, describe_method
 from mergekit_slta.reporting.facts import calibration_tasks, flagged, settings_of, shared_residual
 from mergekit_slta.reporting.meanings import KINDS
@@ -104,6 +105,7 @@ def section(
         alphas_name=ALPHAS_NAME,
         can_export=alphas.granularity != "head_mlp",
         has_closed_form=alphas.closed_form is not None,
+        stock_options=f" {LORA_CACHE}" * needs_cache(alphas),
         project=PROJECT,
         recipe=recipe,
         fence="`" * max(3, 1 + max(fences, default=0)),
