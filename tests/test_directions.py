@@ -436,11 +436,14 @@ def test_data_free_is_measured_if_asked(tiny, with_rows, write_recipe, tmp_path,
     recipe = models.recipe_with_answers(objective="data_free", evaluate=True)
     assert mergekit_yaml(write_recipe(recipe), tmp_path / "out", card=True).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "no row was read" in card
+    assert "There is no residual, because no row was fitted." in card
     assert "calibration rows per task" not in card
     alphas = Alphas.load(tmp_path / "out" / "slta_alphas.json")
     assert [task.model for task in alphas.evaluation.tasks] == list(alphas.models[:-1])
-    solved = slta("solve", tmp_path / "out", "--ridge", "1")
+    for option in (["--ridge", "1"], ["--importance", f"{models.experts[0]}=5"], ["--rows", "2"]):
+        solved = slta("solve", tmp_path / "out", *option)
+        assert_refused(solved, "conflicting-keys", "objective: data_free", "no effect")
+    solved = slta("solve", tmp_path / "out", "--without", models.experts[0])
     assert_refused(solved, "needs-calibration", "direction: swudi_a")
     assert slta("report", tmp_path / "out").exit_code == 0
     tasks = alphas.calibration["tasks"]

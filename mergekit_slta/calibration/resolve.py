@@ -23,6 +23,7 @@ from mergekit_slta.files.inside import statistics_in
 from mergekit_slta.files.layout import Layout, LayoutTask, damaged_layout
 from mergekit_slta.files.names import MERGED_RECIPE_NAME
 from mergekit_slta.files.statistics_file import Statistics
+from mergekit_slta.recipe.objectives import OBJECTIVES
 
 _DIRECTION = {"role": "direction"}
 
@@ -168,8 +169,16 @@ def recipe_fragment(alphas: Alphas, path: Path, without: Sequence[str] = (), sca
 
 
 def _refuse_dependent(layout: Layout, changed: Sequence[str]) -> None:
-    """Refuse a change of settings if the statistics depend on earlier solves with the old settings."""
-    key = layout.solve_dependence
+    """Refuse a change of settings if the statistics depend on earlier solves with the old settings, or the objective
+    fits no weights."""
+    key, row = layout.solve_dependence, OBJECTIVES.get(layout.objective)
+    unused = [f"`{name}`" for name in changed if name != "models"]
+    if unused and row is not None and not row.settings.needs_rows:
+        raise RecipeError(
+            f"{listing(unused)} would have no effect, because `objective: {layout.objective}` fits no weights: drop "
+            + listing(unused),
+            code="conflicting-keys",
+        )
     if changed and key is not None:
         raise RecipeError(
             f"with `{key}: {show(layout.settings.get(key))}` the statistics themselves depend on "

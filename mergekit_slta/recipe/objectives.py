@@ -189,6 +189,6 @@ register_objective(
         module="mergekit_slta.objectives.data_free",
         settings=DataFreeSettings,
         defaults={"granularity": "model", "direction": "swudi_a"},
-        residual="There is none: no row was read.",
+        residual="There is no residual, because no row was fitted.",
     )
 )
