@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_every_form_comes_back_to_the_bit(tmp_path: Path, make):
     for field in ("row_task", "divergences", "row_group", "losses"):
         given, found = getattr(statistics, field), getattr(loaded, field)
         assert (given is None and found is None) or torch.equal(given, found)
+
+
+def test_the_same_statistics_give_the_same_bytes(tmp_path: Path):
+    """safetensors alone writes the metadata in an order that changes; names are of any script."""
+    statistics = replace(sample(), metadata={"one": 'Ω "é"\n\t\x1f\x7f', "other": "2"})
+    for number in range(12):
+        statistics.save(tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert Statistics.load(tmp_path / "0.safetensors").metadata == statistics.metadata
 
 
 def test_losses_of_base_and_expert_are_the_first_and_the_last():

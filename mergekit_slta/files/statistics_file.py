@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -120,7 +120,8 @@ class Statistics:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically.
+        """Write one float64 tensor per name, the row-to-task map and the metadata, atomically; the same statistics give
+        the same bytes.
 
         Raises:
             OutputError: it cannot be written.
@@ -130,7 +131,12 @@ class Statistics:
         given = {name: getattr(self, name) for name in _PER_ROW}
         tensors |= {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(self.metadata, sort_keys=True)}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+        def write(temporary: Path) -> None:
+            save_file(tensors, temporary, metadata=header)
+            _sort_metadata(temporary, header)
+
+        write_atomically(path, write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -168,6 +174,18 @@ class Statistics:
         if not _fits(found):
             raise _unfit(path)
         return found
+
+
+def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put the metadata of a safetensors file, which `save_file` writes in any order, into the given one."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(metadata)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # else the library writes JSON in another way than today
+            file.seek(8)
+            file.write(text)
 
 
 def _check(
