@@ -146,6 +146,43 @@ def test_a_merge_that_is_done_again_uses_its_rows(writers, merged, tmp_path, mon
     assert {path.name: path.read_bytes() for path in (out / "slta_rows").iterdir()} == before
 
 
+def test_an_interrupted_run_with_another_seed_does_not_replace_the_rows_of_a_merge(
+    writers, merged, tmp_path, monkeypatch
+):
+    """What it has written is not of the weights that are merged. Nothing is written again for weights that are at hand,
+    also if their rows are gone: then there are none."""
+    path, out = tmp_path / "recipe.yml", tmp_path / "out"
+    shutil.copytree(merged, out)
+    path.write_text(yaml.safe_dump(recipe_of(writers, seed=7)))
+    assert slta("rows", path, "-o", out / ".slta_calibrating" / "slta_rows").exit_code == 0
+    path.write_text(yaml.safe_dump(recipe_of(writers)))
+    monkeypatch.setattr(write, "write_batch", None)
+    assert slta("merge", path, out).exit_code == 0
+    for kept in (merged / "slta_rows").iterdir():
+        assert (out / "slta_rows" / kept.name).read_bytes() == kept.read_bytes()
+    shutil.rmtree(out / "slta_rows")
+    result = slta("merge", path, out)
+    assert result.exit_code == 0, result.output
+    assert "Reusing the alphas" in result.stderr
+    assert not (out / "slta_rows").exists()
+    shutil.copy(out / "slta_alphas.json", tmp_path / "slta_alphas.json")
+    assert "Already" in slta("calibrate", path, "-o", tmp_path / "slta_alphas.json").stderr
+
+
+def test_a_card_does_not_show_edited_rows_as_the_experts(merged, tmp_path):
+    """Nor those of another calibration."""
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    file = out / "slta_rows" / "math.jsonl"
+    file.write_text(file.read_text().replace('"user"', '"user" '))
+    record = out / "slta_rows" / "words.json"
+    record.write_text(record.read_text().replace('"run": "', '"run": "0'))
+    assert slta("report", out).exit_code == 0
+    card = (out / "README.md").read_text()
+    assert "wrote its" in (merged / "README.md").read_text()
+    assert "wrote its" not in card
+
+
 @pytest.fixture(scope="module")
 def rows(writers, tmp_path_factory) -> Path:
     """The files that `mergekit-slta rows` writes for the same recipe."""
@@ -227,6 +264,7 @@ def test_check_writes_nothing_and_knows_the_identity(writers, merged, options, t
     assert f"{SAMPLES} rows each, chosen from {3 * SAMPLES}" in " ".join(result.output.split())
     numbers = json.loads(slta("check", "recipe.yml", "--json").stdout)
     assert numbers["phases"][0]["name"] == "rows"
+    assert [(task["planned"], "first_row" in task) for task in numbers["experts"]] == [(True, False)] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
     found = identity(recipe, options)
     assert found == Alphas.load(merged / "slta_alphas.json").identity
@@ -317,7 +355,7 @@ def test_keys_that_conflict(writers, change, value, options):
 def test_where_some_models_name_a_dataset_the_others_must(writers, options):
     recipe = recipe_of(writers)
     del recipe["models"][0]["parameters"]
-    with refused(DataError, "missing-dataset", writers.experts[0]):
+    with refused(DataError, "missing-dataset", writers.experts[0], "dataset: self"):
         prepare(read(recipe), options, plan_only=True)
 
 
@@ -359,7 +397,7 @@ def test_a_model_that_does_not_fit_is_refused(writers, tmp_path, monkeypatch):
 
 
 def test_a_merge_with_saved_weights_writes_no_rows(writers, merged, tmp_path, monkeypatch):
-    """Unless they are to be verified, which needs rows."""
+    """To verify them it needs rows: those beside the weights, which are then in OUT, too."""
     shutil.copy(merged / "slta_alphas.json", tmp_path / "alphas.json")
     monkeypatch.setattr(write, "write_batch", None)
     path = tmp_path / "recipe.yml"
@@ -368,6 +406,22 @@ def test_a_merge_with_saved_weights_writes_no_rows(writers, merged, tmp_path, mo
     assert not (tmp_path / "out" / "slta_rows").exists()
     result = slta("merge", path, tmp_path / "verified", "--verify")
     assert_refused(result, "missing-dataset", writers.experts[0], "that is written yet")
+    shutil.copytree(merged / "slta_rows", tmp_path / "slta_rows")
+    result = slta("merge", path, tmp_path / "verified", "--verify")
+    assert result.exit_code == 0, result.output
+    name = Path("slta_rows") / "math.jsonl"
+    assert (tmp_path / "verified" / name).read_bytes() == (merged / name).read_bytes()
+
+
+@pytest.mark.parametrize("dataset", ["self", None])
+def test_weights_from_rows_of_another_hint_are_refused(writers, merged, dataset, tmp_path):
+    """Whether or not the recipe says that the experts wrote the rows."""
+    recipe = recipe_of(writers, dataset=dataset, alphas=str(merged / "slta_alphas.json"))
+    recipe["models"][0].setdefault("parameters", {})["hint"] = "the fox"
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    for command in (["check"], ["merge", tmp_path / "out"]):
+        result = slta(command[0], tmp_path / "recipe.yml", *command[1:])
+        assert_refused(result, "alphas-of-another-merge", f"rows of {writers.experts[0]}")
 
 
 def test_joint_holds_out_rows_that_were_written(writers, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mergekit_slta.calibration.assemble import warn_of_quality
@@ -253,6 +253,16 @@ def load_matching(job: Job, path: Path, *, must_match: bool) -> Alphas | None:
         )
     job.say(f"{show(path)} {reason}: computing it anew")
     return None
+
+
+def is_calibrated(job: Job, places: Sequence[Path], *, verified: bool) -> bool:
+    """Whether a file holds the alphas of a job, so that `reuse_or_calibrate` needs no rows; says nothing."""
+    for path in places:
+        with suppress(AlphasError):
+            alphas = load_matching(job, path, must_match=True)
+            if alphas is not None:
+                return is_verified(alphas) or not verified
+    return False
 
 
 def _other_row_settings(job: Job, alphas: Alphas) -> list[str]:

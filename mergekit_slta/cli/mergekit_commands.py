@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -131,7 +132,7 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
     """
     from mergekit_slta.calibration.calibrate import statistics_fingerprint
     from mergekit_slta.calibration.recorded_day import recorded_day
-    from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate
+    from mergekit_slta.calibration.reuse import calibrate_to, help_calibrate, is_calibrated
     from mergekit_slta.files.inside import output_path
     from mergekit_slta.files.names import ALPHAS_NAME
     from mergekit_slta.files.targets import check_alphas_target, check_same_models
@@ -152,13 +153,16 @@ def calibrate(merge_options: MergeOptions, recipe: str, output: str | None, veri
         check_alphas_target(path)
         if named:
             check_same_models(path, read.label(read.base), [read.label(model) for model in read.models[1:]])
-        rows_in = [path.parent / ROWS_FOLDER]
+        ready = partial(
+            prepare, read, merge_options, for_merge=False, rows_in=[path.parent / ROWS_FOLDER],
+            is_calibrated=partial(is_calibrated, places=[path], verified=verify),
+        )  # fmt: skip
         if not ranks.is_first:  # waits for the first process, which downloads models and merges adapters on disk
             mark, day = ranks.broadcast(None)
-            help_calibrate(prepare(read, merge_options, for_merge=False, day=day, rows_in=rows_in), ranks, mark)
+            help_calibrate(ready(day=day), ranks, mark)
             return
         with interruptible(before_calibration):
-            job = prepare(read, merge_options, for_merge=False, day=recorded_day([path]), rows_in=rows_in)
+            job = ready(day=recorded_day([path]))
         ranks.broadcast((statistics_fingerprint(job), job.day))
         alphas, reused = calibrate_to(job, path, verified=verify, ranks=ranks)
     if not merge_options.quiet:

@@ -37,6 +37,14 @@ def weights_label(model: str) -> str:
     return f"weights of {model}"
 
 
+def rows_run(identity: Mapping[str, str], model: str, base: str) -> str | None:
+    """Hash of everything that the rows which a model writes depend on; None if its weights or the base's are not in the
+    identity, because they cannot be read yet."""
+    labels = (rows_label(model), weights_label(model), weights_label(base))
+    parts = [identity.get(label) for label in labels]
+    return None if None in parts else hash_text(json.dumps(parts))
+
+
 def hash_identity(record: Mapping[str, str]) -> str:
     """Hash of an identity, as hexadecimal digits."""
     return hash_text(json.dumps(dict(record), sort_keys=True))

@@ -45,6 +45,7 @@ from mergekit_slta.files.names import (
     REPLACED_NAME,
     ROWS_FOLDER,
     STATISTICS_NAME,
+    rows_record_path,
 )
 from mergekit_slta.files.statistics_file import is_statistics_file
 from mergekit_slta.files.targets import check_writable
@@ -198,20 +199,26 @@ def calibrating(out: Path) -> Path:
     return out / CALIBRATING_FOLDER
 
 
-def keep_rows(out: Path, folder: Path) -> None:
-    """Copy the rows that experts have written for this merge, and those of earlier ones, into its folder.
+def keep_rows(out: Path, folder: Path, own: Mapping[str, Path | None]) -> None:
+    """Copy the rows that experts have written for a merge into its folder, with those of earlier merges in OUT under
+    other names: a recipe may name one of them as its dataset.
 
-    A recipe may name a file of the earlier ones as its dataset.
+    Args:
+        out: the output folder.
+        folder: the merge's.
+        own: name of a file of rows of the merge's calibration -> the file; None if it is not at hand.
     """
-    for source in (out / ROWS_FOLDER, calibrating(out) / ROWS_FOLDER):
-        for path in sorted(source.iterdir()) if source.is_dir() else ():
-            if path.is_file() and path.suffix in (".jsonl", ".json") and not path.name.startswith("."):
-                (folder / ROWS_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / ROWS_FOLDER / path.name)
+    records = {rows_record_path(Path(name)).name for name in own}
+    earlier = sorted((out / ROWS_FOLDER).glob("[!.]*")) if (out / ROWS_FOLDER).is_dir() else []
+    found = [path for path in earlier if path.suffix in (".jsonl", ".json") and path.name not in records.union(own)]
+    found += [part for path in own.values() if path is not None for part in (path, rows_record_path(path))]
+    for path in filter(Path.is_file, found):
+        (folder / ROWS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / ROWS_FOLDER / path.name)
 
 
 def forget_calibration(out: Path) -> None:
-    """Remove the alphas, statistics and rows in `calibrating`, once OUT holds them. Unfinished work of other runs
+    """Remove the alphas, statistics and rows in `calibrating`, once OUT holds its merge. Unfinished work of other runs
     stays."""
     folder = calibrating(out)
     for name in (ALPHAS_NAME, STATISTICS_NAME):

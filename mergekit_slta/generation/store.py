@@ -13,18 +13,27 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_slta.errors import OutputError, show
+from mergekit_slta.files.alphas_file import Alphas
 from mergekit_slta.files.atomic import write_text_atomically
-from mergekit_slta.files.names import resume_folder, rows_record_path
+from mergekit_slta.files.identity import rows_run
+from mergekit_slta.files.names import resume_folder, rows_names, rows_record_path
 from mergekit_slta.generation.selection import Candidate
+from mergekit_slta.recipe.settings import SELF
 
 FORMAT = "mergekit-slta/rows"
 
 
-def find_rows(folders: Sequence[Path], name: str, key: str) -> Path | None:
+def find_rows(folders: Sequence[Path], name: str, key: str | None, *, are_needed: bool = True) -> Path | None:
     """The first file of this name in the folders that the run `key` has written; None if there is none.
+
+    Args:
+        folders: the folders.
+        name: the file's name.
+        key: hash of the run; None if it is not known.
+        are_needed: refuse a file that somebody has edited; else it is passed over.
 
     Raises:
         OutputError: somebody has edited it.
@@ -32,8 +41,10 @@ def find_rows(folders: Sequence[Path], name: str, key: str) -> Path | None:
     for folder in folders:
         path = folder / name
         record = read_record(path)
-        if path.is_file() and record.get("run") == key:
+        if path.is_file() and key is not None and record.get("run") == key:
             if record.get("sha256") != _hash(path):
+                if not are_needed:
+                    continue
                 raise OutputError(
                     f"{show(path)} was edited since its expert wrote it: name it as `dataset` to use it, or remove it "
                     "to have it written again",
@@ -41,6 +52,32 @@ def find_rows(folders: Sequence[Path], name: str, key: str) -> Path | None:
                 )
             return path
     return None
+
+
+class WrittenFile(NamedTuple):
+    """The rows of an expert in a calibration.
+
+    Attributes:
+        model: the expert.
+        name: the file's name.
+        path: the file, as the expert wrote it; None if it was edited, or is not at hand.
+    """
+
+    model: str
+    name: str
+    path: Path | None
+
+
+def rows_of(alphas: Alphas, folders: Sequence[Path]) -> list[WrittenFile]:
+    """The rows that experts have written for a calibration, looked for in some folders."""
+    tasks = alphas.calibration.get("tasks", ())
+    names = rows_names(str(task["model"]) for task in tasks)
+    models = [str(task["model"]) for task in tasks if task.get("dataset") == SELF]
+    keys = {model: rows_run(alphas.identity, model, alphas.base_model) for model in models}
+    return [
+        WrittenFile(model, names[model], find_rows(folders, names[model], key, are_needed=False))
+        for model, key in keys.items()
+    ]
 
 
 def check_rows_target(path: Path) -> None:

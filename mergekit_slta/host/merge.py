@@ -9,6 +9,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mergekit_slta.calibration.recorded_day import recorded_day
 from mergekit_slta.calibration.reuse import (
     check_before_reading,
     check_disk_space,
+    is_calibrated,
     resumable,
     reuse_or_calibrate,
     statistics_beside,
@@ -41,6 +43,7 @@ from mergekit_slta.files.output_folder import (
 )
 from mergekit_slta.files.statistics_file import Statistics, is_statistics_file
 from mergekit_slta.files.targets import check_alphas_target, save_results, write_results
+from mergekit_slta.generation.store import rows_of
 from mergekit_slta.host.finish import finish_output
 from mergekit_slta.host.method import ActiveMerge, active, register
 from mergekit_slta.host.sources import sources_of
@@ -147,13 +150,15 @@ def _run(
     path = output_path(named, ALPHAS_NAME) if named else out.absolute() / ALPHAS_NAME
     check_alphas_target(path, out)
     places = [path] if named else [path, calibrating(out) / ALPHAS_NAME, pending(out) / ALPHAS_NAME]
+    rows_in = [folder / ROWS_FOLDER for folder in (out, path.parent, calibrating(out))]
     with interruptible(before_calibration):
         job = prepare(
             recipe,
             options,
             need_rows=not (named and path.exists()),
             day=recorded_day(places),
-            rows_in=[out / ROWS_FOLDER, calibrating(out) / ROWS_FOLDER],
+            rows_in=rows_in,
+            is_calibrated=partial(is_calibrated, places=places, verified=verify_residuals),
             before_reading=lambda planned: check_before_reading(planned, out, places, named=named is not None),
         )
     recipe = job.recipe
@@ -184,7 +189,7 @@ def _run(
             defined(key, job.plan.definition),
         ):
             alphas.of_merge(rule).save(folder / ALPHAS_NAME)  # OUT keeps the alphas of its merge
-            keep_rows(out, folder)
+            keep_rows(out, folder, {name: path for _, name, path in rows_of(alphas, rows_in)})
             _keep_statistics(statistics or statistics_beside(job, path), alphas, path, folder)
             with job.clock.phase("merge"):
                 result = merge_into(folder, config)

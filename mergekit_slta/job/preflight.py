@@ -54,6 +54,7 @@ def prepare(
     plan_only: bool = False,
     before_reading: Callable[[Job], None] | None = None,
     rows_in: Sequence[Path] | None = None,
+    is_calibrated: Callable[[Job], bool] = lambda _: False,
 ) -> Job:
     """Check a recipe against its models and data.
 
@@ -73,6 +74,7 @@ def prepare(
             an expert writes rows. It may raise.
         rows_in: folders in which self-written rows are looked for; those that are missing are written into the last
             one. None: no expert may write any.
+        is_calibrated: whether the alphas of such a job are at hand, so that no expert has to write rows.
 
     Raises:
         ModelError, DataError, RunError: the first check that fails.
@@ -161,9 +163,11 @@ def prepare(
                 before_reading(job)
             if job.plan.unread:
                 job = plan_job(planning=False)
-        if files := written.obtain(job, write=need_rows and not plan_only):
-            found = _draw_all(recipe, templates, need_rows=need_rows, files=files)
-            job = replace(job, rows=tuple(own or planned for own, planned in zip(found, job.rows, strict=True)))
+        write = need_rows and not plan_only and not (written.is_needed and is_calibrated(replace(job, rows=rows)))
+        files = written.obtain(job, write=write)
+        others = job.rows if write or plan_only else rows
+        found = _draw_all(recipe, templates, need_rows=need_rows, files=files) if files else others
+        job = replace(job, rows=tuple(own or other for own, other in zip(found, others, strict=True)))
     except BaseException:
         forget_loaders(recipe.models)
         raise

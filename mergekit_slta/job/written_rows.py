@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import click
@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from mergekit_slta.data.draw import HELD_OUT_SHARE, MAX_HELD_OUT, missing_dataset
 from mergekit_slta.data.rows import Row, TaskRows
 from mergekit_slta.errors import RecipeError, show
-from mergekit_slta.files.identity import hash_text, weights_label
+from mergekit_slta.files.identity import hash_text, rows_run
 from mergekit_slta.files.names import rows_names
 from mergekit_slta.generation import choices
 from mergekit_slta.generation.choices import num_needed
@@ -40,30 +40,33 @@ _CHOICES = {name: value for name, value in vars(choices).items() if name.isupper
 def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:
     """A recipe whose tasks name no dataset, with what stands in for rows.
 
-    A recipe that asks for an objective that fits rows gets `dataset: self` for all tasks. One that leaves the choice
-    gets `objective: data_free`, which is better than `features` on rows that the experts write (examples/reproduce).
+    A recipe that asks for an objective that fits rows, or has a `hint`, gets `dataset: self` for all tasks. One that
+    leaves the choice gets `objective: data_free`, which is better than `features` on rows that the experts write
+    (examples/reproduce).
 
     Args:
         recipe: the recipe.
         options: with `quiet` nothing is said.
-        is_allowed: whether rows are needed and can be written.
+        is_allowed: whether rows are needed and can be written. If not, only a `hint` counts, so that weights which were
+            fitted to rows of another one are not taken.
 
     Raises:
         RecipeError: a `hint` that has no effect, because other tasks name a dataset.
     """
     named = [task for task in recipe.tasks if task.dataset is not None]
-    if is_allowed and not named and recipe.settings.own.needs_rows:
+    hinted = [task for task in recipe.tasks if task.hint and task.dataset is None]
+    if not named and recipe.settings.own.needs_rows and (is_allowed or hinted):
         if _leaves_the_choice(recipe):
             _say(f"the merge has `objective: {DATA_FREE}`; with `dataset: {SELF}` the experts write rows", options)
             return recipe.model_copy(update={"settings": with_objective(recipe.settings, DATA_FREE)})
-        _say(f"each expert writes its own rows (`dataset: {SELF}`)", options)
+        if is_allowed:
+            _say(f"each expert writes its own rows (`dataset: {SELF}`)", options)
         return _all_writing(recipe)
-    for task in recipe.tasks:
-        if task.hint and task.dataset is None and is_allowed:
-            raise RecipeError(
-                f"{show(recipe.names[task.model])} has a `hint` and no `dataset`: set `dataset: {SELF}`, or drop it",
-                code="conflicting-keys",
-            )
+    if hinted:
+        raise RecipeError(
+            f"{show(recipe.names[hinted[0].model])} has a `hint` and no `dataset`: set `dataset: {SELF}`, or drop it",
+            code="conflicting-keys",
+        )
     return recipe
 
 
@@ -182,15 +185,17 @@ class WrittenRows:
 
         Raises:
             DataError: nothing can be written here, or an expert writes too few rows that can be used.
-            OutputError: a file was edited, or cannot be written.
+            OutputError: a file that is needed was edited, or one cannot be written.
             RunError: an expert does not fit into the memory.
         """
         labels = {model: self._recipe.label(model) for model in self._tasks}
         names = rows_names(self._recipe.label(task.model) for task in self._recipe.tasks)
-        keys = {model: self._key(job, model) for model in self._tasks}
+        base = self._recipe.label(self._recipe.base)
+        keys = {model: rows_run(job.identity, label, base) for model, label in labels.items()}
         if None in keys.values():  # weights are not downloaded
             return {}
-        found = {model: find_rows(self._folders, names[labels[model]], keys[model] or "") for model in self._tasks}
+        find = partial(find_rows, self._folders, are_needed=self.is_needed)
+        found = {model: find(names[labels[model]], keys[model]) for model in self._tasks}
         missing = [model for model in job.plan.models if model in found and found[model] is None]
         if missing and write:
             if not self._folders:
@@ -212,9 +217,3 @@ class WrittenRows:
                 )  # fmt: skip
             found |= {model: writer.path for model, writer in zip(missing, writers, strict=True)}
         return {model: path for model, path in found.items() if path is not None}
-
-    def _key(self, job: Job, model: ModelReference) -> str | None:
-        """Hash of everything that an expert's rows depend on; None if its weights or the base's are not at hand."""
-        labels = [weights_label(self._recipe.label(each)) for each in (model, self._recipe.base)]
-        weights = [job.identity.get(label) for label in labels]
-        return None if None in weights else hash_text(json.dumps([self.hashes[model], *weights]))

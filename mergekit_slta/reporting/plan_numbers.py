@@ -49,20 +49,24 @@ def numbers_of_job(job: Job, costs: Costs, seconds: Mapping[str, float] | None) 
 
 
 def _numbers_of_rows(job: Job, drawn: TaskRows | None) -> dict[str, Any]:
+    """The numbers of a task's rows. Of rows that are only planned, tokens are counted as if all were of full length."""
     if drawn is None:
         return {"rows": 0, "tokens": 0, "held_out_rows": 0}
-    row = drawn.rows[0]
-    is_text = job.row_tokenizer is not None and not drawn.is_planned
-    parts = row_parts(row, job.row_tokenizer) if is_text and job.row_tokenizer is not None else {}
-    return {
+    found = {
         "dataset": drawn.dataset,
         "chat_template": drawn.chat_template,
+        "planned": drawn.is_planned,
         "rows": len(drawn.rows),
         "tokens": drawn.num_tokens,
-        "cut_rows": drawn.num_cut,
+        "cut_rows": None if drawn.is_planned else drawn.num_cut,
         "answer_tokens": drawn.num_answer_tokens,
         "held_out_rows": len(drawn.held_out),
         "measured_rows": len(drawn.acceptance),
-        "first_row": {"number": row.number, "tokens": len(row.ids), "cut_tokens": row.num_cut,
-                      "answer_tokens": row.num_answer_tokens, **parts},
-    }  # fmt: skip
+    }
+    if drawn.is_planned:
+        return found
+    row = drawn.rows[0]
+    parts = row_parts(row, job.row_tokenizer) if job.row_tokenizer is not None else {}
+    first = {"number": row.number, "tokens": len(row.ids), "cut_tokens": row.num_cut,
+             "answer_tokens": row.num_answer_tokens, **parts}  # fmt: skip
+    return {**found, "first_row": first}

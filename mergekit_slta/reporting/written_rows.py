@@ -1,6 +1,7 @@
 """Rows that experts have written themselves, for the model card: a few of each expert, as text.
 
-Scope: reads the files in the folder of a merge. A file that is missing or damaged is left out.
+Scope: reads the files in the folder of a merge. A file that is missing, damaged, edited or of another calibration is
+left out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 from mergekit_slta.errors import show
 from mergekit_slta.files.alphas_file import Alphas
-from mergekit_slta.files.names import ROWS_FOLDER, rows_names, rows_record_path
-from mergekit_slta.recipe.settings import SELF
+from mergekit_slta.files.names import ROWS_FOLDER
+from mergekit_slta.generation.store import read_record, rows_of
 from mergekit_slta.reporting.names import PublicNames
 
 SHOWN = 3
@@ -24,16 +25,13 @@ _LONGEST = 600
 
 def describe_written_rows(out: Path, alphas: Alphas, names: PublicNames) -> str:
     """A few rows of each expert that wrote its own, in Markdown; empty if none did, or they are not in the folder."""
-    tasks = [task for task in alphas.calibration.get("tasks", ()) if isinstance(task, dict)]
-    files = rows_names(str(task.get("model")) for task in tasks)
     parts = []
-    for task in tasks:
-        path = out / ROWS_FOLDER / files[str(task.get("model"))]
-        rows = _read(path) if task.get("dataset") == SELF else []
-        if not rows:
+    for label, _, path in rows_of(alphas, [out / ROWS_FOLDER]):
+        rows = _read(path) if path is not None else []
+        if path is None or not rows:
             continue
-        name, record = show(names.model(task["model"]), 120).replace("`", "'"), _record(path)
-        number = record.get("written")
+        name = show(names.model(label), 120).replace("`", "'")
+        number = read_record(path).get("written")
         chosen = f", chosen from {number}" if isinstance(number, int) else ""
         count = min(SHOWN, len(rows))
         parts.append(
@@ -50,14 +48,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError):
         return []
     return [row for row in found if isinstance(row, dict)]
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(rows_record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(row: dict[str, Any]) -> str:
