@@ -1,8 +1,9 @@
 """Every merge of five experts beside `joint`, with intervals: `python peers.py WORK --version joint=auto`.
 
-Reads what `run.py` (WORK/results) and `compare_versions.py` (WORK/versions/five) have scored, row by row, and measures
-nothing. Methods with a grid have up to three rows: as their papers recommend them, with the settings that are best on
-the calibration rows, and with those that are best on the test rows, where these are others.
+Reads what `run.py` (WORK/results, may be missing) and `compare_versions.py` (WORK/versions/five) have scored, row by
+row; base and experts are scored if they are not yet. Methods with a grid have up to three rows: as their papers
+recommend them, with the settings that are best on the calibration rows, and with those that are best on the test rows,
+where these are others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from merging import read_results
 from methods import ALL, OURS
 from shared import read_json, write_json
 from tables_of_scores import choice
+from versions import references
 
 
 def tuned(evidence: Evidence) -> Iterator[tuple[str, Draws]]:
@@ -69,8 +71,7 @@ def version(workdir: Path, folder: str, precision: str) -> Draws:
 def main(workdir: Path, versions: tuple[str, ...], against: str | None, precision: str, output: Path | None) -> None:
     """Compare all merges of WORK's five experts."""
     evidence = Evidence(read_results(workdir))
-    base = evidence.results["base"]["test"]
-    experts = {task: evidence.results[task]["test"][task] for task in ALL}
+    base, experts = references(workdir, workdir / "versions" / "five", ALL, precision)
     pairs = [each.split("=", 1) for each in versions]
     ours = {name: version(workdir, folder, precision) for name, folder in pairs}
     text, data = compare(base, experts, {**dict(tuned(evidence)), **dict(calibrated(evidence)), **ours},
