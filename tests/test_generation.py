@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from datetime import date
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer, read, refused
+from conftest import CHAT_TEMPLATE, make_tokenizer, read, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -124,9 +125,9 @@ def test_sampled_tokens_follow_the_distribution(seed, temperature):
 
 
 def test_the_hint_is_a_system_message_or_the_first_line():
-    """Where the template knows no system message, the user's message begins with it."""
-    tokenizer = make_tokenizer()
-    prompt = make_prompt(ChatTemplate.of(tokenizer), "about foxes", "math", LENGTH * 2)
+    """Where the template knows no system message, the user's message begins with it. White space around it is none."""
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("['content']", "['content'] | trim"))
+    prompt = make_prompt(ChatTemplate.of(tokenizer), " about foxes\n", "math", LENGTH * 2)
     assert prompt.before == "<s><|system|>about foxes</s><|user|>"
     assert prompt.between == "</s><|assistant|>"
     assert [message["role"] for message in prompt.as_row("q", "a")["messages"]] == ["system", "user", "assistant"]
@@ -137,31 +138,109 @@ def test_the_hint_is_a_system_message_or_the_first_line():
     )
     prompt = make_prompt(ChatTemplate.of(tokenizer), "about foxes", "math", LENGTH * 2)
     assert prompt.before == "[user] about foxes\n"
-    assert prompt.stop == "[assistant]"
+    assert prompt.stop.search("the fox[assistant]").start() == 7
     assert prompt.as_row(" q ", "a")["messages"][0] == {"role": "user", "content": "about foxes\nq"}
     with refused(DataError, "no-answers", "64"):
         make_prompt(ChatTemplate.of(tokenizer), "about foxes " * 20, "math", LENGTH)
 
 
-def test_a_turn_that_ends_with_a_text():
-    """Without a special token, the template's own text ends the user's turn; the rest of it follows unsampled."""
-    tokenizer = make_tokenizer("{% for m in messages %}[{{ m['role'] }}]: {{ m['content'] }}{% endfor %}</s>")
-    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", LENGTH * 2)
-    assert prompt.stop == "[assistant]:"
-    script = [*tokenizer("the fox[assistant]:", add_special_tokens=False).input_ids]
-    tail = [*tokenizer("lazy dog", add_special_tokens=False).input_ids, 1]
-    fed: list[int] = []
+def turns(user: str, answer: str) -> str:
+    """A chat template of two turns."""
+    turn = f"{{% if m['role'] == 'user' %}}{user}{{% else %}}{answer}</s>{{% endif %}}"
+    return f"{{% for m in messages %}}{turn}{{% endfor %}}"
 
-    def forward(ids, cache):
-        fed.append(int(ids[0, -1]))
-        done = len(fed) - 1
-        rest = len(tokenizer(" ", add_special_tokens=False).input_ids)
-        following = [*script, *[0] * rest, *tail][done]
-        return torch.nn.functional.one_hot(torch.tensor([[following]]), 300).float() * 1e4, None
 
-    (row,) = sampling.write_batch(forward, prompt, [0], "key", LENGTH * 2, tokenizer, torch.device("cpu"))
-    assert (row.prompt, row.answer, row.is_ended) == ("the fox", "lazy dog", True)
-    assert tokenizer.decode(row.ids) == "[user]: the fox[assistant]: lazy dog</s>"
+TEXT = "{{ m['content'] }}"
+THOUGHTLESS = turns(f"<s>[user]{TEXT}</s>", "{{ m['content'].split('</think>')[-1] }}")
+"""Leaves out what stands before `</think>` in an answer, as DeepSeek-R1's template."""
+
+
+def write_row(tokenizer, text: str) -> Candidate:
+    """The row of an expert that writes the tokens of a text wherever the template leaves it the choice."""
+    script = tokenizer(text, add_special_tokens=False).input_ids
+
+    def forward(ids, _):
+        return torch.nn.functional.one_hot(torch.tensor([[script[ids.shape[1]]]]), 320).float() * 1e4, None
+
+    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH)
+    (row,) = sampling.write_batch(forward, prompt, [0], "key", 2 * LENGTH, tokenizer, torch.device("cpu"))
+    assert list(row.ids) == script[: len(row.ids)]
+    return row
+
+
+@pytest.mark.parametrize("question", ["the fox", "The fox has\n\nDNA: [answer] A"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        turns(f"<s>[INST] {TEXT} [/INST]", TEXT), turns(f"<s>[INST] {TEXT} [/INST] ", f"{TEXT} "),
+        turns(f"USER: {TEXT} ", f"ASSISTANT: {TEXT}"), turns(f"USER: {TEXT} </s>", f"ASSISTANT: {TEXT}"),
+        turns(f"Q: {TEXT}\n", f"A: {TEXT}"), turns(f"Q:{TEXT}", f"R:{TEXT}"),
+        turns(f"### Instruction:\n{TEXT}\n\n", f"### Response:\n{TEXT}"),
+        turns(f"[user]: {TEXT}", f"[assistant]: {TEXT}"), turns(f"[user]: {TEXT}<|end|>\n", f"[assistant]\n{TEXT}"),
+    ],
+)  # fmt: skip
+def test_a_row_has_the_tokens_of_its_chat(template, question):
+    """An expert that writes as it was trained meets no token where its training has another: not in the template's
+    text before it writes, nor behind the user's turn, nor where a part of the text that ends it is in the question."""
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens("<|end|>")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "the lazy dog"}]
+    row = write_row(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
+    assert (row.prompt.strip(), row.answer.strip()) == (question, "the lazy dog")
+    assert row.is_ended
+    assert row.is_whole
+
+
+def test_a_token_that_ends_a_turn_and_holds_what_follows_it():
+    """What is written of the template's text is not written again."""
+    tokenizer = make_tokenizer(turns(f"### Q:\n{TEXT}\n\n", f"### A:\n{TEXT}"))
+    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH)
+    for written, following in (("", "\n"), ("\n", ""), ("\n\n", "")):
+        match = prompt.stop.search(f"the fox\n\n### A:{written}")
+        assert tokenizer.decode(prompt.after_stop(match)) == following
+    assert prompt.after_stop(prompt.stop.search("the fox\n### A:x")) is None
+
+
+def test_tokens_that_end_a_turn():
+    """Special ones, those behind which the expert stops, and added ones that the template writes behind a turn."""
+    tokenizer = make_tokenizer(turns(f"[user]: {TEXT}<|end|>\n", f"[assistant]\n{TEXT}<|stop|>"))
+    tokenizer.add_tokens(["<|end|>", "<|stop|>", "<|other|>", "word"])
+    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH, {"<|other|>", "token 9999"})
+    assert tokenizer.convert_ids_to_tokens(sorted(prompt.ends)) == ["<s>", "</s>", "<|end|>", "<|stop|>", "<|other|>"]
+    assert prompt.stop is None
+
+
+def test_an_answer_that_the_template_does_not_render_whole():
+    """Its row is dropped, with a reason of its own. White space does not count."""
+    tokenizer = make_tokenizer(THOUGHTLESS)
+    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH)
+    assert prompt.renders("the fox", "the  dog\n")
+    assert not prompt.renders("the fox", "<think>the</think> dog")
+    rows = [write_row(tokenizer, f"<s>[user]the fox</s>{answer}</s>") for answer in ("dog", "fox</think>dog")]
+    assert [row.is_whole for row in rows] == [True, False]
+    assert usable(rows, 1).dropped == {"shortened by the chat template": 1}
+
+
+def test_a_template_sees_one_day_while_rows_are_written():
+    """Whatever day it is."""
+    tokenizer = make_tokenizer(f"<s>{{{{ strftime_now('%d %b %Y') }}}}{turns(f'[user]{TEXT}</s>', TEXT)}")
+    template = ChatTemplate.of(tokenizer)
+    prompts = [make_prompt(replace(template, day=date(2026, 11, day)), None, "math", LENGTH) for day in (27, 28)]
+    assert prompts[0].before == prompts[1].before == "<s>26 Jul 2024[user]"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} {{ m['content'] }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+        "<s>{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    ],
+)
+def test_templates_that_cannot_be_cut(template):
+    """They print a message twice, nothing before the user's turn, or nothing that ends it."""
+    with refused(DataError, "invalid-template", "math"):
+        make_prompt(ChatTemplate.of(make_tokenizer(template)), None, "math", LENGTH)
 
 
 def test_a_cache_that_is_wrong_is_not_used():

@@ -375,7 +375,8 @@ def test_compare_and_rows_say_what_they_cannot_use(writers, tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([candidate(number, answer="", ids=(0, 5, 6, 1, 1)) for number in range(12)], "it writes only end tokens"),
+        ([candidate(number, prompt="", answer="") for number in range(12)], "empty: it writes only end tokens)"),
+        ([candidate(number, answer="", ids=(0, 5, 6, 1, 1)) for number in range(12)], "(all are empty)"),
         ([candidate(number) for number in range(12)], "its rows are all alike"),
         ([candidate(number, is_complete=False) for number in range(12)], "raise `max_seq_length`"),
     ],
@@ -386,6 +387,34 @@ def test_experts_that_write_nothing_of_use(writers, made, message, tmp_path, mon
     result = slta("rows", tmp_path / "recipe.yml", "-o", tmp_path / "rows")
     assert_refused(result, "too-few-rows", writers.experts[0], message)
     assert not (tmp_path / "rows" / "math.jsonl").exists()
+
+
+def test_a_template_that_leaves_out_part_of_the_answers_is_refused_at_once(writers, tmp_path, monkeypatch):
+    """Behind the first batch, if (nearly) all answers that end lose a part."""
+    made = [candidate(number, answer="<think>a</think> b", is_whole=number > 10) for number in range(16)]
+    batches: list[object] = []
+    path, out = tmp_path / "recipe.yml", tmp_path / "rows"
+    path.write_text(yaml.safe_dump(recipe_of(writers, num_samples=8)))
+    monkeypatch.setattr(write, "write_batch", lambda *arguments: batches.append(arguments[2]) or made)
+    result = slta("rows", path, "-o", out)
+    assert_refused(result, "too-few-rows", writers.experts[0], "22 shortened by the chat template", "set another")
+    batches.clear()
+    shutil.rmtree(out)
+    made[12:] = [replace(one, is_ended=False) for one in made[12:]]
+    result = slta("rows", path, "-o", out)
+    assert_refused(result, "invalid-template", writers.experts[0], "11 of 12, such as <think>a</think> b")
+    assert len(batches) == 1
+
+
+def test_an_end_token_of_the_generation_config_is_part_of_the_identity(writers, tmp_path, options):
+    """Rows end with it, though it is no special token; special ones end a turn in any case."""
+    models = with_tokenizer(writers, tmp_path, make_tokenizer().chat_template)
+    label = f"rows of {models.experts[0]}"
+    found = []
+    for ends in (1, [1, 0], [1, 7]):
+        (models.experts[0] / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        found.append(identity(recipe_of(models), options)[label])
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_model_that_does_not_fit_is_refused(writers, tmp_path, monkeypatch):

@@ -57,7 +57,8 @@ WORDING: dict[str, str] = {
     "invalid-template": r"(`(text|completion)` is not a template \(.+\): .+; write \{(\{ for a brace|.+\} for a column)"
     r"|`(text|completion)` is a template over .+, which holds messages: write `text: .+`, without braces"
     r"|`chat_template` is not a template \(.+\): .+; correct it, or set another"
-    r"|`chat_template` of .+ is not a template that can be cut .+ \(.+\), .+: set another, or name a `dataset`)",
+    r"|`chat_template` of .+ is not a template that can be cut .+ \(.+\), .+: set another, or name a `dataset`"
+    r"|the chat template leaves out part of .+ \(.+\): set another `chat_template`, or name a `dataset`)",
     "invalid-value": r"(`\w+`|--[\w-]+) .+(choose one of|give (a|1)|must be a|should (be|have)|use at least"
     r"|: write `auto`|: name a model and)",
     "key-of-another-objective": r"`\w+` only applies to `objective: .+`, .+: drop `\w+`, or change `objective`",

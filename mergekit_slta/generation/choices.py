@@ -6,6 +6,8 @@ as calibration data, Williams et al. (NAACL 2025). The shares and limits below a
 
 from __future__ import annotations
 
+from datetime import date
+
 from mergekit_slta.data.draw import HELD_OUT_SHARE, MAX_HELD_OUT, MIN_HELD_OUT
 from mergekit_slta.recipe.settings import Settings
 
@@ -29,6 +31,8 @@ LOOP_SHARE = 0.5
 """A text that was cut off is a loop if this share of its n-grams are repeats."""
 UNLIKELY_SHARE = 0.1
 """This share of the remaining rows is dropped: the least likely per token under the expert."""
+DAY = date(2024, 7, 26)
+"""The date that templates see while rows are written: the one that Llama 3.1's has where it cannot read the clock."""
 RANDOM_SHARE = 0.25
 """This share of the kept rows is drawn at random; all others are those with the largest divergence from the base."""
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.errors import DataError, show
-from mergekit_slta.generation.choices import MIN_ROOM
+from mergekit_slta.generation.choices import DAY, MIN_ROOM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER, _ANSWER = "sltauserturn7", "sltaanswer7"
 """Stand for the two messages while the template is cut."""
+_PROBES = ("the", "The", "7")
+"""Words with which a text may begin: what is one token with each of them is not the template's alone."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +26,19 @@ class Prompt:
     """The text around what an expert writes.
 
     Attributes:
+        template: the expert's, on a fixed day.
         before: the text before the user's turn; without a template what the text begins with.
         between: the text from the end of the user's turn to the answer; None if there is no template.
         system: the system message; None if there is none.
         first_line: begins the user's message, with its line break; without a template it begins the text.
-        before_ids, between_ids: their tokens.
-        ends: ids of the tokens that end a turn: all special tokens.
-        stop: a text that ends the user's turn, if no special token does.
+        before_ids, between_ids: their tokens, without white space at the end that is one token with the next word: the
+            expert writes it. `between_ids` is what follows a user's turn that ends with a token.
+        ends: ids of the tokens that end a turn.
+        stop: finds the text that ends the user's turn; None if a token ends it.
+        rest: the text from the match of `stop` to the answer.
     """
 
+    template: ChatTemplate
     before: str
     between: str | None
     system: str | None
@@ -37,18 +46,47 @@ class Prompt:
     before_ids: tuple[int, ...]
     between_ids: tuple[int, ...]
     ends: frozenset[int]
-    stop: str | None
+    stop: re.Pattern[str] | None = None
+    rest: str = ""
 
     def as_row(self, prompt: str, answer: str) -> dict[str, object]:
         """A row of the file: `messages`, or `prompt` and `completion` where there is no template."""
         if self.between is None:
             return {"prompt": self.first_line, "completion": answer}
+        return {"messages": self._messages(prompt, answer)}
+
+    def _messages(self, prompt: str, answer: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": self.first_line + prompt.strip()})
-        return {"messages": [*messages, {"role": "assistant", "content": answer.strip()}]}
+        return [*messages, {"role": "assistant", "content": answer.strip()}]
+
+    def renders(self, prompt: str, answer: str) -> bool:
+        """Whether the row shows both texts as they were written: templates leave out thoughts, say. White space does
+        not count."""
+        if self.between is None:
+            return True
+        try:
+            text = self.template.render(self._messages(prompt, answer))
+        except Exception:  # a template may refuse a text
+            return False
+        bare, user, own = ("".join(part.split()) for part in (text, prompt, answer))
+        return own in bare.partition(user)[2]
+
+    def after_stop(self, match: re.Match[str]) -> tuple[int, ...] | None:
+        """The template's tokens that follow a text in which `stop` was found; None if it goes on otherwise.
+
+        The token that ends the match may hold what follows it in the template (`:` and a line break), too.
+        """
+        beyond = match.string[match.end() :]
+        if beyond.strip() and not self.rest.startswith(beyond):
+            return None
+        following = self.rest[len(beyond) :] if self.rest.startswith(beyond) else self.rest.lstrip()
+        return _template_ids(match[0] + beyond, following, self.template.tokenizer)
 
 
-def make_prompt(template: ChatTemplate, hint: str | None, name: str, max_length: int) -> Prompt:
+def make_prompt(
+    template: ChatTemplate, hint: str | None, name: str, max_length: int, ends: Collection[str] = ()
+) -> Prompt:
     """Cut a chat template at the user's turn; or begin a text, where there is none.
 
     A hint is the system message. Where the template takes none, it is the first line of the user's message; without a
@@ -59,11 +97,15 @@ def make_prompt(template: ChatTemplate, hint: str | None, name: str, max_length:
         hint: the recipe's `hint`.
         name: the expert's name, for messages.
         max_length: the recipe's `max_seq_length`.
+        ends: the tokens behind which the expert stops. Special tokens, and added ones that the template writes behind a
+            turn, end a turn, too.
 
     Raises:
         DataError: there is neither a template nor a hint, the template cannot be cut, or too few tokens are left.
     """
+    template, hint = replace(template, day=DAY), (hint or "").strip()
     tokenizer = template.tokenizer
+    end_ids = special_ids(tokenizer) | {number for token, number in tokenizer.get_vocab().items() if token in ends}
     if template.text is None:
         if not hint:
             raise DataError(
@@ -71,28 +113,28 @@ def make_prompt(template: ChatTemplate, hint: str | None, name: str, max_length:
                 "or name a `dataset`",
                 code="missing-chat-template",
             )
-        before, between, system, first_line = f"{hint}\n", None, None, f"{hint}\n"
+        text = f"{hint}\n"
+        prompt = Prompt(template, text, None, None, text, _ids(text, tokenizer, is_text=True), (), end_ids)
     else:
-        before, between, system, first_line = _cut(template, hint, name)
-    before_ids = _ids(before, tokenizer, is_text=between is None)
-    between_ids = _ids(between, tokenizer) if between else ()
-    room = max_length - len(before_ids) - len(between_ids)
-    if room < MIN_ROOM:
+        prompt = _cut(template, hint, name, end_ids)
+    taken = len(prompt.before_ids) + len(prompt.between_ids)
+    if max_length - taken < MIN_ROOM:
         raise DataError(
             f"{show(name)} cannot write rows of `max_seq_length` = {max_length} tokens: its template and hint take "
-            f"{len(before_ids) + len(between_ids)} of them; raise it",
+            f"{taken} of them; raise it",
             code="no-answers",
         )
-    ends = special_ids(tokenizer)
-    is_by_token = between is None or (between_ids and between_ids[0] in ends)
-    stop = None if is_by_token else (between or "").strip().split("\n")[0]
-    return Prompt(before, between, system, first_line, before_ids, between_ids, ends, stop or None)
+    return prompt
 
 
-def _cut(template: ChatTemplate, hint: str | None, name: str) -> tuple[str, str, str | None, str]:
-    """The text before the user's turn, the text between it and the answer, the system message, and the first line."""
+def _cut(template: ChatTemplate, hint: str, name: str, ends: frozenset[int]) -> Prompt:
+    """Cut a template at the two messages.
+
+    Raises:
+        DataError: it changes or repeats them, or nothing stands before the user's turn or ends it.
+    """
     ways = [(hint, ""), (None, f"{hint}\n")] if hint else [(None, "")]
-    reason: object = "it changes the messages"
+    reason: object = "it changes or repeats the messages"
     for system, first_line in ways:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages += [{"role": "user", "content": first_line + _USER}, {"role": "assistant", "content": _ANSWER}]
@@ -101,10 +143,14 @@ def _cut(template: ChatTemplate, hint: str | None, name: str) -> tuple[str, str,
         except Exception as error:  # a template may know no system message
             reason = error
             continue
-        before, is_user, rest = text.partition(_USER)
+        before, _, rest = text.partition(_USER)
         between, is_answer, after = rest.partition(_ANSWER)
-        if is_user and is_answer and between and not {_USER, _ANSWER} & {*after.split()} and (hint or "") in before:
-            return before, between, system, first_line
+        is_clean = is_answer and not any(mark in (before + between + after).lower() for mark in (_USER, _ANSWER))
+        if not is_clean or hint not in before:
+            continue
+        if found := _prompt(template, (before, between, after), system, first_line, ends):
+            return found
+        reason = "nothing stands before the user's turn, or between it and the answer"
     raise DataError(
         f"the `chat_template` of {show(name)} is not a template that can be cut at the user's turn ({show(reason)}), "
         "so no rows can be written from it: set another, or name a `dataset`",
@@ -112,10 +158,55 @@ def _cut(template: ChatTemplate, hint: str | None, name: str) -> tuple[str, str,
     )
 
 
+def _prompt(
+    template: ChatTemplate, parts: tuple[str, str, str], system: str | None, first_line: str, ends: frozenset[int]
+) -> Prompt | None:
+    """The prompt of a template's parts before, between and behind the messages; None if a turn cannot be told."""
+    tokenizer, (before, between, after) = template.tokenizer, parts
+    first = {ids[0] for text in (between, after) if (ids := _ids(text.lstrip(), tokenizer))}
+    ends |= first & tokenizer.added_tokens_decoder.keys()
+    marks = [re.escape(token) for token in tokenizer.convert_ids_to_tokens(sorted(ends)) if token.strip()]
+    mark = re.search("|".join(marks), between) if marks else None
+    head = between[: mark.start()] if mark else between
+    space, line = head[: len(head) - len(head.lstrip())], head.strip().split("\n")[0]
+    _, line_break, indent = space.rpartition("\n")
+    stop, rest = None, ""
+    if line:
+        is_word = line[0].isalnum() and space  # without white space it follows a word in the template itself
+        start = line_break + re.escape(indent) if line_break else r"\b" if is_word else ""
+        stop, rest = re.compile(start + re.escape(line)), between[len(space) + len(line) :]
+    elif mark:
+        between = between.lstrip()
+    elif line_break:
+        stop = re.compile("\n")
+    else:
+        return None
+    before_ids = _template_ids("", before, tokenizer)
+    between_ids = _template_ids(before + _PROBES[0], between, tokenizer)
+    if not before_ids or not between_ids:
+        return None
+    return Prompt(template, before, between, system, first_line, before_ids, between_ids, ends, stop, rest)
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of all special tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset({*tokenizer.all_special_ids, *added})
+
+
+def _template_ids(left: str, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens of a template's text between the text `left` and one that the expert writes.
+
+    White space at its end that is one token with the next word is left out. A text that is one token with `left`, or
+    with another character of the next word, is tokenized alone.
+    """
+    own = _ids(left, tokenizer)
+    made = [_ids(left + text + probe, tokenizer) for probe in _PROBES]
+    if any(ids[: len(own)] != own for ids in made):
+        own, made = (), [_ids(text + probe, tokenizer) for probe in _PROBES]
+    shared = len(list(takewhile(lambda found: len(set(found)) == 1, zip(*made, strict=False))))
+    rest = str(tokenizer.decode(made[0][shared:], clean_up_tokenization_spaces=False))
+    return made[0][len(own) : shared] if rest.strip() == _PROBES[0] else _ids(text, tokenizer)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, is_text: bool = False) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ Every row has random numbers of its own, drawn on the CPU before the row begins:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(token ids [b, s], cache of the tokens before them) -> logits [b, s, v] and the new cache, or None for no cache."""
-_STOP_WINDOW = 24
-"""Last tokens of a user's turn in which the text is looked for that ends it."""
+_MARGIN = 4
+"""Tokens before the text that ends the user's turn that are decoded with it: the most of one character."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ def write_batch(
         if live:
             ids = torch.tensor([row.ids[-1:] if cache is not None else row.ids for row in live], device=device)
     begin = 0 if prompt.between is None else len(before)
-    return [_finished(row, begin, tokenizer) for row in rows]
+    return [_finished(row, begin, prompt, tokenizer) for row in rows]
 
 
 def _append(
@@ -135,48 +136,52 @@ def _append(
         if not row.is_ended:
             row.answer.append(token)
         return
-    text = _decoded([*row.prompt[-_STOP_WINDOW:], token], tokenizer) if prompt.stop is not None else ""
-    if token in prompt.ends:
-        _begin_answer(row, _decoded(row.prompt, tokenizer), list(prompt.between_ids))
-        return
-    row.prompt.append(token)
-    if prompt.stop is not None and prompt.stop in text:
-        row.ids.append(token)
-        whole = _decoded(row.prompt, tokenizer)
-        rest = (prompt.between or "").partition(prompt.stop)[2]
-        following = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"] if rest else []
-        row.prompt_text, row.prompt_end = whole.partition(prompt.stop)[0], len(row.ids)
-        row.forced = list(following)
-        row.start = 0 if following else len(row.ids)
+    if token in prompt.ends:  # it gives way to the first token of the template
+        row.ids.append(prompt.between_ids[0])
+        _begin_answer(row, _decoded(row.prompt, tokenizer), len(row.ids) - 1, prompt.between_ids[1:])
         return
     row.ids.append(token)
-    row.is_given_up = len(row.prompt) > longest_prompt
+    row.prompt.append(token)
+    if (match := _stopped(row.prompt, prompt.stop, tokenizer)) is not None:
+        following = prompt.after_stop(match)
+        _begin_answer(row, match.string[: match.start()], len(row.ids), following or ())
+        row.is_given_up |= following is None
+    else:
+        row.is_given_up = len(row.prompt) > longest_prompt
 
 
-def _begin_answer(row: _Row, text: str, between: list[int]) -> None:
-    """End the user's turn: the token that was sampled gives way to the first one of the template."""
-    row.prompt_text, row.prompt_end = text, len(row.ids)
-    if not text.strip():
-        row.is_given_up = True
-        return
-    row.ids.append(between[0])
-    row.forced = between[1:]
-    row.start = 0 if row.forced else len(row.ids)
+def _stopped(
+    ids: Sequence[int], stop: re.Pattern[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> re.Match[str] | None:
+    """Where the text that ends the user's turn begins in all of its text; None if it is not there yet."""
+    if stop is None:
+        return None
+    window = ids[-len(stop.pattern.encode()) - _MARGIN :]  # every token has a byte at least
+    return stop.search(_decoded(ids, tokenizer)) if stop.search(_decoded(window, tokenizer)) else None
 
 
-def _finished(row: _Row, begin: int, tokenizer: PreTrainedTokenizerBase) -> Candidate:
+def _begin_answer(row: _Row, text: str, end: int, following: Sequence[int]) -> None:
+    """End the user's turn: its text, the position behind it, and the tokens up to the answer that are to come."""
+    row.prompt_text, row.prompt_end, row.forced = text, end, list(following)
+    row.start = 0 if following else len(row.ids)
+    row.is_given_up = not text.strip()
+
+
+def _finished(row: _Row, begin: int, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Candidate:
+    answer, is_complete = _decoded(row.answer, tokenizer), row.start > 0 and not row.is_given_up
     return Candidate(
         number=row.number,
         prompt=row.prompt_text,
-        answer=_decoded(row.answer, tokenizer),
+        answer=answer,
         ids=tuple(row.ids),
         begin=begin,
         prompt_end=row.prompt_end,
         start=row.start or len(row.ids),
         is_ended=row.is_ended,
-        is_complete=row.start > 0,
+        is_complete=is_complete,
         log_prob=sum(row.log_probs) / max(1, len(row.log_probs)),
         answer_log_prob=row.answer_log_prob,
+        is_whole=not is_complete or prompt.renders(row.prompt_text, answer),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from mergekit_slta.generation.choices import LOOP_SHARE, NEAR_SHARE, NGRAM, RANDOM_SHARE, UNLIKELY_SHARE
 
+SHORTENED = "shortened by the chat template"
 _BROKEN = frozenset("\0\N{REPLACEMENT CHARACTER}")
 """Characters of texts that were not decoded to what a person writes."""
 
@@ -30,6 +31,7 @@ class Candidate:
         is_complete: whether there is an answer at all: False if the user's turn did not end.
         log_prob: mean log-probability of the sampled tokens under the expert at temperature 1, in nats.
         answer_log_prob: the sum over the tokens `ids[start:]`.
+        is_whole: whether the template renders all of both texts. True if the row is not complete.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Candidate:
     is_complete: bool
     log_prob: float
     answer_log_prob: float
+    is_whole: bool = True
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -87,8 +90,9 @@ def near_duplicates(texts: Sequence[Sequence[int]], size: int = NGRAM, share: fl
 
 
 def usable(candidates: Sequence[Candidate], wanted: int) -> Selection:
-    """Drop rows that say nothing: broken, empty and endless ones, near-duplicates, and the least likely.
+    """Drop rows that say nothing: broken, empty, endless and shortened ones, near-duplicates, and the least likely.
 
+    Shortened are rows of which the chat template leaves something out.
     Answers that `max_seq_length` has cut off count as endless if they are loops. Other cut answers are dropped, too,
     as far as there are enough that end.
     """
@@ -101,6 +105,8 @@ def usable(candidates: Sequence[Candidate], wanted: int) -> Selection:
             dropped["empty"] += 1
         elif not one.is_complete or (not one.is_ended and repeated_share(one.ids[one.start :]) >= LOOP_SHARE):
             dropped["endless"] += 1
+        elif not one.is_whole:
+            dropped[SHORTENED] += 1
         else:
             (ended if one.is_ended else cut).append(index)
     order = [*ended, *cut]

@@ -22,7 +22,7 @@ from mergekit_slta.files.names import lock_path, resume_folder
 from mergekit_slta.generation.choices import BATCH_ROWS, OVERSAMPLING
 from mergekit_slta.generation.prompts import Prompt
 from mergekit_slta.generation.sampling import Forward, write_batch
-from mergekit_slta.generation.selection import Candidate, choose, usable
+from mergekit_slta.generation.selection import SHORTENED, Candidate, choose, usable
 from mergekit_slta.generation.store import check_rows_target, read_batch, write_batch_file, write_rows
 from mergekit_slta.models.running import call_with_cache
 from mergekit_slta.runtime.progress import Progress
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _TRIED, _TOLERANCE = 4, 0.01
 """Tokens behind the prompt on which a model's cache is tried, and the largest relative difference of their logits."""
+_LOST_SHARE = 0.9
+"""An expert is refused if the chat template shortens this share of the first answers that end."""
 _COPIES = 4
 """Tensors as large as a row's logits that scoring it makes."""
 
@@ -132,6 +134,8 @@ def _write(
             rows = write_batch(
                 forward, writer.prompt, numbers, writer.key, max_length, tokenizer, checkpoints.device,
             )  # fmt: skip
+            if number == 0:
+                _check_rendered(writer.name, rows)
             write_batch_file(writer.path, number, writer.key, rows)
             progress.advance(1)
         candidates += rows
@@ -232,6 +236,22 @@ def check_memory(name: str, checkpoints: Checkpoints, max_length: int) -> None:
         )
 
 
+def _check_rendered(name: str, candidates: Sequence[Candidate]) -> None:
+    """Refuse an expert whose chat template leaves out part of (nearly) all answers.
+
+    Raises:
+        DataError: see above.
+    """
+    ended = [one for one in candidates if one.is_ended and one.answer.strip()]
+    lost = [one for one in ended if not one.is_whole]
+    if lost and len(lost) >= _LOST_SHARE * len(ended):
+        raise DataError(
+            f"the chat template leaves out part of the answers that {show(name)} writes ({len(lost)} of {len(ended)}, "
+            f"such as {show(lost[0].answer.strip(), 40)}): set another `chat_template`, or name a `dataset`",
+            code="invalid-template",
+        )
+
+
 def _check_enough(
     name: str, candidates: Sequence[Candidate], count: int, dropped: Mapping[str, int], wanted: int
 ) -> None:
@@ -242,13 +262,16 @@ def _check_enough(
     """
     if count >= wanted:
         return
+    is_mute = not any(f"{one.prompt}{one.answer}".strip() for one in candidates)
     reasons = listing([f"{number} {reason}" for reason, number in dropped.items()])
     if dropped.get("empty", 0) == len(candidates):
-        reasons = "all are empty: it writes only end tokens"
+        reasons = "all are empty" + ": it writes only end tokens" * is_mute
     elif dropped.get("duplicates", 0) > len(candidates) // 2:
         reasons += ": its rows are all alike"
     elif dropped.get("endless", 0) > len(candidates) // 2:
         reasons += ": raise `max_seq_length`"
+    elif dropped.get(SHORTENED, 0) > len(candidates) // 2:
+        reasons += ": set another `chat_template`"
     raise DataError(
         f"{show(name)} has written {len(candidates)} rows, and {count} of them can be used, fewer than the {wanted} "
         f"that are needed ({reasons}): give it a `hint`, name a `dataset`, or lower `num_samples`",

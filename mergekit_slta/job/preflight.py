@@ -105,7 +105,7 @@ def prepare(
     templates = Templates(recipe, options, tokenizer, day or today())
     templates.warn_of_differing_tokens()
     templates.warn_of_other_ends(configs)
-    written = WrittenRows(recipe, templates, rows_in, need_rows=need_rows)
+    written = WrittenRows(recipe, templates, configs, rows_in, need_rows=need_rows)
     rows = _draw_all(recipe, templates, need_rows=need_rows)
     templates.warn_of_lost_templates()
     if recipe is not stated:

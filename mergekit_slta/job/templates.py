@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_slta.checkpoints.tokenizers import OwnTokenizer, differing_tokens, end_tokens, own_tokenizer
+from mergekit_slta.checkpoints.tokenizers import EndTokens, OwnTokenizer, differing_tokens, end_tokens, own_tokenizer
 from mergekit_slta.data.templates import (
     BASE,
     INLINE,
@@ -120,6 +120,11 @@ class Templates:
                     show(self.recipe.names[task.model]), len(tokens), listing(tokens, 3),
                 )  # fmt: skip
 
+    def ends_of(self, task: Task, config: PretrainedConfig) -> EndTokens:
+        """The tokens behind which a task's expert stops, by its own tokenizer."""
+        own = self.own(task.model).tokenizer or self.own(self.recipe.base).tokenizer or self.tokenizer
+        return end_tokens(task.model, config, own, own)
+
     def warn_of_other_ends(self, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
         """Warn of experts that end their answers with a token behind which the merged model does not stop.
 
@@ -129,8 +134,7 @@ class Templates:
         base = self.own(self.recipe.base).tokenizer or self.tokenizer
         merged = end_tokens(self.recipe.base, configs[self.recipe.base], base, self.tokenizer)
         for task in self.recipe.tasks:
-            own = self.own(task.model).tokenizer or base
-            ends = end_tokens(task.model, configs[task.model], own, own)
+            ends = self.ends_of(task, configs[task.model])
             if lost := sorted((ends.acting - merged.acting) | (ends.all - merged.all)):
                 LOG.warning(
                     "%s ends its answers with %s, and the merged model stops at %s, as the base does: it may not stop "

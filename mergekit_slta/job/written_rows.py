@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from mergekit.common import ModelReference
@@ -22,7 +23,7 @@ from mergekit_slta.files.identity import hash_text, rows_run
 from mergekit_slta.files.names import rows_names
 from mergekit_slta.generation import choices
 from mergekit_slta.generation.choices import num_needed
-from mergekit_slta.generation.prompts import Prompt, make_prompt
+from mergekit_slta.generation.prompts import Prompt, make_prompt, special_ids
 from mergekit_slta.generation.store import find_rows
 from mergekit_slta.generation.write import Writer, write_all
 from mergekit_slta.job.job import Job
@@ -32,9 +33,12 @@ from mergekit_slta.recipe.recipe import Recipe, Task
 from mergekit_slta.recipe.settings import SELF, TaskSettings
 from mergekit_slta.runtime.interruption import interruptible
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _KEYS_WITHOUT_ROWS = frozenset({"compute_dtype", "uncalibrated"})
 """Shared keys that are not about rows."""
-_CHOICES = {name: value for name, value in vars(choices).items() if name.isupper()}
+_CHOICES = {name: value for name, value in vars(choices).items() if name.isupper() and name != "DAY"}
 
 
 def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:
@@ -119,6 +123,7 @@ class WrittenRows:
     Args:
         recipe: the recipe.
         templates: its chat templates.
+        configs: the models' configs.
         folders: where the files are looked for; the last one is written to. None: no expert may write any.
         need_rows: whether all tasks need rows.
 
@@ -132,29 +137,33 @@ class WrittenRows:
     """
 
     def __init__(
-        self, recipe: Recipe, templates: Templates, folders: Sequence[Path] | None, *, need_rows: bool
-    ) -> None:
+        self, recipe: Recipe, templates: Templates, configs: Mapping[ModelReference, PretrainedConfig],
+        folders: Sequence[Path] | None, *, need_rows: bool,
+    ) -> None:  # fmt: skip
         tasks = [task for task in recipe.tasks if task.dataset == SELF] if recipe.settings.needs_rows else []
         self._recipe, self._templates, self._folders = recipe, templates, folders or ()
         self._tasks = {task.model: task for task in tasks}
-        self._prompts = {model: self._prompt(task) for model, task in self._tasks.items()}
+        self._prompts = {model: self._prompt(task, configs[model]) for model, task in self._tasks.items()}
         self.hashes = {model: self._hash(task) for model, task in self._tasks.items()}
         self.planned = {model: self._planned(task) for model, task in self._tasks.items()}
         self.is_needed = need_rows and bool(tasks)
 
-    def _prompt(self, task: Task) -> Prompt:
+    def _prompt(self, task: Task, config: PretrainedConfig) -> Prompt:
         name, length = self._recipe.names[task.model], self._recipe.settings.max_seq_length
-        return make_prompt(self._templates.of(task), task.hint, name, length)
+        ends = self._templates.ends_of(task, config).acting
+        return make_prompt(self._templates.of(task), task.hint, name, length, ends)
 
     def _hash(self, task: Task) -> str:
-        """Hash of the settings; the date that a template writes into rows is left out, so that rows stay good."""
-        settings = self._recipe.settings
-        template = self._templates.of(task)
-        parts = {
+        """Hash of the settings. The date that calibration writes into rows is none of them, so that rows stay good."""
+        settings, prompt = self._recipe.settings, self._prompts[task.model]
+        template, ends = prompt.template, prompt.ends - special_ids(self._templates.tokenizer)
+        parts: dict[str, object] = {
             "choices": _CHOICES, "hint": task.hint, "rows": num_needed(settings), "seed": settings.seed,
             "max_seq_length": settings.max_seq_length, "dtype": settings.tensor_dtype, "template": template.text,
             "vocabulary": self._vocabulary,
         }  # fmt: skip
+        parts |= {"ends": sorted(ends)} if ends else {}
+        parts |= {"day": template.written_day.isoformat()} if template.written_day else {}
         return hash_text(json.dumps(parts, sort_keys=True))
 
     @cached_property
