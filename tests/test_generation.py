@@ -195,10 +195,14 @@ def test_a_token_that_ends_a_turn_and_holds_what_follows_it():
     """What is written of the template's text is not written again."""
     tokenizer = make_tokenizer(turns(f"### Q:\n{TEXT}\n\n", f"### A:\n{TEXT}"))
     prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH)
-    for written, following in (("", "\n"), ("\n", ""), ("\n\n", "")):
-        match = prompt.stop.search(f"the fox\n\n### A:{written}")
-        assert tokenizer.decode(prompt.after_stop(match)) == following
-    assert prompt.after_stop(prompt.stop.search("the fox\n### A:x")) is None
+    for written, following, beyond in (("", "\n", ""), ("\n", "", ""), ("\n\n", "", ""), ("\n-", "", "-")):
+        found, begun = prompt.after_stop(prompt.stop.search(f"the fox\n\n### A:{written}"))
+        assert (tokenizer.decode(found), begun) == (following, beyond)
+    tokenizer = make_tokenizer(turns(f"[user]{TEXT}", f"[answer]{TEXT}"))
+    tokenizer.add_tokens("]-")
+    row = write_row(tokenizer, "[user]the fox[answer]- the dog</s>")
+    assert (row.prompt, row.answer, row.is_whole) == ("the fox", "- the dog", True)
+    assert tokenizer.decode(row.ids[row.start :]) == "]- the dog</s>"
 
 
 def test_tokens_that_end_a_turn():

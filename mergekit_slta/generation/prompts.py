@@ -72,16 +72,17 @@ class Prompt:
         bare, user, own = ("".join(part.split()) for part in (text, prompt, answer))
         return own in bare.partition(user)[2]
 
-    def after_stop(self, match: re.Match[str]) -> tuple[int, ...] | None:
-        """The template's tokens that follow a text in which `stop` was found; None if it goes on otherwise.
+    def after_stop(self, match: re.Match[str]) -> tuple[tuple[int, ...], str]:
+        """The template's tokens that follow a text in which `stop` was found, and what it holds of the answer.
 
-        The token that ends the match may hold what follows it in the template (`:` and a line break), too.
+        The token that ends the match may hold what follows it: more of the template (`:` and a line break), or the
+        answer's first characters (`]` and `-`).
         """
         beyond = match.string[match.end() :]
-        if beyond.strip() and not self.rest.startswith(beyond):
-            return None
+        if not self.rest.startswith(beyond) and beyond.strip():
+            return (), beyond.removeprefix(self.rest)
         following = self.rest[len(beyond) :] if self.rest.startswith(beyond) else self.rest.lstrip()
-        return _template_ids(match[0] + beyond, following, self.template.tokenizer)
+        return _template_ids(match[0] + beyond, following, self.template.tokenizer), ""
 
 
 def make_prompt(

@@ -46,6 +46,8 @@ class _Row:
     start: int = 0
     """Position of the answer's first token; 0 in the user's turn."""
     answer: list[int] = field(default_factory=list)
+    skipped: int = 0
+    """Characters of the answer's first token that are the template's."""
     log_probs: list[float] = field(default_factory=list)
     answer_log_prob: float = 0.0
     is_ended: bool = False
@@ -143,9 +145,12 @@ def _append(
     row.ids.append(token)
     row.prompt.append(token)
     if (match := _stopped(row.prompt, prompt.stop, tokenizer)) is not None:
-        following = prompt.after_stop(match)
-        _begin_answer(row, match.string[: match.start()], len(row.ids), following or ())
-        row.is_given_up |= following is None
+        following, beyond = prompt.after_stop(match)
+        _begin_answer(row, match.string[: match.start()], len(row.ids), following)
+        if beyond:  # the token is the answer's first
+            row.prompt_end = row.start = len(row.ids) - 1
+            row.answer, row.answer_log_prob = [token], log_prob
+            row.skipped = len(_decoded([token], tokenizer)) - len(beyond)
     else:
         row.is_given_up = len(row.prompt) > longest_prompt
 
@@ -168,7 +173,7 @@ def _begin_answer(row: _Row, text: str, end: int, following: Sequence[int]) -> N
 
 
 def _finished(row: _Row, begin: int, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Candidate:
-    answer, is_complete = _decoded(row.answer, tokenizer), row.start > 0 and not row.is_given_up
+    answer, is_complete = _decoded(row.answer, tokenizer)[row.skipped :], row.start > 0 and not row.is_given_up
     return Candidate(
         number=row.number,
         prompt=row.prompt_text,
