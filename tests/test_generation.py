@@ -162,13 +162,13 @@ def write_row(tokenizer, text: str) -> Candidate:
     def forward(ids, _):
         return torch.nn.functional.one_hot(torch.tensor([[script[ids.shape[1]]]]), 320).float() * 1e4, None
 
-    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 2 * LENGTH)
-    (row,) = sampling.write_batch(forward, prompt, [0], "key", 2 * LENGTH, tokenizer, torch.device("cpu"))
+    prompt = make_prompt(ChatTemplate.of(tokenizer), None, "math", 4 * LENGTH)
+    (row,) = sampling.write_batch(forward, prompt, [0], "key", 4 * LENGTH, tokenizer, torch.device("cpu"))
     assert list(row.ids) == script[: len(row.ids)]
     return row
 
 
-@pytest.mark.parametrize("question", ["the fox", "The fox has\n\nDNA: [answer] A"])
+@pytest.mark.parametrize("question", ["fox and dog", "so it is\n\nDNA: [answer] A SUBASSISTANT: b"])
 @pytest.mark.parametrize(
     "template",
     [
@@ -184,9 +184,9 @@ def test_a_row_has_the_tokens_of_its_chat(template, question):
     text before it writes, nor behind the user's turn, nor where a part of the text that ends it is in the question."""
     tokenizer = make_tokenizer(template)
     tokenizer.add_tokens("<|end|>")
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "the lazy dog"}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "lazy dog"}]
     row = write_row(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
-    assert (row.prompt.strip(), row.answer.strip()) == (question, "the lazy dog")
+    assert (row.prompt.strip(), row.answer.strip()) == (question, "lazy dog")
     assert row.is_ended
     assert row.is_whole
 

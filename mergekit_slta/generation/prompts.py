@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -31,8 +31,8 @@ class Prompt:
         between: the text from the end of the user's turn to the answer; None if there is no template.
         system: the system message; None if there is none.
         first_line: begins the user's message, with its line break; without a template it begins the text.
-        before_ids, between_ids: their tokens, without white space at the end that is one token with the next word: the
-            expert writes it. `between_ids` is what follows a user's turn that ends with a token.
+        before_ids, between_ids: their tokens, without spaces at the end, and other white space that may be one token
+            with the next word: the expert writes them. `between_ids` follow a user's turn that ends with a token.
         ends: ids of the tokens that end a turn.
         stop: finds the text that ends the user's turn; None if a token ends it.
         rest: the text from the match of `stop` to the answer.
@@ -198,16 +198,21 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _template_ids(left: str, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens of a template's text between the text `left` and one that the expert writes.
 
-    White space at its end that is one token with the next word is left out. A text that is one token with `left`, or
-    with another character of the next word, is tokenized alone.
+    Spaces at its end are left out, and other white space that is one token with the next word. A text that is one token
+    with `left`, or other characters of which are one with the next word, is tokenized alone.
     """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     own = _ids(left, tokenizer)
     made = [_ids(left + text + probe, tokenizer) for probe in _PROBES]
     if any(ids[: len(own)] != own for ids in made):
         own, made = (), [_ids(text + probe, tokenizer) for probe in _PROBES]
     shared = len(list(takewhile(lambda found: len(set(found)) == 1, zip(*made, strict=False))))
-    rest = str(tokenizer.decode(made[0][shared:], clean_up_tokenization_spaces=False))
-    return made[0][len(own) : shared] if rest.strip() == _PROBES[0] else _ids(text, tokenizer)
+    while shared > len(own) and not decode(made[0][shared - 1 : shared]).strip(" "):  # some words are one token with it
+        shared -= 1
+    return made[0][len(own) : shared] if decode(made[0][shared:]).strip() == _PROBES[0] else _ids(text, tokenizer)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, is_text: bool = False) -> tuple[int, ...]:
