@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import click
 from formatting import number, table
 from paired import MEASURES, Estimate, Scores, Values, bootstrap
+from shared import write_json
 
 Draws = Mapping[int | None, Scores]
 """Seed of the calibration rows -> scores; None: there are no calibration rows."""
@@ -77,3 +80,11 @@ def compare(
     if against in methods:
         header += [f"{title} − `{against}`" for title in TITLES.values()]
     return f"{ABOUT}\n\n{table(header, rows)}\n", data
+
+
+def publish(text: str, data: Mapping[str, Any], output: Path | None) -> None:
+    """Print a table; with `output` also write it there, and its data beside it as JSON."""
+    if output:
+        output.write_text(text, encoding="utf-8")
+        write_json(output.with_suffix(".json"), data)
+    click.echo(text)

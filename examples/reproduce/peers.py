@@ -15,10 +15,10 @@ import click
 from formatting import number
 from gaps import Evidence, settings_label
 from grids import GRIDS
-from intervals import Draws, compare
+from intervals import Draws, compare, publish
 from merging import read_results
 from methods import ALL, OURS
-from shared import read_json, write_json
+from shared import read_json
 from tables_of_scores import choice
 from versions import references
 
@@ -78,10 +78,7 @@ def main(workdir: Path, versions: tuple[str, ...], against: str | None, precisio
                          against or next(iter(ours), None))  # fmt: skip
     losses = [f"{task} {number(base[task]['loss'])} and {number(experts[task]['loss'])}" for task in ALL]
     text = f"{text}\nLoss of the base and of the expert, in nats per token: {', '.join(losses)}.\n"
-    if output:
-        output.write_text(text, encoding="utf-8")
-        write_json(output.with_suffix(".json"), data)
-    click.echo(text)
+    publish(text, data, output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import click
 import torch
 import yaml
-from intervals import Draws, compare
+from intervals import Draws, compare, publish
 from methods import ALL, recipe
 from scoring import task_rows
 from shared import load_model, load_tokenizer, read_json, read_rows, write_json, write_rows
@@ -244,10 +244,7 @@ def main(
     base, experts = references(workdir, workdir / "versions" / "five", ALL, precision)
     text, data = compare(base, experts, found, "real")
     text = f"`objective: {objective}`, {study.count} rows of each task in all.\n\n{text}"
-    if output:
-        output.write_text(text, encoding="utf-8")
-        write_json(output.with_suffix(".json"), data)
-    click.echo(text)
+    publish(text, data, output)
 
 
 if __name__ == "__main__":
