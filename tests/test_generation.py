@@ -291,3 +291,14 @@ def test_enough_rows_are_written(num_samples, evaluate):
         assert total == 15
     else:
         assert total - min(30, total // 5) == num_samples
+
+
+def test_a_hint_that_the_template_writes_anyway_is_not_shown_by_it():
+    """Its own system text holds the hint's words, and it leaves out system messages: the hint is the first line."""
+    tokenizer = make_tokenizer(
+        "<s><|system|>You help.</s>{% for m in messages %}{% if m['role'] != 'system' %}"
+        "<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    prompt = make_prompt(ChatTemplate.of(tokenizer), "You", "math", LENGTH * 2)
+    assert prompt.system is None
+    assert prompt.first_line == "You\n"

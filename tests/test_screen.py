@@ -387,7 +387,7 @@ def test_a_merge_that_was_not_measured_says_how_to(tiny, write_recipe, tmp_path)
     """`features` measures nothing unless asked."""
     result = mergekit_yaml(write_recipe(tiny.recipe(2, num_samples=2)), tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "How good is it? Not measured: `evaluate: true`" in result.output
+    assert "How good is it? Not measured: with a `dataset` for each expert, `evaluate: true`" in result.output
 
 
 @pytest.mark.parametrize(

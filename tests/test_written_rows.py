@@ -124,12 +124,31 @@ def test_a_recipe_that_leaves_everything_open_is_data_free(writers, tmp_path):
     for models in (content["models"][:1], hinted):
         paths[0].write_text(yaml.safe_dump({**content, "models": models, "parameters": {}}))
         assert "each expert writes its own rows" in slta("check", paths[0]).stderr
-    paths[0].write_text(yaml.safe_dump({**content, "parameters": {"compute_dtype": "float32"}}))
-    assert "objective data_free" in slta("check", paths[0]).output
+    for parameters in ({"compute_dtype": "float32"}, {"direction": "swudi_a"}, {"alphas": str(tmp_path / "no.json")}):
+        paths[0].write_text(yaml.safe_dump({**content, "parameters": parameters}))
+        assert "objective data_free" in slta("check", paths[0]).output
+    for parameters in ({"direction": "none"}, {"ridge": 0.1}, {"granularity": "layer"}):
+        paths[0].write_text(yaml.safe_dump({**content, "parameters": parameters}))
+        assert "each expert writes its own rows" in slta("check", paths[0]).stderr
     small = {"num_samples": 1, "max_seq_length": LENGTH}
     paths[0].write_text(yaml.safe_dump({**content, "parameters": small}))
     assert slta("rows", paths[0], "-o", tmp_path / "rows").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "rows").glob("*.jsonl")) == ["math.jsonl", "words.jsonl"]
+
+
+def test_a_forgotten_dataset_is_no_wish_for_other_rows(writers, tmp_path):
+    """Keys about the rows of a dataset, or `evaluate`, in a recipe that names none: refused, not merged otherwise."""
+    path = tmp_path / "recipe.yml"
+    content = recipe_of(writers, dataset=None)
+    for parameters in ({}, {"objective": "features"}):
+        models = [dict(model) for model in content["models"]]
+        models[1]["parameters"] = {"text": "{question} ", "split": "test"}
+        path.write_text(yaml.safe_dump({**content, "models": models, "parameters": parameters}))
+        assert_refused(slta("check", path), "conflicting-keys", "words", "`text`", "`split`", "no `dataset`")
+    path.write_text(yaml.safe_dump({**content, "parameters": {"evaluate": True}}))
+    assert_refused(slta("check", path), "missing-dataset", "math")
+    path.write_text(yaml.safe_dump({**content, "parameters": {}}))
+    assert "each expert writes its own rows" in slta("linearity", path, "-o", tmp_path / "l.json").stderr
 
 
 def test_a_merge_that_is_done_again_uses_its_rows(writers, merged, tmp_path, monkeypatch):

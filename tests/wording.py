@@ -19,7 +19,8 @@ WORDING: dict[str, str] = {
     r"|; drop `(ridge|evaluate)`|: choose one of .+, or another objective|: drop `\w+`|: drop `alphas`, and they)"
     r"|.+ has `role: direction`, and .+: (drop `\w+`|leave the model out, or change `objective`)"
     r"|.+ has (a )?`(hint|dataset: self)`,? .+: (drop|set|name) "
-    r"|no expert of the recipe writes rows: set `dataset: self`)",
+    r"|no expert of the recipe writes rows: set `dataset: self`"
+    r"|.+ has `\w+`.*, and no `dataset` for .+: name it, or drop `)",
     "corrupt-adapter": r".+(: fetch the adapter again|: is .+ an adapter\?)",
     "corrupt-checkpoint": r".+ of .+ (is missing or corrupt \(.*\)|lacks .+, which its index promises"
     r"|holds .+, (which its index does not list|and so does .+)); fetch it again",

@@ -54,7 +54,8 @@ def for_linearity(recipe: Recipe) -> Recipe:
 
     Nothing is solved, so each task's rows are drawn once, and only experts are measured.
     """
-    settings = recipe.settings.model_copy(update={"own": ObjectiveSettings(), "direction": "none"})
+    stated = recipe.settings.stated | {"objective"}  # rows are needed, whatever the recipe leaves open
+    settings = recipe.settings.model_copy(update={"own": ObjectiveSettings(), "direction": "none", "stated": stated})
     config = recipe.config.model_copy(
         update={"models": [entry for entry in recipe.config.models or [] if entry.model not in recipe.directions]}
     )

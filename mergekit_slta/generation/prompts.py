@@ -145,6 +145,9 @@ def _cut(template: ChatTemplate, hint: str, name: str, ends: frozenset[int]) -> 
             reason = error
             continue
         before, _, rest = text.partition(_USER)
+        if system is not None and before == _plain_beginning(template):
+            reason = "it leaves out the system message"
+            continue
         between, is_answer, after = rest.partition(_ANSWER)
         is_clean = is_answer and not any(mark in (before + between + after).lower() for mark in (_USER, _ANSWER))
         if not is_clean or hint not in before:
@@ -157,6 +160,15 @@ def _cut(template: ChatTemplate, hint: str, name: str, ends: frozenset[int]) -> 
         "so no rows can be written from it: set another, or name a `dataset`",
         code="invalid-template",
     )
+
+
+def _plain_beginning(template: ChatTemplate) -> str | None:
+    """The text before the user's message of a chat without a system message; None if there can be none."""
+    try:
+        text = template.render([{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}])
+    except Exception:  # a template may ask for a system message
+        return None
+    return text.partition(_USER)[0]
 
 
 def _prompt(

@@ -124,8 +124,8 @@ models:
 
 parameters:
 {%- if objective == data_free %}
-  # The merge is computed from the experts' weights alone, because no rows are known. With rows for every expert,
-  # `features` and `joint` are usually better.
+  # The merge is computed from the experts' weights alone, because no rows are known. With rows and their
+  # answers for every expert, `joint` is usually better.
   objective: {{ objective }}
 {%- else %}
   # What the weights of the merge are fitted to. `features`: to the outputs of every block, from any text, quickly.

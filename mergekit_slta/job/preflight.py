@@ -39,7 +39,7 @@ from mergekit_slta.libraries.torch import has_fast_bfloat16
 from mergekit_slta.models.skeleton import Skeleton
 from mergekit_slta.models.submodules import partition
 from mergekit_slta.recipe.recipe import Recipe
-from mergekit_slta.recipe.settings import SELF
+from mergekit_slta.recipe.settings import SELF, TaskSettings
 
 LOG = logging.getLogger(__name__)
 
@@ -214,14 +214,15 @@ def _warn_of_unused_keys(recipe: Recipe) -> None:
     settings = recipe.settings
     if settings.own.needs_rows:
         return
-    unused = {"ridge", "balance", "importance"} | (set() if settings.evaluate else {*ROW_SETTINGS, "dataset"})
+    of_tasks = {*TaskSettings.model_fields} - {"role", "importance"}
+    unused = {"ridge", "balance", "importance"} | (set() if settings.evaluate else {*ROW_SETTINGS, *of_tasks})
     stated = settings.stated | {key for task in recipe.tasks for key in task.model_fields_set}
     if found := sorted(unused & stated):
         LOG.warning(
             "`objective: %s` fits no weights, so these keys have no effect: %s%s",
             settings.objective,
             listing(found, len(found)),
-            "" if settings.evaluate else "; `evaluate: true` measures the merge on rows",
+            "" if settings.evaluate else "; `evaluate: true` measures the merge on rows of a `dataset`",
         )
 
 

@@ -30,22 +30,23 @@ from mergekit_slta.job.job import Job
 from mergekit_slta.job.templates import Templates
 from mergekit_slta.recipe.objectives import DATA_FREE, with_objective
 from mergekit_slta.recipe.recipe import Recipe, Task
+from mergekit_slta.recipe.self_written import check_no_dataset_is_missed
 from mergekit_slta.recipe.settings import SELF, TaskSettings
 from mergekit_slta.runtime.interruption import interruptible
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_KEYS_WITHOUT_ROWS = frozenset({"compute_dtype", "uncalibrated"})
-"""Shared keys that are not about rows."""
+_KEYS_WITHOUT_ROWS = frozenset({"alphas", "compute_dtype", "direction", "evaluate", "uncalibrated"})
+"""Shared keys that do not ask for weights that are fitted to rows."""
 _CHOICES = {name: value for name, value in vars(choices).items() if name.isupper() and name != "DAY"}
 
 
 def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:
     """A recipe whose tasks name no dataset, with what stands in for rows.
 
-    A recipe that asks for an objective that fits rows, or has a `hint`, gets `dataset: self` for all tasks. One that
-    leaves the choice gets `objective: data_free`, which is better than `features` on rows that the experts write
+    A recipe that asks for weights that are fitted to rows gets `dataset: self` for all tasks. One that leaves the
+    choice gets `objective: data_free`, which is better than `features` on rows that the experts write
     (examples/reproduce).
 
     Args:
@@ -55,11 +56,14 @@ def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool)
             fitted to rows of another one are not taken.
 
     Raises:
-        RecipeError: a `hint` that has no effect, because other tasks name a dataset.
+        RecipeError: a `hint` that has no effect, because other tasks name a dataset; or a key about the rows of a
+            dataset, and there is none.
     """
     named = [task for task in recipe.tasks if task.dataset is not None]
     hinted = [task for task in recipe.tasks if task.hint and task.dataset is None]
     if not named and recipe.settings.own.needs_rows and (is_allowed or hinted):
+        if is_allowed:
+            check_no_dataset_is_missed(recipe)
         if _leaves_the_choice(recipe):
             _say(f"the merge has `objective: {DATA_FREE}`; with `dataset: {SELF}` the experts write rows", options)
             return recipe.model_copy(update={"settings": with_objective(recipe.settings, DATA_FREE)})
@@ -75,9 +79,11 @@ def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool)
 
 
 def _leaves_the_choice(recipe: Recipe) -> bool:
-    """Whether no key of a recipe is about rows, and its experts can be merged without any."""
-    is_about_rows = recipe.settings.stated - _KEYS_WITHOUT_ROWS or any(task.hint for task in recipe.tasks)
-    return not is_about_rows and not recipe.directions and len(recipe.tasks) > 1
+    """Whether no key of a recipe asks for weights that are fitted to rows, and its experts can be merged without."""
+    settings = recipe.settings
+    is_fitted = settings.stated - _KEYS_WITHOUT_ROWS or any(task.model_fields_set - {"model"} for task in recipe.tasks)
+    has_direction = "direction" not in settings.stated or settings.direction != "none"
+    return not is_fitted and has_direction and not recipe.directions and len(recipe.tasks) > 1
 
 
 def _say(line: str, options: MergeOptions) -> None:
@@ -94,7 +100,7 @@ def with_writers(recipe: Recipe) -> Recipe:
     """A recipe some experts of which write their rows: those with `dataset: self`, or all if none has a dataset.
 
     Raises:
-        RecipeError: all have a dataset, or the objective fits no rows.
+        RecipeError: all have a dataset, the objective fits no rows, or a key is about the rows of a dataset.
     """
     named = [task.dataset for task in recipe.tasks if task.dataset is not None]
     if not recipe.settings.own.needs_rows or (named and SELF not in named):
@@ -103,7 +109,10 @@ def with_writers(recipe: Recipe) -> Recipe:
             "rows",
             code="conflicting-keys",
         )
-    return recipe if named else _all_writing(recipe)
+    if named:
+        return recipe
+    check_no_dataset_is_missed(recipe)
+    return _all_writing(recipe)
 
 
 def written_files(recipe: Recipe, folder: Path) -> list[Path]:

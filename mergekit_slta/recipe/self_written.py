@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mergekit_slta.errors import RecipeError, show
+from mergekit_slta.errors import RecipeError, listing, show
 from mergekit_slta.recipe.recipe import Recipe
 from mergekit_slta.recipe.settings import SELF, TaskSettings
 
@@ -33,6 +33,21 @@ def check_self_written(task: TaskSettings, name: str, stated: Collection[str]) -
         if task.dataset == SELF and key in stated:
             raise RecipeError(
                 f"{show(name)} has `dataset: {SELF}`, and `{key}` is about rows of a dataset: drop one of them",
+                code="conflicting-keys",
+            )
+
+
+def check_no_dataset_is_missed(recipe: Recipe) -> None:
+    """Refuse keys about the rows of a dataset in a recipe that names none.
+
+    Raises:
+        RecipeError: see above.
+    """
+    for task in recipe.tasks:
+        if found := [f"`{key}`" for key in _OF_DATASETS if key in task.model_fields_set]:
+            raise RecipeError(
+                f"{show(recipe.names[task.model])} has {listing(found)}, and no `dataset` for that: name it, or drop "
+                f"{listing(found)}",
                 code="conflicting-keys",
             )
 

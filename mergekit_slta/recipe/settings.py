@@ -52,9 +52,9 @@ class TaskSettings(BaseModel):
     takes no other keys."""
     dataset: str | None = None
     """Calibration rows of this model's task: an id on the Hub, a file, a folder or a glob pattern. `self`: the expert
-    writes them, which is the default if no model of the recipe names a dataset and the recipe has an `objective` or
-    another key about rows. If some name one, the others must, too, unless `alphas` names an existing file or
-    `objective` is `data_free`. A folder of that name is `./self`."""
+    writes them. That is the default if no model of the recipe names a dataset, and a key asks for weights that are
+    fitted to rows, such as `objective: joint`. If some models name a dataset, the others must, too, unless `alphas`
+    names an existing file or `objective` is `data_free`. A folder of that name is `./self`."""
     dataset_config: str | None = None
     """Name of the dataset's configuration, as in `datasets.load_dataset`."""
     split: str = "train"

@@ -144,8 +144,9 @@ def describe_merge(
     if alphas.evaluation is None and not is_evaluated:
         parts += [
             text(
-                "How good is it? Not measured: `evaluate: true` under the recipe's `parameters` holds out rows of each "
-                "task and shows how near the merge is to each expert on them, beside the losses."
+                "How good is it? Not measured: with a `dataset` for each expert, `evaluate: true` under the recipe's "
+                "`parameters` holds out rows of each task and shows how near the merge is to each expert on them, "
+                "beside the losses."
             ),
             "",
         ]
