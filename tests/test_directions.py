@@ -453,7 +453,7 @@ def test_data_free_is_measured_if_asked(tiny, with_rows, write_recipe, tmp_path,
     checked = slta("check", write_recipe(recipe))
     assert checked.exit_code == 0, checked.output
     assert "no rows needed" in checked.output
-    assert "no effect: dataset, max_seq_length, num_samples" in caplog.text
+    assert "no effect: completion, dataset, max_seq_length, num_samples" in caplog.text
     assert "ridge" in caplog.text
 
 
