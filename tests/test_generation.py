@@ -181,7 +181,7 @@ def write_row(tokenizer, text: str) -> Candidate:
 )  # fmt: skip
 def test_a_row_has_the_tokens_of_its_chat(template, question):
     """An expert that writes as it was trained meets no token where its training has another: not in the template's
-    text before it writes, nor behind the user's turn, nor where a part of the text that ends it is in the question."""
+    text before the user's turn or after it, and not where the question holds a part of the text that ends the turn."""
     tokenizer = make_tokenizer(template)
     tokenizer.add_tokens("<|end|>")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "lazy dog"}]

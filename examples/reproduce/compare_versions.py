@@ -20,6 +20,7 @@ from typing import Any
 import click
 import torch
 from formatting import number, table
+from intervals import percent
 from methods import ALL, TRIPLE
 from paired import Estimate, Scores, bootstrap, spread
 from shared import write_json
@@ -33,15 +34,6 @@ SHOWN = {
 }
 
 
-def percent(estimate: Estimate, form: str = ".2f") -> str:
-    """Value, standard error and interval in percent."""
-    value, error, low, high = (
-        number(None if part is None else 100 * part, form)
-        for part in (estimate.value, estimate.error, estimate.low, estimate.high)
-    )
-    return f"{value} ± {error} ({low} to {high})"
-
-
 def report(
     base: Scores, experts: Scores, scores: Mapping[str, Sequence[Scores]], times: Mapping[str, Sequence[dict[str, Any]]]
 ) -> tuple[str, dict[str, Any]]:
@@ -53,7 +45,7 @@ def report(
         title = f"{last} - {first}"
         estimates[title] = {key: Estimate.of(found[last][key] - found[first][key]) for key in found[first]}
     measures = list(next(iter(found.values())))
-    rows = [[SHOWN.get(key, key), *(percent(values[key]) for values in estimates.values())] for key in measures]
+    rows = [[SHOWN.get(key, key), *(percent(values[key], ".2f") for values in estimates.values())] for key in measures]
     parts = [table(["%", *estimates], rows)]
     spreads = {name: spread(base, experts, draws) for name, draws in scores.items()}
     rows = [

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 import torch
-from compare_versions import percent
 from formatting import table
+from intervals import percent
 from paired import Estimate, bootstrap
 from scoring import six_digits
 from shared import read_json, write_json
@@ -162,10 +162,10 @@ def main(
             click.echo(f"{name}, {seed}: done")
     values = bootstrap(of_base, of_experts, scores)
     measures = ("mean", "worst", "divergence")
-    rows = [[name, *(percent(Estimate.of(values[name][key])) for key in measures)] for name in scores]
+    rows = [[name, *(percent(Estimate.of(values[name][key]), ".2f") for key in measures)] for name in scores]
     first = next(iter(scores))
     for name in list(scores)[1:]:
-        differences = [percent(Estimate.of(values[name][key] - values[first][key])) for key in measures]
+        differences = [percent(Estimate.of(values[name][key] - values[first][key]), ".2f") for key in measures]
         rows.append([f"{name} - {first}", *differences])
     head = ["%", "gap recovered, mean task", "gap recovered, worst task", "of the base's divergence left"]
     note = (

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ import yaml
 from five_tasks import TASKS
 from methods import Candidate, set_name
 from safetensors.torch import load_file, save_file
-from scoring import exact_matches, general_loss, general_passages, score, score_test_rows, task_rows
+from scoring import drawn_rows, exact_matches, general_loss, general_passages, score, score_test_rows, task_rows
 from shared import load_model, load_tokenizer, read_json, write_json
-
-from mergekit_slta.data.rows import sample_numbers
 
 PEERS = "peers"
 """Folder of merged task vectors in the work folder, while a set of experts is gone through."""
@@ -59,11 +56,7 @@ def evaluate(
             found[split] = score(model, tokenizer, {task: task_rows(workdir, task, split) for task in tasks}, precision)
     if calibration:
         seed, count = calibration
-        drawn = {task: task_rows(workdir, task, "train") for task in tasks}
-        drawn = {
-            task: [rows[number] for number in islice(sample_numbers(len(rows), seed), count)]
-            for task, rows in drawn.items()
-        }
+        drawn = {task: drawn_rows(workdir, task, seed, count) for task in tasks}
         found["calibration"] = score(model, tokenizer, drawn, precision)
     if answers:
         found["general"] = general_loss(model, tokenizer, general_passages(workdir), precision)
@@ -103,8 +96,7 @@ def merge_with_rows(
     tokenizer = load_tokenizer(Path("base"))
     rows = []
     for task in tasks:
-        all_rows = task_rows(Path(), task, "train")
-        drawn = [all_rows[number] for number in islice(sample_numbers(len(all_rows), seed), num_samples)]
+        drawn = drawn_rows(Path(), task, seed, num_samples)
         texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in drawn]
         rows.append([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
     others = {"FeatCal": featcal.merge, "Expert Merging": expert_merging.merge}

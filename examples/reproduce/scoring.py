@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from experts import products_in
 from shared import EncodedRow, Message, encode_row, load_model, load_tokenizer, make_batches, read_json, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mergekit_slta.data.rows import sample_numbers
 
 BATCH_TOKENS = 1600
 Scores = dict[str, dict[str, Any]]
@@ -174,6 +177,12 @@ def exact_matches(
 def task_rows(workdir: Path, task: str, split: str) -> list[list[Message]]:
     """The conversations of one split of a task."""
     return read_rows(workdir / "data" / f"{task}_{split}.jsonl")
+
+
+def drawn_rows(workdir: Path, task: str, seed: int, count: int) -> list[list[Message]]:
+    """The conversations that a calibration with `seed` draws from the rows to train on."""
+    rows = task_rows(workdir, task, "train")
+    return [rows[number] for number in islice(sample_numbers(len(rows), seed), count)]
 
 
 def general_passages(workdir: Path) -> list[str]:

@@ -24,7 +24,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ import torch
 import yaml
 from intervals import Draws, compare, publish
 from methods import ALL, recipe
-from scoring import task_rows
+from scoring import drawn_rows
 from shared import load_model, load_tokenizer, read_json, read_rows, write_json, write_rows
 from versions import ALPHAS, merged, references, scores_of
 
-from mergekit_slta.data.rows import sample_numbers
 from mergekit_slta.data.templates import ChatTemplate
 from mergekit_slta.generation.choices import ANSWER_TEMPERATURE, BATCH_ROWS, MIN_ROOM, OVERSAMPLING
 from mergekit_slta.generation.prompts import make_prompt
@@ -179,8 +177,7 @@ def make_rows(study: Study, seed: int, way: str, task: str) -> Rows:
         click.ClickException: too few of the rows that were written can be used.
     """
     if way == "real":
-        rows = task_rows(study.workdir, task, "train")
-        return [rows[number] for number in islice(sample_numbers(len(rows), seed), study.count)]
+        return drawn_rows(study.workdir, task, seed, study.count)
     if way == "on_policy":
         return answered(study, seed, task)
     rng = random.Random(f"{seed} {task} {way}")

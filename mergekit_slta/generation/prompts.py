@@ -174,7 +174,8 @@ def _plain_beginning(template: ChatTemplate) -> str | None:
 def _prompt(
     template: ChatTemplate, parts: tuple[str, str, str], system: str | None, first_line: str, ends: frozenset[int]
 ) -> Prompt | None:
-    """The prompt of a template's parts before, between and behind the messages; None if a turn cannot be told."""
+    """The prompt of a template's parts before, between and after the messages; None if nothing marks where the user's
+    turn begins or ends."""
     tokenizer, (before, between, after) = template.tokenizer, parts
     first = {ids[0] for text in (between, after) if (ids := _ids(text.lstrip(), tokenizer))}
     ends |= first & tokenizer.added_tokens_decoder.keys()

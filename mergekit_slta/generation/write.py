@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TRIED, _TOLERANCE = 4, 0.01
-"""Tokens behind the prompt on which a model's cache is tried, and the largest relative difference of their logits."""
+"""Number of tokens after the prompt on which a model's cache is tried, and the largest relative difference of their
+logits."""
 _LOST_SHARE = 0.9
 """An expert is refused if the chat template shortens this share of the first answers that end."""
 _COPIES = 4

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _KEYS_WITHOUT_ROWS = frozenset({"alphas", "compute_dtype", "direction", "evaluate", "uncalibrated"})
 """Shared keys that do not ask for weights that are fitted to rows."""
 _CHOICES = {name: value for name, value in vars(choices).items() if name.isupper() and name != "DAY"}
+"""The constants that rows depend on; `DAY` only where a template reads the clock."""
 
 
 def without_datasets(recipe: Recipe, options: MergeOptions, *, is_allowed: bool) -> Recipe:

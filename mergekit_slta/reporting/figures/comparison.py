@@ -120,6 +120,6 @@ def comparison_figure(comparison: Comparison) -> Figure | None:
     return sheet.figure
 
 
-def _draw_arrow(axis: Axes, height: float, color: str) -> None:
+def _draw_arrow(axis: Axes, y: float, color: str) -> None:
     """Mark a value that is too low for the axis."""
-    axis.annotate("", (_LOWEST - 0.08, height), (_LOWEST, height), arrowprops={"arrowstyle": "->", "color": color})
+    axis.annotate("", (_LOWEST - 0.08, y), (_LOWEST, y), arrowprops={"arrowstyle": "->", "color": color})
